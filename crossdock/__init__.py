@@ -1,0 +1,73 @@
+"""Crossdock: expert-parallel dispatch and combine for Mixture-of-Experts models."""
+
+from crossdock.arena import Arena
+from crossdock.buffer import Buffer, Pending, Stats
+from crossdock.errors import (
+    BackendUnavailable,
+    CapacityError,
+    ConfigError,
+    CrossdockError,
+    NotSupported,
+    PeerFailed,
+    PeerTimeout,
+    TransportError,
+)
+from crossdock.layout import Compact, Expanded, Layout, Padded
+from crossdock.plan import Hop, Plan, make_plan
+from crossdock.received import Received
+from crossdock.routing import (
+    Routing,
+    group_limited_topk,
+    hot_expert_load,
+    record_load,
+    recorded_load,
+    softmax_topk,
+    uniform_load,
+    zipf_load,
+)
+from crossdock.spec import Spec, Topology
+from crossdock.transport.inproc import ThreadGroup, run_local
+from crossdock.version import __version__
+from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Quantized, Wire
+
+__all__ = [
+    "Arena",
+    "BackendUnavailable",
+    "Bf16",
+    "Buffer",
+    "CapacityError",
+    "Compact",
+    "ConfigError",
+    "CrossdockError",
+    "Expanded",
+    "Fp8",
+    "Fp16",
+    "Fp32",
+    "Hop",
+    "Layout",
+    "NotSupported",
+    "Padded",
+    "PeerFailed",
+    "PeerTimeout",
+    "Pending",
+    "Plan",
+    "Quantized",
+    "Received",
+    "Routing",
+    "Spec",
+    "Stats",
+    "ThreadGroup",
+    "Topology",
+    "TransportError",
+    "Wire",
+    "__version__",
+    "group_limited_topk",
+    "hot_expert_load",
+    "make_plan",
+    "record_load",
+    "recorded_load",
+    "run_local",
+    "softmax_topk",
+    "uniform_load",
+    "zipf_load",
+]

@@ -1,0 +1,1 @@
+"""Moving rows: the Backend protocol and what stands behind it."""

@@ -1,0 +1,292 @@
+"""Rows on CPUs: gathers into the peers' segments, sums in float32. Readable, and the oracle of every other backend.
+
+Letters: T tokens here, K top-k, H hidden, R rows received, Q rows sent, P ranks, C rows of a slot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from crossdock.arena import Arena
+from crossdock.backends.base import Landed, Outgoing
+from crossdock.backends.sums import sum_rows
+from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, stamped
+from crossdock.layout import Expanded
+from crossdock.plan import Hop, Plan, partial_rows_to_send
+from crossdock.transport.base import Transport
+from crossdock.wire import Fp8, Quantized
+
+_CAST_ROWS = 256
+"""Tokens cast to a narrow format at a time: what lies beside the arena stays under 2 MiB at hidden 7168."""
+
+Block = tuple[int, slice, slice]
+Bytes = npt.NDArray[np.uint8]
+
+
+class CpuBackend:
+    """The Backend protocol over host memory that every rank has mapped."""
+
+    def __init__(self, arena: Arena, transport: Transport) -> None:
+        self._arena = arena
+        self._rank = transport.rank
+        self._num_ranks = transport.num_ranks
+        memory = transport.memory
+        segments = [memory[r * arena.stride :][: arena.num_bytes] for r in range(self._num_ranks)]
+        self._at = [{name: arena.view(segment, name) for name in arena.regions} for segment in segments]
+        self.own = self._at[self._rank]
+        self._counts = _across_ranks(memory, arena, "counts")
+        self._records = [views["record"].numpy() for views in self._at]
+        self._returns = [views["returns"].numpy() for views in self._at]
+        # All memory as rows of the combine format: outputs and landing rows of every rank are numbers in one matrix.
+        row_bytes = arena.spec.hidden * arena.spec.combine_dtype.itemsize
+        last_row_end = (self._num_ranks - 1) * arena.stride + arena.num_bytes // row_bytes * row_bytes
+        self._all_rows = memory[:last_row_end].view(arena.spec.combine_dtype).view(-1, arena.spec.hidden)
+        self._first_row = {
+            name: [
+                [(r * arena.stride + arena[name].offset) // row_bytes + s * arena[name].shape[1] for s in range(arena.spec.num_slots)]
+                for r in range(self._num_ranks)
+            ]
+            for name in ("outputs", "landing")
+        }  # fmt: skip
+
+    def post_counts(self, sequence: int, counts: Tensor) -> None:
+        """See Backend. Stamped like every word; the begin word that follows makes them visible."""
+        self._counts[:, sequence % self._arena.ring, self._rank] = counts.numpy() | stamped(sequence, 0)
+
+    def read_counts(self, sequence: int) -> Tensor:
+        """See Backend."""
+        words = self._counts[self._rank, sequence % self._arena.ring]
+        assert (words >> PAYLOAD_BITS == stamped(sequence, 0) >> PAYLOAD_BITS).all(), "counts of another call"
+        return torch.from_numpy(words & PAYLOAD_MASK)
+
+    def push_rows(self, plan: Plan, outgoing: Outgoing, slots: Sequence[int]) -> None:
+        """See Backend. One gather per block, straight into its place."""
+        hop = plan.hops[0]
+        blocks = list(self._blocks(hop))
+        records = self._pack_records(plan, outgoing)
+        for peer, src, dst in blocks:
+            self._records[peer][slots[peer], dst] = records[src]
+        if plan.hops[0] is not plan.back:
+            rows_to_sum = partial_rows_to_send(plan)
+            for peer, src, dst in self._blocks(plan.back):
+                self._at[peer]["partial_rows"][slots[peer], dst] = rows_to_sum[src]
+        wire = self._arena.spec.wire
+        if isinstance(outgoing.x, Quantized) or not isinstance(wire, Fp8):
+            data, scale = outgoing.x if isinstance(outgoing.x, Quantized) else (outgoing.x, None)
+            self._gather(data, hop.send_idx, "data", blocks, slots)
+            if scale is not None:
+                self._gather(scale, hop.send_idx, "scale", blocks, slots)
+            return
+        idx = hop.send_idx.numpy()
+        for start in range(0, plan.num_tokens, _CAST_ROWS):
+            stop = min(start + _CAST_ROWS, plan.num_tokens)
+            data, scale = wire.quantize(outgoing.x[start:stop])
+            part = list(_between(blocks, idx, start, stop))
+            self._gather(data, hop.send_idx - start, "data", part, slots)
+            self._gather(scale, hop.send_idx - start, "scale", part, slots)
+
+    def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
+        """See Backend."""
+        data, record = self.own["data"][slot, :num_rows], self._records[self._rank][slot, :num_rows]
+        scale = self.own["scale"][slot, :num_rows] if "scale" in self.own else None
+        starts, lengths = plan.segment_starts.tolist(), plan.segment_rows.tolist()
+        is_real = np.zeros(num_rows, dtype=np.bool_)
+        for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True):
+            is_real[start : start + length] = True
+            if isinstance(self._arena.spec.layout, Expanded) and start + length < end:
+                data[start + length : end].zero_()
+                if scale is not None:
+                    scale[start + length : end].view(torch.uint8).zero_()
+        if plan.hops[0] is not plan.back:
+            num_pairs = int(plan.back.counts[:, self._rank].sum())
+            plan = replace(plan, partial_rows=self.own["partial_rows"][slot, :num_pairs].clone())
+        src_idx, topk_idx, weights, extras = self._unpack_records(record, is_real, outgoing)
+        return Landed(
+            plan=plan, data=data, scale=scale, src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras
+        )
+
+    def push_outputs(
+        self, plan: Plan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None, slots: Sequence[int]
+    ) -> None:
+        """See Backend. A block that came in contiguously goes home as one copy."""
+        if y is not None:
+            terms = self._terms_to_sum_here(plan, weights)
+            for peer, here, there in self._incoming_blocks(plan.back):
+                home = self._at[peer]["landing"][slots[peer], there]
+                if terms is None:
+                    home.copy_(y[here])
+                else:
+                    sum_rows(y, terms[here], out=home, weights=None if weights is None else weights[terms[here]])
+        if extras:
+            packed = np.concatenate([_as_bytes(extra) for extra in extras], axis=1)
+            for peer, here, there in self._incoming_blocks(plan.hops[0]):
+                self._returns[peer][slots[peer], there, : packed.shape[1]] = packed[here]
+
+    def sum_rows(
+        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, output_slots: Sequence[int], landing_slot: int
+    ) -> Tensor:
+        """See Backend."""
+        back, terms = plan.back, plan.terms.numpy()
+        landing = self._first_row["landing"][self._rank][landing_slot]
+        first_output = np.array([
+            -1 if slot == PUSHED else self._first_row["outputs"][peer][slot] for peer, slot in enumerate(output_slots)
+        ])  # fmt: skip
+        first = first_output[back.send_blocks // back.num_blocks_per_peer]
+        sent_rows = np.where(first < 0, landing + np.arange(first.size), first + back.send_dst_rows)
+        rows = np.where(terms < 0, -1, sent_rows[terms]) if first.size else terms
+        out = torch.empty(plan.num_tokens, self._arena.spec.hidden, dtype=self._arena.spec.combine_dtype)
+        term_weights = None if weights is None else _weights_of_terms(plan, weights)
+        sum_rows(self._all_rows, torch.from_numpy(rows), out=out, weights=term_weights, bias=bias)
+        return out
+
+    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
+        """See Backend."""
+        home = self._returns[self._rank][landing_slot]
+        num_sent = plan.hops[0].send_idx.shape[0]
+        results, at = [], 0
+        for extra in extras:
+            num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
+            sent = home[:num_sent, at : at + num_bytes].copy().view(np.float32)  # [Q, values]
+            at += num_bytes
+            columns = (plan.pick_pos if self._arena.spec.layout.per_pick else plan.terms).numpy()
+            values = np.where((columns < 0)[..., None], np.float32(0), sent[columns] if num_sent else np.float32(0))
+            if not self._arena.spec.layout.per_pick:
+                values = sum((values[:, j] for j in range(values.shape[1])), np.zeros_like(sent, shape=values.shape[::2]))
+            results.append(torch.from_numpy(values).view(*values.shape[:-1], *extra.shape[1:]))
+        return tuple(results)
+
+    def _terms_to_sum_here(self, plan: Plan, weights: Tensor | None) -> Tensor | None:
+        """[R', J] rows that this rank sums before they go home, -1 last; None: every row goes home as it is."""
+        if plan.partial_rows is not None:
+            rows = plan.partial_rows.numpy().astype(np.int64)
+            return torch.from_numpy(np.take_along_axis(rows, np.argsort(rows < 0, axis=1, kind="stable"), axis=1))
+        return None if weights is None else torch.arange(plan.num_rows).unsqueeze(1)
+
+    def _gather(self, source: Tensor, idx: Tensor, region: str, blocks: Iterable[Block], slots: Sequence[int]) -> None:
+        """Gathers the rows of each block into the region at its peer."""
+        movable = _movable(source)
+        for peer, src, dst in blocks:
+            there = self._at[peer][region][slots[peer], dst].view(movable.dtype)
+            torch.index_select(movable, 0, idx[src], out=there)
+
+    def _blocks(self, hop: Hop) -> Iterator[Block]:
+        """(peer, rows in this rank's sending order, rows there) of each block this rank sends; the next peer's first."""
+        counts, src, dst = (m[hop.own].tolist() for m in (hop.counts, hop.send_starts, hop.dst_starts))
+        for peer in self._peers_from_next():
+            for b in range(peer * hop.num_blocks_per_peer, (peer + 1) * hop.num_blocks_per_peer):
+                if counts[b]:
+                    yield peer, slice(src[b], src[b] + counts[b]), slice(dst[b], dst[b] + counts[b])
+
+    def _incoming_blocks(self, hop: Hop) -> Iterator[Block]:
+        """(peer, rows here, rows in the peer's sending order) of each block that came to this rank."""
+        mine = slice(hop.own * hop.num_blocks_per_peer, (hop.own + 1) * hop.num_blocks_per_peer)
+        counts, src, dst = (m[:, mine].tolist() for m in (hop.counts, hop.send_starts, hop.dst_starts))
+        for peer in self._peers_from_next():
+            for num_rows, there, here in zip(counts[peer], src[peer], dst[peer], strict=True):
+                if num_rows:
+                    yield peer, slice(here, here + num_rows), slice(there, there + num_rows)
+
+    def _peers_from_next(self) -> list[int]:
+        """Every rank begins with another peer, so that they do not all write to one."""
+        return [(self._rank + 1 + i) % self._num_ranks for i in range(self._num_ranks)]
+
+    def _pack_records(self, plan: Plan, outgoing: Outgoing) -> Bytes:
+        """The small record of each sent row, [Q, record_bytes]: int32 source, ids and weights or one weight, extras."""
+        hop, arena = plan.hops[0], self._arena
+        tokens = hop.send_idx.numpy()
+        records = np.zeros((tokens.size, arena.record_bytes), dtype=np.uint8)
+        words = records.view(np.int32)
+        words[:, 0] = self._rank * arena.spec.max_tokens + tokens
+        num_topk = arena.spec.num_topk
+        if hop.send_pick is None:
+            words[:, 1 : 1 + num_topk] = plan.topk_idx.numpy()[tokens]
+        if outgoing.weights is not None:
+            weights = outgoing.weights.contiguous().numpy().view(np.int32)
+            if hop.send_pick is None:
+                words[:, 1 + num_topk : 1 + 2 * num_topk] = weights[tokens]
+            else:
+                words[:, 1] = weights[tokens, hop.send_pick.numpy()]
+        at = arena.extras_offset
+        for extra in outgoing.extras:
+            raw = _as_bytes(extra)
+            records[:, at : at + raw.shape[1]] = raw[tokens]
+            at += raw.shape[1]
+        return records
+
+    def _unpack_records(
+        self, record: Bytes, is_real: npt.NDArray[np.bool_], outgoing: Outgoing
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+        """Source index, local expert ids, weights and extras out of [R, record_bytes]; -1 and 0 where no row is."""
+        spec, num_rows = self._arena.spec, record.shape[0]
+        words, num_topk = record.view(np.int32), spec.num_topk
+        src_idx = np.where(is_real, words[:, 0], -1)
+        topk_idx = None
+        if not spec.layout.per_pick:
+            num_local = spec.num_local_experts(self._num_ranks)
+            local = words[:, 1 : 1 + num_topk] - self._rank * num_local
+            topk_idx = np.where((local >= 0) & (local < num_local) & is_real[:, None], local, -1)
+        weights = None
+        if outgoing.weights is not None:
+            if topk_idx is None:
+                weights = np.where(is_real, words[:, 1], 0).view(np.float32)
+            else:
+                weights = np.where(topk_idx < 0, 0, words[:, 1 + num_topk : 1 + 2 * num_topk]).view(np.float32)
+        extras, at = [], self._arena.extras_offset
+        for extra in outgoing.extras:
+            num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
+            raw = np.where(is_real[:, None], record[:, at : at + num_bytes], np.uint8(0))
+            extras.append(torch.from_numpy(raw).view(extra.dtype).view(num_rows, *extra.shape[1:]))
+            at += num_bytes
+        return (
+            torch.from_numpy(src_idx),
+            None if topk_idx is None else torch.from_numpy(topk_idx),
+            None if weights is None else torch.from_numpy(weights),
+            tuple(extras),
+        )
+
+
+def _across_ranks(memory: Tensor, arena: Arena, name: str) -> npt.NDArray[np.int64]:
+    """A region of 64-bit words at all ranks as one array, [P, *shape]."""
+    region, num_ranks = arena[name], arena.topology.num_ranks
+    inner = torch.empty(region.shape, device="meta").stride()
+    words = memory[: (num_ranks - 1) * arena.stride + arena.num_bytes].view(torch.int64)
+    shape, strides = (num_ranks, *region.shape), (arena.stride // 8, *inner)
+    return words.as_strided(shape, strides, region.offset // 8).numpy()
+
+
+def _between(blocks: Iterable[Block], idx: npt.NDArray[np.int64], start: int, stop: int) -> Iterator[Block]:
+    """The part of each block whose tokens lie in ``start .. stop - 1``; tokens ascend within a block."""
+    for peer, src, dst in blocks:
+        lo, hi = np.searchsorted(idx[src], (start, stop)).tolist()
+        if lo < hi:
+            yield peer, slice(src.start + lo, src.start + hi), slice(dst.start + lo, dst.start + hi)
+
+
+def _weights_of_terms(plan: Plan, weights: Tensor) -> Tensor:
+    """[T, J] from weights of picks [T, K]: a row that serves several picks has the sum of theirs, in pick order."""
+    columns, by_pick = plan.term_of_pick.numpy(), weights.numpy()
+    result = np.zeros(plan.terms.shape, dtype=np.float32)
+    for k in range(columns.shape[1]):
+        tokens = np.flatnonzero(columns[:, k] >= 0)
+        result[tokens, columns[tokens, k]] += by_pick[tokens, k]
+    return torch.from_numpy(result)
+
+
+def _movable(rows: Tensor) -> Tensor:
+    """Rows as a type that gathers know how to move: one-byte formats travel as integers."""
+    if rows.dtype.itemsize > 1:
+        return rows
+    rows = rows.contiguous()
+    return rows.view(torch.int16 if rows.shape[1] % 2 == 0 and rows.storage_offset() % 2 == 0 else torch.uint8)
+
+
+def _as_bytes(extra: Tensor) -> Bytes:
+    """[n, ...] of any type as [n, bytes]."""
+    return extra.contiguous().view(extra.shape[0], math.prod(extra.shape[1:])).view(torch.uint8).numpy()

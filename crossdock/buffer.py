@@ -1,0 +1,527 @@
+"""Dispatch and combine: Buffer knows Spec, Plan, Transport and Backend, and nobody else does.
+
+Letters: T tokens here, K top-k, H hidden, R rows received, L local experts, C capacity, P ranks.
+"""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Literal, TypeVar, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock import inputs
+from crossdock.arena import Arena
+from crossdock.backends.base import Backend, Landed, Outgoing
+from crossdock.backends.cpu import CpuBackend
+from crossdock.consent import PUSHED, Consent, Kind, Word
+from crossdock.errors import CapacityError, ConfigError, CrossdockError, TransportError
+from crossdock.layout import Expanded, Padded
+from crossdock.pending import CallQueue, Pending, Steps
+from crossdock.plan import Plan, check_capacity, local_counts, make_plan
+from crossdock.received import Lease, Received
+from crossdock.spec import Spec, Topology
+from crossdock.transport import inproc, shm
+from crossdock.transport.base import Group, ProcessGroup, Transport
+from crossdock.version import __version__
+from crossdock.wire import Quantized
+
+Result = TypeVar("Result")
+Rows = Literal["exact", "capacity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a buffer has counted since it was made; see ``Buffer.gather_stats`` for all ranks'."""
+
+    num_tokens_per_expert: Tensor
+    """int64 [L]: tokens that each local expert has received, over all dispatches."""
+    wait_s: Tensor
+    """float64 [P]: seconds this rank has waited for each peer. Stacked, the rows of a slow rank's peers show it."""
+
+
+class Buffer:
+    """Expert-parallel dispatch and combine among the ranks of a group. Collective to make, local to close.
+
+    All ranks issue the same calls in the same order. A call that fails on one rank (bad input, an exception that leaves
+    the ``with`` block) raises there, and ``PeerFailed`` at once on the others; the next call works again.
+
+    Args:
+        group: a ``torch.distributed`` process group of one host, None for the default group, or a ``ThreadGroup``.
+        spec: what travels, the same on all ranks.
+        timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``.
+        debug: fill receive slots with NaN before they are used again, so that stale views show.
+
+    Raises:
+        ConfigError: the ranks brought different Specs or versions, or the Spec does not fit the group; on all ranks.
+        TransportError: a rank could not allocate its segment (the message says what to do); on all ranks.
+
+    >>> from crossdock import Expanded, Fp32, run_local
+    >>> spec = Spec(num_experts=4, num_topk=2, hidden=2, max_tokens=2, wire=Fp32(), layout=Expanded())
+    >>> def program(group):
+    ...     x = torch.tensor([[1.0, 2.0]]) * (group.rank + 1)
+    ...     with Buffer(group, spec) as buffer:
+    ...         recv = buffer.dispatch(x, torch.tensor([[0, 3]]))
+    ...         out = buffer.combine(10 * recv.x, recv.plan, weights=torch.tensor([[0.25, 0.75]]))
+    ...     return out.tolist()
+    >>> run_local(program, num_ranks=2)
+    [[[10.0, 20.0]], [[20.0, 40.0]]]
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | Group | None, spec: Spec, *, timeout_s: float = 100, debug: bool = False
+    ) -> None:
+        members: Group = group if isinstance(group, Group) else ProcessGroup(group)
+        token = _agree(members, spec, timeout_s)
+        self.group = group
+        self.spec = spec
+        self.topology = Topology(num_ranks=members.size)
+        self.rank = members.rank
+        self.arena = Arena(spec=spec, topology=self.topology)
+        self._members = members
+        self._id = token >> 1
+        self._debug = debug
+        self._transport: Transport = (
+            inproc.connect(members, self.arena)
+            if isinstance(members, inproc.ThreadGroup)
+            else shm.connect(members, self.arena, name=f"crossdock-{token:016x}")
+        )
+        self._backend: Backend = CpuBackend(self.arena, self._transport)
+        self._consent = Consent(
+            self._transport, rank=self.rank, num_ranks=self.topology.num_ranks, ring=self.arena.ring
+        )
+        self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
+        self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
+        segment = self._transport.memory[self.rank * self.arena.stride :][: self.arena.num_bytes]
+        self._views = {name: self.arena.view(segment, name) for name in self.arena.regions}
+        self._leases: list[Lease | None] = [None] * spec.num_slots
+        self._slot_calls: list[Pending[Received] | None] = [None] * spec.num_slots
+        self._slots_read: list[Pending[Any] | None] = [None] * spec.num_slots
+        self._num_dispatches = self._num_combines = 0
+        self._sticky: CapacityError | None = None
+        self._raised: BaseException | None = None
+        self._is_closed = False
+        num_local = spec.num_local_experts(self.topology.num_ranks)
+        self._num_tokens_per_expert = torch.zeros(num_local, dtype=torch.int64)
+
+    # --- the verbs -------------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Tensor | Quantized,
+        routing: Tensor | Plan,
+        *,
+        weights: Tensor | None = None,
+        extras: Sequence[Tensor] = (),
+        rows: Rows | None = None,
+        copy: bool = False,
+    ) -> Received:
+        """Sends each token to the ranks that hold its experts; gives what came here. Collective.
+
+        Args:
+            x: [T, H] rows in the wire's dtype, rows to be cast (narrow wires), or ``Quantized``; T may differ between
+                ranks, and be 0.
+            routing: ``topk_idx`` int64 or int32 [T, K], distinct experts, -1 for no pick; or the plan of an earlier
+                dispatch, to send other rows the same way (no counts are exchanged).
+            weights: float32 [T, K], which travel with the rows.
+            extras: tensors [T, ...] of any dtype that travel with the rows; room for them is ``spec.extra_bytes``.
+            rows: ``"exact"``: ``recv.x`` has as many rows as came, and an overflow raises at once (the default, but for
+                Padded); ``"capacity"``: it has as many as the slot has room for, and an overflow gives zero counts and
+                raises in the next call or ``check()``. The same on all ranks.
+            copy: give rows of their own, which no later dispatch overwrites.
+
+        Raises:
+            ConfigError: bad input here; the other ranks raise PeerFailed.
+            CapacityError, PeerFailed, PeerTimeout: see ``Pending.wait``.
+        """
+        return self.dispatch_start(x, routing, weights=weights, extras=extras, rows=rows, copy=copy).wait()
+
+    def dispatch_start(
+        self,
+        x: Tensor | Quantized,
+        routing: Tensor | Plan,
+        *,
+        weights: Tensor | None = None,
+        extras: Sequence[Tensor] = (),
+        rows: Rows | None = None,
+        copy: bool = False,
+    ) -> Pending[Received]:
+        """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
+        self._check_room()
+        slot = self._num_dispatches % self.spec.num_slots
+        if self._queue.holds(self._slot_calls[slot]):
+            raise ConfigError(f"receive slot {slot} belongs to a dispatch that was not waited for; call its wait() first")
+
+        def prepare() -> tuple[Outgoing, Plan | None, Tensor, Rows]:
+            inputs.check_no_grad(*(x if isinstance(x, Quantized) else (x,)), weights, *extras)
+            num_tokens = inputs.check_tokens(self.spec, x)
+            if isinstance(routing, Plan):
+                inputs.check_plan(routing, self._id)
+                topk_idx = routing.topk_idx
+                if num_tokens != routing.num_tokens:
+                    raise ConfigError(f"x has {num_tokens} tokens, the plan was made for {routing.num_tokens}; pass as many")
+            else:
+                inputs.check_topk_idx(self.spec, routing, num_tokens)
+                topk_idx = routing.clone()
+            inputs.check_weights(self.spec, weights, num_tokens)
+            inputs.check_token_extras(self.spec, extras, num_tokens)
+            if rows not in (None, "exact", "capacity"):
+                raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
+            default: Rows = "capacity" if isinstance(self.spec.layout, Padded) else "exact"
+            outgoing = Outgoing(x=x, weights=weights, extras=tuple(extras))
+            return outgoing, routing if isinstance(routing, Plan) else None, topk_idx, rows or default
+
+        outgoing, plan, topk_idx, mode = self._vetted(prepare)
+        self._num_dispatches += 1
+        if (lease := self._leases[slot]) is not None:
+            lease.is_valid = False
+            self._leases[slot] = None
+        if self._debug and not self._queue.holds(self._slots_read[slot]):
+            self._poison(slot, "data", "scale", "record")
+        signature = (mode, weights is None, _shapes(extras), plan.stamp if plan else None)
+        word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
+        sequence = self._consent.take()
+        if plan is None:
+            self._backend.post_counts(sequence, local_counts(self.spec, self.topology, topk_idx))
+        self._consent.post(sequence, word)
+        steps = self._dispatch_steps(sequence, word, outgoing, plan or topk_idx, mode, copy=copy)
+        self._slot_calls[slot] = pending = self._queue.start(word.kind, steps)
+        return pending
+
+    @overload
+    def combine(
+        self, y: Tensor, plan: Plan, *, weights: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor: ...
+    @overload
+    def combine(
+        self,
+        y: Tensor,
+        plan: Plan,
+        *,
+        weights: Tensor | None = None,
+        bias: Tensor | None = None,
+        extras: Sequence[Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+    def combine(
+        self,
+        y: Tensor,
+        plan: Plan,
+        *,
+        weights: Tensor | None = None,
+        bias: Tensor | None = None,
+        extras: Sequence[Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Brings outputs back to the tokens' owners and sums them. Collective.
+
+        The sum is float32, of products rounded by themselves, from left to right in the order that ``spec.reduce``
+        says, begun with its first term; then the bias is added, then one cast to the combine format. A token without
+        picks gets 0 (plus bias). A row that serves several picks (Compact) is added once.
+
+        Args:
+            y: outputs where their rows came, [R, H] or [L, C, H], in the combine format: any tensor (pushed), or
+                ``recv.output_rows()`` (left in place and pulled by the owners). The same bits either way.
+            plan: of the dispatch that brought the rows.
+            weights: with ``reduce="token"``, float32 [T, K] of this rank's picks; a row that serves several picks is
+                multiplied by the sum of theirs. With ``reduce="rank"``, float32, one per row that came: ``recv.weights``.
+            bias: [T, H] or [H], added to each sum.
+            extras: float32 tensors [R, ...] (or [L, C, ...]) that go home with the rows, 4 * K + ``extra_bytes`` bytes
+                per row at most.
+
+        Returns:
+            [T, H] in the combine format. With ``extras``, also the extras that came home: [T, ...], summed over ranks,
+            for Compact; [T, K, ...], 0 where there is no pick, where a row is one pick.
+
+        Raises:
+            ConfigError: bad input here; the other ranks raise PeerFailed.
+            PeerFailed, PeerTimeout: see ``Pending.wait``.
+        """
+        if extras is None:
+            return self.combine_start(y, plan, weights=weights, bias=bias).wait()
+        return self.combine_start(y, plan, weights=weights, bias=bias, extras=extras).wait()
+
+    @overload
+    def combine_start(
+        self, y: Tensor, plan: Plan, *, weights: Tensor | None = None, bias: Tensor | None = None
+    ) -> Pending[Tensor]: ...
+    @overload
+    def combine_start(
+        self,
+        y: Tensor,
+        plan: Plan,
+        *,
+        weights: Tensor | None = None,
+        bias: Tensor | None = None,
+        extras: Sequence[Tensor],
+    ) -> Pending[tuple[Tensor, tuple[Tensor, ...]]]: ...
+    def combine_start(
+        self,
+        y: Tensor,
+        plan: Plan,
+        *,
+        weights: Tensor | None = None,
+        bias: Tensor | None = None,
+        extras: Sequence[Tensor] | None = None,
+    ) -> Pending[Any]:
+        """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
+        self._check_room()
+
+        def prepare() -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], int, Lease | None]:
+            inputs.check_no_grad(y, weights, bias, *(extras or ()))
+            inputs.check_plan(plan, self._id)
+            flat = inputs.check_outputs(self.spec, plan, y, self._slot_rows)
+            row_weights = inputs.check_combine_weights(self.spec, plan, weights, flat)
+            inputs.check_bias(self.spec, plan, bias)
+            limit = self.arena.return_bytes
+            small = inputs.check_row_extras(extras or (), flat, lead=tuple(y.shape[:-1]), limit=limit)
+            output_slot, lease = self._where(y, plan)
+            return flat, row_weights, small, output_slot, lease
+
+        flat, row_weights, small, output_slot, lease = self._vetted(prepare)
+        sums_here = self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None)
+        landing = self._num_combines % self.spec.num_slots
+        self._num_combines += 1
+        signature = _checksum((plan.stamp, None if extras is None else _shapes(small)))
+        word = Word(Kind.COMBINE, landing, PUSHED if sums_here else output_slot, signature)
+        sequence = self._consent.take()
+        self._consent.post(sequence, word)
+        steps = self._combine_steps(sequence, word, plan, flat, row_weights, bias, None if extras is None else small)
+        pending = self._queue.start(word.kind, steps)
+        if lease is not None:
+            self._slots_read[lease.slot] = pending
+        return pending
+
+    # --- when things go wrong ----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises the CapacityError of an earlier ``rows="capacity"`` dispatch, once."""
+        error, self._sticky = self._sticky, None
+        if error is not None:
+            raise error
+
+    def abort(self, reason: str) -> None:
+        """Gives up on this rank, between two calls or with calls in flight: every peer raises PeerFailed at once.
+
+        What is in flight here is void. The next call works again, on all ranks. Leaving the ``with`` block by an
+        exception does this too.
+        """
+        self._check_open()
+        self._queue.fail(reason)
+
+    def reset(self) -> None:
+        """Forgets what went wrong here, without a word to the peers; calls in flight are given up (``abort``). Local."""
+        self._check_open()
+        self._sticky = None
+        if self._raised is None:
+            self._queue.fail("it was reset")
+        self._raised = None
+
+    def close(self) -> None:
+        """Leaves: a peer that waits for this rank raises PeerFailed. Local; rows that were handed out stay readable."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._consent.leave()
+            self._transport.close()
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and error is not self._raised and not self._is_closed:
+            self.abort(f"{type(error).__name__}: {error}")
+        self.close()
+
+    # --- what was counted --------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> Stats:
+        """What this rank has counted so far."""
+        return Stats(num_tokens_per_expert=self._num_tokens_per_expert.clone(), wait_s=self._queue.wait_s.clone())
+
+    def gather_stats(self) -> Stats:
+        """Everybody's: tokens per expert int64 [E], and the matrix of waits float64 [P, P], [waiting rank, peer]. Collective."""
+        all_stats: list[Any] = self._members.all_gather(self.stats)
+        return Stats(
+            num_tokens_per_expert=torch.cat([stats.num_tokens_per_expert for stats in all_stats]),
+            wait_s=torch.stack([stats.wait_s for stats in all_stats]),
+        )
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "open"
+        return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
+
+    # --- inside --------------------------------------------------------------------------------------------------------
+
+    def _dispatch_steps(
+        self, sequence: int, word: Word, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows, *, copy: bool
+    ) -> Steps[Received]:
+        words = yield from self._consent.words(sequence, word)
+        plan = routing if isinstance(routing, Plan) else self._plan(sequence, routing, mode)
+        slots = [theirs.slot for theirs in words]
+        self._backend.push_rows(plan, outgoing, slots)
+        self._consent.signal(sequence)
+        yield from self._consent.arrivals(sequence, range(len(words)))
+        num_rows = plan.num_rows if mode == "exact" else self._slot_rows
+        landed = self._backend.landed(plan, outgoing, word.slot, num_rows=num_rows)
+        if self._debug:
+            self._poison(word.slot, "outputs")
+        self._num_tokens_per_expert += plan.num_tokens_per_expert
+        return self._received(landed, word.slot, copy=copy)
+
+    def _combine_steps(
+        self,
+        sequence: int,
+        word: Word,
+        plan: Plan,
+        y: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        extras: tuple[Tensor, ...] | None,
+    ) -> Steps[Any]:
+        words = yield from self._consent.words(sequence, word)
+        pushes = word.output_slot == PUSHED
+        landing_slots = [theirs.slot for theirs in words]
+        sums_here = self.spec.reduce == "rank"
+        if pushes or extras:
+            row_weights = weights if sums_here else None
+            self._backend.push_outputs(plan, y if pushes else None, extras or (), row_weights, landing_slots)
+            self._consent.signal(sequence)
+        senders = [peer for peer, theirs in enumerate(words) if extras or theirs.output_slot == PUSHED]
+        yield from self._consent.arrivals(sequence, senders)
+        output_slots = [theirs.output_slot for theirs in words]
+        out = self._backend.sum_rows(plan, None if sums_here else weights, bias, output_slots, word.slot)
+        if extras is None:
+            return out
+        return out, self._backend.returned_extras(plan, extras, word.slot)
+
+    def _plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> Plan:
+        """The plan of a fresh dispatch; of an overflow with ``rows="capacity"``, that of no rows, on all ranks."""
+        counts = self._backend.read_counts(sequence)
+        try:
+            check_capacity(self.spec, self.topology, counts)
+        except CapacityError as error:
+            if mode == "exact":
+                raise
+            self._sticky = self._sticky or error
+            counts, topk_idx = torch.zeros_like(counts), torch.full_like(topk_idx, -1)
+        return make_plan(
+            self.spec,
+            self.topology,
+            rank=self.rank,
+            topk_idx=topk_idx,
+            counts=counts,
+            stamp=sequence,
+            buffer_id=self._id,
+        )
+
+    def _received(self, landed: Landed, slot: int, *, copy: bool) -> Received:
+        plan, num_rows = landed.plan, landed.data.shape[0]
+        lead = (num_rows,)
+        if isinstance(self.spec.layout, Padded):
+            num_local = plan.num_tokens_per_expert.shape[0]
+            lead = (num_local, num_rows // num_local)
+
+        def shaped(rows: Tensor) -> Tensor:
+            return rows.view(*lead, *rows.shape[1:])
+
+        lease = self._leases[slot] = Lease(slot, plan.stamp)
+        rows: Tensor | Quantized = shaped(landed.data.clone() if copy else landed.data)
+        if landed.scale is not None:
+            rows = Quantized(rows, shaped(landed.scale.clone() if copy else landed.scale))
+        return Received(
+            plan=plan,
+            num_rows=plan.num_rows,
+            num_tokens_per_expert=plan.num_tokens_per_expert,
+            expert_offsets=plan.segment_starts.to(torch.int32) if isinstance(self.spec.layout, Expanded) else None,
+            topk_idx=landed.topk_idx,
+            weights=None if landed.weights is None else shaped(landed.weights),
+            src_idx=shaped(landed.src_idx),
+            extras=tuple(shaped(extra) for extra in landed.extras),
+            _rows=rows,
+            _lease=None if copy else lease,
+            _outputs=shaped(self._views["outputs"][slot, :num_rows]),
+            _outputs_lease=lease,
+        )
+
+    def _where(self, y: Tensor, plan: Plan) -> tuple[int, Lease | None]:
+        """The slot whose output rows ``y`` is, or PUSHED; and the lease of the slot that it lies in, if any."""
+        for name in ("outputs", "data"):
+            region = self._views[name]
+            offset = y.data_ptr() - region.data_ptr()
+            if y.numel() and 0 <= offset < region.nbytes:
+                slot, within = divmod(offset, region.nbytes // self.spec.num_slots)
+                lease = self._leases[slot]
+                if lease is None or lease.stamp != plan.stamp:
+                    raise ConfigError(
+                        f"y lies in receive slot {slot}, which a later dispatch has taken; combine rows before their slot "
+                        f"comes round, or pass a tensor of your own"
+                    )
+                in_place = name == "outputs" and within == 0 and y.is_contiguous()
+                return slot if in_place else PUSHED, lease
+        return PUSHED, None
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("the buffer is closed; make a new one")
+
+    def _check_room(self) -> None:
+        self._check_open()
+        self._queue.check_room()
+
+    def _vetted(self, prepare: Callable[[], Result]) -> Result:
+        """What ``prepare`` gives. When it raises, calls in flight are finished first and then every peer is told."""
+        self._raised = None
+        try:
+            self.check()
+            return prepare()
+        except CrossdockError as error:
+            self._raised = error
+            try:
+                self._queue.drain()
+            finally:
+                self._queue.fail(f"{type(error).__name__}: {error}")
+            raise
+
+    def _poison(self, slot: int, *names: str) -> None:
+        for name in names:
+            if name in self._views:
+                self._views[name][slot].view(torch.uint8).fill_(0xFF)
+
+
+def _agree(members: Group, spec: Spec, timeout_s: float) -> int:
+    """Finds disagreement between ranks, on all of them; gives a number that is theirs alone. Collective."""
+    problem = None
+    if not isinstance(spec, Spec):
+        problem = f"spec is a {type(spec).__name__}; pass a crossdock.Spec"
+    elif timeout_s <= 0:
+        problem = f"timeout_s={timeout_s}; pass a positive number of seconds"
+    hello = (__version__, problem, pickle.dumps(spec), secrets.randbits(63))
+    hellos: list[Any] = members.all_gather(hello)
+    for rank, (version, theirs, _, _) in enumerate(hellos):
+        if theirs is not None:
+            raise ConfigError(f"rank {rank}: {theirs}")
+        if version != hellos[0][0]:
+            raise ConfigError(
+                f"rank {rank} runs crossdock {version}, rank 0 runs {hellos[0][0]}; install the same version everywhere"
+            )
+    specs = [pickle.loads(pickled) for _, _, pickled, _ in hellos]
+    for rank, other in enumerate(specs):
+        if differences := specs[0].differences(other):
+            raise ConfigError(f"the Specs of rank 0 and rank {rank} differ in {'; '.join(differences)}; pass the same to all")
+    return int(hellos[0][3])
+
+
+def _shapes(extras: Sequence[Tensor]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(str(extra.dtype), tuple(extra.shape[1:])) for extra in extras]
+
+
+def _checksum(value: object) -> int:
+    return zlib.crc32(repr(value).encode()) & 0xFFFF

@@ -1,0 +1,228 @@
+"""Who may touch what, when: words, sequence numbers, abort. Pure logic over a Mailbox; nothing here waits or moves rows.
+
+Every collective call begins with one word from each rank to each peer. It says: everything I issued before this is done,
+my slot may be overwritten, my outputs may be read. No peer memory is touched before the words of all ranks for this call
+have been seen. What has to wait for peers is a generator that yields the peers still missing; whoever drives it decides
+how to wait and for how long.
+
+A sequence number has 40 bits: 8 of the epoch, 32 of the call in it. A call that fails on any rank ends the epoch on all
+of them: the rank that fails raises a flag at every peer, a rank that misses something from a flagged peer fails too, and
+each goes on with call 0 of the next epoch. So nothing that was in flight can be mistaken for something later, and ranks
+are in step again without a word exchanged. Compared with ``==`` only, modulo 2**40: nothing is ever reset.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+from crossdock.errors import CrossdockError, PeerFailed, PeerTimeout, TransportError
+
+SEQUENCE_MASK = 2**40 - 1
+EPOCH_SHIFT = 32
+PAYLOAD_BITS = 24
+PAYLOAD_MASK = 2**PAYLOAD_BITS - 1
+PUSHED = 7
+"""In place of an output slot: this rank pushes its rows, they are not to be pulled."""
+_FLAG = 1
+
+_REASON_HEADER = struct.Struct("<i?")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a call is waiting for: peers, and what they have not done yet."""
+
+    peers: Sequence[int]
+    what: str
+
+
+Waiting = Generator[Missing, None, None]
+
+
+class Kind(IntEnum):
+    """What a rank is doing; 0 is no word."""
+
+    DISPATCH = 1
+    CACHED_DISPATCH = 2
+    COMBINE = 3
+
+    def __str__(self) -> str:
+        return self.name.lower().replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Word:
+    """What a begin word says besides its sequence number: 24 bits of payload.
+
+    Fields: kind (2 bits); slot (3), where peers may write: a receive slot of a dispatch, a landing slot of a combine;
+    output_slot (3), where peers may read a combine's rows, or ``PUSHED``; signature (16), a checksum of what must be
+    the same on all ranks (plan, extras, row mode).
+    """
+
+    kind: Kind
+    slot: int
+    output_slot: int = PUSHED
+    signature: int = 0
+
+    def payload(self) -> int:
+        """The word in 24 bits."""
+        return self.kind << 22 | self.slot << 19 | self.output_slot << 16 | self.signature & 0xFFFF
+
+    @staticmethod
+    def of(payload: int) -> Word:
+        """The word from its 24 bits."""
+        return Word(Kind(payload >> 22 & 3), payload >> 19 & 7, payload >> 16 & 7, payload & 0xFFFF)
+
+
+class Mailbox(Protocol):
+    """Boxes of 64-bit words at every rank, one entry per (index, sender)."""
+
+    def post(self, peer: int, box: str, index: int, value: int) -> None:
+        """Writes this rank's entry ``box[index]`` at a peer, after everything this rank wrote before (release)."""
+
+    def load(self, box: str, index: int, sender: int) -> int:
+        """Reads a sender's entry here; what it wrote before is visible then (acquire)."""
+
+    def write_reason(self, peer: int, text: bytes) -> None:
+        """Leaves a text at a peer, to be read after a flag; what does not fit is cut off."""
+
+    def read_reason(self, sender: int) -> bytes:
+        """The text that a sender left here."""
+
+
+def stamped(sequence: int, value: int) -> int:
+    """A word on its way: 40 bits of sequence number, 24 of value, as a signed 64-bit integer."""
+    word = (sequence & SEQUENCE_MASK) << PAYLOAD_BITS | value
+    return word - 2**64 if word >= 2**63 else word
+
+
+class Consent:
+    """One rank's side of the protocol.
+
+    Args:
+        mailbox: reaches the peers' boxes.
+        rank: this rank.
+        num_ranks: P.
+        ring: entries per sender in each ring box; twice the calls a rank may have in flight. A rank posts call n when
+            its own n - ring / 2 is complete, for which every peer had begun it, and so had completed n - ring.
+        first: the first sequence number; all ranks start with the same.
+    """
+
+    def __init__(self, mailbox: Mailbox, *, rank: int, num_ranks: int, ring: int, first: int = 1 << EPOCH_SHIFT) -> None:
+        self._mailbox = mailbox
+        self._rank = rank
+        self._peers = range(num_ranks)
+        self._ring = ring
+        self.next_sequence = first
+
+    @property
+    def epoch(self) -> int:
+        """Calls of another epoch cannot be mistaken for this one's; 0 to 255, then 0 again."""
+        return self.next_sequence >> EPOCH_SHIFT
+
+    def take(self) -> int:
+        """The sequence number of the next call."""
+        sequence = self.next_sequence
+        self.next_sequence = (sequence + 1) & SEQUENCE_MASK
+        return sequence
+
+    def entry(self, sequence: int) -> int:
+        """The ring entry of a call."""
+        return sequence % self._ring
+
+    def post(self, sequence: int, word: Word) -> None:
+        """Gives this rank's word for the call to every rank, itself included."""
+        value = stamped(sequence, word.payload())
+        for peer in self._peers:
+            self._mailbox.post(peer, "words", self.entry(sequence), value)
+
+    def words(self, sequence: int, own: Word) -> Generator[Missing, None, list[Word]]:
+        """All ranks' words for the call, once they are here.
+
+        Raises:
+            PeerFailed: a rank does something else in this call; all ranks find that, and all raise.
+        """
+        payloads = dict.fromkeys(self._peers, 0)
+
+        def arrived(peer: int) -> bool:
+            value = self._mailbox.load("words", self.entry(sequence), peer)
+            payloads[peer] = value & PAYLOAD_MASK
+            return _is_stamped(value, sequence)
+
+        yield from self._until(arrived, self._peers, "begin")
+        words = [Word.of(payloads[peer]) for peer in self._peers]
+        for peer, word in enumerate(words):
+            if word.kind != own.kind:
+                raise PeerFailed(peer, f"it is in {word.kind} while rank {self._rank} is in {own.kind}; all ranks "
+                                 f"issue the same calls in the same order")  # fmt: skip
+        for peer, word in enumerate(words):
+            if word.signature != own.signature:
+                raise PeerFailed(
+                    peer,
+                    f"its {word.kind} differs from that of rank {self._rank}; plan, rows=, the presence of weights and "
+                    f"extras, and the extras' dtypes and trailing shapes must be the same on all ranks",
+                )
+        return words
+
+    def signal(self, sequence: int) -> None:
+        """Tells every rank that all rows this rank owes it in this call are in place."""
+        for peer in self._peers:
+            self._mailbox.post(peer, "arrived", self.entry(sequence), stamped(sequence, 0))
+
+    def arrivals(self, sequence: int, senders: Sequence[int]) -> Waiting:
+        """Done when all rows that the senders owe this rank are in place."""
+
+        def arrived(peer: int) -> bool:
+            return _is_stamped(self._mailbox.load("arrived", self.entry(sequence), peer), sequence)
+
+        yield from self._until(arrived, senders, "send its rows of")
+
+    def fail(self, error: CrossdockError | str) -> None:
+        """Ends the epoch here and flags it at every peer; an error that a peer caused is passed on under its rank."""
+        culprit = error.rank if isinstance(error, (PeerFailed, PeerTimeout)) else self._rank
+        why = error.reason if isinstance(error, PeerFailed) else str(error)
+        reason = _REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode()
+        flag = stamped(self.next_sequence >> EPOCH_SHIFT << EPOCH_SHIFT, _FLAG)
+        for peer in self._peers:
+            if peer != self._rank:
+                self._mailbox.write_reason(peer, reason)
+                self._mailbox.post(peer, "aborts", 0, flag)
+        self.next_sequence = ((self.epoch + 1) << EPOCH_SHIFT) & SEQUENCE_MASK
+
+    def leave(self) -> None:
+        """Tells every peer that this rank takes part in nothing any more."""
+        for peer in self._peers:
+            if peer != self._rank:
+                self._mailbox.post(peer, "closed", 0, _FLAG)
+
+    def _until(self, arrived: Callable[[int], bool], senders: Sequence[int], what: str) -> Waiting:
+        """Yields the senders still missing until there are none; fails when one that is missing has given up."""
+        missing = list(senders)
+        while missing := [peer for peer in missing if not arrived(peer)]:
+            for peer in missing:
+                gone = self._gave_up(peer)
+                # A rank posts its word before it fails or leaves: look again, or a call that can complete would not.
+                if gone is not None and not arrived(peer):
+                    raise gone
+            yield Missing(missing, what)
+
+    def _gave_up(self, peer: int) -> TransportError | None:
+        """The error to raise for a peer that has failed in this epoch (or a later one) or has closed its buffer."""
+        flag = self._mailbox.load("aborts", 0, peer)
+        ahead = (flag >> (PAYLOAD_BITS + EPOCH_SHIFT)) - self.epoch & 0xFF
+        if flag & PAYLOAD_MASK == _FLAG and ahead < 128:
+            reason = self._mailbox.read_reason(peer)
+            culprit, timed_out = _REASON_HEADER.unpack_from(reason)
+            why = reason[_REASON_HEADER.size :].rstrip(b"\0").decode(errors="ignore")
+            return PeerTimeout(culprit, why) if timed_out else PeerFailed(culprit, why)
+        if self._mailbox.load("closed", 0, peer):
+            return PeerFailed(peer, "it has closed its buffer")
+        return None
+
+
+def _is_stamped(value: int, sequence: int) -> bool:
+    return value >> PAYLOAD_BITS & SEQUENCE_MASK == sequence

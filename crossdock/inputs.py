@@ -1,0 +1,219 @@
+"""What the verbs accept, checked once, at the border.
+
+Letters: T tokens here, K top-k, H hidden, E experts, R rows received, L local experts, C capacity, M max_tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crossdock.errors import ConfigError
+from crossdock.layout import Padded
+from crossdock.plan import Plan
+from crossdock.spec import Spec
+from crossdock.wire import Fp8, Quantized
+
+_QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_no_grad(*tensors: Tensor | Quantized | None) -> None:
+    """The plain verbs record no gradient, so they take no input that wants one."""
+    if not torch.is_grad_enabled():
+        return
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ConfigError(
+                "an input requires grad, and this verb records no gradient; pass x.detach(), or call it under "
+                "torch.no_grad()"
+            )
+
+
+def check_tokens(spec: Spec, x: Tensor | Quantized) -> int:
+    """Rows to dispatch: [T, H] of the wire's dtype, or to be cast, or Quantized. Gives T."""
+    data = x.data if isinstance(x, Quantized) else x
+    _check_tensor("x", data)
+    if data.dim() != 2 or data.shape[1] != spec.hidden:
+        raise ConfigError(f"x has shape {_shape(data)}; this buffer takes [tokens, hidden={spec.hidden}]")
+    if data.shape[0] > spec.max_tokens:
+        raise ConfigError(
+            f"x has {data.shape[0]} tokens, more than max_tokens={spec.max_tokens}; split the batch, or make the "
+            f"Spec with a larger max_tokens"
+        )
+    if isinstance(x, Quantized):
+        _check_quantized(spec, x)
+    elif isinstance(spec.wire, Fp8):
+        if data.dtype not in _QUANTIZABLE:
+            raise ConfigError(
+                f"x is {_name(data)}; {spec.wire} casts bfloat16, float16 or float32 rows: pass one of them, or "
+                f"Quantized(data, scale)"
+            )
+    elif data.dtype != spec.wire.dtype:
+        raise ConfigError(
+            f"x is {_name(data)}, the wire is {spec.wire}; pass x.to({spec.wire.dtype}), or make the Spec with "
+            f"another wire"
+        )
+    return data.shape[0]
+
+
+def check_topk_idx(spec: Spec, topk_idx: Tensor, num_tokens: int) -> None:
+    """Picks: int64 or int32 [T, K], -1 for none, experts 0 .. E - 1, no expert twice for a token."""
+    _check_tensor("topk_idx", topk_idx)
+    if topk_idx.dtype not in (torch.int64, torch.int32):
+        raise ConfigError(f"topk_idx is {_name(topk_idx)}; pass int64 or int32")
+    if topk_idx.shape != (num_tokens, spec.num_topk):
+        raise ConfigError(
+            f"topk_idx has shape {_shape(topk_idx)}; pass [tokens={num_tokens}, num_topk={spec.num_topk}], with -1 "
+            f"where a token has fewer picks"
+        )
+    picks = topk_idx.numpy()
+    if not picks.size:
+        return
+    if picks.min() < -1 or picks.max() >= spec.num_experts:
+        token, pick = np.argwhere((picks < -1) | (picks >= spec.num_experts))[0]
+        raise ConfigError(
+            f"topk_idx[{token}, {pick}] = {picks[token, pick]}; experts are 0 to {spec.num_experts - 1}, and -1 is no pick"
+        )
+    ordered = np.sort(picks.astype(np.int16) if spec.num_experts < 2**15 else picks, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        token, at = np.argwhere(twice)[0]
+        raise ConfigError(
+            f"topk_idx[{token}] picks expert {ordered[token, at]} more than once; the picks of a token are distinct"
+        )
+
+
+def check_weights(spec: Spec, weights: Tensor | None, num_tokens: int) -> None:
+    """Weights of picks: float32 [T, K]."""
+    if weights is None:
+        return
+    _check_tensor("weights", weights)
+    _check_float32("weights", weights)
+    if weights.shape != (num_tokens, spec.num_topk):
+        raise ConfigError(
+            f"weights has shape {_shape(weights)}; pass one weight per pick, [tokens={num_tokens}, num_topk={spec.num_topk}]"
+        )
+
+
+def check_token_extras(spec: Spec, extras: Sequence[Tensor], num_tokens: int) -> None:
+    """Opaque tensors that travel with tokens: [T, ...] of any dtype, together at most ``spec.extra_bytes`` per token."""
+    for i, extra in enumerate(extras):
+        _check_tensor(f"extras[{i}]", extra)
+        if extra.dim() < 1 or extra.shape[0] != num_tokens:
+            raise ConfigError(f"extras[{i}] has shape {_shape(extra)}; pass one entry per token, [tokens={num_tokens}, ...]")
+    num_bytes = sum(math.prod(extra.shape[1:]) * extra.element_size() for extra in extras)
+    if num_bytes > spec.extra_bytes:
+        raise ConfigError(
+            f"extras take {num_bytes} bytes per token, the Spec has extra_bytes={spec.extra_bytes}; make the Spec with "
+            f"extra_bytes={num_bytes}"
+        )
+
+
+def check_plan(plan: Plan, buffer_id: int) -> None:
+    """A plan is good for the buffer that made it."""
+    if not isinstance(plan, Plan):
+        raise ConfigError(f"plan is a {type(plan).__name__}; pass recv.plan of an earlier dispatch of this buffer")
+    if plan.buffer_id != buffer_id:
+        raise ConfigError("the plan was made by another buffer; pass recv.plan of a dispatch of this one")
+
+
+def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> Tensor:
+    """Experts' outputs of a plan: shaped as the rows that came, in the combine format. Gives them as [R, H]."""
+    _check_tensor("y", y)
+    if y.dtype != spec.combine_dtype:
+        raise ConfigError(f"y is {_name(y)}; outputs go home as {spec.combine_dtype}: pass y.to({spec.combine_dtype})")
+    hidden = spec.hidden
+    if isinstance(spec.layout, Padded):
+        num_local = plan.num_tokens_per_expert.shape[0]
+        allowed = [(num_local, slot_rows // num_local, hidden)]
+    else:
+        allowed = [(plan.num_rows, hidden), (slot_rows, hidden)]
+    if tuple(y.shape) not in allowed:
+        shapes = " or ".join(str(list(shape)) for shape in dict.fromkeys(allowed))
+        raise ConfigError(f"y has shape {_shape(y)}; pass the outputs in the places of the rows that came, {shapes}")
+    return y.reshape(-1, hidden)
+
+
+def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, y: Tensor) -> Tensor | None:
+    """Weights of a combine: of this rank's picks [T, K], or, where ranks sum, of the rows that came [R]. Gives [T, K] or [R]."""
+    if weights is None:
+        return None
+    _check_tensor("weights", weights)
+    _check_float32("weights", weights)
+    if spec.reduce == "token":
+        check_weights(spec, weights, plan.num_tokens)
+        return weights
+    if weights.numel() != y.shape[0] or weights.shape[-1:] == (spec.num_topk,) and weights.dim() == 2 and not isinstance(spec.layout, Padded):
+        raise ConfigError(
+            f"weights has shape {_shape(weights)}; with reduce='rank' rows are weighted where they are: pass one weight per "
+            f"row that came, [{y.shape[0]}] (recv.weights, when dispatch was given weights=)"
+        )
+    return weights.reshape(-1)
+
+
+def check_bias(spec: Spec, plan: Plan, bias: Tensor | None) -> None:
+    """What is added to every sum: [T, H] or [H], floating-point."""
+    if bias is None:
+        return
+    _check_tensor("bias", bias)
+    if not bias.is_floating_point() or tuple(bias.shape) not in ((plan.num_tokens, spec.hidden), (spec.hidden,)):
+        raise ConfigError(
+            f"bias is {_name(bias)} {_shape(bias)}; pass a floating-point [tokens={plan.num_tokens}, "
+            f"hidden={spec.hidden}] or [hidden={spec.hidden}]"
+        )
+
+
+def check_row_extras(extras: Sequence[Tensor], y: Tensor, *, lead: tuple[int, ...], limit: int) -> tuple[Tensor, ...]:
+    """Small float32 tensors that go home with rows: [*lead, ...] as the rows came. Gives them as [R, ...]."""
+    flat = []
+    for i, extra in enumerate(extras):
+        _check_tensor(f"extras[{i}]", extra)
+        _check_float32(f"extras[{i}]", extra)
+        if tuple(extra.shape[: len(lead)]) != lead:
+            raise ConfigError(f"extras[{i}] has shape {_shape(extra)}; pass one entry per row that came, {[*lead, '...']}")
+        flat.append(extra.reshape(y.shape[0], *extra.shape[len(lead) :]))
+    num_bytes = sum(math.prod(extra.shape[1:]) * extra.element_size() for extra in flat)
+    if num_bytes > limit:
+        raise ConfigError(
+            f"extras take {num_bytes} bytes per row; {limit} can come home (4 per pick and extra_bytes): make the Spec with a "
+            f"larger extra_bytes"
+        )
+    return tuple(flat)
+
+
+def _check_quantized(spec: Spec, x: Quantized) -> None:
+    wire = spec.wire
+    if not isinstance(wire, Fp8):
+        raise ConfigError(f"x is Quantized, the wire is {wire}; make the Spec with wire=Fp8(...), or pass a plain tensor")
+    if x.data.dtype != wire.dtype:
+        raise ConfigError(f"x.data is {_name(x.data)}; {wire} takes {wire.dtype}")
+    _check_tensor("x.scale", x.scale)
+    expected = (x.data.shape[0], wire.num_scales(spec.hidden))
+    if tuple(x.scale.shape) != expected or x.scale.dtype != wire.scale_dtype:
+        raise ConfigError(
+            f"x.scale is {_name(x.scale)} {_shape(x.scale)}; {wire} takes {wire.scale_dtype} {list(expected)}"
+        )
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ConfigError(f"{name} is a {type(tensor).__name__}; pass a tensor")
+    if tensor.device.type != "cpu":
+        raise ConfigError(f"{name} is on {tensor.device}; this buffer moves rows on cpu: pass {name}.cpu()")
+
+
+def _check_float32(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise ConfigError(f"{name} is {_name(tensor)}; pass float32")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,172 @@
+"""Calls that were started: their order, what they wait for, and what becomes of them when one fails."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Generic, TypeVar
+
+import torch
+
+from crossdock.consent import Consent, Kind, Missing
+from crossdock.errors import ConfigError, CrossdockError, PeerTimeout, TransportError
+from crossdock.transport.base import Transport
+
+Result = TypeVar("Result")
+Steps = Generator[Missing, None, Result]
+_LOOK_AGAIN_S = 0.05
+"""How often a rank that waits looks whether the peers it misses still exist."""
+
+
+class Pending(Generic[Result]):
+    """A call that was started. ``wait()`` finishes it; nothing of ours runs in between.
+
+    Inputs must not change before ``wait()`` has returned. Calls run in the order in which they were started, so waiting
+    for one finishes those before it.
+    """
+
+    def __init__(self, queue: CallQueue, kind: Kind, steps: Steps[Result]) -> None:
+        self.kind = kind
+        self._queue = queue
+        self._steps = steps
+        self._result: list[Result] = []
+        self._error: BaseException | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether ``wait()`` would return (or raise) at once."""
+        return bool(self._result) or self._error is not None
+
+    def wait(self) -> Result:
+        """The call's result, once it is there; later calls of ``wait()`` give the same.
+
+        Raises:
+            PeerTimeout: a peer did not do its part within the buffer's ``timeout_s``; the call is void.
+            PeerFailed: a peer gave up; the call is void.
+            CapacityError: more rows than a rank has room for; all ranks raise, no row was moved.
+        """
+        self._queue.finish(self)
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
+
+    def advance(self) -> Missing | None:
+        """Goes as far as it can without waiting: what it waits for, or None when it is done."""
+        try:
+            return next(self._steps)
+        except StopIteration as stop:
+            self._result.append(stop.value)
+        except CrossdockError as error:
+            self._error = error
+        return None
+
+    def void(self, error: BaseException) -> None:
+        """Gives up: ``wait()`` will raise the error."""
+        self._error = error
+        self._steps.close()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ``wait()`` raises, when the call has failed."""
+        return self._error
+
+
+class CallQueue:
+    """The calls in flight, oldest first. Only the oldest moves rows, so calls are done in the same order everywhere."""
+
+    def __init__(self, consent: Consent, transport: Transport, *, depth: int, timeout_s: float) -> None:
+        self.wait_s = torch.zeros(transport.num_ranks, dtype=torch.float64)
+        """How long this rank has waited for each peer."""
+        self._consent = consent
+        self._transport = transport
+        self._depth = depth
+        self._timeout_s = timeout_s
+        self._running: deque[Pending[object]] = deque()
+        self._unwaited: list[Pending[object]] = []
+
+    def check_room(self) -> None:
+        """Raises ConfigError when as many calls as there are slots have been started and not waited for."""
+        if len(self._unwaited) >= self._depth:
+            raise ConfigError(
+                f"{len(self._unwaited)} calls were started and not waited for, and there are num_slots={self._depth} slots; "
+                f"call wait() on the oldest first, or make the Spec with more slots"
+            )
+
+    def start(self, kind: Kind, steps: Steps[Result]) -> Pending[Result]:
+        """Puts a call behind the others and goes as far as is possible without waiting."""
+        pending = Pending(self, kind, steps)
+        self._running.append(pending)  # type: ignore[arg-type]
+        self._unwaited.append(pending)  # type: ignore[arg-type]
+        self._advance()
+        return pending
+
+    def finish(self, pending: Pending[Result]) -> None:
+        """Drives the oldest calls until this one is done, one way or the other."""
+        self._wait_until(lambda: pending.is_done)
+        self._unwaited = [other for other in self._unwaited if other is not pending]
+
+    def drain(self) -> None:
+        """Finishes every call in flight; their results stay to be waited for."""
+        self._wait_until(lambda: not self._running)
+
+    def fail(self, error: CrossdockError | str) -> None:
+        """Tells all peers that this rank gives up, and voids what is in flight here."""
+        self._consent.fail(error)
+        cause = error if isinstance(error, CrossdockError) else TransportError(f"this rank gave up: {error}")
+        for pending in self._running:
+            pending.void(cause)
+        self._running.clear()
+        self._unwaited.clear()
+
+    def holds(self, pending: Pending[Result] | None) -> bool:
+        """Whether a call has been started and not waited for."""
+        return any(other is pending for other in self._unwaited)
+
+    def _advance(self) -> Missing | None:
+        """Moves the oldest call, then the next: what the oldest waits for, or None when none is left."""
+        while self._running:
+            head = self._running[0]
+            try:
+                missing = head.advance()
+            except BaseException as error:
+                self.fail(f"{type(error).__name__}: {error}")
+                raise
+            if missing is not None:
+                return missing
+            self._running.popleft()
+            if isinstance(head.error, TransportError):
+                self.fail(head.error)
+        return None
+
+    def _wait_until(self, is_done: Callable[[], bool]) -> None:
+        head, num_polls = None, 0
+        began = looked = last = time.perf_counter()
+        while not is_done():
+            missing = self._advance()
+            if missing is None or is_done():
+                continue
+            now = time.perf_counter()
+            if self._running[0] is not head:
+                head, num_polls, began = self._running[0], 0, now
+            else:
+                self.wait_s[list(missing.peers)] += now - last
+            last = now
+            if now - began > self._timeout_s:
+                self._give_up(head, missing.peers[0], missing.what, f"within timeout_s={self._timeout_s:g}")
+            elif now - looked > _LOOK_AGAIN_S:
+                looked = now
+                for peer in missing.peers:
+                    if not self._transport.is_alive(peer):
+                        self._give_up(head, peer, missing.what, "and its process is gone")
+                        break
+            self._transport.idle(num_polls)
+            num_polls += 1
+
+    def _give_up(self, head: Pending[object], peer: int, what: str, when: str) -> None:
+        self._running.popleft()
+        error = PeerTimeout(peer, f"rank {peer} did not {what} this {head.kind} {when}; the call is void on every rank")
+        head.void(error)
+        self.fail(error)
+
+

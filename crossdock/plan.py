@@ -1,0 +1,351 @@
+"""Where each row goes: counts -> prefix sums -> Plan. Tensor maths on the host; nothing is communicated here.
+
+Letters: T tokens here, K top-k, E experts, L local experts, P ranks, U ranks of a node, N nodes, W = E + P (+ N) counts,
+Q rows this rank sends, n peers of a hop, B blocks of rows of a hop.
+
+The rows that one rank sends to one segment of one peer (a *block*) are contiguous in the sender's order and contiguous
+where they land. So three small matrices, the same on every rank, and one list of row numbers say all there is to say:
+``counts``, ``send_starts`` and ``dst_starts``, each [n, B], and ``send_idx`` [Q].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int, Int32, Int64
+from torch import Tensor
+
+from crossdock.errors import CapacityError
+from crossdock.layout import Padded
+from crossdock.spec import Spec, Topology
+
+Ints = npt.NDArray[np.int64]
+_NONE = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Hop:
+    """One flat exchange along one axis of the mesh; blocks ``j * B / n .. (j + 1) * B / n - 1`` go to ``peers[j]``."""
+
+    axis: Literal["scale_up", "scale_out"]
+    peers: tuple[int, ...]
+    own: int
+    """This rank's place among ``peers``."""
+    send_idx: Int64[Tensor, "Q"]
+    """Which row of this hop's input each sent row is, block after block."""
+    send_pick: Int64[Tensor, "Q"] | None
+    """Which of its token's picks each sent row serves; None where a row serves all picks of its rank."""
+    counts: Int64[Tensor, "n B"]
+    """Rows that each peer sends in each block."""
+    send_starts: Int64[Tensor, "n B"]
+    """Where each block begins in its sender's order."""
+    dst_starts: Int64[Tensor, "n B"]
+    """The row at the receiver where each block begins."""
+
+    @property
+    def num_blocks_per_peer(self) -> int:
+        """B / n, the segments of one receiver."""
+        return self.counts.shape[1] // len(self.peers)
+
+    @cached_property
+    def send_blocks(self) -> Ints:
+        """The block of each sent row, [Q], for the peer whose ``send_idx`` this is."""
+        return np.repeat(np.arange(self.counts.shape[1]), self._own(self.counts))
+
+    @cached_property
+    def send_dst_rows(self) -> Ints:
+        """The row at its receiver of each sent row, [Q]."""
+        shift = self._own(self.dst_starts) - self._own(self.send_starts)
+        return np.arange(self.send_blocks.size) + shift[self.send_blocks]
+
+    def _own(self, matrix: Tensor) -> Ints:
+        return matrix.numpy()[self.own]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan:
+    """Everything about one routing: tensors and ints only, usable for any number of dispatches and combines.
+
+    A rank of one domain needs one hop. With two axes ``hops[0]`` goes over the slow one, to the rail peers of the
+    nodes, carrying ``carried`` with its rows; ``hops[1]`` fans them out over the fast one, and its ``send_idx`` is known
+    once rows have landed (``landed_hop``).
+    """
+
+    rank: int
+    buffer_id: int
+    """The buffer that made it, 0 for none."""
+    stamp: int
+    """The sequence number of the dispatch that made it, the same on all ranks."""
+    topk_idx: Int[Tensor, "T K"]
+    hops: tuple[Hop, ...]
+    back: Hop
+    """The way home of the rows that are summed at their owner: ``hops[0]``, or one row per rank with reduce='rank'."""
+    pick_pos: Int64[Tensor, "T K"]
+    """Place in the sending order of ``hops[0]`` of the row that serves each pick; -1: no pick."""
+    back_pos: Int64[Tensor, "T K"]
+    """The same for ``back``."""
+    sums_by_pick: bool
+    """Whether the owner adds rows in the order of picks, else in the order of ranks."""
+    num_rows: int
+    """R, rows in the receive slot up to the end of the last segment."""
+    num_tokens_per_expert: Int32[Tensor, "L"]
+    segment_starts: Int64[Tensor, "segments"]
+    """First row of each segment of this rank, and the end."""
+    segment_rows: Int64[Tensor, "segments"]
+    """Rows in each segment of this rank."""
+    carried: Int64[Tensor, "Q K"] | None = None
+    """Two hops: for each row of ``hops[0]`` and pick, local rank * slot rows + final row there, or -1."""
+    partial_rows: Int32[Tensor, "R K"] | None = None
+    """reduce='rank', filled on arrival: for each (token, rank) pair that came here, its rows in pick order, or -1."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens of this rank."""
+        return self.topk_idx.shape[0]
+
+    @cached_property
+    def terms(self) -> Int64[Tensor, "T J"]:
+        """Rows that are summed into each token, as places in ``back``'s sending order: in the order of the sum, -1 last.
+
+        J is the most rows any token here gets back.
+        """
+        pos = self.back_pos.numpy()
+        if self.sums_by_pick:
+            first = _first_of_equal(pos)
+            order = np.argsort(~first, axis=1, kind="stable")
+            pos = np.take_along_axis(np.where(first, pos, -1), order, axis=1)
+        else:
+            pos = np.sort(np.where(_first_of_equal(pos), pos, _NONE), axis=1)
+            pos = np.where(pos == _NONE, -1, pos)
+        num_terms = int((pos >= 0).sum(axis=1).max(initial=0))
+        return torch.from_numpy(np.ascontiguousarray(pos[:, :num_terms]))
+
+    @cached_property
+    def term_of_pick(self) -> Int64[Tensor, "T K"]:
+        """The column of ``terms`` that serves each pick; -1: no pick."""
+        terms, pos = self.terms.numpy(), self.back_pos.numpy()
+        column = np.full(pos.shape, -1, dtype=np.int64)
+        for j in range(terms.shape[1]):
+            column[(pos == terms[:, j : j + 1]) & (pos >= 0)] = j
+        return torch.from_numpy(column)
+
+
+def local_counts(spec: Spec, topology: Topology, topk_idx: Int[Tensor, "T K"]) -> Int64[Tensor, "W"]:
+    """Rows this rank will send: per expert, per destination rank (a token counts once), per node where there are two axes.
+
+    >>> spec = Spec(num_experts=4, num_topk=2, hidden=8, max_tokens=4)
+    >>> local_counts(spec, Topology(num_ranks=2), torch.tensor([[0, 1], [1, 2], [3, -1]])).tolist()
+    [1, 2, 1, 1, 2, 2]
+    """
+    picks = topk_idx.numpy()
+    num_local = spec.num_local_experts(topology.num_ranks)
+    counts = np.empty(spec.num_counts(topology), dtype=np.int64)
+    counts[: spec.num_experts] = np.bincount(picks.ravel() + 1, minlength=spec.num_experts + 1)[1:]
+    at = spec.num_experts
+    for num_places, place in _axes(topology, num_local):
+        counts[at : at + num_places] = _hits(picks // place, num_places).sum(axis=1)
+        at += num_places
+    return torch.from_numpy(counts)
+
+
+def check_capacity(spec: Spec, topology: Topology, counts: Int64[Tensor, "P W"]) -> None:
+    """Raises the same CapacityError on every rank when any rank's rows would not fit."""
+    capacity = spec.capacity(topology.num_ranks)
+    _, ends, per_segment = _final_blocks(spec, topology, counts.numpy())
+    needed = per_segment if isinstance(spec.layout, Padded) else ends
+    worst = int(needed.argmax())
+    if needed.flat[worst] > capacity:
+        rank, segment = divmod(worst, needed.shape[1])
+        place = f"rank {rank}, local expert {segment}" if isinstance(spec.layout, Padded) else f"rank {rank}"
+        raise CapacityError(
+            f"{needed.flat[worst]} rows were routed to {place}, whose capacity is {capacity}; no row was moved: "
+            f"pass {type(spec.layout).__name__}(capacity={needed.flat[worst]}) or more in the Spec, or route less"
+        )
+
+
+def make_plan(
+    spec: Spec,
+    topology: Topology,
+    *,
+    rank: int,
+    topk_idx: Int[Tensor, "T K"],
+    counts: Int64[Tensor, "P W"],
+    stamp: int = 0,
+    buffer_id: int = 0,
+) -> Plan:
+    """The plan of ``rank`` from its own picks and everybody's counts (``local_counts`` of each rank, stacked).
+
+    Prefix sums alone: no row's place depends on anything but the counts and the order of tokens, which is why every run
+    gives the same bits. The caller has checked the capacity (``check_capacity``).
+    """
+    picks, all_counts = topk_idx.numpy(), counts.numpy()
+    num_local = spec.num_local_experts(topology.num_ranks)
+    final, ends, per_segment = _final_blocks(spec, topology, all_counts)
+    base = spec.layout.segment_starts(per_segment, spec.capacity(topology.num_ranks))  # [P, segments + 1]
+    dst_starts = base[:, :-1].reshape(-1) + _exclusive_cumsum(final, axis=0)  # [P, B]
+    everyone = tuple(range(topology.num_ranks))
+    if spec.layout.per_pick:
+        send_idx, send_pick, pick_pos = _send_picks(picks, spec.num_experts)
+    else:
+        send_idx, send_pick, pick_pos = _send_places(picks // num_local, topology.num_ranks)
+    hop = _hop("scale_up", everyone, rank, send_idx, send_pick, final, dst_starts)
+    mine = slice(rank * num_local, (rank + 1) * num_local)
+    plan = Plan(
+        rank=rank,
+        buffer_id=buffer_id,
+        stamp=stamp,
+        topk_idx=topk_idx,
+        hops=(hop,),
+        back=hop,
+        pick_pos=pick_pos,
+        back_pos=pick_pos,
+        sums_by_pick=spec.reduce == "token",
+        num_rows=int(base[rank, -1]) if isinstance(spec.layout, Padded) else int(ends[rank, 0]),
+        num_tokens_per_expert=torch.from_numpy(all_counts[:, mine].sum(axis=0, dtype=np.int32)),
+        segment_starts=torch.from_numpy(base[rank].copy()),
+        segment_rows=torch.from_numpy(per_segment[rank].copy()),
+    )
+    if topology.num_nodes > 1:
+        return _over_nodes(plan, spec, topology, all_counts, picks // num_local)
+    if spec.reduce == "rank" and spec.layout.per_pick:
+        per_rank = all_counts[:, spec.num_experts : spec.num_experts + topology.num_ranks]
+        send_idx, _, back_pos = _send_places(picks // num_local, topology.num_ranks)
+        back = _hop("scale_up", everyone, rank, send_idx, None, per_rank, _exclusive_cumsum(per_rank, axis=0))
+        return replace(plan, back=back, back_pos=back_pos)
+    return plan
+
+
+def partial_rows_to_send(plan: Plan) -> Int32[Tensor, "Q K"]:
+    """For each (token, rank) pair in ``back``'s order: the rows of its picks at that rank, in pick order, -1 elsewhere."""
+    hop, back = plan.hops[0], plan.back
+    pos, back_pos = plan.pick_pos.numpy(), plan.back_pos.numpy()
+    rows = np.where(pos >= 0, hop.send_dst_rows[pos], -1) if hop.send_dst_rows.size else np.full(pos.shape, -1)
+    tokens = back.send_idx.numpy()
+    same_rank = back_pos[tokens] == np.arange(tokens.size)[:, None]
+    return torch.from_numpy(np.where(same_rank, rows[tokens], -1).astype(np.int32))
+
+
+def landed_hop(plan: Plan, carried: Int64[Tensor, "R0 K"]) -> Hop:
+    """The second hop of a two-hop plan, once rows have landed with what they ``carried``: its order is that of the final rows."""
+    flat = carried.numpy().ravel()
+    order = np.argsort(flat, kind="stable")[int((flat < 0).sum()) :]
+    idx, pick = np.divmod(order, carried.shape[1])
+    return replace(plan.hops[1], send_idx=torch.from_numpy(idx), send_pick=torch.from_numpy(pick))
+
+
+def _over_nodes(plan: Plan, spec: Spec, topology: Topology, all_counts: Ints, pick_ranks: Ints) -> Plan:
+    """Splits the one-hop plan in two: over the slow axis along this rank's rail, then over the fast one."""
+    num_nodes, node_size, num_ranks = topology.num_nodes, topology.node_size, topology.num_ranks
+    node, local = divmod(plan.rank, node_size)
+    flat = plan.hops[0]
+    rail = np.arange(num_nodes) * node_size + local
+    per_node = all_counts[rail][:, spec.num_experts + num_ranks :]  # [N, N]
+    pick_nodes = pick_ranks // node_size
+    send_idx, _, node_pos = _send_places(pick_nodes, num_nodes)
+    out = _hop("scale_out", tuple(rail.tolist()), node, send_idx, None, per_node, _exclusive_cumsum(per_node, axis=0))
+
+    pos, tokens = plan.pick_pos.numpy(), send_idx.numpy()
+    first = _first_of_equal(pos)
+    rows = np.where(first, flat.send_dst_rows[pos] if flat.send_dst_rows.size else -1, -1)
+    final = np.where(first, pick_ranks % node_size * spec.num_slot_rows(num_ranks) + rows, -1)
+    carried = np.where(pick_nodes[tokens] == out.send_blocks[:, None], final[tokens], -1)  # [Q, K]
+
+    def to_this_node(matrix: Tensor) -> Ints:
+        """[P, B] over all ranks -> [U, U * segments * N]: forwarder x (receiver, segment, source node)."""
+        by_source = matrix.numpy().reshape(num_nodes, node_size, num_nodes, -1)[:, :, node]
+        return np.ascontiguousarray(by_source.transpose(1, 2, 0)).reshape(node_size, -1)
+
+    peers = tuple(range(node * node_size, (node + 1) * node_size))
+    nothing = torch.empty(0, dtype=torch.int64)
+    fan_out = _hop("scale_up", peers, local, nothing, nothing, to_this_node(flat.counts), to_this_node(flat.dst_starts))
+    return replace(
+        plan, hops=(out, fan_out), back=out, pick_pos=node_pos, back_pos=node_pos, carried=torch.from_numpy(carried)
+    )
+
+
+def _final_blocks(spec: Spec, topology: Topology, counts: Ints) -> tuple[Ints, Ints, Ints]:
+    """Blocks of the flat exchange: counts [P, B], the end of each rank's rows [P, 1], rows per segment [P, B / P]."""
+    num_ranks = topology.num_ranks
+    if spec.layout.per_pick:
+        final = counts[:, : spec.num_experts]
+    else:
+        final = counts[:, spec.num_experts : spec.num_experts + num_ranks]
+    per_segment = final.sum(axis=0).reshape(num_ranks, -1)
+    return final, spec.layout.segment_starts(per_segment, 0)[:, -1:], per_segment
+
+
+def _hop(
+    axis: Literal["scale_up", "scale_out"],
+    peers: tuple[int, ...],
+    own: int,
+    send_idx: Tensor,
+    send_pick: Tensor | None,
+    counts: Ints,
+    dst_starts: Ints,
+) -> Hop:
+    return Hop(
+        axis=axis,
+        peers=peers,
+        own=own,
+        send_idx=send_idx,
+        send_pick=send_pick,
+        counts=torch.from_numpy(counts),
+        send_starts=torch.from_numpy(_exclusive_cumsum(counts, axis=1)),
+        dst_starts=torch.from_numpy(dst_starts),
+    )
+
+
+def _send_picks(picks: Ints, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One row per pick, by expert, then token: rows [Q], picks [Q], and each pick's place in that order [T, K]."""
+    flat = picks.ravel()
+    key = np.where(flat < 0, num_experts, flat)
+    if num_experts < 2**16:
+        key = key.astype(np.uint16)  # numpy sorts 16-bit keys by radix: 30 us for 8192 of them, against 270
+    order = np.argsort(key, kind="stable")[: int((flat >= 0).sum())]
+    pos = np.full(flat.size, -1, dtype=np.int64)
+    pos[order] = np.arange(order.size)
+    idx, pick = np.divmod(order, picks.shape[1])
+    return torch.from_numpy(idx), torch.from_numpy(pick), torch.from_numpy(pos.reshape(picks.shape))
+
+
+def _send_places(pick_places: Ints, num_places: int) -> tuple[Tensor, None, Tensor]:
+    """One row per (token, place), by place, then token: rows [Q], no picks, and each pick's place in that order [T, K]."""
+    hits = _hits(pick_places, num_places)
+    num_tokens = hits.shape[1]
+    sent = np.flatnonzero(hits)
+    place_pos = (np.cumsum(hits.ravel()) - 1).reshape(hits.shape)
+    pos = place_pos[pick_places, np.arange(num_tokens)[:, None]]
+    pos[pick_places < 0] = -1
+    return torch.from_numpy(sent % max(num_tokens, 1)), None, torch.from_numpy(pos)
+
+
+def _hits(pick_places: Ints, num_places: int) -> npt.NDArray[np.bool_]:
+    """[places, T]: whether any pick of the token is at the place; negative places are no picks."""
+    hits = np.zeros((num_places + 1, pick_places.shape[0]), dtype=np.bool_)
+    hits[pick_places, np.arange(pick_places.shape[0])[:, None]] = True  # -1 marks the row that is cut off
+    return hits[:num_places]
+
+
+def _first_of_equal(pos: Ints) -> npt.NDArray[np.bool_]:
+    """[T, K]: whether a pick is the first of its token with this place, and is one at all."""
+    first = pos >= 0
+    for k in range(1, pos.shape[1]):
+        first[:, k] &= (pos[:, :k] != pos[:, k : k + 1]).all(axis=1)
+    return first
+
+
+def _axes(topology: Topology, num_local: int) -> list[tuple[int, int]]:
+    """(number of places, experts per place) that rows are counted for, besides the experts themselves."""
+    axes = [(topology.num_ranks, num_local)]
+    if topology.num_nodes > 1:
+        axes.append((topology.num_nodes, num_local * topology.node_size))
+    return axes
+
+
+def _exclusive_cumsum(counts: Ints, *, axis: int) -> Ints:
+    return np.cumsum(counts, axis=axis) - counts

@@ -1,0 +1,88 @@
+"""What a dispatch gives: rows in a receive slot, and everything that is known about them.
+
+Letters: R rows, L local experts, C capacity per expert, K top-k, H hidden, G scale groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from crossdock.errors import ConfigError
+from crossdock.plan import Plan
+from crossdock.wire import Quantized
+
+
+class Lease:
+    """The right to the rows of one receive slot, until a later dispatch takes the slot."""
+
+    def __init__(self, slot: int, stamp: int) -> None:
+        self.slot = slot
+        self.stamp = stamp
+        """The plan whose rows lie in the slot."""
+        self.is_valid = True
+
+    def check(self) -> None:
+        """Raises ConfigError when the slot has come round."""
+        if not self.is_valid:
+            raise ConfigError(
+                f"these rows are stale: receive slot {self.slot} has been taken by a later dispatch; use rows before the "
+                f"slot comes round (num_slots dispatches later), or dispatch with copy=True"
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Received:
+    """Rows that came to this rank. Leading dimensions are [R] for Compact and Expanded, [L, C] for Padded.
+
+    ``x`` and ``output_rows()`` are views of a receive slot, valid until it comes round; all the rest stays valid.
+    """
+
+    plan: Plan
+    """Where each row came from and goes back to; good for any number of dispatches and combines."""
+    num_rows: int
+    """Rows up to the end of the last segment; fewer than ``x`` has with ``rows="capacity"``."""
+    num_tokens_per_expert: Tensor
+    """int32 [L], the picks of each local expert."""
+    expert_offsets: Tensor | None
+    """Expanded: int32 [L + 1], where each expert's rows start, and the end."""
+    topk_idx: Tensor | None
+    """Compact: int32 [R, K], the local experts each row is for, in pick order; -1 for picks of other ranks."""
+    weights: Tensor | None
+    """float32, when dispatch was given weights: [R, K] for Compact (0 for picks of other ranks), one per row else."""
+    src_idx: Tensor
+    """int32: source rank * max_tokens + source token; -1 in rows that hold none."""
+    extras: tuple[Tensor, ...]
+    """The opaque tensors dispatch was given, by row."""
+    _rows: Tensor | Quantized
+    _lease: Lease | None
+    _outputs: Tensor
+    _outputs_lease: Lease
+
+    @property
+    def x(self) -> Tensor | Quantized:
+        """The rows, [R, H] or [L, C, H]; Quantized when the wire is narrow.
+
+        Raises:
+            ConfigError: the slot has come round.
+        """
+        if self._lease is not None:
+            self._lease.check()
+        return self._rows
+
+    def output_rows(self) -> Tensor:
+        """Where to write outputs so that combine can leave them in place and the owners pull them: shaped as ``x``.
+
+        Once a combine has been given them they belong to the peers, until a later call completes.
+
+        Raises:
+            ConfigError: the slot has come round.
+        """
+        self._outputs_lease.check()
+        return self._outputs
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the receive slot has come round."""
+        return not self._outputs_lease.is_valid

@@ -1,0 +1,182 @@
+"""What the ranks agree on: Topology (who there is) and Spec (what travels). Pure values; no hardware is asked.
+
+Letters: T tokens, K top-k, H hidden, E experts, L local experts, P ranks, M max_tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+
+from crossdock.errors import ConfigError
+from crossdock.layout import Compact, Layout, Padded
+from crossdock.wire import Bf16, Fp8, Wire
+
+MAX_COUNT = 2**24 - 1
+"""Largest number of rows that one count word can carry."""
+MAX_DEFAULT_BYTES = 2 * 2**30
+"""A worst-case capacity is taken by default only while the rows of one receive slot stay under this."""
+MAX_SLOTS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Ranks as a mesh, scale-out x scale-up: rank = node * scale_up + local index.
+
+    Args:
+        num_ranks: P, all ranks of the group.
+        scale_up: ranks of one scale-up domain, whose memory a kernel can load from and store to; None: all of them.
+
+    >>> Topology(num_ranks=128, scale_up=8).num_nodes
+    16
+    """
+
+    num_ranks: int
+    scale_up: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1:
+            raise ConfigError(f"num_ranks={self.num_ranks}; a group has at least one rank")
+        if self.scale_up is not None and (self.scale_up < 1 or self.num_ranks % self.scale_up):
+            raise ConfigError(
+                f"num_ranks={self.num_ranks} is not divisible by scale_up={self.scale_up}; "
+                f"all scale-up domains must have the same number of ranks"
+            )
+
+    @property
+    def node_size(self) -> int:
+        """Ranks of one scale-up domain."""
+        return self.scale_up or self.num_ranks
+
+    @property
+    def num_nodes(self) -> int:
+        """Scale-up domains."""
+        return self.num_ranks // self.node_size
+
+
+def check_experts(num_experts: int, num_ranks: int) -> None:
+    """Raises ConfigError unless every rank holds the same number of experts."""
+    if num_experts % num_ranks:
+        raise ConfigError(
+            f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}; "
+            f"pass a multiple of {num_ranks} or pad the expert list"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What all ranks of a buffer agree on; ranks that bring different Specs are told so at set-up.
+
+    Args:
+        num_experts: E, all experts; rank r holds experts ``r * L .. (r + 1) * L - 1`` with L = E / P.
+        num_topk: K, picks per token.
+        hidden: H, values per row.
+        max_tokens: M, the most tokens any rank brings to one call.
+        wire: format of dispatched rows.
+        layout: how received rows lie in memory.
+        reduce: where the picks of one token are summed. ``"token"``: every row returns and its owner sums them, in the
+            order of the token's picks. ``"rank"``: each rank first sums its own rows of the token, in the order of
+            picks, casts the sum once to the combine format, and one row per rank returns, summed in the order of
+            ranks. Sums are float32, with one cast at the end.
+        combine_wire: format of rows on their way back and of the result, a wide one; None: that of ``wire``, or
+            Bf16() when ``wire`` is narrow.
+        extra_bytes: room for opaque per-token tensors that travel with a row, in bytes per token.
+        num_slots: receive slots, used in turn, and the most calls that may be started and not yet waited for.
+
+    >>> Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=4096).num_local_experts(8)
+    32
+    """
+
+    num_experts: int
+    num_topk: int
+    hidden: int
+    max_tokens: int
+    wire: Wire = field(default_factory=Bf16)
+    layout: Layout = field(default_factory=Compact)
+    reduce: Literal["token", "rank"] = "token"
+    combine_wire: Wire | None = None
+    extra_bytes: int = 0
+    num_slots: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "num_topk", "hidden", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; pass a positive number")
+        if self.num_topk > self.num_experts:
+            raise ConfigError(f"num_topk={self.num_topk} picks of num_experts={self.num_experts}; picks are distinct")
+        if self.max_tokens * self.num_topk > MAX_COUNT:
+            raise ConfigError(
+                f"max_tokens * num_topk = {self.max_tokens * self.num_topk} rows of one rank; a count has 24 bits, "
+                f"so at most {MAX_COUNT}: pass fewer tokens per call"
+            )
+        if self.reduce not in ("token", "rank"):
+            raise ConfigError(f"reduce={self.reduce!r} is not a place to sum at; pass 'token' or 'rank'")
+        if isinstance(self.combine_wire, Fp8):
+            raise ConfigError(f"combine_wire={self.combine_wire} is narrow; pass Bf16(), Fp16() or Fp32()")
+        if self.extra_bytes < 0:
+            raise ConfigError(f"extra_bytes={self.extra_bytes}; pass 0 or the bytes that travel with each token")
+        if not 1 <= self.num_slots <= MAX_SLOTS:
+            raise ConfigError(f"num_slots={self.num_slots} receive slots; pass 1 to {MAX_SLOTS}")
+        self.wire.check_hidden(self.hidden)
+
+    @property
+    def combine_dtype(self) -> torch.dtype:
+        """Element type of the experts' outputs and of the combined result."""
+        if self.combine_wire is not None:
+            return self.combine_wire.dtype
+        return torch.bfloat16 if isinstance(self.wire, Fp8) else self.wire.dtype
+
+    def num_local_experts(self, num_ranks: int) -> int:
+        """L, the experts that each rank holds."""
+        check_experts(self.num_experts, num_ranks)
+        return self.num_experts // num_ranks
+
+    def row_bytes(self) -> int:
+        """Bytes of one row on its way out: data and scales."""
+        num_scales = self.wire.num_scales(self.hidden)
+        return self.hidden * self.wire.dtype.itemsize + num_scales * self.wire.scale_dtype.itemsize
+
+    def capacity(self, num_ranks: int) -> int:
+        """C: rows (of one expert, for Padded) in a receive slot; the layout's own, or the worst case.
+
+        Raises:
+            ConfigError: the worst case is over ``MAX_DEFAULT_BYTES`` and no capacity was given.
+        """
+        worst = self.layout.worst_case(
+            num_ranks=num_ranks,
+            max_tokens=self.max_tokens,
+            num_topk=self.num_topk,
+            num_local_experts=self.num_local_experts(num_ranks),
+        )
+        if self.layout.capacity is not None:
+            return min(self.layout.capacity, worst)
+        num_bytes = worst * self._segments(num_ranks) * self.row_bytes()
+        if num_bytes > MAX_DEFAULT_BYTES:
+            raise ConfigError(
+                f"{self.layout} has a worst case of {worst} rows{self._per_expert()}, {num_bytes / 2**30:.1f} GiB for "
+                f"each receive slot; the default stops at {MAX_DEFAULT_BYTES / 2**30:.0f} GiB: pass capacity= with the "
+                f"rows you want room for (a call that needs more raises CapacityError on all ranks), or "
+                f"capacity={worst} to have the worst case all the same"
+            )
+        return worst
+
+    def num_slot_rows(self, num_ranks: int) -> int:
+        """Rows in one receive slot, over all segments."""
+        return self.capacity(num_ranks) * self._segments(num_ranks)
+
+    def num_counts(self, topology: Topology) -> int:
+        """W, the counts that each rank tells every rank before rows move: per expert, per rank, per node where several."""
+        return self.num_experts + topology.num_ranks + (topology.num_nodes if topology.num_nodes > 1 else 0)
+
+    def differences(self, other: Spec) -> list[str]:
+        """The fields in which another Spec differs, as ``name: mine != theirs``."""
+        pairs: list[tuple[str, Any, Any]] = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return [f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+
+    def _segments(self, num_ranks: int) -> int:
+        return self.num_local_experts(num_ranks) if isinstance(self.layout, Padded) else 1
+
+    def _per_expert(self) -> str:
+        return " per expert" if isinstance(self.layout, Padded) else ""

@@ -1,0 +1,1 @@
+"""Reaching peers: the Transport protocol and what stands behind it."""

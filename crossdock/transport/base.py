@@ -1,0 +1,60 @@
+"""The seam: what a backend may ask of whatever connects the ranks, and how ranks find each other at set-up."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock.consent import Mailbox
+from crossdock.errors import ConfigError
+
+
+class Transport(Mailbox, Protocol):
+    """A rank's connection to its peers: everybody's memory, and the mailbox words that guard it."""
+
+    rank: int
+    num_ranks: int
+    memory: Tensor
+    """uint8, ``num_ranks * arena.stride``: the ranks' segments side by side; only ``arena.num_bytes`` of each exist."""
+
+    def idle(self, num_polls: int) -> None:
+        """Gives the core away for a moment, after ``num_polls`` polls that found nothing."""
+
+    def is_alive(self, peer: int) -> bool:
+        """False when the peer is known to be gone for good."""
+
+    def close(self) -> None:
+        """Lets go of the peers, without a word to them; tensors that were handed out stay valid."""
+
+
+@runtime_checkable
+class Group(Protocol):
+    """The ranks that set up a buffer together."""
+
+    rank: int
+    size: int
+
+    def all_gather(self, value: object) -> list[object]:
+        """Every rank's value, by rank. Collective."""
+
+
+class ProcessGroup:
+    """A torch.distributed process group as a Group; any backend that gathers Python objects."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise ConfigError(
+                "group=None means torch.distributed's default group, which is not initialised; call "
+                "torch.distributed.init_process_group first, or use crossdock.run_local(program, num_ranks) for ranks "
+                "that are threads"
+            )
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def all_gather(self, value: object) -> list[object]:
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values

@@ -1,0 +1,106 @@
+"""Ranks of one host: segments mapped side by side, words as atomics. Shared by threads (inproc) and processes (shm)."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import platform
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from crossdock.arena import REASON_BYTES, Arena
+from crossdock.errors import BackendUnavailable
+
+_ACQUIRE, _RELEASE = 2, 3
+_YIELDS = 2000
+"""Polls that yield the core before a waiting rank starts to sleep: about two milliseconds."""
+_NAP_S = 100e-6
+
+Load = Callable[[int], int]
+Store = Callable[[int, int], None]
+
+
+def atomics(*, between_processes: bool) -> tuple[Load, Store]:
+    """Load-acquire and store-release of the 8 bytes at an address.
+
+    libatomic's where there is one. Without it, plain aligned accesses: on x86-64 they have that order in hardware; for
+    threads of one process the interpreter's lock gives it anywhere.
+    """
+    try:
+        lib = ctypes.CDLL("libatomic.so.1")
+    except OSError:
+        if between_processes and platform.machine() not in ("x86_64", "AMD64"):
+            raise BackendUnavailable(
+                f"ranks of several processes need C11 atomics, and libatomic.so.1 was not found on this "
+                f"{platform.machine()} machine; install it (Debian, Ubuntu: libatomic1; Fedora: libatomic)"
+            ) from None
+
+        def plain_store(address: int, value: int) -> None:
+            ctypes.c_int64.from_address(address).value = value
+
+        return lambda address: ctypes.c_int64.from_address(address).value, plain_store
+    load, store = lib.__getattr__("__atomic_load_8"), lib.__getattr__("__atomic_store_8")
+    load.argtypes, load.restype = (ctypes.c_void_p, ctypes.c_int), ctypes.c_int64
+    store.argtypes, store.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int), None
+    return lambda address: load(address, _ACQUIRE), lambda address, value: store(address, value, _RELEASE)
+
+
+class HostTransport:
+    """A rank among ranks whose segments this process can load from and store to.
+
+    Args:
+        memory: the ranks' segments, ``arena.stride`` apart.
+        is_alive: tells whether a peer still exists.
+        close: what to let go of.
+    """
+
+    def __init__(
+        self,
+        memory: Tensor,
+        arena: Arena,
+        *,
+        rank: int,
+        between_processes: bool,
+        is_alive: Callable[[int], bool],
+        close: Callable[[], None],
+    ) -> None:
+        self.rank = rank
+        self.num_ranks = arena.topology.num_ranks
+        self.memory = memory
+        self.is_alive = is_alive
+        self.close = close
+        self._load, self._store = atomics(between_processes=between_processes)
+        self._segments = [memory.data_ptr() + r * arena.stride for r in range(self.num_ranks)]
+        self._offsets = {name: arena[name].offset for name in ("words", "arrived", "aborts", "closed", "reasons")}
+        libc = ctypes.CDLL(None)
+        self._yield: Callable[[], int] = libc.sched_yield if hasattr(libc, "sched_yield") else os.sched_yield
+
+    def post(self, peer: int, box: str, index: int, value: int) -> None:
+        """See Mailbox."""
+        self._store(self._segments[peer] + self._offsets[box] + 8 * (index * self.num_ranks + self.rank), value)
+
+    def load(self, box: str, index: int, sender: int) -> int:
+        """See Mailbox."""
+        return self._load(self._segments[self.rank] + self._offsets[box] + 8 * (index * self.num_ranks + sender))
+
+    def write_reason(self, peer: int, text: bytes) -> None:
+        """See Mailbox."""
+        text = text[:REASON_BYTES].ljust(REASON_BYTES, b"\0")
+        ctypes.memmove(self._reason(peer, self.rank), text, REASON_BYTES)
+
+    def read_reason(self, sender: int) -> bytes:
+        """See Mailbox."""
+        return ctypes.string_at(self._reason(self.rank, sender), REASON_BYTES)
+
+    def idle(self, num_polls: int) -> None:
+        """Yields the core at first: there are often more ranks than cores, and 7 us beat 4 ms. Sleeps when it takes long."""
+        if num_polls < _YIELDS:
+            self._yield()
+        else:
+            time.sleep(_NAP_S)
+
+    def _reason(self, at: int, sender: int) -> int:
+        return self._segments[at] + self._offsets["reasons"] + sender * REASON_BYTES

@@ -1,0 +1,134 @@
+"""Ranks that are processes of one host: POSIX shared memory, every segment mapped by every rank, side by side."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crossdock import _env
+from crossdock.arena import Arena
+from crossdock.errors import NotSupported, TransportError
+from crossdock.transport.base import Group
+from crossdock.transport.host import HostTransport
+
+_MAP_FIXED = 0x10
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
+    """Creates this rank's segment, opens everybody's, maps them; the files are unlinked before it returns. Collective.
+
+    Args:
+        name: what the files are called, the same on all ranks and no other buffer's.
+
+    Raises:
+        TransportError: a rank's segment could not be allocated; all ranks raise.
+        NotSupported: a rank cannot open another's segment, so they are not of one host; all ranks raise.
+    """
+    path = _env.shm_dir() / f"{name}-{group.rank}"
+    fds: list[int] = []
+    try:
+        _agree(group, _create(path, arena, fds), TransportError)
+        paths = [Path(str(p)) for p in group.all_gather(str(path))]
+        problem = None
+        peers = []
+        for rank, peer_path in enumerate(paths):
+            try:
+                peers.append(os.open(peer_path, os.O_RDWR | os.O_CLOEXEC))
+            except OSError as error:
+                problem = problem or (
+                    f"cannot open the segment of rank {rank} ({error.strerror}): ranks must be processes of one user on "
+                    f"one host that share {peer_path.parent}; ranks of several hosts are not supported yet"
+                )
+        fds.extend(peers)
+        _agree(group, problem, NotSupported)
+        memory, problem = _map(peers, arena)
+        _agree(group, problem, TransportError)  # also: nobody unlinks before everybody has mapped
+    except BaseException:
+        _close(fds)
+        raise
+    finally:
+        path.unlink(missing_ok=True)
+    closed = weakref.finalize(memory, _close, fds)
+    return HostTransport(
+        memory,
+        arena,
+        rank=group.rank,
+        between_processes=True,
+        is_alive=lambda peer: not _is_unlocked(peers[peer]) if closed.alive else True,
+        close=closed,
+    )
+
+
+def _create(path: Path, arena: Arena, fds: list[int]) -> str | None:
+    """Makes a file of the arena's size, allocated for real and locked for as long as this process lives, or says why not."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fds.append(fd)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, arena.num_bytes)
+        else:
+            os.ftruncate(fd, arena.num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
+            return f"cannot create its segment {path} ({error.strerror}); set CROSSDOCK_SHM_DIR to a memory file system"
+        os.ftruncate(fd, 0)
+        total = shutil.disk_usage(path.parent).total
+        return (
+            f"{path.parent} has no room for a segment of {arena.num_bytes:,} bytes (its size is {total:,}, and every "
+            f"rank of this host needs a segment); give it more (docker run --shm-size=8g, or mount -o remount,size=8g "
+            f"{path.parent}), set CROSSDOCK_SHM_DIR to a larger memory file system, or pass a smaller max_tokens or "
+            f"capacity="
+        )
+    return None
+
+
+def _agree(group: Group, problem: str | None, error: type[TransportError | NotSupported]) -> None:
+    """Raises on all ranks when any of them has a problem."""
+    for rank, theirs in enumerate(group.all_gather(problem)):
+        if theirs is not None:
+            raise error(f"rank {rank}: {theirs}")
+
+
+def _map(fds: list[int], arena: Arena) -> tuple[Tensor, str | None]:
+    """All segments at ``arena.stride`` of one reserved range, unmapped when the last tensor over it is gone; or why not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_int64)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    total = arena.stride * len(fds)
+    base = libc.mmap(None, total, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if base == _MAP_FAILED:
+        return torch.empty(0), f"cannot reserve {total:,} bytes of addresses: {os.strerror(ctypes.get_errno())}"
+    array = (ctypes.c_ubyte * total).from_address(base)
+    weakref.finalize(array, libc.munmap, base, total).atexit = False
+    for rank, fd in enumerate(fds):
+        access, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
+        if libc.mmap(base + rank * arena.stride, arena.num_bytes, access, flags, fd, 0) == _MAP_FAILED:
+            return torch.empty(0), f"cannot map the segment of rank {rank}: {os.strerror(ctypes.get_errno())}"
+    return torch.frombuffer(array, dtype=torch.uint8), None
+
+
+def _is_unlocked(fd: int) -> bool:
+    """Whether the segment's owner no longer holds its lock: the kernel lets go of it when the process ends, however."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return True
+
+
+def _close(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())

@@ -1,0 +1,173 @@
+"""Formats of rows on their way: the wide ones, FP8 with scales per block, and rows a caller has quantised.
+
+Shapes: T tokens (or rows), H hidden, G = H / block scale groups per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from crossdock.errors import ConfigError
+
+E4M3_MAX = 448.0
+_SMALLEST_NORMAL = 2.0**-126
+
+
+class Quantized(NamedTuple):
+    """Rows in a narrow format, as a caller hands them in and as they arrive.
+
+    data: [..., H] in the wire's dtype; scale: [..., G] in the wire's ``scale_dtype`` (``[..., ceil(G / 4)]`` int32
+    when packed). A value is ``data * scale`` of its block.
+    """
+
+    data: Shaped[Tensor, "*rows H"]
+    scale: Shaped[Tensor, "*rows G"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """A row format. ``dtype`` is that of the data; a wide format has no scales."""
+
+    dtype: ClassVar[torch.dtype]
+
+    def num_scales(self, hidden: int) -> int:
+        """Columns of the scale tensor of ``hidden`` values: 0 for a wide format."""
+        return 0
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Element type of the scale tensor (meaningless, float32, for a wide format)."""
+        return torch.float32
+
+    def check_hidden(self, hidden: int) -> None:
+        """Raises ConfigError when rows of ``hidden`` values cannot travel in this format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bf16(Wire):
+    """bfloat16, 2 bytes a value."""
+
+    dtype = torch.bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp16(Wire):
+    """IEEE half precision, 2 bytes a value."""
+
+    dtype = torch.float16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp32(Wire):
+    """IEEE single precision, 4 bytes a value."""
+
+    dtype = torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8(Wire):
+    """FP8 e4m3 (the ``fn`` kind: no infinities, largest value 448), with one scale per ``block`` values of a row.
+
+    For each block of values ``v`` (taken in float32), with every operation in float32 and correctly rounded::
+
+        amax  = max(abs(v)) over the finite v, 0 if there is none
+        s     = max(amax / 448, 2**-126)
+        s     = s rounded up to a power of two                      (pow2 and ue8m0)
+        data  = e4m3(clamp(v / s, -448, 448)), to nearest, ties to even; NaN where v is not finite
+        scale = s as float32, or its biased exponent byte           (ue8m0)
+
+    The lower bound keeps ``s`` a normal number, so that hardware which flushes subnormals gets the same bits, and
+    makes blocks of zeros need no case of their own. e4m3 and e8m0 are those of the OCP Microscaling Formats
+    specification 1.0; scales per block of 128 are DeepSeek-V3's (arXiv 2412.19437, section 3.3).
+
+    Args:
+        block: values per scale; must divide hidden.
+        scale: ``"f32"``, or ``"ue8m0"``: one exponent byte, value ``2 ** (byte - 127)``.
+        pow2: round float32 scales up to powers of two (``"ue8m0"`` always is).
+        packed: four ``ue8m0`` scales in one int32, the first in the lowest byte; the last int32 of a row is padded
+            with zero bytes.
+
+    >>> wire = Fp8(block=4)
+    >>> data, scale = wire.quantize(torch.tensor([[1.0, -2.0, 0.0, 448.0, 0.0, 0.0, 0.0, 0.0]]))
+    >>> data.float().tolist(), scale[0, 0].item()
+    ([[1.0, -2.0, 0.0, 448.0, 0.0, 0.0, 0.0, 0.0]], 1.0)
+    """
+
+    dtype = torch.float8_e4m3fn
+    block: int = 128
+    scale: Literal["f32", "ue8m0"] = "f32"
+    pow2: bool = False
+    packed: bool = False
+    _has_pow2_scales: bool = field(init=False, repr=False, default=False)
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ConfigError(f"block={self.block} values per scale; pass a positive divisor of hidden, such as 128")
+        if self.scale not in ("f32", "ue8m0"):
+            raise ConfigError(f"scale={self.scale!r} is not a scale format; pass 'f32' or 'ue8m0'")
+        if self.packed and self.scale != "ue8m0":
+            raise ConfigError(f"packed=True packs exponent bytes, but scale={self.scale!r}; pass scale='ue8m0' with it")
+        object.__setattr__(self, "_has_pow2_scales", self.pow2 or self.scale == "ue8m0")
+
+    def num_scales(self, hidden: int) -> int:
+        num_groups = hidden // self.block
+        return -(-num_groups // 4) if self.packed else num_groups
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        if self.packed:
+            return torch.int32
+        return torch.float32 if self.scale == "f32" else torch.float8_e8m0fnu
+
+    def check_hidden(self, hidden: int) -> None:
+        if hidden % self.block:
+            raise ConfigError(
+                f"hidden={hidden} is not divisible by the scale block {self.block}; "
+                f"pass Fp8(block=...) with a divisor of hidden, or a wide wire such as Bf16()"
+            )
+
+    def quantize(self, x: Shaped[Tensor, "T H"]) -> Quantized:
+        """Casts rows to this format by the formula above; x is any floating-point tensor."""
+        num_rows, hidden = x.shape
+        v = x.reshape(num_rows, hidden // self.block, self.block).to(torch.float32)  # [T, G, block]
+        amax = torch.linalg.vector_norm(v, float("inf"), dim=-1)  # [T, G], NaN and Inf show in it
+        not_finite = None if bool(torch.isfinite(amax).all()) else ~torch.isfinite(v)
+        if not_finite is not None:
+            v = v.masked_fill(not_finite, 0.0)
+            amax = torch.linalg.vector_norm(v, float("inf"), dim=-1)
+        scale = (amax / E4M3_MAX).clamp_(min=_SMALLEST_NORMAL)
+        if self._has_pow2_scales:
+            scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+        v = torch.div(v, scale.unsqueeze(-1)).clamp_(-E4M3_MAX, E4M3_MAX)
+        if not_finite is not None:
+            v.masked_fill_(not_finite, float("nan"))
+        return Quantized(v.to(self.dtype).view(num_rows, hidden), self._stored_scale(scale))
+
+    def dequantize(self, rows: Quantized, dtype: torch.dtype = torch.bfloat16) -> Shaped[Tensor, "*rows H"]:
+        """``data * scale`` in float32, then one cast to ``dtype``; any leading dimensions."""
+        *lead, hidden = rows.data.shape
+        num_groups = hidden // self.block
+        v = rows.data.to(torch.float32).view(*lead, num_groups, self.block)
+        return (v * self._float_scale(rows.scale, num_groups).unsqueeze(-1)).view(*lead, hidden).to(dtype)
+
+    def _stored_scale(self, scale: Tensor) -> Tensor:
+        """[T, G] float32 to the stored form: [T, G], or [T, ceil(G / 4)] packed."""
+        if self.scale == "f32":
+            return scale
+        exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
+        if not self.packed:
+            return exponents.view(torch.float8_e8m0fnu)
+        padding = -exponents.shape[1] % 4
+        return torch.nn.functional.pad(exponents, (0, padding)).view(torch.int32)
+
+    def _float_scale(self, scale: Tensor, num_groups: int) -> Tensor:
+        """The stored form to float32 [..., G]."""
+        if self.scale == "f32":
+            return scale
+        exponents = scale.contiguous().view(torch.uint8)[..., :num_groups].to(torch.int32)
+        return (exponents << 23).view(torch.float32)
