@@ -1,7 +1,7 @@
 """Crossdock: expert-parallel dispatch and combine for Mixture-of-Experts models."""
 
 from crossdock.arena import Arena
-from crossdock.buffer import Buffer, Pending, Stats
+from crossdock.buffer import Buffer, Stats
 from crossdock.errors import (
     BackendUnavailable,
     CapacityError,
@@ -13,6 +13,7 @@ from crossdock.errors import (
     TransportError,
 )
 from crossdock.layout import Compact, Expanded, Layout, Padded
+from crossdock.pending import Pending
 from crossdock.plan import Hop, Plan, make_plan
 from crossdock.received import Received
 from crossdock.routing import (

@@ -5,11 +5,9 @@ Letters: T tokens here, K top-k, H hidden, R rows received, L local experts, C c
 
 from __future__ import annotations
 
-import pickle
-import secrets
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
@@ -18,19 +16,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crossdock import inputs
+from crossdock.agreement import agree
 from crossdock.arena import Arena
 from crossdock.backends.base import Backend, Landed, Outgoing
 from crossdock.backends.cpu import CpuBackend
 from crossdock.consent import PUSHED, Consent, Kind, Word
-from crossdock.errors import CapacityError, ConfigError, CrossdockError, TransportError
+from crossdock.errors import CapacityError, ConfigError, CrossdockError
 from crossdock.layout import Expanded, Padded
 from crossdock.pending import CallQueue, Pending, Steps
 from crossdock.plan import Plan, check_capacity, local_counts, make_plan
-from crossdock.received import Lease, Received
+from crossdock.received import Received
+from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec, Topology
 from crossdock.transport import inproc, shm
 from crossdock.transport.base import Group, ProcessGroup, Transport
-from crossdock.version import __version__
 from crossdock.wire import Quantized
 
 Result = TypeVar("Result")
@@ -79,19 +78,19 @@ class Buffer:
         self, group: dist.ProcessGroup | Group | None, spec: Spec, *, timeout_s: float = 100, debug: bool = False
     ) -> None:
         members: Group = group if isinstance(group, Group) else ProcessGroup(group)
-        token = _agree(members, spec, timeout_s)
+        number = agree(members, spec, timeout_s)
         self.group = group
         self.spec = spec
         self.topology = Topology(num_ranks=members.size)
         self.rank = members.rank
         self.arena = Arena(spec=spec, topology=self.topology)
         self._members = members
-        self._id = token >> 1
+        self._id = number
         self._debug = debug
         self._transport: Transport = (
             inproc.connect(members, self.arena)
             if isinstance(members, inproc.ThreadGroup)
-            else shm.connect(members, self.arena, name=f"crossdock-{token:016x}")
+            else shm.connect(members, self.arena, name=f"crossdock-{number:016x}")
         )
         self._backend: Backend = CpuBackend(self.arena, self._transport)
         self._consent = Consent(
@@ -100,11 +99,8 @@ class Buffer:
         self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
         segment = self._transport.memory[self.rank * self.arena.stride :][: self.arena.num_bytes]
-        self._views = {name: self.arena.view(segment, name) for name in self.arena.regions}
-        self._leases: list[Lease | None] = [None] * spec.num_slots
-        self._slot_calls: list[Pending[Received] | None] = [None] * spec.num_slots
-        self._slots_read: list[Pending[Any] | None] = [None] * spec.num_slots
-        self._num_dispatches = self._num_combines = 0
+        self._slots = ReceiveSlots(self.arena, segment)
+        self._num_combines = 0
         self._sticky: CapacityError | None = None
         self._raised: BaseException | None = None
         self._is_closed = False
@@ -155,9 +151,7 @@ class Buffer:
     ) -> Pending[Received]:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         self._check_room()
-        slot = self._num_dispatches % self.spec.num_slots
-        if self._queue.holds(self._slot_calls[slot]):
-            raise ConfigError(f"receive slot {slot} belongs to a dispatch that was not waited for; call its wait() first")
+        self._slots.check_free(self._queue.is_unwaited)
 
         def prepare() -> tuple[Outgoing, Plan | None, Tensor, Rows]:
             inputs.check_no_grad(*(x if isinstance(x, Quantized) else (x,)), weights, *extras)
@@ -166,7 +160,9 @@ class Buffer:
                 inputs.check_plan(routing, self._id)
                 topk_idx = routing.topk_idx
                 if num_tokens != routing.num_tokens:
-                    raise ConfigError(f"x has {num_tokens} tokens, the plan was made for {routing.num_tokens}; pass as many")
+                    raise ConfigError(
+                        f"x has {num_tokens} tokens, the plan was made for {routing.num_tokens}; pass as many"
+                    )
             else:
                 inputs.check_topk_idx(self.spec, routing, num_tokens)
                 topk_idx = routing.clone()
@@ -179,12 +175,11 @@ class Buffer:
             return outgoing, routing if isinstance(routing, Plan) else None, topk_idx, rows or default
 
         outgoing, plan, topk_idx, mode = self._vetted(prepare)
-        self._num_dispatches += 1
-        if (lease := self._leases[slot]) is not None:
-            lease.is_valid = False
-            self._leases[slot] = None
-        if self._debug and not self._queue.holds(self._slots_read[slot]):
-            self._poison(slot, "data", "scale", "record")
+        if self._debug:
+            self._queue.drain()  # or the rows of a combine in flight would be poisoned
+        slot = self._slots.take()
+        if self._debug:
+            self._slots.poison(slot, "data", "scale", "record")
         signature = (mode, weights is None, _shapes(extras), plan.stamp if plan else None)
         word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
         sequence = self._consent.take()
@@ -192,7 +187,8 @@ class Buffer:
             self._backend.post_counts(sequence, local_counts(self.spec, self.topology, topk_idx))
         self._consent.post(sequence, word)
         steps = self._dispatch_steps(sequence, word, outgoing, plan or topk_idx, mode, copy=copy)
-        self._slot_calls[slot] = pending = self._queue.start(word.kind, steps)
+        pending = self._queue.start(word.kind, steps)
+        self._slots.fill(slot, pending)
         return pending
 
     @overload
@@ -272,7 +268,7 @@ class Buffer:
         """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         self._check_room()
 
-        def prepare() -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], int, Lease | None]:
+        def prepare() -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], int]:
             inputs.check_no_grad(y, weights, bias, *(extras or ()))
             inputs.check_plan(plan, self._id)
             flat = inputs.check_outputs(self.spec, plan, y, self._slot_rows)
@@ -280,10 +276,9 @@ class Buffer:
             inputs.check_bias(self.spec, plan, bias)
             limit = self.arena.return_bytes
             small = inputs.check_row_extras(extras or (), flat, lead=tuple(y.shape[:-1]), limit=limit)
-            output_slot, lease = self._where(y, plan)
-            return flat, row_weights, small, output_slot, lease
+            return flat, row_weights, small, self._slots.output_slot(y, plan.stamp)
 
-        flat, row_weights, small, output_slot, lease = self._vetted(prepare)
+        flat, row_weights, small, output_slot = self._vetted(prepare)
         sums_here = self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None)
         landing = self._num_combines % self.spec.num_slots
         self._num_combines += 1
@@ -292,10 +287,7 @@ class Buffer:
         sequence = self._consent.take()
         self._consent.post(sequence, word)
         steps = self._combine_steps(sequence, word, plan, flat, row_weights, bias, None if extras is None else small)
-        pending = self._queue.start(word.kind, steps)
-        if lease is not None:
-            self._slots_read[lease.slot] = pending
-        return pending
+        return self._queue.start(word.kind, steps)
 
     # --- when things go wrong ----------------------------------------------------------------------------------------
 
@@ -372,7 +364,7 @@ class Buffer:
         num_rows = plan.num_rows if mode == "exact" else self._slot_rows
         landed = self._backend.landed(plan, outgoing, word.slot, num_rows=num_rows)
         if self._debug:
-            self._poison(word.slot, "outputs")
+            self._slots.poison(word.slot, "outputs")
         self._num_tokens_per_expert += plan.num_tokens_per_expert
         return self._received(landed, word.slot, copy=copy)
 
@@ -424,7 +416,7 @@ class Buffer:
 
     def _received(self, landed: Landed, slot: int, *, copy: bool) -> Received:
         plan, num_rows = landed.plan, landed.data.shape[0]
-        lead = (num_rows,)
+        lead: tuple[int, ...] = (num_rows,)
         if isinstance(self.spec.layout, Padded):
             num_local = plan.num_tokens_per_expert.shape[0]
             lead = (num_local, num_rows // num_local)
@@ -432,10 +424,9 @@ class Buffer:
         def shaped(rows: Tensor) -> Tensor:
             return rows.view(*lead, *rows.shape[1:])
 
-        lease = self._leases[slot] = Lease(slot, plan.stamp)
-        rows: Tensor | Quantized = shaped(landed.data.clone() if copy else landed.data)
-        if landed.scale is not None:
-            rows = Quantized(rows, shaped(landed.scale.clone() if copy else landed.scale))
+        lease = self._slots.lease(slot, plan.stamp)
+        data = shaped(landed.data.clone() if copy else landed.data)
+        scale = None if landed.scale is None else shaped(landed.scale.clone() if copy else landed.scale)
         return Received(
             plan=plan,
             num_rows=plan.num_rows,
@@ -445,28 +436,11 @@ class Buffer:
             weights=None if landed.weights is None else shaped(landed.weights),
             src_idx=shaped(landed.src_idx),
             extras=tuple(shaped(extra) for extra in landed.extras),
-            _rows=rows,
+            _rows=data if scale is None else Quantized(data, scale),
             _lease=None if copy else lease,
-            _outputs=shaped(self._views["outputs"][slot, :num_rows]),
+            _outputs=shaped(self._slots.outputs(slot, num_rows)),
             _outputs_lease=lease,
         )
-
-    def _where(self, y: Tensor, plan: Plan) -> tuple[int, Lease | None]:
-        """The slot whose output rows ``y`` is, or PUSHED; and the lease of the slot that it lies in, if any."""
-        for name in ("outputs", "data"):
-            region = self._views[name]
-            offset = y.data_ptr() - region.data_ptr()
-            if y.numel() and 0 <= offset < region.nbytes:
-                slot, within = divmod(offset, region.nbytes // self.spec.num_slots)
-                lease = self._leases[slot]
-                if lease is None or lease.stamp != plan.stamp:
-                    raise ConfigError(
-                        f"y lies in receive slot {slot}, which a later dispatch has taken; combine rows before their slot "
-                        f"comes round, or pass a tensor of your own"
-                    )
-                in_place = name == "outputs" and within == 0 and y.is_contiguous()
-                return slot if in_place else PUSHED, lease
-        return PUSHED, None
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -489,34 +463,6 @@ class Buffer:
             finally:
                 self._queue.fail(f"{type(error).__name__}: {error}")
             raise
-
-    def _poison(self, slot: int, *names: str) -> None:
-        for name in names:
-            if name in self._views:
-                self._views[name][slot].view(torch.uint8).fill_(0xFF)
-
-
-def _agree(members: Group, spec: Spec, timeout_s: float) -> int:
-    """Finds disagreement between ranks, on all of them; gives a number that is theirs alone. Collective."""
-    problem = None
-    if not isinstance(spec, Spec):
-        problem = f"spec is a {type(spec).__name__}; pass a crossdock.Spec"
-    elif timeout_s <= 0:
-        problem = f"timeout_s={timeout_s}; pass a positive number of seconds"
-    hello = (__version__, problem, pickle.dumps(spec), secrets.randbits(63))
-    hellos: list[Any] = members.all_gather(hello)
-    for rank, (version, theirs, _, _) in enumerate(hellos):
-        if theirs is not None:
-            raise ConfigError(f"rank {rank}: {theirs}")
-        if version != hellos[0][0]:
-            raise ConfigError(
-                f"rank {rank} runs crossdock {version}, rank 0 runs {hellos[0][0]}; install the same version everywhere"
-            )
-    specs = [pickle.loads(pickled) for _, _, pickled, _ in hellos]
-    for rank, other in enumerate(specs):
-        if differences := specs[0].differences(other):
-            raise ConfigError(f"the Specs of rank 0 and rank {rank} differ in {'; '.join(differences)}; pass the same to all")
-    return int(hellos[0][3])
 
 
 def _shapes(extras: Sequence[Tensor]) -> list[tuple[str, tuple[int, ...]]]:

@@ -112,7 +112,9 @@ class Consent:
         first: the first sequence number; all ranks start with the same.
     """
 
-    def __init__(self, mailbox: Mailbox, *, rank: int, num_ranks: int, ring: int, first: int = 1 << EPOCH_SHIFT) -> None:
+    def __init__(
+        self, mailbox: Mailbox, *, rank: int, num_ranks: int, ring: int, first: int = 1 << EPOCH_SHIFT
+    ) -> None:
         self._mailbox = mailbox
         self._rank = rank
         self._peers = range(num_ranks)

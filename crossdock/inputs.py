@@ -104,7 +104,9 @@ def check_token_extras(spec: Spec, extras: Sequence[Tensor], num_tokens: int) ->
     for i, extra in enumerate(extras):
         _check_tensor(f"extras[{i}]", extra)
         if extra.dim() < 1 or extra.shape[0] != num_tokens:
-            raise ConfigError(f"extras[{i}] has shape {_shape(extra)}; pass one entry per token, [tokens={num_tokens}, ...]")
+            raise ConfigError(
+                f"extras[{i}] has shape {_shape(extra)}; pass one entry per token, [tokens={num_tokens}, ...]"
+            )
     num_bytes = sum(math.prod(extra.shape[1:]) * extra.element_size() for extra in extras)
     if num_bytes > spec.extra_bytes:
         raise ConfigError(
@@ -129,7 +131,7 @@ def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> Tensor:
     hidden = spec.hidden
     if isinstance(spec.layout, Padded):
         num_local = plan.num_tokens_per_expert.shape[0]
-        allowed = [(num_local, slot_rows // num_local, hidden)]
+        allowed: list[tuple[int, ...]] = [(num_local, slot_rows // num_local, hidden)]
     else:
         allowed = [(plan.num_rows, hidden), (slot_rows, hidden)]
     if tuple(y.shape) not in allowed:
@@ -147,7 +149,12 @@ def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, y: Ten
     if spec.reduce == "token":
         check_weights(spec, weights, plan.num_tokens)
         return weights
-    if weights.numel() != y.shape[0] or weights.shape[-1:] == (spec.num_topk,) and weights.dim() == 2 and not isinstance(spec.layout, Padded):
+    if (
+        weights.numel() != y.shape[0]
+        or (weights.shape[-1:] == (spec.num_topk,)
+        and weights.dim() == 2
+        and not isinstance(spec.layout, Padded))
+    ):
         raise ConfigError(
             f"weights has shape {_shape(weights)}; with reduce='rank' rows are weighted where they are: pass one weight per "
             f"row that came, [{y.shape[0]}] (recv.weights, when dispatch was given weights=)"
@@ -174,7 +181,9 @@ def check_row_extras(extras: Sequence[Tensor], y: Tensor, *, lead: tuple[int, ..
         _check_tensor(f"extras[{i}]", extra)
         _check_float32(f"extras[{i}]", extra)
         if tuple(extra.shape[: len(lead)]) != lead:
-            raise ConfigError(f"extras[{i}] has shape {_shape(extra)}; pass one entry per row that came, {[*lead, '...']}")
+            raise ConfigError(
+                f"extras[{i}] has shape {_shape(extra)}; pass one entry per row that came, {[*lead, '...']}"
+            )
         flat.append(extra.reshape(y.shape[0], *extra.shape[len(lead) :]))
     num_bytes = sum(math.prod(extra.shape[1:]) * extra.element_size() for extra in flat)
     if num_bytes > limit:
@@ -188,7 +197,9 @@ def check_row_extras(extras: Sequence[Tensor], y: Tensor, *, lead: tuple[int, ..
 def _check_quantized(spec: Spec, x: Quantized) -> None:
     wire = spec.wire
     if not isinstance(wire, Fp8):
-        raise ConfigError(f"x is Quantized, the wire is {wire}; make the Spec with wire=Fp8(...), or pass a plain tensor")
+        raise ConfigError(
+            f"x is Quantized, the wire is {wire}; make the Spec with wire=Fp8(...), or pass a plain tensor"
+        )
     if x.data.dtype != wire.dtype:
         raise ConfigError(f"x.data is {_name(x.data)}; {wire} takes {wire.dtype}")
     _check_tensor("x.scale", x.scale)

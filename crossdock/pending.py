@@ -119,7 +119,7 @@ class CallQueue:
         self._running.clear()
         self._unwaited.clear()
 
-    def holds(self, pending: Pending[Result] | None) -> bool:
+    def is_unwaited(self, pending: Pending[Result] | None) -> bool:
         """Whether a call has been started and not waited for."""
         return any(other is pending for other in self._unwaited)
 
@@ -168,5 +168,3 @@ class CallQueue:
         error = PeerTimeout(peer, f"rank {peer} did not {what} this {head.kind} {when}; the call is void on every rank")
         head.void(error)
         self.fail(error)
-
-

@@ -64,7 +64,8 @@ class Hop:
         return np.arange(self.send_blocks.size) + shift[self.send_blocks]
 
     def _own(self, matrix: Tensor) -> Ints:
-        return matrix.numpy()[self.own]
+        row: Ints = matrix.numpy()[self.own]
+        return row
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -114,16 +115,18 @@ class Plan:
 
         J is the most rows any token here gets back.
         """
-        pos = self.back_pos.numpy()
-        if self.sums_by_pick:
-            first = _first_of_equal(pos)
-            order = np.argsort(~first, axis=1, kind="stable")
-            pos = np.take_along_axis(np.where(first, pos, -1), order, axis=1)
-        else:
-            pos = np.sort(np.where(_first_of_equal(pos), pos, _NONE), axis=1)
-            pos = np.where(pos == _NONE, -1, pos)
-        num_terms = int((pos >= 0).sum(axis=1).max(initial=0))
-        return torch.from_numpy(np.ascontiguousarray(pos[:, :num_terms]))
+        pos = np.ascontiguousarray(self.back_pos.numpy().T)  # [K, T]: long rows, so that numpy's loops are long
+        if not self.sums_by_pick:
+            pos = np.sort(np.where(pos < 0, _NONE, pos), axis=0)
+            pos[pos == _NONE] = -1
+        first = pos >= 0 if self.back.send_pick is not None else _first_of_equal(pos)
+        if first.all():
+            return torch.from_numpy(pos.T)
+        columns = np.cumsum(first, axis=0)
+        terms = np.full((int(columns[-1].max(initial=0)), pos.shape[1]), -1, dtype=np.int64)
+        pick, token = np.nonzero(first)
+        terms[columns[pick, token] - 1, token] = pos[pick, token]
+        return torch.from_numpy(terms.T)
 
     @cached_property
     def term_of_pick(self) -> Int64[Tensor, "T K"]:
@@ -189,10 +192,11 @@ def make_plan(
     base = spec.layout.segment_starts(per_segment, spec.capacity(topology.num_ranks))  # [P, segments + 1]
     dst_starts = base[:, :-1].reshape(-1) + _exclusive_cumsum(final, axis=0)  # [P, B]
     everyone = tuple(range(topology.num_ranks))
+    send_pick: Tensor | None = None
     if spec.layout.per_pick:
         send_idx, send_pick, pick_pos = _send_picks(picks, spec.num_experts)
     else:
-        send_idx, send_pick, pick_pos = _send_places(picks // num_local, topology.num_ranks)
+        send_idx, pick_pos = _send_places(picks // num_local, topology.num_ranks)
     hop = _hop("scale_up", everyone, rank, send_idx, send_pick, final, dst_starts)
     mine = slice(rank * num_local, (rank + 1) * num_local)
     plan = Plan(
@@ -214,7 +218,7 @@ def make_plan(
         return _over_nodes(plan, spec, topology, all_counts, picks // num_local)
     if spec.reduce == "rank" and spec.layout.per_pick:
         per_rank = all_counts[:, spec.num_experts : spec.num_experts + topology.num_ranks]
-        send_idx, _, back_pos = _send_places(picks // num_local, topology.num_ranks)
+        send_idx, back_pos = _send_places(picks // num_local, topology.num_ranks)
         back = _hop("scale_up", everyone, rank, send_idx, None, per_rank, _exclusive_cumsum(per_rank, axis=0))
         return replace(plan, back=back, back_pos=back_pos)
     return plan
@@ -231,7 +235,10 @@ def partial_rows_to_send(plan: Plan) -> Int32[Tensor, "Q K"]:
 
 
 def landed_hop(plan: Plan, carried: Int64[Tensor, "R0 K"]) -> Hop:
-    """The second hop of a two-hop plan, once rows have landed with what they ``carried``: its order is that of the final rows."""
+    """The second hop of a two-hop plan, once rows have landed with what they ``carried``.
+
+    Its order is that of the final rows: by receiver, then row.
+    """
     flat = carried.numpy().ravel()
     order = np.argsort(flat, kind="stable")[int((flat < 0).sum()) :]
     idx, pick = np.divmod(order, carried.shape[1])
@@ -246,11 +253,11 @@ def _over_nodes(plan: Plan, spec: Spec, topology: Topology, all_counts: Ints, pi
     rail = np.arange(num_nodes) * node_size + local
     per_node = all_counts[rail][:, spec.num_experts + num_ranks :]  # [N, N]
     pick_nodes = pick_ranks // node_size
-    send_idx, _, node_pos = _send_places(pick_nodes, num_nodes)
+    send_idx, node_pos = _send_places(pick_nodes, num_nodes)
     out = _hop("scale_out", tuple(rail.tolist()), node, send_idx, None, per_node, _exclusive_cumsum(per_node, axis=0))
 
     pos, tokens = plan.pick_pos.numpy(), send_idx.numpy()
-    first = _first_of_equal(pos)
+    first = _first_of_equal(pos.T).T
     rows = np.where(first, flat.send_dst_rows[pos] if flat.send_dst_rows.size else -1, -1)
     final = np.where(first, pick_ranks % node_size * spec.num_slot_rows(num_ranks) + rows, -1)
     carried = np.where(pick_nodes[tokens] == out.send_blocks[:, None], final[tokens], -1)  # [Q, K]
@@ -313,15 +320,15 @@ def _send_picks(picks: Ints, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(idx), torch.from_numpy(pick), torch.from_numpy(pos.reshape(picks.shape))
 
 
-def _send_places(pick_places: Ints, num_places: int) -> tuple[Tensor, None, Tensor]:
-    """One row per (token, place), by place, then token: rows [Q], no picks, and each pick's place in that order [T, K]."""
+def _send_places(pick_places: Ints, num_places: int) -> tuple[Tensor, Tensor]:
+    """One row per (token, place), by place, then token: rows [Q], and each pick's place in that order [T, K]."""
     hits = _hits(pick_places, num_places)
     num_tokens = hits.shape[1]
     sent = np.flatnonzero(hits)
     place_pos = (np.cumsum(hits.ravel()) - 1).reshape(hits.shape)
     pos = place_pos[pick_places, np.arange(num_tokens)[:, None]]
     pos[pick_places < 0] = -1
-    return torch.from_numpy(sent % max(num_tokens, 1)), None, torch.from_numpy(pos)
+    return torch.from_numpy(sent % max(num_tokens, 1)), torch.from_numpy(pos)
 
 
 def _hits(pick_places: Ints, num_places: int) -> npt.NDArray[np.bool_]:
@@ -332,10 +339,11 @@ def _hits(pick_places: Ints, num_places: int) -> npt.NDArray[np.bool_]:
 
 
 def _first_of_equal(pos: Ints) -> npt.NDArray[np.bool_]:
-    """[T, K]: whether a pick is the first of its token with this place, and is one at all."""
+    """[K, T]: whether a pick is the first of its token with this place, and is one at all."""
     first = pos >= 0
-    for k in range(1, pos.shape[1]):
-        first[:, k] &= (pos[:, :k] != pos[:, k : k + 1]).all(axis=1)
+    for k in range(1, pos.shape[0]):
+        for earlier in range(k):
+            first[k] &= pos[k] != pos[earlier]
     return first
 
 

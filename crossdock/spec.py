@@ -167,12 +167,14 @@ class Spec:
         return self.capacity(num_ranks) * self._segments(num_ranks)
 
     def num_counts(self, topology: Topology) -> int:
-        """W, the counts that each rank tells every rank before rows move: per expert, per rank, per node where several."""
+        """W, the counts that each rank tells every rank: per expert, per rank, and per node where there are several."""
         return self.num_experts + topology.num_ranks + (topology.num_nodes if topology.num_nodes > 1 else 0)
 
     def differences(self, other: Spec) -> list[str]:
         """The fields in which another Spec differs, as ``name: mine != theirs``."""
-        pairs: list[tuple[str, Any, Any]] = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        pairs: list[tuple[str, Any, Any]] = [
+            (f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+        ]
         return [f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
 
     def _segments(self, num_ranks: int) -> int:

@@ -158,7 +158,9 @@ class CpuBackend:
             columns = (plan.pick_pos if self._arena.spec.layout.per_pick else plan.terms).numpy()
             values = np.where((columns < 0)[..., None], np.float32(0), sent[columns] if num_sent else np.float32(0))
             if not self._arena.spec.layout.per_pick:
-                values = sum((values[:, j] for j in range(values.shape[1])), np.zeros_like(sent, shape=values.shape[::2]))
+                values = sum(
+                    (values[:, j] for j in range(values.shape[1])), np.zeros_like(sent, shape=values.shape[::2])
+                )
             results.append(torch.from_numpy(values).view(*values.shape[:-1], *extra.shape[1:]))
         return tuple(results)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch.distributed as dist
 from torch import Tensor
 
 from crossdock.consent import Mailbox
 from crossdock.errors import ConfigError
+
+Value = TypeVar("Value")
 
 
 class Transport(Mailbox, Protocol):
@@ -36,7 +38,7 @@ class Group(Protocol):
     rank: int
     size: int
 
-    def all_gather(self, value: object) -> list[object]:
+    def all_gather(self, value: Value) -> list[Value]:
         """Every rank's value, by rank. Collective."""
 
 
@@ -54,7 +56,7 @@ class ProcessGroup:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
-    def all_gather(self, value: object) -> list[object]:
-        values: list[object] = [None] * self.size
+    def all_gather(self, value: Value) -> list[Value]:
+        values = [value] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values

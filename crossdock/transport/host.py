@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import os
 import platform
 import time
@@ -75,8 +74,7 @@ class HostTransport:
         self._load, self._store = atomics(between_processes=between_processes)
         self._segments = [memory.data_ptr() + r * arena.stride for r in range(self.num_ranks)]
         self._offsets = {name: arena[name].offset for name in ("words", "arrived", "aborts", "closed", "reasons")}
-        libc = ctypes.CDLL(None)
-        self._yield: Callable[[], int] = libc.sched_yield if hasattr(libc, "sched_yield") else os.sched_yield
+        self._yield: Callable[[], object] = getattr(ctypes.CDLL(None), "sched_yield", os.sched_yield)
 
     def post(self, peer: int, box: str, index: int, value: int) -> None:
         """See Mailbox."""
@@ -96,7 +94,7 @@ class HostTransport:
         return ctypes.string_at(self._reason(self.rank, sender), REASON_BYTES)
 
     def idle(self, num_polls: int) -> None:
-        """Yields the core at first: there are often more ranks than cores, and 7 us beat 4 ms. Sleeps when it takes long."""
+        """Yields the core at first: there are often more ranks than cores, and 7 us beat 4 ms. Then sleeps."""
         if num_polls < _YIELDS:
             self._yield()
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from crossdock.arena import Arena
 from crossdock.errors import ConfigError, PeerFailed
 from crossdock.transport.host import HostTransport
 
+Value = TypeVar("Value")
 Result = TypeVar("Result")
 
 
@@ -20,7 +21,7 @@ class _Meeting:
     """Where the threads of one world meet: a table of values and a barrier, and who has gone home."""
 
     def __init__(self, num_ranks: int, timeout_s: float) -> None:
-        self.values: list[object] = [None] * num_ranks
+        self.values: list[Any] = [None] * num_ranks
         self.gone = [False] * num_ranks
         self.barrier = threading.Barrier(num_ranks, timeout=timeout_s)
 
@@ -41,12 +42,12 @@ class ThreadGroup:
         meeting = _Meeting(num_ranks, timeout_s)
         return [ThreadGroup(rank, meeting) for rank in range(num_ranks)]
 
-    def all_gather(self, value: object) -> list[object]:
+    def all_gather(self, value: Value) -> list[Value]:
         """Every rank's value, by rank. Collective among the world's threads."""
         self._meeting.values[self.rank] = value
         try:
             self._meeting.barrier.wait()
-            values = list(self._meeting.values)
+            values: list[Value] = list(self._meeting.values)
             self._meeting.barrier.wait()
         except threading.BrokenBarrierError:
             gone = [rank for rank, is_gone in enumerate(self._meeting.gone) if is_gone]

@@ -38,7 +38,7 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
     fds: list[int] = []
     try:
         _agree(group, _create(path, arena, fds), TransportError)
-        paths = [Path(str(p)) for p in group.all_gather(str(path))]
+        paths = group.all_gather(path)
         problem = None
         peers = []
         for rank, peer_path in enumerate(paths):
@@ -46,8 +46,8 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
                 peers.append(os.open(peer_path, os.O_RDWR | os.O_CLOEXEC))
             except OSError as error:
                 problem = problem or (
-                    f"cannot open the segment of rank {rank} ({error.strerror}): ranks must be processes of one user on "
-                    f"one host that share {peer_path.parent}; ranks of several hosts are not supported yet"
+                    f"cannot open the segment of rank {rank} ({error.strerror}): ranks must be processes of one user "
+                    f"on one host that share {peer_path.parent}; ranks of several hosts are not supported yet"
                 )
         fds.extend(peers)
         _agree(group, problem, NotSupported)
@@ -70,7 +70,7 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
 
 
 def _create(path: Path, arena: Arena, fds: list[int]) -> str | None:
-    """Makes a file of the arena's size, allocated for real and locked for as long as this process lives, or says why not."""
+    """Makes a file of the arena's size, allocated for real, locked for as long as this process lives; or says why not."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fds.append(fd)
@@ -101,7 +101,7 @@ def _agree(group: Group, problem: str | None, error: type[TransportError | NotSu
 
 
 def _map(fds: list[int], arena: Arena) -> tuple[Tensor, str | None]:
-    """All segments at ``arena.stride`` of one reserved range, unmapped when the last tensor over it is gone; or why not."""
+    """All segments in one reserved range, unmapped when the last tensor over it is gone; or why not."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_int64)

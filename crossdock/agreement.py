@@ -1,0 +1,41 @@
+"""What ranks compare before a buffer exists: a disagreement is found by all of them, and raised by all of them."""
+
+from __future__ import annotations
+
+import secrets
+
+from crossdock.errors import ConfigError
+from crossdock.spec import Spec
+from crossdock.transport.base import Group
+from crossdock.version import __version__
+
+
+def agree(members: Group, spec: Spec, timeout_s: float) -> int:
+    """Raises the same ConfigError on all ranks when they differ; gives 63 random bits that are theirs alone. Collective.
+
+    Versions are compared first: Specs of different versions may not even have the same fields.
+    """
+    hellos = members.all_gather((__version__, _problem(spec, timeout_s), secrets.randbits(63)))
+    first_version, _, number = hellos[0]
+    for rank, (version, problem, _) in enumerate(hellos):
+        if problem is not None:
+            raise ConfigError(f"rank {rank}: {problem}")
+        if version != first_version:
+            raise ConfigError(
+                f"rank {rank} runs crossdock {version}, rank 0 runs {first_version}; install the same version everywhere"
+            )
+    specs = members.all_gather(spec)
+    for rank, other in enumerate(specs):
+        if differences := specs[0].differences(other):
+            raise ConfigError(
+                f"the Specs of rank 0 and rank {rank} differ in {'; '.join(differences)}; pass the same on all ranks"
+            )
+    return number
+
+
+def _problem(spec: object, timeout_s: float) -> str | None:
+    if not isinstance(spec, Spec):
+        return f"spec is a {type(spec).__name__}; pass a crossdock.Spec"
+    if not timeout_s > 0:
+        return f"timeout_s={timeout_s}; pass a positive number of seconds"
+    return None
