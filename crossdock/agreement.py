@@ -11,7 +11,7 @@ from crossdock.version import __version__
 
 
 def agree(members: Group, spec: Spec, timeout_s: float) -> int:
-    """Raises the same ConfigError on all ranks when they differ; gives 63 random bits that are theirs alone. Collective.
+    """Raises the same ConfigError on all ranks when they differ; else gives 63 random bits, theirs alone. Collective.
 
     Versions are compared first: Specs of different versions may not even have the same fields.
     """
@@ -22,7 +22,7 @@ def agree(members: Group, spec: Spec, timeout_s: float) -> int:
             raise ConfigError(f"rank {rank}: {problem}")
         if version != first_version:
             raise ConfigError(
-                f"rank {rank} runs crossdock {version}, rank 0 runs {first_version}; install the same version everywhere"
+                f"rank {rank} runs crossdock {version}, rank 0 runs {first_version}; install the same version on all"
             )
     specs = members.all_gather(spec)
     for rank, other in enumerate(specs):

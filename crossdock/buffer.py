@@ -107,8 +107,6 @@ class Buffer:
         num_local = spec.num_local_experts(self.topology.num_ranks)
         self._num_tokens_per_expert = torch.zeros(num_local, dtype=torch.int64)
 
-    # --- the verbs -------------------------------------------------------------------------------------------------
-
     def dispatch(
         self,
         x: Tensor | Quantized,
@@ -224,8 +222,8 @@ class Buffer:
             y: outputs where their rows came, [R, H] or [L, C, H], in the combine format: any tensor (pushed), or
                 ``recv.output_rows()`` (left in place and pulled by the owners). The same bits either way.
             plan: of the dispatch that brought the rows.
-            weights: with ``reduce="token"``, float32 [T, K] of this rank's picks; a row that serves several picks is
-                multiplied by the sum of theirs. With ``reduce="rank"``, float32, one per row that came: ``recv.weights``.
+            weights: float32. With ``reduce="token"``, [T, K] of this rank's picks; a row that serves several picks is
+                multiplied by the sum of theirs. With ``reduce="rank"``, one per row that came: ``recv.weights``.
             bias: [T, H] or [H], added to each sum.
             extras: float32 tensors [R, ...] (or [L, C, ...]) that go home with the rows, 4 * K + ``extra_bytes`` bytes
                 per row at most.
@@ -272,10 +270,11 @@ class Buffer:
             inputs.check_no_grad(y, weights, bias, *(extras or ()))
             inputs.check_plan(plan, self._id)
             flat = inputs.check_outputs(self.spec, plan, y, self._slot_rows)
-            row_weights = inputs.check_combine_weights(self.spec, plan, weights, flat)
+            lead = tuple(y.shape[:-1])
+            row_weights = inputs.check_combine_weights(self.spec, plan, weights, lead=lead)
             inputs.check_bias(self.spec, plan, bias)
             limit = self.arena.return_bytes
-            small = inputs.check_row_extras(extras or (), flat, lead=tuple(y.shape[:-1]), limit=limit)
+            small = inputs.check_row_extras(extras or (), lead=lead, limit=limit)
             return flat, row_weights, small, self._slots.output_slot(y, plan.stamp)
 
         flat, row_weights, small, output_slot = self._vetted(prepare)
@@ -288,8 +287,6 @@ class Buffer:
         self._consent.post(sequence, word)
         steps = self._combine_steps(sequence, word, plan, flat, row_weights, bias, None if extras is None else small)
         return self._queue.start(word.kind, steps)
-
-    # --- when things go wrong ----------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raises the CapacityError of an earlier ``rows="capacity"`` dispatch, once."""
@@ -307,7 +304,7 @@ class Buffer:
         self._queue.fail(reason)
 
     def reset(self) -> None:
-        """Forgets what went wrong here, without a word to the peers; calls in flight are given up (``abort``). Local."""
+        """Forgets what went wrong here, without a word to the peers; calls in flight are given up. Local."""
         self._check_open()
         self._sticky = None
         if self._raised is None:
@@ -331,15 +328,13 @@ class Buffer:
             self.abort(f"{type(error).__name__}: {error}")
         self.close()
 
-    # --- what was counted --------------------------------------------------------------------------------------------
-
     @property
     def stats(self) -> Stats:
         """What this rank has counted so far."""
         return Stats(num_tokens_per_expert=self._num_tokens_per_expert.clone(), wait_s=self._queue.wait_s.clone())
 
     def gather_stats(self) -> Stats:
-        """Everybody's: tokens per expert int64 [E], and the matrix of waits float64 [P, P], [waiting rank, peer]. Collective."""
+        """Everybody's: tokens per expert int64 [E], and waits float64 [P, P] of each rank for each peer. Collective."""
         all_stats: list[Any] = self._members.all_gather(self.stats)
         return Stats(
             num_tokens_per_expert=torch.cat([stats.num_tokens_per_expert for stats in all_stats]),
@@ -349,8 +344,6 @@ class Buffer:
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open"
         return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
-
-    # --- inside --------------------------------------------------------------------------------------------------------
 
     def _dispatch_steps(
         self, sequence: int, word: Word, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows, *, copy: bool

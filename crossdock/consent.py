@@ -1,14 +1,14 @@
-"""Who may touch what, when: words, sequence numbers, abort. Pure logic over a Mailbox; nothing here waits or moves rows.
+"""Who may touch what, when: words, sequence numbers, abort. Logic over a Mailbox that neither waits nor moves rows.
 
-Every collective call begins with one word from each rank to each peer. It says: everything I issued before this is done,
-my slot may be overwritten, my outputs may be read. No peer memory is touched before the words of all ranks for this call
-have been seen. What has to wait for peers is a generator that yields the peers still missing; whoever drives it decides
-how to wait and for how long.
+Every collective call begins with one word from each rank to each peer. It says: everything I issued before this is
+done, my slot may be overwritten, my outputs may be read. No peer memory is touched before the words of all ranks for
+this call have been seen. What has to wait for peers is a generator that yields the peers still missing; whoever drives
+it decides how to wait and for how long.
 
-A sequence number has 40 bits: 8 of the epoch, 32 of the call in it. A call that fails on any rank ends the epoch on all
-of them: the rank that fails raises a flag at every peer, a rank that misses something from a flagged peer fails too, and
-each goes on with call 0 of the next epoch. So nothing that was in flight can be mistaken for something later, and ranks
-are in step again without a word exchanged. Compared with ``==`` only, modulo 2**40: nothing is ever reset.
+A sequence number has 40 bits: 8 of the epoch, 32 of the call in it. A call that fails on any rank ends the epoch on
+all: the rank that fails raises a flag at every peer, a rank that misses something from a flagged peer fails too, and
+each goes on with call 0 of the next epoch. So nothing that was in flight can be mistaken for something later, and the
+ranks are in step again without a word exchanged. Compared with ``==`` only, modulo 2**40: nothing is ever reset.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def check_topk_idx(spec: Spec, topk_idx: Tensor, num_tokens: int) -> None:
     if picks.min() < -1 or picks.max() >= spec.num_experts:
         token, pick = np.argwhere((picks < -1) | (picks >= spec.num_experts))[0]
         raise ConfigError(
-            f"topk_idx[{token}, {pick}] = {picks[token, pick]}; experts are 0 to {spec.num_experts - 1}, and -1 is no pick"
+            f"topk_idx[{token}, {pick}] = {picks[token, pick]}; experts are 0 to {spec.num_experts - 1}, -1 is no pick"
         )
     ordered = np.sort(picks.astype(np.int16) if spec.num_experts < 2**15 else picks, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
@@ -95,12 +95,13 @@ def check_weights(spec: Spec, weights: Tensor | None, num_tokens: int) -> None:
     _check_float32("weights", weights)
     if weights.shape != (num_tokens, spec.num_topk):
         raise ConfigError(
-            f"weights has shape {_shape(weights)}; pass one weight per pick, [tokens={num_tokens}, num_topk={spec.num_topk}]"
+            f"weights has shape {_shape(weights)}; pass one weight per pick, [tokens={num_tokens}, "
+            f"num_topk={spec.num_topk}]"
         )
 
 
 def check_token_extras(spec: Spec, extras: Sequence[Tensor], num_tokens: int) -> None:
-    """Opaque tensors that travel with tokens: [T, ...] of any dtype, together at most ``spec.extra_bytes`` per token."""
+    """Opaque tensors that travel with tokens: [T, ...] of any dtype, at most ``spec.extra_bytes`` per token."""
     for i, extra in enumerate(extras):
         _check_tensor(f"extras[{i}]", extra)
         if extra.dim() < 1 or extra.shape[0] != num_tokens:
@@ -140,24 +141,17 @@ def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> Tensor:
     return y.reshape(-1, hidden)
 
 
-def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, y: Tensor) -> Tensor | None:
-    """Weights of a combine: of this rank's picks [T, K], or, where ranks sum, of the rows that came [R]. Gives [T, K] or [R]."""
-    if weights is None:
-        return None
-    _check_tensor("weights", weights)
-    _check_float32("weights", weights)
-    if spec.reduce == "token":
+def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lead: tuple[int, ...]) -> Tensor | None:
+    """Weights of a combine: of this rank's picks [T, K], or, where ranks sum, of the rows that came, [*lead] (gives [R])."""
+    if weights is None or spec.reduce == "token":
         check_weights(spec, weights, plan.num_tokens)
         return weights
-    if (
-        weights.numel() != y.shape[0]
-        or (weights.shape[-1:] == (spec.num_topk,)
-        and weights.dim() == 2
-        and not isinstance(spec.layout, Padded))
-    ):
+    _check_tensor("weights", weights)
+    _check_float32("weights", weights)
+    if tuple(weights.shape) != lead:
         raise ConfigError(
-            f"weights has shape {_shape(weights)}; with reduce='rank' rows are weighted where they are: pass one weight per "
-            f"row that came, [{y.shape[0]}] (recv.weights, when dispatch was given weights=)"
+            f"weights has shape {_shape(weights)}; with reduce='rank' rows are weighted where they are: pass one weight "
+            f"per row that came, {list(lead)} (recv.weights, when dispatch was given weights=)"
         )
     return weights.reshape(-1)
 
@@ -174,7 +168,7 @@ def check_bias(spec: Spec, plan: Plan, bias: Tensor | None) -> None:
         )
 
 
-def check_row_extras(extras: Sequence[Tensor], y: Tensor, *, lead: tuple[int, ...], limit: int) -> tuple[Tensor, ...]:
+def check_row_extras(extras: Sequence[Tensor], *, lead: tuple[int, ...], limit: int) -> tuple[Tensor, ...]:
     """Small float32 tensors that go home with rows: [*lead, ...] as the rows came. Gives them as [R, ...]."""
     flat = []
     for i, extra in enumerate(extras):
@@ -184,12 +178,12 @@ def check_row_extras(extras: Sequence[Tensor], y: Tensor, *, lead: tuple[int, ..
             raise ConfigError(
                 f"extras[{i}] has shape {_shape(extra)}; pass one entry per row that came, {[*lead, '...']}"
             )
-        flat.append(extra.reshape(y.shape[0], *extra.shape[len(lead) :]))
+        flat.append(extra.reshape(math.prod(lead), *extra.shape[len(lead) :]))
     num_bytes = sum(math.prod(extra.shape[1:]) * extra.element_size() for extra in flat)
     if num_bytes > limit:
         raise ConfigError(
-            f"extras take {num_bytes} bytes per row; {limit} can come home (4 per pick and extra_bytes): make the Spec with a "
-            f"larger extra_bytes"
+            f"extras take {num_bytes} bytes per row; {limit} can come home (4 per pick and extra_bytes): make the Spec "
+            f"with a larger extra_bytes"
         )
     return tuple(flat)
 

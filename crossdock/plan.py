@@ -1,7 +1,7 @@
 """Where each row goes: counts -> prefix sums -> Plan. Tensor maths on the host; nothing is communicated here.
 
-Letters: T tokens here, K top-k, E experts, L local experts, P ranks, U ranks of a node, N nodes, W = E + P (+ N) counts,
-Q rows this rank sends, n peers of a hop, B blocks of rows of a hop.
+Letters: T tokens here, K top-k, E experts, L local experts, P ranks, U ranks of a node, N nodes, W = E + P (+ N)
+counts, Q rows this rank sends, n peers of a hop, B blocks of rows of a hop.
 
 The rows that one rank sends to one segment of one peer (a *block*) are contiguous in the sender's order and contiguous
 where they land. So three small matrices, the same on every rank, and one list of row numbers say all there is to say:
@@ -73,7 +73,7 @@ class Plan:
     """Everything about one routing: tensors and ints only, usable for any number of dispatches and combines.
 
     A rank of one domain needs one hop. With two axes ``hops[0]`` goes over the slow one, to the rail peers of the
-    nodes, carrying ``carried`` with its rows; ``hops[1]`` fans them out over the fast one, and its ``send_idx`` is known
+    nodes, with ``carried`` beside its rows; ``hops[1]`` fans them out over the fast one, and its ``send_idx`` is known
     once rows have landed (``landed_hop``).
     """
 
@@ -111,7 +111,7 @@ class Plan:
 
     @cached_property
     def terms(self) -> Int64[Tensor, "T J"]:
-        """Rows that are summed into each token, as places in ``back``'s sending order: in the order of the sum, -1 last.
+        """Rows that are summed into each token, as places in ``back``'s sending order, first term first, -1 last.
 
         J is the most rows any token here gets back.
         """
@@ -139,7 +139,7 @@ class Plan:
 
 
 def local_counts(spec: Spec, topology: Topology, topk_idx: Int[Tensor, "T K"]) -> Int64[Tensor, "W"]:
-    """Rows this rank will send: per expert, per destination rank (a token counts once), per node where there are two axes.
+    """Rows this rank will send: per expert, per rank (a token counts once there), per node where there are several.
 
     >>> spec = Spec(num_experts=4, num_topk=2, hidden=8, max_tokens=4)
     >>> local_counts(spec, Topology(num_ranks=2), torch.tensor([[0, 1], [1, 2], [3, -1]])).tolist()
@@ -225,7 +225,7 @@ def make_plan(
 
 
 def partial_rows_to_send(plan: Plan) -> Int32[Tensor, "Q K"]:
-    """For each (token, rank) pair in ``back``'s order: the rows of its picks at that rank, in pick order, -1 elsewhere."""
+    """For each (token, rank) pair in ``back``'s order: the rows of its picks there, in pick order, -1 for others."""
     hop, back = plan.hops[0], plan.back
     pos, back_pos = plan.pick_pos.numpy(), plan.back_pos.numpy()
     rows = np.where(pos >= 0, hop.send_dst_rows[pos], -1) if hop.send_dst_rows.size else np.full(pos.shape, -1)

@@ -27,8 +27,8 @@ class Lease:
         """Raises ConfigError when the slot has come round."""
         if not self.is_valid:
             raise ConfigError(
-                f"these rows are stale: receive slot {self.slot} has been taken by a later dispatch; use rows before the "
-                f"slot comes round (num_slots dispatches later), or dispatch with copy=True"
+                f"these rows are stale: receive slot {self.slot} has been taken by a later dispatch; use rows before "
+                f"their slot comes round (num_slots dispatches later), or dispatch with copy=True"
             )
 
 

@@ -63,7 +63,7 @@ class Backend(Protocol):
     def sum_rows(
         self, plan: Plan, weights: Tensor | None, bias: Tensor | None, output_slots: Sequence[int], landing_slot: int
     ) -> Tensor:
-        """The sum of each token's rows [T, H], pulled from the peers' output slots or, where they pushed, from landing."""
+        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from landing."""
 
     def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
         """Extras that came home: [T, ...] summed over ranks, or [T, K, ...] where a row is one pick."""

@@ -48,13 +48,7 @@ class CpuBackend:
         row_bytes = arena.spec.hidden * arena.spec.combine_dtype.itemsize
         last_row_end = (self._num_ranks - 1) * arena.stride + arena.num_bytes // row_bytes * row_bytes
         self._all_rows = memory[:last_row_end].view(arena.spec.combine_dtype).view(-1, arena.spec.hidden)
-        self._first_row = {
-            name: [
-                [(r * arena.stride + arena[name].offset) // row_bytes + s * arena[name].shape[1] for s in range(arena.spec.num_slots)]
-                for r in range(self._num_ranks)
-            ]
-            for name in ("outputs", "landing")
-        }  # fmt: skip
+        self._row_bytes = row_bytes
 
     def post_counts(self, sequence: int, counts: Tensor) -> None:
         """See Backend. Stamped like every word; the begin word that follows makes them visible."""
@@ -134,10 +128,10 @@ class CpuBackend:
     ) -> Tensor:
         """See Backend."""
         back, terms = plan.back, plan.terms.numpy()
-        landing = self._first_row["landing"][self._rank][landing_slot]
-        first_output = np.array([
-            -1 if slot == PUSHED else self._first_row["outputs"][peer][slot] for peer, slot in enumerate(output_slots)
-        ])  # fmt: skip
+        landing = self._first_row("landing", self._rank, landing_slot)
+        first_output = np.array(
+            [-1 if slot == PUSHED else self._first_row("outputs", r, slot) for r, slot in enumerate(output_slots)]
+        )
         first = first_output[back.send_blocks // back.num_blocks_per_peer]
         sent_rows = np.where(first < 0, landing + np.arange(first.size), first + back.send_dst_rows)
         rows = np.where(terms < 0, -1, sent_rows[terms]) if first.size else terms
@@ -164,6 +158,11 @@ class CpuBackend:
             results.append(torch.from_numpy(values).view(*values.shape[:-1], *extra.shape[1:]))
         return tuple(results)
 
+    def _first_row(self, name: str, rank: int, slot: int) -> int:
+        """The number, in the matrix of all rows, of a slot's first row in a region of a rank."""
+        region = self._arena[name]
+        return (rank * self._arena.stride + region.offset) // self._row_bytes + slot * region.shape[1]
+
     def _terms_to_sum_here(self, plan: Plan, weights: Tensor | None) -> Tensor | None:
         """[R', J] rows that this rank sums before they go home, -1 last; None: every row goes home as it is."""
         if plan.partial_rows is not None:
@@ -179,7 +178,7 @@ class CpuBackend:
             torch.index_select(movable, 0, idx[src], out=there)
 
     def _blocks(self, hop: Hop) -> Iterator[Block]:
-        """(peer, rows in this rank's sending order, rows there) of each block this rank sends; the next peer's first."""
+        """(peer, rows in this rank's sending order, rows there) of each block this rank sends, the next peer's first."""
         counts, src, dst = (m[hop.own].tolist() for m in (hop.counts, hop.send_starts, hop.dst_starts))
         for peer in self._peers_from_next():
             for b in range(peer * hop.num_blocks_per_peer, (peer + 1) * hop.num_blocks_per_peer):

@@ -70,7 +70,7 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
 
 
 def _create(path: Path, arena: Arena, fds: list[int]) -> str | None:
-    """Makes a file of the arena's size, allocated for real, locked for as long as this process lives; or says why not."""
+    """Makes a file of the arena's size, allocated for real, locked while this process lives; or says why not."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fds.append(fd)
