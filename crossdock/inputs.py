@@ -142,7 +142,7 @@ def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> Tensor:
 
 
 def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lead: tuple[int, ...]) -> Tensor | None:
-    """Weights of a combine: of this rank's picks [T, K], or, where ranks sum, of the rows that came, [*lead] (gives [R])."""
+    """Weights of a combine: of this rank's picks [T, K]; where ranks sum, of the rows that came, as [R]."""
     if weights is None or spec.reduce == "token":
         check_weights(spec, weights, plan.num_tokens)
         return weights
@@ -150,8 +150,8 @@ def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lea
     _check_float32("weights", weights)
     if tuple(weights.shape) != lead:
         raise ConfigError(
-            f"weights has shape {_shape(weights)}; with reduce='rank' rows are weighted where they are: pass one weight "
-            f"per row that came, {list(lead)} (recv.weights, when dispatch was given weights=)"
+            f"weights has shape {_shape(weights)}; with reduce='rank' rows are weighted where they are: pass one "
+            f"weight per row that came, {list(lead)} (recv.weights, when dispatch was given weights=)"
         )
     return weights.reshape(-1)
 

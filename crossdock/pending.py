@@ -89,7 +89,7 @@ class CallQueue:
         """Raises ConfigError when as many calls as there are slots have been started and not waited for."""
         if len(self._unwaited) >= self._depth:
             raise ConfigError(
-                f"{len(self._unwaited)} calls were started and not waited for, there are num_slots={self._depth} slots; "
+                f"{len(self._unwaited)} calls were started and not waited for; num_slots={self._depth}: "
                 f"call wait() on the oldest first, or make the Spec with more slots"
             )
 

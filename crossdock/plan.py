@@ -95,7 +95,7 @@ class Plan:
     num_rows: int
     """R, rows in the receive slot up to the end of the last segment."""
     num_tokens_per_expert: Int32[Tensor, "L"]
-    segment_starts: Int64[Tensor, "segments"]
+    segment_starts: Int64[Tensor, "ends"]
     """First row of each segment of this rank, and the end."""
     segment_rows: Int64[Tensor, "segments"]
     """Rows in each segment of this rank."""

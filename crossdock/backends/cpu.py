@@ -24,7 +24,7 @@ from crossdock.transport.base import Transport
 from crossdock.wire import Fp8, Quantized
 
 _CAST_ROWS = 256
-"""Tokens cast to a narrow format at a time: what lies beside the arena stays under 2 MiB at hidden 7168."""
+"""Tokens cast to a narrow format before they are pushed: under 2 MiB beside the arena, at hidden 7168."""
 
 Block = tuple[int, slice, slice]
 Bytes = npt.NDArray[np.uint8]
@@ -178,7 +178,7 @@ class CpuBackend:
             torch.index_select(movable, 0, idx[src], out=there)
 
     def _blocks(self, hop: Hop) -> Iterator[Block]:
-        """(peer, rows in this rank's sending order, rows there) of each block this rank sends, the next peer's first."""
+        """(peer, rows in this rank's order, rows there) of each block this rank sends, those to the next peer first."""
         counts, src, dst = (m[hop.own].tolist() for m in (hop.counts, hop.send_starts, hop.dst_starts))
         for peer in self._peers_from_next():
             for b in range(peer * hop.num_blocks_per_peer, (peer + 1) * hop.num_blocks_per_peer):
