@@ -51,8 +51,8 @@ class Arena:
 
     @property
     def ring(self) -> int:
-        """Words kept per peer. A rank has at most ``num_slots`` calls in flight, and so has each peer behind it."""
-        return 2 * self.spec.num_slots
+        """Words kept per peer: a power of two, and twice the ``num_slots`` calls that a rank may have in flight."""
+        return 1 << (2 * self.spec.num_slots - 1).bit_length()
 
     @property
     def pick_bytes(self) -> int:

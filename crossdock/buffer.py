@@ -102,7 +102,6 @@ class Buffer:
         self._slots = ReceiveSlots(self.arena, segment)
         self._num_combines = 0
         self._sticky: CapacityError | None = None
-        self._raised: BaseException | None = None
         self._is_closed = False
         num_local = spec.num_local_experts(self.topology.num_ranks)
         self._num_tokens_per_expert = torch.zeros(num_local, dtype=torch.int64)
@@ -185,7 +184,7 @@ class Buffer:
             self._backend.post_counts(sequence, local_counts(self.spec, self.topology, topk_idx))
         self._consent.post(sequence, word)
         steps = self._dispatch_steps(sequence, word, outgoing, plan or topk_idx, mode, copy=copy)
-        pending = self._queue.start(word.kind, steps)
+        pending = self._queue.start(word.kind, sequence, steps)
         self._slots.fill(slot, pending)
         return pending
 
@@ -286,7 +285,7 @@ class Buffer:
         sequence = self._consent.take()
         self._consent.post(sequence, word)
         steps = self._combine_steps(sequence, word, plan, flat, row_weights, bias, None if extras is None else small)
-        return self._queue.start(word.kind, steps)
+        return self._queue.start(word.kind, sequence, steps)
 
     def check(self) -> None:
         """Raises the CapacityError of an earlier ``rows="capacity"`` dispatch, once."""
@@ -307,9 +306,9 @@ class Buffer:
         """Forgets what went wrong here, without a word to the peers; calls in flight are given up. Local."""
         self._check_open()
         self._sticky = None
-        if self._raised is None:
+        if self._queue.last_error is None:
             self._queue.fail("it was reset")
-        self._raised = None
+        self._queue.last_error = None
 
     def close(self) -> None:
         """Leaves: a peer that waits for this rank raises PeerFailed. Local; rows that were handed out stay readable."""
@@ -324,7 +323,7 @@ class Buffer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and error is not self._raised and not self._is_closed:
+        if error is not None and error is not self._queue.last_error and not self._is_closed:
             self.abort(f"{type(error).__name__}: {error}")
         self.close()
 
@@ -383,6 +382,7 @@ class Buffer:
         yield from self._consent.arrivals(sequence, senders)
         output_slots = [theirs.output_slot for theirs in words]
         out = self._backend.sum_rows(plan, None if sums_here else weights, bias, output_slots, word.slot)
+        self._consent.check(sequence)
         if extras is None:
             return out
         return out, self._backend.returned_extras(plan, extras, word.slot)
@@ -445,16 +445,11 @@ class Buffer:
 
     def _vetted(self, prepare: Callable[[], Result]) -> Result:
         """What ``prepare`` gives. When it raises, calls in flight are finished first and then every peer is told."""
-        self._raised = None
         try:
             self.check()
             return prepare()
         except CrossdockError as error:
-            self._raised = error
-            try:
-                self._queue.drain()
-            finally:
-                self._queue.fail(f"{type(error).__name__}: {error}")
+            self._queue.refuse(error)
             raise
 
 

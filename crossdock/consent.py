@@ -6,9 +6,10 @@ this call have been seen. What has to wait for peers is a generator that yields 
 it decides how to wait and for how long.
 
 A sequence number has 40 bits: 8 of the epoch, 32 of the call in it. A call that fails on any rank ends the epoch on
-all: the rank that fails raises a flag at every peer, a rank that misses something from a flagged peer fails too, and
-each goes on with call 0 of the next epoch. So nothing that was in flight can be mistaken for something later, and the
-ranks are in step again without a word exchanged. Compared with ``==`` only, modulo 2**40: nothing is ever reset.
+all: the rank that fails raises a flag at every peer, which names its first call that is void; a rank that misses
+something of such a call fails too, and each goes on with call 0 of the next epoch. So nothing that was in flight can be
+mistaken for something later, and the ranks are in step again without a word exchanged. Both parts wrap around by
+themselves, and are compared as such: nothing is ever reset.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Protocol
 
 from crossdock.errors import CrossdockError, PeerFailed, PeerTimeout, TransportError
 
-SEQUENCE_MASK = 2**40 - 1
 EPOCH_SHIFT = 32
+CALL_MASK = 2**EPOCH_SHIFT - 1
+SEQUENCE_MASK = 2**40 - 1
 PAYLOAD_BITS = 24
 PAYLOAD_MASK = 2**PAYLOAD_BITS - 1
 PUSHED = 7
@@ -107,8 +109,9 @@ class Consent:
         mailbox: reaches the peers' boxes.
         rank: this rank.
         num_ranks: P.
-        ring: entries per sender in each ring box; twice the calls a rank may have in flight. A rank posts call n when
-            its own n - ring / 2 is complete, for which every peer had begun it, and so had completed n - ring.
+        ring: entries per sender in each ring box: a power of two (the call number wraps), at least twice the calls a
+            rank may have in flight. With m in flight, a rank posts call n when its own n - m is complete; every peer
+            had begun that one, and so had completed n - 2 m.
         first: the first sequence number; all ranks start with the same.
     """
 
@@ -123,13 +126,13 @@ class Consent:
 
     @property
     def epoch(self) -> int:
-        """Calls of another epoch cannot be mistaken for this one's; 0 to 255, then 0 again."""
+        """The epoch of the next call: 0 to 255, then 0 again."""
         return self.next_sequence >> EPOCH_SHIFT
 
     def take(self) -> int:
         """The sequence number of the next call."""
         sequence = self.next_sequence
-        self.next_sequence = (sequence + 1) & SEQUENCE_MASK
+        self.next_sequence = self.epoch << EPOCH_SHIFT | (sequence + 1) & CALL_MASK
         return sequence
 
     def entry(self, sequence: int) -> int:
@@ -155,7 +158,7 @@ class Consent:
             payloads[peer] = value & PAYLOAD_MASK
             return _is_stamped(value, sequence)
 
-        yield from self._until(arrived, self._peers, "begin")
+        yield from self._until(sequence, arrived, self._peers, "begin")
         words = [Word.of(payloads[peer]) for peer in self._peers]
         for peer, word in enumerate(words):
             if word.kind != own.kind:
@@ -181,14 +184,23 @@ class Consent:
         def arrived(peer: int) -> bool:
             return _is_stamped(self._mailbox.load("arrived", self.entry(sequence), peer), sequence)
 
-        yield from self._until(arrived, senders, "send its rows of")
+        yield from self._until(sequence, arrived, senders, "send its rows of")
 
-    def fail(self, error: CrossdockError | str) -> None:
-        """Ends the epoch here and flags it at every peer; an error that a peer caused is passed on under its rank."""
+    def check(self, sequence: int) -> None:
+        """Raises when any peer has given up this call: what it let this rank read may have changed meanwhile."""
+        for peer in self._peers:
+            if (gone := self._flag(peer, sequence)) is not None:
+                raise gone
+
+    def fail(self, error: CrossdockError | str, *, first_void: int) -> None:
+        """Ends the epoch here and flags it at every peer: all calls from ``first_void`` on are void.
+
+        An error that a peer caused is passed on under that peer's rank.
+        """
         culprit = error.rank if isinstance(error, (PeerFailed, PeerTimeout)) else self._rank
         why = error.reason if isinstance(error, PeerFailed) else str(error)
         reason = _REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode()
-        flag = stamped(self.next_sequence >> EPOCH_SHIFT << EPOCH_SHIFT, _FLAG)
+        flag = stamped(first_void, _FLAG)
         for peer in self._peers:
             if peer != self._rank:
                 self._mailbox.write_reason(peer, reason)
@@ -201,29 +213,34 @@ class Consent:
             if peer != self._rank:
                 self._mailbox.post(peer, "closed", 0, _FLAG)
 
-    def _until(self, arrived: Callable[[int], bool], senders: Sequence[int], what: str) -> Waiting:
-        """Yields the senders still missing until there are none; fails when one that is missing has given up."""
+    def _until(self, sequence: int, arrived: Callable[[int], bool], senders: Sequence[int], what: str) -> Waiting:
+        """Yields the senders still missing until there are none; fails when a missing one has given up the call."""
         missing = list(senders)
         while missing := [peer for peer in missing if not arrived(peer)]:
             for peer in missing:
-                gone = self._gave_up(peer)
+                gone = self._flag(peer, sequence) or self._has_left(peer)
                 # A rank posts its word before it fails or leaves: look again, or a call that can complete would not.
                 if gone is not None and not arrived(peer):
                     raise gone
             yield Missing(missing, what)
 
-    def _gave_up(self, peer: int) -> TransportError | None:
-        """The error to raise for a peer that has failed in this epoch (or a later one) or has closed its buffer."""
+    def _flag(self, peer: int, sequence: int) -> TransportError | None:
+        """The error to raise when a peer has given up the call, in this epoch or by having ended it and a later one."""
         flag = self._mailbox.load("aborts", 0, peer)
-        ahead = (flag >> (PAYLOAD_BITS + EPOCH_SHIFT)) - self.epoch & 0xFF
-        if flag & PAYLOAD_MASK == _FLAG and ahead < 128:
-            reason = self._mailbox.read_reason(peer)
-            culprit, timed_out = _REASON_HEADER.unpack_from(reason)
-            why = reason[_REASON_HEADER.size :].rstrip(b"\0").decode(errors="ignore")
-            return PeerTimeout(culprit, why) if timed_out else PeerFailed(culprit, why)
-        if self._mailbox.load("closed", 0, peer):
-            return PeerFailed(peer, "it has closed its buffer")
-        return None
+        if flag & PAYLOAD_MASK != _FLAG:
+            return None
+        first_void = flag >> PAYLOAD_BITS & SEQUENCE_MASK
+        epochs_ahead = (first_void >> EPOCH_SHIFT) - (sequence >> EPOCH_SHIFT) & 0xFF
+        is_void = (sequence - first_void) & CALL_MASK <= CALL_MASK // 2 if epochs_ahead == 0 else epochs_ahead < 128
+        if not is_void:
+            return None
+        reason = self._mailbox.read_reason(peer)
+        culprit, timed_out = _REASON_HEADER.unpack_from(reason)
+        why = reason[_REASON_HEADER.size :].rstrip(b"\0").decode(errors="ignore")
+        return PeerTimeout(culprit, why) if timed_out else PeerFailed(culprit, why)
+
+    def _has_left(self, peer: int) -> TransportError | None:
+        return PeerFailed(peer, "it has closed its buffer") if self._mailbox.load("closed", 0, peer) else None
 
 
 def _is_stamped(value: int, sequence: int) -> bool:

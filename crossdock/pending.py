@@ -26,8 +26,9 @@ class Pending(Generic[Result]):
     for one finishes those before it.
     """
 
-    def __init__(self, queue: CallQueue, kind: Kind, steps: Steps[Result]) -> None:
+    def __init__(self, queue: CallQueue, kind: Kind, sequence: int, steps: Steps[Result]) -> None:
         self.kind = kind
+        self.sequence = sequence
         self._queue = queue
         self._steps = steps
         self._result: list[Result] = []
@@ -76,6 +77,8 @@ class CallQueue:
     """The calls in flight, oldest first. Only the oldest moves rows, so calls are done in the same order everywhere."""
 
     def __init__(self, consent: Consent, transport: Transport, *, depth: int, timeout_s: float) -> None:
+        self.last_error: BaseException | None = None
+        """What the last call ended with, when it was an error."""
         self.wait_s = torch.zeros(transport.num_ranks, dtype=torch.float64)
         """How long this rank has waited for each peer."""
         self._consent = consent
@@ -93,9 +96,10 @@ class CallQueue:
                 f"call wait() on the oldest first, or make the Spec with more slots"
             )
 
-    def start(self, kind: Kind, steps: Steps[Result]) -> Pending[Result]:
+    def start(self, kind: Kind, sequence: int, steps: Steps[Result]) -> Pending[Result]:
         """Puts a call behind the others and goes as far as is possible without waiting."""
-        pending = Pending(self, kind, steps)
+        pending = Pending(self, kind, sequence, steps)
+        self.last_error = None
         self._running.append(pending)  # type: ignore[arg-type]
         self._unwaited.append(pending)  # type: ignore[arg-type]
         self._advance()
@@ -105,17 +109,29 @@ class CallQueue:
         """Drives the oldest calls until this one is done, one way or the other."""
         self._wait_until(lambda: pending.is_done)
         self._unwaited = [other for other in self._unwaited if other is not pending]
+        self.last_error = pending.error
 
     def drain(self) -> None:
         """Finishes every call in flight; their results stay to be waited for."""
         self._wait_until(lambda: not self._running)
 
+    def refuse(self, error: CrossdockError) -> None:
+        """Gives up a call that cannot begin; those in flight are finished first, and their results stay."""
+        epoch = self._consent.epoch
+        try:
+            self.drain()
+        finally:
+            if self._consent.epoch == epoch:  # else the peers know already that this epoch has ended
+                self.fail(error)
+            self.last_error = error
+
     def fail(self, error: CrossdockError | str) -> None:
         """Tells all peers that this rank gives up, and voids what is in flight here."""
-        self._consent.fail(error)
+        first = self._running[0].sequence if self._running else self._consent.next_sequence
+        self._consent.fail(error, first_void=first)
         cause = error if isinstance(error, CrossdockError) else TransportError(f"this rank gave up: {error}")
         for pending in self._running:
-            pending.void(cause)
+            pending.void(pending.error or cause)
         self._running.clear()
         self._unwaited.clear()
 
@@ -134,9 +150,10 @@ class CallQueue:
                 raise
             if missing is not None:
                 return missing
-            self._running.popleft()
             if isinstance(head.error, TransportError):
                 self.fail(head.error)
+            else:
+                self._running.popleft()
         return None
 
     def _wait_until(self, is_done: Callable[[], bool]) -> None:
@@ -153,18 +170,16 @@ class CallQueue:
                 self.wait_s[list(missing.peers)] += now - last
             last = now
             if now - began > self._timeout_s:
-                self._give_up(head, missing.peers[0], missing.what, f"within timeout_s={self._timeout_s:g}")
+                self._give_up(missing.peers[0], missing.what, f"within timeout_s={self._timeout_s:g}")
             elif now - looked > _LOOK_AGAIN_S:
                 looked = now
                 for peer in missing.peers:
                     if not self._transport.is_alive(peer):
-                        self._give_up(head, peer, missing.what, "and its process is gone")
+                        self._give_up(peer, missing.what, "and its process is gone")
                         break
             self._transport.idle(num_polls)
             num_polls += 1
 
-    def _give_up(self, head: Pending[object], peer: int, what: str, when: str) -> None:
-        self._running.popleft()
-        error = PeerTimeout(peer, f"rank {peer} did not {what} this {head.kind} {when}; the call is void on every rank")
-        head.void(error)
-        self.fail(error)
+    def _give_up(self, peer: int, what: str, when: str) -> None:
+        kind = self._running[0].kind
+        self.fail(PeerTimeout(peer, f"rank {peer} did not {what} this {kind} {when}; the call is void on every rank"))

@@ -25,6 +25,7 @@ from crossdock.layout import Padded
 from crossdock.spec import Spec, Topology
 
 Ints = npt.NDArray[np.int64]
+Picks = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 _NONE = np.iinfo(np.int64).max
 
 
@@ -245,7 +246,7 @@ def landed_hop(plan: Plan, carried: Int64[Tensor, "R0 K"]) -> Hop:
     return replace(plan.hops[1], send_idx=torch.from_numpy(idx), send_pick=torch.from_numpy(pick))
 
 
-def _over_nodes(plan: Plan, spec: Spec, topology: Topology, all_counts: Ints, pick_ranks: Ints) -> Plan:
+def _over_nodes(plan: Plan, spec: Spec, topology: Topology, all_counts: Ints, pick_ranks: Picks) -> Plan:
     """Splits the one-hop plan in two: over the slow axis along this rank's rail, then over the fast one."""
     num_nodes, node_size, num_ranks = topology.num_nodes, topology.node_size, topology.num_ranks
     node, local = divmod(plan.rank, node_size)
@@ -307,7 +308,7 @@ def _hop(
     )
 
 
-def _send_picks(picks: Ints, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _send_picks(picks: Picks, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """One row per pick, by expert, then token: rows [Q], picks [Q], and each pick's place in that order [T, K]."""
     flat = picks.ravel()
     key = np.where(flat < 0, num_experts, flat)
@@ -320,7 +321,7 @@ def _send_picks(picks: Ints, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(idx), torch.from_numpy(pick), torch.from_numpy(pos.reshape(picks.shape))
 
 
-def _send_places(pick_places: Ints, num_places: int) -> tuple[Tensor, Tensor]:
+def _send_places(pick_places: Picks, num_places: int) -> tuple[Tensor, Tensor]:
     """One row per (token, place), by place, then token: rows [Q], and each pick's place in that order [T, K]."""
     hits = _hits(pick_places, num_places)
     num_tokens = hits.shape[1]
@@ -331,7 +332,7 @@ def _send_places(pick_places: Ints, num_places: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(sent % max(num_tokens, 1)), torch.from_numpy(pos)
 
 
-def _hits(pick_places: Ints, num_places: int) -> npt.NDArray[np.bool_]:
+def _hits(pick_places: Picks, num_places: int) -> npt.NDArray[np.bool_]:
     """[places, T]: whether any pick of the token is at the place; negative places are no picks."""
     hits = np.zeros((num_places + 1, pick_places.shape[0]), dtype=np.bool_)
     hits[pick_places, np.arange(pick_places.shape[0])[:, None]] = True  # -1 marks the row that is cut off
