@@ -330,7 +330,10 @@ class Buffer:
     @property
     def stats(self) -> Stats:
         """What this rank has counted so far."""
-        return Stats(num_tokens_per_expert=self._num_tokens_per_expert.clone(), wait_s=self._queue.wait_s.clone())
+        return Stats(
+            num_tokens_per_expert=self._num_tokens_per_expert.clone(),
+            wait_s=torch.tensor(self._queue.wait_s, dtype=torch.float64),
+        )
 
     def gather_stats(self) -> Stats:
         """Everybody's: tokens per expert int64 [E], and waits float64 [P, P] of each rank for each peer. Collective."""

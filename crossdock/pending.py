@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Generic, TypeVar
 
-import torch
-
 from crossdock.consent import Consent, Kind, Missing
 from crossdock.errors import ConfigError, CrossdockError, PeerTimeout, TransportError
 from crossdock.transport.base import Transport
@@ -79,8 +77,8 @@ class CallQueue:
     def __init__(self, consent: Consent, transport: Transport, *, depth: int, timeout_s: float) -> None:
         self.last_error: BaseException | None = None
         """What the last call ended with, when it was an error."""
-        self.wait_s = torch.zeros(transport.num_ranks, dtype=torch.float64)
-        """How long this rank has waited for each peer."""
+        self.wait_s = [0.0] * transport.num_ranks
+        """How long this rank has waited for each peer, in seconds."""
         self._consent = consent
         self._transport = transport
         self._depth = depth
@@ -167,18 +165,22 @@ class CallQueue:
             if self._running[0] is not head:
                 head, num_polls, began = self._running[0], 0, now
             else:
-                self.wait_s[list(missing.peers)] += now - last
+                for peer in missing.peers:
+                    self.wait_s[peer] += now - last
             last = now
             if now - began > self._timeout_s:
                 self._give_up(missing.peers[0], missing.what, f"within timeout_s={self._timeout_s:g}")
             elif now - looked > _LOOK_AGAIN_S:
                 looked = now
-                for peer in missing.peers:
-                    if not self._transport.is_alive(peer):
-                        self._give_up(peer, missing.what, "and its process is gone")
-                        break
+                self._look_for_the_gone(missing)
             self._transport.idle(num_polls)
             num_polls += 1
+
+    def _look_for_the_gone(self, missing: Missing) -> None:
+        """Gives up when a missing peer no longer exists, and did not do its part just before it went."""
+        gone = [peer for peer in missing.peers if not self._transport.is_alive(peer)]
+        if gone and (still := self._advance()) is not None and gone[0] in still.peers:
+            self._give_up(gone[0], still.what, "and is gone: its process ended, or its buffer was dropped")
 
     def _give_up(self, peer: int, what: str, when: str) -> None:
         kind = self._running[0].kind

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from crossdock.arena import Arena
-from crossdock.errors import ConfigError, PeerFailed
+from crossdock.errors import ConfigError, PeerFailed, TransportError
 from crossdock.transport.host import HostTransport
 
 Value = TypeVar("Value")
@@ -18,12 +18,37 @@ Result = TypeVar("Result")
 
 
 class _Meeting:
-    """Where the threads of one world meet: a table of values and a barrier, and who has gone home."""
+    """Where the threads of one world exchange values, and see who has gone home."""
 
     def __init__(self, num_ranks: int, timeout_s: float) -> None:
-        self.values: list[Any] = [None] * num_ranks
-        self.gone = [False] * num_ranks
-        self.barrier = threading.Barrier(num_ranks, timeout=timeout_s)
+        self.gone: set[int] = set()
+        self.num_ranks = num_ranks
+        self._timeout_s = timeout_s
+        self._changed = threading.Condition()
+        self._brought: dict[int, Any] = {}
+        self._round = 0
+        self._gathered: list[Any] = []
+
+    def gather(self, rank: int, value: Value) -> list[Value]:
+        """Everybody's values once all have come; a round's are kept until all have come to the next."""
+        with self._changed:
+            this_round = self._round
+            self._brought[rank] = value
+            if len(self._brought) == self.num_ranks:
+                self._gathered = [self._brought.pop(r) for r in range(self.num_ranks)]
+                self._round += 1
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._round != this_round or self.gone, self._timeout_s)
+            if self._round == this_round:
+                late = min(self.gone, default=min(set(range(self.num_ranks)) - set(self._brought)))
+                raise PeerFailed(late, "it did not take part in the set-up")
+            return self._gathered
+
+    def go(self, rank: int) -> None:
+        """Says that a rank's program has ended."""
+        with self._changed:
+            self.gone.add(rank)
+            self._changed.notify_all()
 
 
 class ThreadGroup:
@@ -31,7 +56,7 @@ class ThreadGroup:
 
     def __init__(self, rank: int, meeting: _Meeting) -> None:
         self.rank = rank
-        self.size = len(meeting.values)
+        self.size = meeting.num_ranks
         self._meeting = meeting
 
     @staticmethod
@@ -43,26 +68,20 @@ class ThreadGroup:
         return [ThreadGroup(rank, meeting) for rank in range(num_ranks)]
 
     def all_gather(self, value: Value) -> list[Value]:
-        """Every rank's value, by rank. Collective among the world's threads."""
-        self._meeting.values[self.rank] = value
-        try:
-            self._meeting.barrier.wait()
-            values: list[Value] = list(self._meeting.values)
-            self._meeting.barrier.wait()
-        except threading.BrokenBarrierError:
-            gone = [rank for rank, is_gone in enumerate(self._meeting.gone) if is_gone]
-            raise PeerFailed(gone[0] if gone else self.rank, "it did not take part in the set-up") from None
-        return values
+        """Every rank's value, by rank. Collective among the world's threads.
+
+        Raises:
+            PeerFailed: a rank's program ended, or did not come in time.
+        """
+        return self._meeting.gather(self.rank, value)
 
     def is_alive(self, peer: int) -> bool:
         """False once the peer's program has ended."""
-        return not self._meeting.gone[peer]
+        return peer not in self._meeting.gone
 
     def go(self) -> None:
         """Says that this rank's program has ended."""
-        self._meeting.gone[self.rank] = True
-        if self._meeting.barrier.n_waiting:
-            self._meeting.barrier.abort()
+        self._meeting.go(self.rank)
 
 
 def connect(group: ThreadGroup, arena: Arena) -> HostTransport:
@@ -95,5 +114,5 @@ def run_local(program: Callable[[ThreadGroup], Result], num_ranks: int) -> list[
         futures = [pool.submit(run, group) for group in ThreadGroup.world(num_ranks)]
     errors = [error for future in futures if (error := future.exception())]
     if errors:
-        raise min(errors, key=lambda error: isinstance(error, PeerFailed))
+        raise min(errors, key=lambda error: isinstance(error, TransportError))
     return [future.result() for future in futures]
