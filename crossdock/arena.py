@@ -6,7 +6,6 @@ Letters: P ranks, M max_tokens, K top-k, H hidden, G scale groups, E experts, W 
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -128,11 +127,6 @@ class Arena:
         So the outputs and landing rows of all ranks can be numbered as rows of one matrix.
         """
         return _round_up(self.num_bytes, math.lcm(PAGE, self.spec.hidden * self.spec.combine_dtype.itemsize))
-
-    @property
-    def fingerprint(self) -> int:
-        """A number that differs when two ranks' tables do."""
-        return zlib.crc32(str(self).encode())
 
     def __getitem__(self, name: str) -> Region:
         return self.regions[name]

@@ -69,7 +69,7 @@ class Hop:
         return row
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Plan:
     """Everything about one routing: tensors and ints only, usable for any number of dispatches and combines.
 
@@ -104,6 +104,9 @@ class Plan:
     """Two hops: for each row of ``hops[0]`` and pick, local rank * slot rows + final row there, or -1."""
     partial_rows: Int32[Tensor, "R K"] | None = None
     """reduce='rank', filled on arrival: for each (token, rank) pair that came here, its rows in pick order, or -1."""
+
+    def __repr__(self) -> str:
+        return f"Plan(rank={self.rank}, num_tokens={self.num_tokens}, num_rows={self.num_rows}, hops={len(self.hops)})"
 
     @property
     def num_tokens(self) -> int:

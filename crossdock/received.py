@@ -32,7 +32,7 @@ class Lease:
             )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Received:
     """Rows that came to this rank. Leading dimensions are [R] for Compact and Expanded, [L, C] for Padded.
 
@@ -59,6 +59,10 @@ class Received:
     _lease: Lease | None
     _outputs: Tensor
     _outputs_lease: Lease
+
+    def __repr__(self) -> str:
+        tokens = self.num_tokens_per_expert.tolist()
+        return f"Received(num_rows={self.num_rows}, num_tokens_per_expert={tokens}, is_stale={self.is_stale})"
 
     @property
     def x(self) -> Tensor | Quantized:
