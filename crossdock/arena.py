@@ -36,11 +36,11 @@ class Region:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Arena:
     """The memory map of one rank's segment, from Spec and Topology alone; ``print(arena)`` shows it.
 
-    >>> arena = Arena(spec=Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=16), topology=Topology(num_ranks=4))
+    >>> arena = Arena(Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=16), Topology(num_ranks=4))
     >>> arena["data"].shape, arena["data"].num_bytes
     ((2, 64, 64), 16384)
     """

@@ -83,7 +83,7 @@ class Buffer:
         self.spec = spec
         self.topology = Topology(num_ranks=members.size)
         self.rank = members.rank
-        self.arena = Arena(spec=spec, topology=self.topology)
+        self.arena = Arena(spec, self.topology)
         self._members = members
         self._id = number
         self._debug = debug
