@@ -1,0 +1,40 @@
+"""The command line: ``crossdock bench``. Each command is a file that adds its parser, and runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from crossdock.cli.bench import add_parser as add_bench
+from crossdock.errors import ConfigError, CrossdockError
+from crossdock.version import __version__
+
+_COMMANDS = (add_bench,)
+_FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; gives the exit code: 0, 1 when it failed, 2 when its arguments are not allowed, 130 for Ctrl-C.
+
+    Errors of the library go to stderr as one text, without a traceback; a traceback is a bug.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except CrossdockError as error:
+        print(f"crossdock {args.command}: error: {error}", file=sys.stderr)
+        return _USAGE if isinstance(error, ConfigError) else _FAILED
+    except KeyboardInterrupt:
+        print(f"crossdock {args.command}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="crossdock", description="Expert-parallel dispatch and combine.")
+    parser.add_argument("--version", action="version", version=f"crossdock {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add_command in _COMMANDS:
+        add_command(commands)
+    return parser

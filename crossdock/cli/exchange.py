@@ -1,0 +1,181 @@
+"""The baseline: dispatch and combine by ``all_to_all_single``, as one writes them without Crossdock.
+
+Counts are exchanged first, rows are packed by one gather, one ``all_to_all_single`` with split sizes moves them, and
+one more gather orders them by expert where the layout wants that. Combine is the way back and the same sum. Rows come
+in new tensors, as in most code; keeping the buffers between calls saves their page faults, and can be chosen.
+
+Letters: T tokens here, K top-k, H hidden, L local experts, P ranks, Q rows sent, R rows received, C capacity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock.backends.sums import sum_rows
+from crossdock.layout import Compact, Padded
+from crossdock.plan import Terms
+from crossdock.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Route:
+    """What one routing means for this rank, both ways."""
+
+    send_idx: Tensor
+    """[Q] the token of each sent row, by destination."""
+    send_splits: list[int]
+    recv_splits: list[int]
+    by_expert: Tensor | None
+    """[R] received rows in the order of experts; None where rows stay as they come."""
+    num_tokens_per_expert: list[int]
+    pos: Tensor
+    """[T, K] the sent row that serves each pick; -1: none, or one that serves an earlier pick of the token."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arrived:
+    """Rows in their final order, [R, ...] or [L, C, ...]: data, and scales if there are any."""
+
+    parts: tuple[Tensor, ...]
+    route: Route
+
+
+@dataclass
+class GlooExchange:
+    """Both directions over the default process group.
+
+    Args:
+        spec: what travels.
+        num_ranks: P, the size of the group.
+        keeps_buffers: packs and receives in memory that is used again by the next call; else in new tensors.
+
+    >>> exchange = GlooExchange(spec, num_ranks=4)  # doctest: +SKIP
+    >>> arrived = exchange.dispatch((x,), topk_idx)  # doctest: +SKIP
+    >>> out = exchange.combine(arrived.parts[0], arrived.route)  # doctest: +SKIP
+    """
+
+    spec: Spec
+    num_ranks: int
+    keeps_buffers: bool = False
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def dispatch(self, parts: tuple[Tensor, ...], topk_idx: Tensor) -> Arrived:
+        """Counts, then rows: ``parts`` are [T, ...] each, and travel side by side."""
+        return self.send(parts, self.route(topk_idx))
+
+    def route(self, topk_idx: Tensor) -> Route:
+        """Decides which row goes where, and tells every rank how many rows it will get."""
+        num_local = self.spec.num_local_experts(self.num_ranks)
+        if isinstance(self.spec.layout, Compact):
+            send_idx, counts, pos = _rows_by_rank(topk_idx // num_local, self.num_ranks)
+        else:
+            send_idx, counts, pos = _rows_by_expert(topk_idx, self.spec.num_experts)
+        counts = counts.view(self.num_ranks, -1)  # [P, 1] or [P, L]
+        incoming = torch.empty_like(counts)
+        dist.all_to_all_single(incoming, counts)
+        by_expert = None
+        if incoming.shape[1] > 1 or not isinstance(self.spec.layout, Compact):
+            experts = torch.arange(num_local).repeat(self.num_ranks).repeat_interleave(incoming.flatten())
+            by_expert = torch.argsort(experts, stable=True)
+        return Route(
+            send_idx=send_idx,
+            send_splits=counts.sum(1).tolist(),
+            recv_splits=incoming.sum(1).tolist(),
+            by_expert=by_expert,
+            num_tokens_per_expert=incoming.sum(0).tolist(),
+            pos=pos,
+        )
+
+    def send(self, parts: tuple[Tensor, ...], route: Route) -> Arrived:
+        """Rows alone, with counts that are known."""
+        packed = []
+        for i, part in enumerate(parts):
+            rows = part.view(torch.uint8)
+            room = self._room(f"send {i}", len(route.send_idx), rows.shape[1], torch.uint8)
+            packed.append(torch.index_select(rows, 0, route.send_idx, out=room))
+        landed = self._exchange("recv", packed, route.recv_splits, route.send_splits)
+        final = [self._arranged(f"final {i}", rows, route) for i, rows in enumerate(landed)]
+        return Arrived(parts=tuple(rows.view(part.dtype) for rows, part in zip(final, parts, strict=True)), route=route)
+
+    def combine(self, y: Tensor, route: Route) -> Tensor:
+        """Outputs [R, H] or [L, C, H] back to their tokens, summed [T, H] in the order of picks."""
+        rows = y.view(-1, self.spec.hidden)
+        if route.by_expert is not None:
+            back = torch.empty_like(route.by_expert)
+            back[route.by_expert] = self._final_rows(route)
+            room = self._room("back", len(back), rows.shape[1], rows.dtype)
+            rows = torch.index_select(rows, 0, back, out=room)
+        (home,) = self._exchange("home", [rows.view(torch.uint8)], route.send_splits, route.recv_splits)
+        return sum_rows(home.view(y.dtype), Terms.of(route.pos.numpy()), dtype=self.spec.combine_dtype)
+
+    def _exchange(self, name: str, parts: list[Tensor], there: list[int], here: list[int]) -> list[Tensor]:
+        """One ``all_to_all_single`` of bytes per part, all in flight together."""
+        rooms = [self._room(f"{name} {i}", sum(there), p.shape[1], torch.uint8) for i, p in enumerate(parts)]
+        works = [
+            dist.all_to_all_single(room, part, there, here, async_op=True)
+            for room, part in zip(rooms, parts, strict=True)
+        ]
+        for work in works:
+            work.wait()
+        return rooms
+
+    def _arranged(self, name: str, rows: Tensor, route: Route) -> Tensor:
+        """Received rows in the layout's places."""
+        if route.by_expert is None:
+            return rows
+        if not isinstance(self.spec.layout, Padded):
+            return torch.index_select(
+                rows, 0, route.by_expert, out=self._room(name, len(rows), rows.shape[1], torch.uint8)
+            )
+        capacity, num_experts = self.spec.capacity(self.num_ranks), len(route.num_tokens_per_expert)
+        blocks = self._room(name, num_experts * capacity, rows.shape[1], torch.uint8).view(num_experts, capacity, -1)
+        for block, idx in zip(blocks, torch.split(route.by_expert, route.num_tokens_per_expert), strict=True):
+            torch.index_select(rows, 0, idx, out=block[: len(idx)])
+        return blocks
+
+    def _final_rows(self, route: Route) -> Tensor:
+        """[R] the row of the layout that each row in the order of experts has."""
+        if not isinstance(self.spec.layout, Padded):
+            return torch.arange(sum(route.recv_splits))
+        capacity = self.spec.capacity(self.num_ranks)
+        return torch.cat([e * capacity + torch.arange(n) for e, n in enumerate(route.num_tokens_per_expert)])
+
+    def _room(self, name: str, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """A buffer [num_rows, width]; one that is kept grows when it must."""
+        if not self.keeps_buffers:
+            return torch.empty(num_rows, width, dtype=dtype)
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < num_rows * width:
+            kept = self._kept[name] = torch.empty(num_rows * width, dtype=dtype)
+        return kept[: num_rows * width].view(num_rows, width)
+
+
+def _rows_by_rank(places: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One row per (token, rank), by rank, then token: tokens [Q], counts [P], and the row of each pick [T, K].
+
+    >>> _rows_by_rank(torch.tensor([[1, 0], [1, 1]]), 2)
+    (tensor([0, 0, 1]), tensor([1, 2]), tensor([[ 1,  0],
+            [ 2, -1]]))
+    """
+    num_tokens = places.shape[0]
+    hits = torch.zeros(num_ranks + 1, num_tokens, dtype=torch.bool)
+    hits[places, torch.arange(num_tokens).unsqueeze(1)] = True  # -1 marks the row that is cut off
+    hits = hits[:num_ranks]
+    rows = (hits.flatten().cumsum(0) - 1).view(num_ranks, num_tokens)
+    pos = rows[places, torch.arange(num_tokens).unsqueeze(1)]
+    is_repeated = (places.unsqueeze(2) == places.unsqueeze(1)).tril(-1).any(dim=2)
+    return hits.nonzero()[:, 1], hits.sum(1), pos.masked_fill(is_repeated | (places < 0), -1)
+
+
+def _rows_by_expert(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One row per pick, by expert, then token: tokens [Q], counts [E], and the row of each pick [T, K]."""
+    picks = topk_idx.flatten()
+    counts = torch.bincount(picks + 1, minlength=num_experts + 1)
+    order = torch.argsort(picks, stable=True)[int(counts[0]) :]
+    pos = torch.full_like(picks, -1)
+    pos[order] = torch.arange(len(order))
+    return order // topk_idx.shape[1], counts[1:], pos.view(topk_idx.shape)

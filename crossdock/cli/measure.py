@@ -1,0 +1,149 @@
+"""What each rank of a benchmark does: compare, then time. Nothing is timed on a wrong result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from crossdock.cli.cases import Case, bits, open_cases
+from crossdock.cli.line import StartingLine
+from crossdock.cli.world import Member
+from crossdock.errors import CrossdockError
+from crossdock.spec import Spec
+
+WARM_UPS = 2
+BLOCK = 5
+"""Calls of one kind in a row. Alternating call by call, each side would find the caches as the other left them."""
+COPIED_BYTES = 64 * 2**20
+"""What each rank copies to find the limit; from as much to as much, so well beyond cache with two ranks."""
+
+
+class WrongRows(CrossdockError):
+    """An operation and its baseline gave different bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every rank is told."""
+
+    spec: Spec
+    topk_idx: npt.NDArray[np.int64]
+    """[P * T, K] the picks of all ranks' tokens, rank after rank."""
+    seed: int
+    repeats: int
+    keeps_buffers: bool
+    """Whether the baseline does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One operation on one rank; seconds of each call, as this rank sees it."""
+
+    op: str
+    wire: str
+    num_bytes: int
+    link_bytes: int
+    copy_bytes: int
+    ours_s: list[float]
+    baseline_s: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSamples:
+    """What one rank measured; ``copy_s`` are seconds from the common start to the end of this rank's copy."""
+
+    samples: list[Sample]
+    copied_bytes: int
+    copy_s: list[float]
+
+
+def measure(member: Member, job: Job) -> RankSamples:
+    """Compares every operation with its baseline, then times both, ``job.repeats`` calls each.
+
+    They take turns, block by block, and with them a plain copy by all ranks at once: a machine that slows down slows
+    all three. Ranks start together, and each times its own call: what a slow rank costs is in the times of those that
+    wait for it. A copy waits for nobody, so its time counts from the common start.
+
+    Raises:
+        WrongRows: an operation gave other bits than its baseline.
+    """
+    num_tokens = len(job.topk_idx) // member.num_ranks
+    topk_idx = torch.from_numpy(job.topk_idx)[member.rank * num_tokens :][:num_tokens]
+    copy, copied_bytes = _copy(job.spec)
+    with open_cases(job.spec, topk_idx, seed=job.seed, keeps_buffers=job.keeps_buffers) as cases:
+        ours: list[list[float]] = [[] for _ in cases]
+        baselines: list[list[float]] = [[] for _ in cases]
+        copy_s: list[float] = []
+        for case in cases:
+            _compare(case, job.spec, member.rank)
+        total = WARM_UPS + job.repeats
+        while len(copy_s) < total:
+            block = range(min(BLOCK, total - len(copy_s)) if copy_s else WARM_UPS)
+            for i, case in enumerate(cases):
+                baselines[i] += [_timed(member.line, case.baseline()) for _ in block]
+                ours[i] += [_timed(member.line, case.ours()) for _ in block]
+            copy_s += [_timed(member.line, copy, from_start=True) for _ in block]
+            member.tell(len(copy_s), total)
+    return RankSamples(
+        samples=[_sample(*of_case) for of_case in zip(cases, ours, baselines, strict=True)],
+        copied_bytes=copied_bytes,
+        copy_s=copy_s[WARM_UPS:],
+    )
+
+
+def _copy(spec: Spec) -> tuple[Callable[[], Tensor], int]:
+    """A copy of whole rows from ordinary to shared memory, by ``copy_`` of one block, and its bytes.
+
+    One block because that is the fastest a rank can write rows (the C library streams past the cache); both sides have
+    been touched before.
+    """
+    dtype = spec.combine_dtype
+    num_rows = max(1, COPIED_BYTES // (spec.hidden * dtype.itemsize))
+    source = torch.ones(num_rows, spec.hidden, dtype=dtype)
+    destination = torch.zeros_like(source)
+    destination.share_memory_()  # type: ignore[no-untyped-call]
+    return lambda: destination.copy_(source), source.nbytes
+
+
+def _timed(line: StartingLine, call: Callable[[], object], *, from_start: bool = False) -> float:
+    start = line.wait()
+    began = start if from_start else time.perf_counter()
+    result = call()
+    elapsed = time.perf_counter() - began
+    del result  # freed after the clock has been read
+    return elapsed
+
+
+def _compare(case: Case, spec: Spec, rank: int) -> None:
+    wanted = [part.clone() for part in bits(case.baseline()(), spec)]
+    got = bits(case.ours()(), spec)
+    for name, mine, theirs in zip(("row", "scales of row"), got, wanted, strict=False):
+        if mine.shape != theirs.shape:
+            what = f"{list(mine.shape)} bytes came, {list(theirs.shape)} with the baseline"
+        elif not torch.equal(mine, theirs):
+            row = int((mine != theirs).any(dim=1).nonzero()[0])
+            what = f"{name} {row} of {len(theirs)} is not the baseline's, bit for bit"
+        else:
+            continue
+        raise WrongRows(
+            f"{case.op}, {case.wire}, rank {rank}: {what}; nothing was timed, and no figure of a wrong result "
+            f"is printed: report this with the command line"
+        )
+
+
+def _sample(case: Case, ours_s: list[float], baseline_s: list[float]) -> Sample:
+    return Sample(
+        op=case.op,
+        wire=case.wire,
+        num_bytes=case.num_bytes,
+        link_bytes=case.link_bytes,
+        copy_bytes=case.copy_bytes,
+        ours_s=ours_s[WARM_UPS:],
+        baseline_s=baseline_s[WARM_UPS:],
+    )

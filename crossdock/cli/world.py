@@ -1,0 +1,192 @@
+"""Ranks as processes of this host: started together, watched, and all ended when one of them ends badly."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import Array, c_double
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from crossdock.cli.line import StartingLine, shared_moments
+from crossdock.cli.machine import num_cores
+from crossdock.errors import CrossdockError, PeerFailed, PeerTimeout
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+_HOST = "127.0.0.1"
+_GRACE_S = 0.5
+"""After the first failure, how long the others may still report theirs: the cause is not always the first."""
+_EXIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """One rank, as its program sees it. The default group of ``torch.distributed`` is there, on gloo."""
+
+    rank: int
+    num_ranks: int
+    line: StartingLine
+    tell: Callable[[int, int], None]
+    """``tell(done, total)`` shows progress; only rank 0's is shown."""
+
+
+class RankDied(CrossdockError, RuntimeError):
+    """A rank's process ended without a result."""
+
+
+def run_world(
+    program: Callable[[Member, Job], Result],
+    job: Job,
+    *,
+    num_ranks: int,
+    on_progress: Callable[[int, int], None],
+) -> list[Result]:
+    """Runs ``program(member, job)`` in ``num_ranks`` new processes; gives the results by rank.
+
+    Each process has its share of the cores as torch threads. Program, job and results travel by pickle, so the program
+    is a module's function. When a rank fails or dies, or this process is interrupted, all are killed at once; they also
+    end by themselves when this process is gone.
+
+    Raises:
+        CrossdockError: what a rank raised; of several the one that is not only about a peer.
+        RankDied: a rank's process ended by itself.
+    """
+    context = multiprocessing.get_context("spawn")
+    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    moments = shared_moments(num_ranks, context.RawArray)
+    processes: list[BaseProcess] = []
+    receivers: list[Connection] = []
+    wait_s = 0.0
+    try:
+        with _interrupts_ignored():
+            for rank in range(num_ranks):
+                receiver, sender = context.Pipe(duplex=False)
+                args = (program, job, rank, num_ranks, store.port, moments, sender)
+                process: BaseProcess = context.Process(target=_serve, args=args, daemon=True, name=f"rank {rank}")
+                process.start()
+                sender.close()  # or the end of the process would not end the pipe
+                processes.append(process)
+                receivers.append(receiver)
+        results = _collect(receivers, processes, on_progress)
+        wait_s = _EXIT_S
+        return results
+    finally:
+        for process in processes:
+            process.join(wait_s)
+            process.kill()
+            process.join()
+
+
+def _collect(
+    receivers: list[Connection], processes: list[BaseProcess], on_progress: Callable[[int, int], None]
+) -> list[Any]:
+    """All ranks' results, or the error that tells most."""
+    results: dict[int, Any] = {}
+    errors: list[CrossdockError] = []
+    running = {receiver: rank for rank, receiver in enumerate(receivers)}
+    deadline = float("inf")
+    while running and (left_s := deadline - time.monotonic()) > 0:
+        for receiver in connection.wait(list(running), None if not errors else left_s):
+            assert isinstance(receiver, Connection)
+            rank = running[receiver]
+            try:
+                kind, value = receiver.recv()
+            except (EOFError, ConnectionResetError):
+                kind, value = "error", _death(rank, processes[rank])
+            if kind == "progress":
+                on_progress(*value)
+                continue
+            del running[receiver]
+            if kind == "result":
+                results[rank] = value
+            else:
+                errors.append(value)
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+    if errors:
+        raise min(errors, key=_distance_from_cause)
+    return [results[rank] for rank in range(len(receivers))]
+
+
+def _distance_from_cause(error: CrossdockError) -> int:
+    if isinstance(error, RankDied):
+        return 0
+    if isinstance(error, (PeerFailed, PeerTimeout)):
+        return 2
+    return 3 if type(error) is CrossdockError else 1
+
+
+def _death(rank: int, process: BaseProcess) -> RankDied:
+    process.join(_EXIT_S)
+    code = process.exitcode
+    by_signal = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else None
+    how = by_signal or f"ended with exit code {code}"
+    hint = "; SIGKILL is often the system running out of memory: pass fewer tokens or ranks" if code == -9 else ""
+    return RankDied(f"the process of rank {rank} {how} before it had a result{hint}")
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes that are started within ignore Ctrl-C, from their first instruction: whoever started them ends them.
+
+    Ignored and not blocked, because multiprocessing unblocks it when it starts its resource tracker. One that comes
+    within the block, some milliseconds, is lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread may set handlers, and none is interrupted
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _serve(
+    program: Callable[[Member, Any], Any],
+    job: object,
+    rank: int,
+    num_ranks: int,
+    port: int,
+    moments: Array[c_double],
+    sender: Connection,
+) -> None:
+    """A rank's process, from its first to its last line."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(max(1, num_cores() // num_ranks))
+
+    def tell(done: int, total: int) -> None:
+        if rank == 0:
+            sender.send(("progress", (done, total)))
+
+    try:
+        store = TCPStore(_HOST, port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+        result = program(Member(rank, num_ranks, StartingLine(moments, rank), tell), job)
+        dist.destroy_process_group()
+        sender.send(("result", result))
+    except CrossdockError as error:
+        sender.send(("error", error))
+    except Exception:  # noqa: BLE001 - whatever it is, the process that started this one must show it
+        sender.send(("error", CrossdockError(f"rank {rank} failed:\n{traceback.format_exc()}")))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
