@@ -214,7 +214,7 @@ class Buffer:
         """Brings outputs back to the tokens' owners and sums them. Collective.
 
         The sum is float32, of products rounded by themselves, from left to right in the order that ``spec.reduce``
-        says, begun with its first term; then the bias is added, then one cast to the combine format. A token without
+        says, begun with 0; then the bias is added, then one cast to the combine format. A token without
         picks gets 0 (plus bias). A row that serves several picks (Compact) is added once.
 
         Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,21 @@ from crossdock.spec import Spec, Topology
 
 Ints = npt.NDArray[np.int64]
 Picks = npt.NDArray[np.int64] | npt.NDArray[np.int32]
-_NONE = np.iinfo(np.int64).max
+
+
+class Terms(NamedTuple):
+    """Sums of rows: sum t adds up ``rows[offsets[t]]`` to ``rows[offsets[t + 1] - 1]``, in that order."""
+
+    offsets: Int64[Tensor, "T+1"]
+    rows: Int64[Tensor, "n"]
+
+    @staticmethod
+    def of(table: npt.NDArray[np.signedinteger]) -> Terms:
+        """From a table [T, J] of row numbers, negative where there is none."""
+        is_term = table >= 0
+        offsets = np.zeros(table.shape[0] + 1, dtype=np.int64)
+        np.cumsum(is_term.sum(axis=1), out=offsets[1:])
+        return Terms(torch.from_numpy(offsets), torch.from_numpy(table[is_term].astype(np.int64)))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -114,32 +128,14 @@ class Plan:
         return self.topk_idx.shape[0]
 
     @cached_property
-    def terms(self) -> Int64[Tensor, "T J"]:
-        """Rows that are summed into each token, as places in ``back``'s sending order, first term first, -1 last.
-
-        J is the most rows any token here gets back.
-        """
+    def terms(self) -> Terms:
+        """The rows that are summed into each of this rank's tokens, as places in ``back``'s sending order."""
         pos = np.ascontiguousarray(self.back_pos.numpy().T)  # [K, T]: long rows, so that numpy's loops are long
+        if self.back.send_pick is None:
+            pos = _without_repeats(pos)
         if not self.sums_by_pick:
-            pos = np.sort(np.where(pos < 0, _NONE, pos), axis=0)
-            pos[pos == _NONE] = -1
-        first = pos >= 0 if self.back.send_pick is not None else _first_of_equal(pos)
-        if first.all():
-            return torch.from_numpy(pos.T)
-        columns = np.cumsum(first, axis=0)
-        terms = np.full((int(columns[-1].max(initial=0)), pos.shape[1]), -1, dtype=np.int64)
-        pick, token = np.nonzero(first)
-        terms[columns[pick, token] - 1, token] = pos[pick, token]
-        return torch.from_numpy(terms.T)
-
-    @cached_property
-    def term_of_pick(self) -> Int64[Tensor, "T K"]:
-        """The column of ``terms`` that serves each pick; -1: no pick."""
-        terms, pos = self.terms.numpy(), self.back_pos.numpy()
-        column = np.full(pos.shape, -1, dtype=np.int64)
-        for j in range(terms.shape[1]):
-            column[(pos == terms[:, j : j + 1]) & (pos >= 0)] = j
-        return torch.from_numpy(column)
+            pos = np.sort(pos, axis=0)
+        return Terms.of(pos.T)
 
 
 def local_counts(spec: Spec, topology: Topology, topk_idx: Int[Tensor, "T K"]) -> Int64[Tensor, "W"]:
@@ -261,9 +257,9 @@ def _over_nodes(plan: Plan, spec: Spec, topology: Topology, all_counts: Ints, pi
     out = _hop("scale_out", tuple(rail.tolist()), node, send_idx, None, per_node, _exclusive_cumsum(per_node, axis=0))
 
     pos, tokens = plan.pick_pos.numpy(), send_idx.numpy()
-    first = _first_of_equal(pos.T).T
-    rows = np.where(first, flat.send_dst_rows[pos] if flat.send_dst_rows.size else -1, -1)
-    final = np.where(first, pick_ranks % node_size * spec.num_slot_rows(num_ranks) + rows, -1)
+    first = _without_repeats(pos.T).T
+    rows = flat.send_dst_rows[first] if flat.send_dst_rows.size else first
+    final = np.where(first < 0, -1, pick_ranks % node_size * spec.num_slot_rows(num_ranks) + rows)
     carried = np.where(pick_nodes[tokens] == out.send_blocks[:, None], final[tokens], -1)  # [Q, K]
 
     def to_this_node(matrix: Tensor) -> Ints:
@@ -342,13 +338,13 @@ def _hits(pick_places: Picks, num_places: int) -> npt.NDArray[np.bool_]:
     return hits[:num_places]
 
 
-def _first_of_equal(pos: Ints) -> npt.NDArray[np.bool_]:
-    """[K, T]: whether a pick is the first of its token with this place, and is one at all."""
+def _without_repeats(pos: Ints) -> Ints:
+    """[K, T] with -1 where an earlier pick of the token has the same place."""
     first = pos >= 0
     for k in range(1, pos.shape[0]):
         for earlier in range(k):
             first[k] &= pos[k] != pos[earlier]
-    return first
+    return np.where(first, pos, -1)
 
 
 def _axes(topology: Topology, num_local: int) -> list[tuple[int, int]]:

@@ -19,12 +19,15 @@ from crossdock.backends.base import Landed, Outgoing
 from crossdock.backends.sums import sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, stamped
 from crossdock.layout import Expanded
-from crossdock.plan import Hop, Plan, partial_rows_to_send
+from crossdock.plan import Hop, Plan, Terms, partial_rows_to_send
 from crossdock.transport.base import Transport
 from crossdock.wire import Fp8, Quantized
 
 _CAST_ROWS = 256
 """Tokens cast to a narrow format before they are pushed: under 2 MiB beside the arena, at hidden 7168."""
+
+_SUMS_AT_ONCE = 128
+"""Sums of (token, rank) pairs that a rank works out before it writes them home."""
 
 Block = tuple[int, slice, slice]
 Bytes = npt.NDArray[np.uint8]
@@ -111,13 +114,13 @@ class CpuBackend:
     ) -> None:
         """See Backend. A block that came in contiguously goes home as one copy."""
         if y is not None:
-            terms = self._terms_to_sum_here(plan, weights)
+            sums_here = plan.partial_rows is not None or weights is not None
             for peer, here, there in self._incoming_blocks(plan.back):
                 home = self._at[peer]["landing"][slots[peer], there]
-                if terms is None:
-                    home.copy_(y[here])
+                if sums_here:
+                    self._sum_here(plan, y, weights, here, home)
                 else:
-                    sum_rows(y, terms[here], out=home, weights=None if weights is None else weights[terms[here]])
+                    home.copy_(y[here])
         if extras:
             packed = np.concatenate([_as_bytes(extra) for extra in extras], axis=1)
             for peer, here, there in self._incoming_blocks(plan.hops[0]):
@@ -127,18 +130,16 @@ class CpuBackend:
         self, plan: Plan, weights: Tensor | None, bias: Tensor | None, output_slots: Sequence[int], landing_slot: int
     ) -> Tensor:
         """See Backend."""
-        back, terms = plan.back, plan.terms.numpy()
+        back, spec = plan.back, self._arena.spec
         landing = self._first_row("landing", self._rank, landing_slot)
         first_output = np.array(
             [-1 if slot == PUSHED else self._first_row("outputs", r, slot) for r, slot in enumerate(output_slots)]
         )
         first = first_output[back.send_blocks // back.num_blocks_per_peer]
         sent_rows = np.where(first < 0, landing + np.arange(first.size), first + back.send_dst_rows)
-        rows = np.where(terms < 0, -1, sent_rows[terms]) if first.size else terms
-        out = torch.empty(plan.num_tokens, self._arena.spec.hidden, dtype=self._arena.spec.combine_dtype)
+        terms = Terms(plan.terms.offsets, torch.from_numpy(sent_rows)[plan.terms.rows])
         term_weights = None if weights is None else _weights_of_terms(plan, weights)
-        sum_rows(self._all_rows, torch.from_numpy(rows), out=out, weights=term_weights, bias=bias)
-        return out
+        return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias)
 
     def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
         """See Backend."""
@@ -149,11 +150,14 @@ class CpuBackend:
             num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
             sent = home[:num_sent, at : at + num_bytes].copy().view(np.float32)  # [Q, values]
             at += num_bytes
-            columns = (plan.pick_pos if self._arena.spec.layout.per_pick else plan.terms).numpy()
-            values = np.where((columns < 0)[..., None], np.float32(0), sent[columns] if num_sent else np.float32(0))
-            if not self._arena.spec.layout.per_pick:
-                values = sum(
-                    (values[:, j] for j in range(values.shape[1])), np.zeros_like(sent, shape=values.shape[::2])
+            if self._arena.spec.layout.per_pick:
+                pos = plan.pick_pos.numpy()
+                values = np.zeros((*pos.shape, sent.shape[1]), dtype=np.float32)
+                values[pos >= 0] = sent[pos[pos >= 0]]
+            else:
+                values = np.zeros((plan.num_tokens, sent.shape[1]), dtype=np.float32)
+                np.add.at(
+                    values, np.repeat(np.arange(plan.num_tokens), np.diff(plan.terms.offsets)), sent[plan.terms.rows]
                 )
             results.append(torch.from_numpy(values).view(*values.shape[:-1], *extra.shape[1:]))
         return tuple(results)
@@ -163,12 +167,17 @@ class CpuBackend:
         region = self._arena[name]
         return (rank * self._arena.stride + region.offset) // self._row_bytes + slot * region.shape[1]
 
-    def _terms_to_sum_here(self, plan: Plan, weights: Tensor | None) -> Tensor | None:
-        """[R', J] rows that this rank sums before they go home, -1 last; None: every row goes home as it is."""
-        if plan.partial_rows is not None:
-            rows = plan.partial_rows.numpy().astype(np.int64)
-            return torch.from_numpy(np.take_along_axis(rows, np.argsort(rows < 0, axis=1, kind="stable"), axis=1))
-        return None if weights is None else torch.arange(plan.num_rows).unsqueeze(1)
+    def _sum_here(self, plan: Plan, y: Tensor, weights: Tensor | None, here: slice, home: Tensor) -> None:
+        """Writes this rank's sums of some (token, rank) pairs to their owner, a few at a time."""
+        for start in range(here.start, here.stop, _SUMS_AT_ONCE):
+            pairs = slice(start, min(start + _SUMS_AT_ONCE, here.stop))
+            if plan.partial_rows is None:
+                table = np.arange(pairs.start, pairs.stop)[:, None]
+            else:
+                table = plan.partial_rows[pairs].numpy()
+            terms = Terms.of(table)
+            row_weights = None if weights is None else weights[terms.rows]
+            home[start - here.start :][: table.shape[0]] = sum_rows(y, terms, dtype=home.dtype, weights=row_weights)
 
     def _gather(self, source: Tensor, idx: Tensor, region: str, blocks: Iterable[Block], slots: Sequence[int]) -> None:
         """Gathers the rows of each block into the region at its peer."""
@@ -271,13 +280,13 @@ def _between(blocks: Iterable[Block], idx: npt.NDArray[np.int64], start: int, st
 
 
 def _weights_of_terms(plan: Plan, weights: Tensor) -> Tensor:
-    """[T, J] from weights of picks [T, K]: a row that serves several picks has the sum of theirs, in pick order."""
-    columns, by_pick = plan.term_of_pick.numpy(), weights.numpy()
-    result = np.zeros(plan.terms.shape, dtype=np.float32)
-    for k in range(columns.shape[1]):
-        tokens = np.flatnonzero(columns[:, k] >= 0)
-        result[tokens, columns[tokens, k]] += by_pick[tokens, k]
-    return torch.from_numpy(result)
+    """[n] from weights of picks [T, K]: a row that serves several picks has the sum of theirs, in pick order."""
+    pos, by_pick = plan.back_pos.numpy(), weights.numpy()
+    by_pos = np.zeros(plan.back.send_idx.shape[0], dtype=np.float32)
+    for k in range(pos.shape[1]):
+        is_pick = pos[:, k] >= 0
+        by_pos[pos[is_pick, k]] += by_pick[is_pick, k]
+    return torch.from_numpy(by_pos)[plan.terms.rows]
 
 
 def _movable(rows: Tensor) -> Tensor:

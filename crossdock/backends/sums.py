@@ -1,121 +1,99 @@
 """Sums of rows in float32, in a fixed order, on CPUs.
 
-Letters: T sums, J most terms of a sum, N source rows, H hidden.
+Letters: T sums, n terms of all sums, N source rows, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import functools
+import threading
+import warnings
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32
 from torch import Tensor
+
+from crossdock.plan import Terms
 
 CHUNK_ROWS = 32
 """Rows summed at a time: 7168 float32 sums and what is added to them stay in a core's second-level cache."""
+_ONE_CHECK = threading.Lock()
 
 
 def sum_rows(
     source: Float[Tensor, "N H"],
-    terms: Int64[Tensor, "T J"],
+    terms: Terms,
     *,
-    out: Float[Tensor, "T H"],
-    weights: Float32[Tensor, "T J"] | None = None,
+    dtype: torch.dtype,
+    weights: Float32[Tensor, "n"] | None = None,
     bias: Float[Tensor, "T H"] | Float[Tensor, "H"] | None = None,
-) -> None:
-    """Writes ``cast(w0 * source[terms[t, 0]] + w1 * source[terms[t, 1]] + ... + bias[t])`` into ``out[t]``.
+) -> Float[Tensor, "T H"]:
+    """``cast(0 + w0 * source[i0] + w1 * source[i1] + ... + bias)`` for each sum, with its rows ``i`` from ``terms``.
 
     Every product and every sum is rounded to float32 by itself (no fused multiply-add), from left to right, then cast
-    once. Terms of -1 count for nothing and stand behind the others; a sum of none is 0.
+    once.
 
-    >>> out = torch.empty(2, 1)
-    >>> sum_rows(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[2, 0], [1, -1]]), out=out)
-    >>> out.tolist()
+    >>> terms = Terms(torch.tensor([0, 2, 3]), torch.tensor([2, 0, 1]))
+    >>> sum_rows(torch.tensor([[1.0], [2.0], [4.0]]), terms, dtype=torch.float32).tolist()
     [[5.0], [2.0]]
     """
-    num_sums, num_terms = terms.shape
-    scratch = _Scratch(min(CHUNK_ROWS, num_sums), source.shape[1], source.dtype, out.dtype)
-    # torch adds two rows of one format in float32 and casts once: half the passes over the rows.
-    is_pair = num_terms == 2 and weights is None and bias is None and source.dtype == out.dtype
-    for chunk in _chunks(terms, weights):
-        target = out[chunk.sums] if chunk.order is None else scratch.result[: chunk.order.size]
-        if is_pair:
-            _add_pair(source, chunk, scratch, target)
-        else:
-            target.copy_(_accumulate(source, chunk, scratch, bias, target.shape[0]))
-        if chunk.order is not None:
-            torch.index_select(target, 0, torch.from_numpy(np.argsort(chunk.order)), out=out[chunk.sums])
+    if weights is None and bias is None and source.dtype == dtype and _sparse_sums_are_ours(dtype):
+        return _sparse_sums(source, terms)
+    return _plain_sums(source, terms, dtype, weights, bias)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Chunk:
-    """Some of the sums, the longest first, so that the j-th terms belong to the first ``lengths[j]`` of them."""
-
-    sums: slice
-    order: npt.NDArray[np.int64] | None  # None: all have as many terms, and stay in their order
-    terms: npt.NDArray[np.int64]  # [J, sums]
-    weights: npt.NDArray[np.float32] | None  # [J, sums]
-    lengths: list[int]  # [J]
-
-
-class _Scratch:
-    """What a chunk needs beside its result."""
-
-    def __init__(self, num_rows: int, hidden: int, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
-        self.rows = torch.empty(num_rows, hidden, dtype=dtype)
-        self.products = torch.empty(num_rows, hidden)
-        self.sums = torch.empty(num_rows, hidden)
-        self.result = torch.empty(num_rows, hidden, dtype=out_dtype)
-
-
-def _chunks(terms: Tensor, weights: Tensor | None) -> Iterator[_Chunk]:
-    columns = np.ascontiguousarray(terms.numpy().T)
-    weight_columns = None if weights is None else np.ascontiguousarray(weights.numpy().T)
-    num_terms, num_sums = columns.shape
-    degrees = (columns >= 0).sum(axis=0)
-    for start in range(0, num_sums, CHUNK_ROWS):
-        sums = slice(start, min(start + CHUNK_ROWS, num_sums))
-        degree, idx = degrees[sums], columns[:, sums]
-        w = None if weight_columns is None else weight_columns[:, sums]
-        order, lengths = None, [degree.size] * num_terms
-        if degree.min() < num_terms:
-            order = np.argsort(-degree, kind="stable")
-            lengths = [int((degree > j).sum()) for j in range(num_terms)]
-            idx, w = idx[:, order], None if w is None else w[:, order]
-        yield _Chunk(sums=sums, order=order, terms=idx, weights=w, lengths=lengths)
-
-
-def _accumulate(source: Tensor, chunk: _Chunk, scratch: _Scratch, bias: Tensor | None, num_sums: int) -> Tensor:
-    """The chunk's sums in float32, [sums, H], in the chunk's order."""
-    sums = scratch.sums[:num_sums]
-    if not chunk.lengths:
-        sums.zero_()
-    for j, length in enumerate(chunk.lengths):
-        rows = _gather(source, chunk.terms[j, :length], scratch.rows)
-        if chunk.weights is not None:
-            w = torch.from_numpy(np.ascontiguousarray(chunk.weights[j, :length]))
-            rows = scratch.products[:length].copy_(rows).mul_(w.unsqueeze(1))
-        if j == 0:
-            sums[:length].copy_(rows)
-            sums[length:].zero_()
-        else:
-            sums[:length].add_(rows)
-    if bias is not None:
-        rows = bias if bias.dim() == 1 else bias[chunk.sums]
-        sums.add_(rows if chunk.order is None or bias.dim() == 1 else rows[torch.from_numpy(chunk.order)])
+def _sparse_sums(source: Tensor, terms: Terms) -> Tensor:
+    """Unweighted sums as torch's product of a sparse matrix of ones: it reads each row once, and gathers none."""
+    ones = torch.ones(terms.rows.shape[0], dtype=source.dtype)
+    shape = (terms.offsets.shape[0] - 1, source.shape[0])
+    matrix = torch.sparse_csr_tensor(terms.offsets, terms.rows, ones, shape, check_invariants=False)
+    sums: Tensor = torch.sparse.mm(matrix, source, "sum")
     return sums
 
 
-def _add_pair(source: Tensor, chunk: _Chunk, scratch: _Scratch, target: Tensor) -> None:
-    """The chunk's sums of at most two rows, cast, into ``target``."""
-    firsts, pairs = chunk.lengths
-    first = _gather(source, chunk.terms[0, :firsts], target)
-    target[firsts:].zero_()
-    torch.add(first[:pairs], _gather(source, chunk.terms[1, :pairs], scratch.rows), out=target[:pairs])
+def _plain_sums(
+    source: Tensor, terms: Terms, dtype: torch.dtype, weights: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The definition: gather, multiply, add."""
+    offsets, rows = terms.offsets.numpy(), terms.rows.numpy()
+    lengths = np.diff(offsets)
+    out = torch.empty(lengths.size, source.shape[1], dtype=dtype)
+    for start in range(0, lengths.size, CHUNK_ROWS):
+        here = slice(start, min(start + CHUNK_ROWS, lengths.size))
+        # Longest sums first, so that the j-th terms of a chunk belong to its first sums.
+        order = np.argsort(-lengths[here], kind="stable")
+        firsts, ordered = offsets[here][order], lengths[here][order]
+        sums = torch.zeros(order.size, source.shape[1])
+        for j in range(int(ordered.max())):
+            nth = firsts[: int((ordered > j).sum())] + j
+            gathered = torch.index_select(source, 0, torch.from_numpy(rows[nth]))
+            if weights is not None:
+                gathered = gathered.to(torch.float32) * weights[torch.from_numpy(nth)].unsqueeze(1)
+            sums[: nth.size].add_(gathered)
+        sums = sums[torch.from_numpy(np.argsort(order))]
+        if bias is not None:
+            sums += bias[here] if bias.dim() == 2 else bias
+        out[here] = sums
+    return out
 
 
-def _gather(source: Tensor, idx: npt.NDArray[np.int64], into: Tensor) -> Tensor:
-    return torch.index_select(source, 0, torch.from_numpy(np.ascontiguousarray(idx)), out=into[: idx.size])
+def _sparse_sums_are_ours(dtype: torch.dtype) -> bool:
+    """Whether this torch adds as the definition says: in float32, from left to right, one cast. Looked at once."""
+    with _ONE_CHECK:
+        return _check_sparse_sums(dtype)
+
+
+@functools.cache
+def _check_sparse_sums(dtype: torch.dtype) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-10, 10, (64, 1), generator=generator)
+    source = (torch.randn(64, 40, generator=generator) * 2.0**exponents).to(dtype)
+    terms = Terms(torch.arange(0, 65, 8), torch.randint(64, (64,), generator=generator))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "beta state", once in the life of a process
+        try:
+            sums = _sparse_sums(source, terms)
+        except (RuntimeError, NotImplementedError):
+            return False
+    return torch.equal(sums, _plain_sums(source, terms, dtype, None, None))
