@@ -1,0 +1,193 @@
+"""Combine against the oracle, bit for bit: where sums are made, how rows go home, weights, bias, extras."""
+
+import pytest
+import torch
+
+from crossdock import Bf16, Buffer, Compact, Expanded, Fp8, Fp16, Fp32, Padded, Spec
+from tests import oracle
+from tests.cases import EXTRA_BYTES, loads, make_case, same_bits
+
+LAYOUTS = [Compact(), Expanded(), Expanded(alignment=8), Padded()]
+WIRES = [Bf16(), Fp32(), Fp8(block=8)]
+OPTIONS = [(False, 0), (False, 1), (True, 0), (True, 2)]
+"""Whether there are weights, and which bias."""
+
+
+def spec_of(layout, wire, reduce, num_experts=16, **kwargs):
+    kwargs = {"num_topk": 4, "hidden": 24, "max_tokens": 9, "extra_bytes": EXTRA_BYTES} | kwargs
+    return Spec(num_experts=num_experts, layout=layout, wire=wire, reduce=reduce, **kwargs)
+
+
+def biases(case, rank):
+    """None, one for all tokens, one for each."""
+    g = torch.Generator().manual_seed(rank)
+    num_tokens = case.x[rank].shape[0]
+    return [None, torch.randn(case.spec.hidden, generator=g), torch.randn(num_tokens, case.spec.hidden, generator=g)]
+
+
+def combine_each(group, cases):
+    """For each case: pushed and pulled, without and with weights, each kind of bias; and extras both ways."""
+    with Buffer(group, cases[0].spec, debug=True) as buffer:
+        r, outs = buffer.rank, []
+        for case in cases:
+            recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r])
+            weights = case.weights[r] if case.spec.reduce == "token" else row_weights(recv)
+            here = {}
+            for way in ("pushed", "pulled"):
+                y = case.y[r] if way == "pushed" else recv.output_rows().copy_(case.y[r])
+                for is_weighted, i in OPTIONS:
+                    given, bias = weights if is_weighted else None, biases(case, r)[i]
+                    here[way, is_weighted, i] = buffer.combine(y, recv.plan, weights=given, bias=bias)
+                here[way, "extras"] = buffer.combine(y, recv.plan, extras=case.y_extras[r])
+            outs.append(here)
+        return outs
+
+
+def row_weights(recv):
+    """One weight per row that came; of a row that serves several picks (Compact), their sum."""
+    return recv.weights if recv.topk_idx is None else recv.weights.sum(1)
+
+
+def weights_of_rows(case):
+    weights = [want["weights"] for want in oracle.received(case.spec, case.topk, case.x, case.weights)]
+    return [w.sum(1) for w in weights] if isinstance(case.spec.layout, Compact) else weights
+
+
+def check_each(world, cases):
+    got = world.run(combine_each, cases)
+    for case, here in zip(cases, zip(*got, strict=True), strict=True):
+        y = case.flat_y()
+        weights = case.weights if case.spec.reduce == "token" else weights_of_rows(case)
+        plain = oracle.combined(case.spec, case.topk, y)
+        extras = [
+            oracle.returned_extras(case.spec, case.topk, [extra[i].flatten(0, -2) for extra in case.y_extras])
+            for i in range(2)
+        ]
+        for way in ("pushed", "pulled"):
+            for is_weighted, i in OPTIONS:
+                bias = None if i == 0 else [biases(case, r)[i] for r in range(world.num_ranks)]
+                wants = oracle.combined(case.spec, case.topk, y, weights if is_weighted else None, bias)
+                for rank, want in enumerate(wants):
+                    label = (case.name, rank, way, is_weighted, f"bias {i}")
+                    assert same_bits(here[rank][way, is_weighted, i], want), label
+            for rank, want in enumerate(plain):
+                out, home = here[rank][way, "extras"]
+                assert same_bits(out, want), (case.name, rank, way)
+                assert all(same_bits(a, b[rank]) for a, b in zip(home, extras, strict=True)), (case.name, rank, way)
+
+
+@pytest.mark.parametrize("reduce", ["token", "rank"])
+@pytest.mark.parametrize("wire", WIRES, ids=lambda wire: type(wire).__name__)
+@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=8), Padded()], ids=repr)
+def test_sums_every_row_in_its_order(world, layout, wire, reduce):
+    check_each(world, loads(spec_of(layout, wire, reduce), world.num_ranks))
+
+
+@pytest.mark.worlds("inproc-3", "inproc-8", "processes-4")
+@pytest.mark.parametrize("reduce", ["token", "rank"])
+@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=8)], ids=repr)
+def test_sums_every_row_in_its_order_among_many_and_odd_ranks(world, layout, reduce):
+    num_experts = {3: 6, 4: 160, 8: 384}[world.num_ranks]
+    check_each(world, loads(spec_of(layout, Bf16(), reduce, num_experts=num_experts), world.num_ranks)[:3])
+
+
+@pytest.mark.worlds("inproc-2")
+@pytest.mark.parametrize("combine_wire", [Fp16(), Fp32()], ids=repr)
+@pytest.mark.parametrize("reduce", ["token", "rank"])
+@pytest.mark.parametrize("layout", [Compact(), Padded()], ids=repr)
+def test_rows_go_home_in_a_format_of_their_own(world, layout, reduce, combine_wire):
+    spec = spec_of(layout, Fp8(block=8), reduce, combine_wire=combine_wire)
+    check_each(world, loads(spec, world.num_ranks)[:2])
+
+
+@pytest.mark.worlds("inproc-2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_extras_of_several_values_come_home_to_a_rank_that_sent_nothing(world, layout):
+    check_each(world, [make_case(spec_of(layout, Bf16(), "token"), [3, 3], picks="none")])
+
+
+def combine_in_mixed_ways(group, case):
+    """Even ranks leave their outputs to be pulled, odd ones push them."""
+    with Buffer(group, case.spec, debug=True) as buffer:
+        r = buffer.rank
+        recv = buffer.dispatch(case.x[r], case.topk[r])
+        y = recv.output_rows().copy_(case.y[r]) if r % 2 == 0 else case.y[r]
+        return buffer.combine(y, recv.plan, weights=case.weights[r] if case.spec.reduce == "token" else None)
+
+
+@pytest.mark.worlds("inproc-4", "processes-2")
+@pytest.mark.parametrize("reduce", ["token", "rank"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_some_ranks_push_while_others_are_pulled_from(world, layout, reduce):
+    case = make_case(spec_of(layout, Bf16(), reduce), [9] * world.num_ranks)
+    weights = case.weights if reduce == "token" else None
+    got = world.run(combine_in_mixed_ways, case)
+    assert all(map(same_bits, got, oracle.combined(case.spec, case.topk, case.flat_y(), weights)))
+
+
+def combine_at_capacity(group, case):
+    """The rows of the whole slot go back, those that nothing came in are NaN."""
+    with Buffer(group, case.spec, debug=True) as buffer:
+        r = buffer.rank
+        recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity")
+        y = torch.full_like(recv.output_rows(), float("nan"))
+        y[: recv.num_rows] = case.y[r]
+        weights = case.weights[r]
+        if case.spec.reduce == "rank":
+            weights = row_weights(recv)
+        outs = [buffer.combine(y, recv.plan, weights=weights)]
+        recv.output_rows().copy_(y)
+        return [*outs, buffer.combine(recv.output_rows(), recv.plan, weights=weights)]
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize("reduce", ["token", "rank"])
+@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=repr)
+def test_rows_behind_the_last_count_for_nothing(world, layout, reduce):
+    case = make_case(spec_of(layout, Bf16(), reduce), [9] * world.num_ranks)
+    weights = case.weights if reduce == "token" else weights_of_rows(case)
+    wants = oracle.combined(case.spec, case.topk, case.flat_y(), weights)
+    for outs, want in zip(world.run(combine_at_capacity, case), wants, strict=True):
+        assert all(same_bits(out, want) for out in outs)
+
+
+def combine_literal(group, layout, reduce):
+    """2**24 + 1 is no float32: which sum comes first shows. Token 0 picks experts on ranks 1, 0, 1, in that order."""
+    spec = Spec(num_experts=4, num_topk=3, hidden=1, max_tokens=1, wire=Fp32(), layout=layout, reduce=reduce)
+    with Buffer(group, spec) as buffer:
+        mine = [[2, 0, 3]] if buffer.rank == 0 else [[-1, -1, -1]]
+        recv = buffer.dispatch(torch.zeros(1, 1), torch.tensor(mine))
+        values = {0: 1.0, 2: 2.0**24, 3: -(2.0**24)}
+        starts = recv.expert_offsets.tolist()
+        y = torch.zeros(recv.num_rows, 1)
+        for local in range(2):
+            y[starts[local] : starts[local + 1]] = values.get(2 * buffer.rank + local, 0.0)
+        return buffer.combine(y, recv.plan, bias=torch.tensor([0.5])).item()
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize(("reduce", "want"), [("token", 0.5), ("rank", 1.5)])
+def test_the_order_of_a_sum_is_that_of_picks_or_of_ranks(world, reduce, want):
+    # token: (2**24 + 1 -> 2**24) - 2**24 = 0; rank: 1 + (2**24 - 2**24) = 1; then the bias of 0.5.
+    assert world.run(combine_literal, Expanded(), reduce) == [want, 0.5]
+
+
+def combine_not_finite(group, case):
+    with Buffer(group, case.spec) as buffer:
+        r = buffer.rank
+        recv = buffer.dispatch(case.x[r], case.topk[r])
+        return buffer.combine(case.y[r], recv.plan)
+
+
+@pytest.mark.worlds("inproc-2")
+@pytest.mark.parametrize("reduce", ["token", "rank"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_nan_infinity_and_signed_zeros_stay_where_they_are(world, layout, reduce):
+    case = make_case(spec_of(layout, Bf16(), reduce), [9, 9], seed=3)
+    for y in case.flat_y():
+        y[::5, 3], y[1::4, 5], y[:, 7] = float("nan"), float("inf"), -0.0
+    wants = oracle.combined(case.spec, case.topk, case.flat_y())
+    for out, want in zip(world.run(combine_not_finite, case), wants, strict=True):
+        assert torch.equal(out.isnan(), want.isnan())
+        assert same_bits(out.nan_to_num(nan=7.0, posinf=float("inf")), want.nan_to_num(nan=7.0, posinf=float("inf")))
+        assert not out[:, 7].signbit().any()  # a sum begins with 0, and 0 + -0.0 is 0.0

@@ -1,0 +1,242 @@
+"""Dispatch against the oracle, bit for bit, in every layout and format."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crossdock import Bf16, Buffer, CapacityError, Compact, Expanded, Fp8, Fp16, Fp32, Padded, Quantized, Spec
+from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
+
+LAYOUTS = [Compact(), Expanded(), Expanded(alignment=8), Padded()]
+WIRES = [
+    Bf16(),
+    Fp16(),
+    Fp32(),
+    Fp8(block=8),
+    Fp8(block=8, pow2=True),
+    Fp8(block=4, scale="ue8m0"),
+    Fp8(block=4, scale="ue8m0", packed=True),
+]
+
+
+def spec_of(layout, wire=None, num_experts=16, **kwargs):
+    kwargs = {"num_topk": 4, "hidden": 24, "max_tokens": 9, "extra_bytes": EXTRA_BYTES} | kwargs
+    return Spec(num_experts=num_experts, layout=layout, wire=wire or Bf16(), **kwargs)
+
+
+def dispatch_each(group, cases, rows=None):
+    """Several calls in a row: slots come round, and debug fills them with NaN before."""
+    with Buffer(group, cases[0].spec, debug=True) as buffer:
+        r = buffer.rank
+        return [
+            observed(
+                buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r], rows=rows)
+            )
+            for case in cases
+        ]
+
+
+def check_each(world, cases, rows=None):
+    got = world.run(dispatch_each, cases, rows)
+    for i, case in enumerate(cases):
+        check_received(case, [mine[i] for mine in got])
+
+
+@pytest.mark.parametrize("wire", WIRES, ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_brings_every_row_to_its_place(world, layout, wire):
+    check_each(world, loads(spec_of(layout, wire), world.num_ranks))
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize("rows", ["exact", "capacity"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_both_row_modes_bring_the_same(world, layout, rows):
+    check_each(world, loads(spec_of(layout, Fp8(block=8)), world.num_ranks), rows)
+
+
+@pytest.mark.worlds("inproc-3", "inproc-8", "processes-4")
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=repr)
+def test_brings_every_row_to_its_place_among_many_and_odd_ranks(world, layout):
+    num_experts = {3: 6, 4: 160, 8: 384}[world.num_ranks]
+    check_each(world, loads(spec_of(layout, num_experts=num_experts), world.num_ranks))
+
+
+@pytest.mark.worlds("inproc-3")
+@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=16)], ids=repr)
+def test_brings_every_row_to_its_place_among_384_experts(world, layout):
+    check_each(world, loads(spec_of(layout, num_experts=384, num_topk=8), 3))
+
+
+def dispatch_plainly(group, case):
+    with Buffer(group, case.spec, debug=True) as buffer:
+        return observed(buffer.dispatch(case.x[buffer.rank], case.topk[buffer.rank]))
+
+
+@pytest.mark.worlds("inproc-2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_needs_no_weights_and_no_extras(world, layout):
+    case = make_case(spec_of(layout, extra_bytes=0), [9, 4])
+    check_received(case, world.run(dispatch_plainly, case), weights=False, extras=False)
+
+
+@pytest.mark.worlds("inproc-2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_extras_of_several_bytes_may_come_with_no_row(world, layout):
+    check_each(world, [make_case(spec_of(layout), [0, 0])])
+
+
+@pytest.mark.worlds("inproc-4")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_gives_the_same_bits_on_every_run(world, layout):
+    cases = loads(spec_of(layout, Fp8(block=8)), 4)
+    first, second = world.run(dispatch_each, cases), world.run(dispatch_each, cases)
+    for mine, again in zip(first, second, strict=True):
+        for call, call_again in zip(mine, again, strict=True):
+            is_row = call["src_idx"] >= 0
+            assert all(same_bits(call[k][is_row], call_again[k][is_row]) for k in call if k != "counts")
+
+
+def dispatch_cached(group, cases):
+    """The first case's plan carries the others' rows; T is the same."""
+    with Buffer(group, cases[0].spec, debug=True) as buffer:
+        r = buffer.rank
+        plan = buffer.dispatch(cases[0].x[r], cases[0].topk[r]).plan
+        return [
+            observed(buffer.dispatch(case.x[r], plan, weights=case.weights[r], extras=case.extras[r])) for case in cases
+        ]
+
+
+@pytest.mark.worlds("inproc-1", "inproc-4", "processes-2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_a_plan_sends_other_rows_the_same_way(world, layout):
+    spec = spec_of(layout, Fp8(block=8))
+    num_tokens = [(2 * r + 5) % 10 for r in range(world.num_ranks)]
+    cases = [make_case(spec, num_tokens, seed=seed) for seed in range(5)]
+    got = world.run(dispatch_cached, cases)
+    for i, case in enumerate(cases):
+        object.__setattr__(case, "topk", cases[0].topk)
+        check_received(case, [mine[i] for mine in got])
+
+
+def dispatch_quantized(group, case):
+    with Buffer(group, case.spec) as buffer:
+        wire, x = case.spec.wire, case.x[buffer.rank]
+        data, scale = wire.quantize(x)
+        # Bits that no cast would give: what a caller hands in travels as it is.
+        data.view(torch.uint8).bitwise_xor_(0x55)
+        recv = buffer.dispatch(Quantized(data, scale), case.topk[buffer.rank])
+        return observed(recv), Quantized(data, scale)
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize("wire", WIRES[3:], ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_rows_a_caller_has_quantised_travel_as_they_are(world, layout, wire):
+    case = make_case(spec_of(layout, wire), [9, 5])
+    got = world.run(dispatch_quantized, case)
+    check_received(case, [mine for mine, _ in got], x=[sent for _, sent in got], weights=False, extras=False)
+
+
+@pytest.mark.worlds("inproc-2")
+@pytest.mark.parametrize("wire", [Bf16(), Fp32(), Fp8(block=8)], ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_nan_and_infinity_travel(world, layout, wire):
+    case = make_case(spec_of(layout, wire), [9, 9])
+    for x in case.x:
+        x[::2, 3], x[1::3, 5], x[2::3, 6], x[4, 7] = float("nan"), float("inf"), -float("inf"), -0.0
+    check_received(case, world.run(dispatch_plainly, case), weights=False, extras=False)
+
+
+def overflow(group, full, small, mode):
+    """A call that is too large, as it is seen; the next one; and whether the buffer works afterwards."""
+    with Buffer(group, full.spec, debug=True) as buffer:
+        r = buffer.rank
+        seen = []
+
+        def dispatch(case):
+            return buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r], rows=mode)
+
+        for how in ("next call", "check"):
+            try:
+                recv = dispatch(full)
+                seen.append(observed(recv))
+                out = buffer.combine(torch.full_like(recv.output_rows(), 3), recv.plan) if how == "check" else None
+                dispatch(small) if how == "next call" else buffer.check()
+            except CapacityError as error:
+                seen.append(str(error))
+            if how == "check" and mode == "capacity":
+                assert out is None or not out.any()
+        buffer.check()
+        return seen, observed(dispatch(small))
+
+
+@pytest.mark.worlds("inproc-2", "inproc-4", "processes-2")
+@pytest.mark.parametrize("layout", [Compact(capacity=7), Expanded(capacity=12), Padded(capacity=3)], ids=repr)
+def test_an_overflow_raises_the_same_on_every_rank_before_a_row_moves(world, layout):
+    spec = spec_of(layout)
+    full = make_case(spec_of(type(layout)()), [9] * world.num_ranks, picks="one")
+    small = make_case(spec, [1] + [0] * (world.num_ranks - 1))
+    object.__setattr__(full, "spec", spec)
+    needed = 9 * world.num_ranks
+    got = world.run(overflow, full, small, "exact")
+    assert len({str(seen) for seen, _ in got}) == 1
+    assert got[0][0][0].startswith(f"{needed} rows were routed to rank 0")
+    assert f"{type(layout).__name__}(capacity={needed})" in got[0][0][0]
+    check_received(small, [mine for _, mine in got])
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize("layout", [Compact(capacity=7), Expanded(capacity=12), Padded(capacity=3)], ids=repr)
+def test_an_overflow_without_a_host_sync_gives_nothing_and_is_told_later(world, layout):
+    spec = spec_of(layout)
+    full = make_case(spec_of(type(layout)()), [9] * world.num_ranks, picks="one")
+    small = make_case(spec, [1] + [0] * (world.num_ranks - 1))
+    object.__setattr__(full, "spec", spec)
+    got = world.run(overflow, full, small, "capacity")
+    for seen, _ in got:
+        for nothing, error in (seen[:2], seen[2:]):
+            assert not nothing["counts"].any()
+            assert (nothing["src_idx"] == -1).all()
+            assert error == got[0][0][1]
+            assert "rows were routed to rank 0" in error
+    check_received(small, [mine for _, mine in got])
+
+
+def count_returns(group, topk, layout):
+    """Combines what came, with unit weights: each token times its picks."""
+    spec = Spec(num_experts=8, num_topk=3, hidden=4, max_tokens=6, wire=Fp32(), layout=layout)
+    with Buffer(group, spec, debug=True) as buffer:
+        mine = topk[buffer.rank]
+        x = torch.arange(1.0, 1 + mine.shape[0] * 4).view(-1, 4)
+        recv = buffer.dispatch(x, mine)
+        counts = None if recv.topk_idx is None else (recv.topk_idx >= 0).sum(1, keepdim=True)
+        out = buffer.combine(recv.x if counts is None else recv.x * counts, recv.plan)
+        assert torch.equal(out, x * (mine >= 0).sum(1, keepdim=True))
+        is_row = recv.src_idx >= 0
+        return recv.src_idx[is_row], recv.num_tokens_per_expert
+
+
+@st.composite
+def routings(draw, num_ranks):
+    token = st.lists(st.integers(0, 7), min_size=3, max_size=3, unique=True)
+    masks = st.lists(st.booleans(), min_size=3, max_size=3)
+    tokens = st.lists(st.tuples(token, masks), max_size=6)
+    picked = [[[e if m else -1 for e, m in zip(*t, strict=True)] for t in draw(tokens)] for _ in range(num_ranks)]
+    return [torch.tensor(p, dtype=torch.int64).view(-1, 3) for p in picked]
+
+
+@pytest.mark.worlds("inproc-1", "inproc-2", "inproc-4")
+@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=4), Padded()], ids=repr)
+@given(data=st.data())
+def test_rows_are_conserved_and_come_home_once_per_pick(world, layout, data):
+    topk = data.draw(routings(world.num_ranks))
+    got = world.run(count_returns, topk, layout)
+    assert sum(int(counts.sum()) for _, counts in got) == sum(int((idx >= 0).sum()) for idx in topk)
+    rows = torch.cat([src_idx for src_idx, _ in got])
+    num_local = 8 // world.num_ranks
+    for source, idx in enumerate(topk):
+        for token, experts in enumerate(idx.tolist()):
+            places = [e // num_local if isinstance(layout, Compact) else e for e in experts if e >= 0]
+            assert int((rows == source * 6 + token).sum()) == len(set(places))

@@ -1,0 +1,123 @@
+"""How long what a dispatch gave may be used."""
+
+import pytest
+import torch
+
+from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Padded, PeerFailed, Spec
+from tests import oracle
+from tests.cases import EXTRA_BYTES, check_received, make_case, observed, same_bits
+
+LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
+
+
+def cases_of(world, layout, count, wire=None):
+    spec = Spec(
+        num_experts=8, num_topk=3, hidden=16, max_tokens=7, layout=layout, wire=wire or Bf16(), extra_bytes=EXTRA_BYTES
+    )
+    return [make_case(spec, [7] * world.num_ranks, seed=i) for i in range(count)]
+
+
+def dispatch(buffer, case, **kwargs):
+    r = buffer.rank
+    return buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r], **kwargs)
+
+
+def outlive_the_slot(group, cases):
+    """The first dispatch's rows after one more, and after two more, which takes its slot of two."""
+    with Buffer(group, cases[0].spec, debug=True) as buffer:
+        first = dispatch(buffer, cases[0])
+        rows, outputs = first.x, first.output_rows()
+        dispatch(buffer, cases[1])
+        assert first.x is rows
+        assert not first.is_stale
+        still = observed(first)
+        dispatch(buffer, cases[2])
+        assert first.is_stale
+        for use in (lambda: first.x, first.output_rows):
+            with pytest.raises(ConfigError, match="these rows are stale: receive slot 0 has been taken"):
+                use()
+        for y in (outputs, outputs[: rows.shape[0]]):
+            with pytest.raises((ConfigError, PeerFailed), match="which a later dispatch has taken"):
+                buffer.combine(y, first.plan)
+        out = buffer.combine(cases[0].y[buffer.rank], first.plan)
+        again = observed(buffer.dispatch(cases[3].x[buffer.rank], first.plan))
+        return still, out, again
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_rows_go_stale_when_their_slot_comes_round_and_the_plan_does_not(world, layout):
+    cases = cases_of(world, layout, 4)
+    got = world.run(outlive_the_slot, cases)
+    check_received(cases[0], [still for still, _, _ in got])
+    wants = oracle.combined(cases[0].spec, cases[0].topk, cases[0].flat_y())
+    assert all(same_bits(out, want) for (_, out, _), want in zip(got, wants, strict=True))
+    object.__setattr__(cases[3], "topk", cases[0].topk)
+    check_received(cases[3], [again for _, _, again in got], weights=False, extras=False)
+
+
+def keep_a_copy(group, cases):
+    with Buffer(group, cases[0].spec, debug=True) as buffer:
+        kept = dispatch(buffer, cases[0], copy=True)
+        small = [kept.topk_idx, kept.weights, kept.src_idx, *kept.extras]
+        for case in cases[1:] * 2:
+            dispatch(buffer, case)
+        assert all(
+            a is b for a, b in zip(small, [kept.topk_idx, kept.weights, kept.src_idx, *kept.extras], strict=True)
+        )
+        with pytest.raises(ConfigError, match="stale"):
+            kept.output_rows()
+        return observed(kept)
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize("wire", [Bf16(), Fp8(block=8)], ids=["Bf16", "Fp8"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_a_copy_outlives_its_slot(world, layout, wire):
+    cases = cases_of(world, layout, 4, wire)
+    check_received(cases[0], world.run(keep_a_copy, cases))
+
+
+def read_after_close(group, case):
+    with Buffer(group, case.spec) as buffer:
+        recv = dispatch(buffer, case)
+    del buffer
+    return observed(recv)
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_rows_stay_readable_after_the_buffer_is_closed(world):
+    case = cases_of(world, Expanded(), 1, Fp8(block=8))[0]
+    check_received(case, world.run(read_after_close, case))
+
+
+def look_at_poison(group, cases):
+    """A view that outlives its rows, with debug: NaN, not the next call's rows."""
+    with Buffer(group, cases[0].spec, debug=True) as buffer:
+        view = dispatch(buffer, cases[0]).x
+        dispatch(buffer, cases[1])
+        nothing = torch.full_like(cases[2].topk[0], -1)
+        buffer.dispatch(cases[2].x[buffer.rank], nothing)
+        return view.clone()
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize("layout", [Compact(), Padded()], ids=repr)
+def test_debug_makes_a_stale_view_show(world, layout):
+    assert all(view.isnan().all() for view in world.run(look_at_poison, cases_of(world, layout, 3)))
+
+
+def combine_rows_in_place(group, case):
+    """The received rows themselves as outputs: they lie in the arena, but not where outputs are pulled from."""
+    with Buffer(group, case.spec, debug=True) as buffer:
+        recv = dispatch(buffer, case)
+        return buffer.combine(recv.x, recv.plan), recv.x.clone()
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=repr)
+def test_received_rows_can_go_straight_back(world, layout):
+    case = cases_of(world, layout, 1)[0]
+    got = world.run(combine_rows_in_place, case)
+    wants = oracle.combined(case.spec, case.topk, [rows for _, rows in got])
+    assert all(same_bits(out, want) for (out, _), want in zip(got, wants, strict=True))
