@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,14 @@ from crossdock.wire import Quantized
 
 Result = TypeVar("Result")
 Rows = Literal["exact", "capacity"]
+
+
+class Call(NamedTuple):
+    """A call that has been taken: its number, this rank's word for it, and what posts it, if that had to wait."""
+
+    sequence: int
+    word: Word
+    post: Callable[[], None] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +92,7 @@ class Buffer:
         self.topology = Topology(num_ranks=members.size)
         self.rank = members.rank
         self.arena = Arena(spec, self.topology)
+        assert self.arena.regions  # worked out on all ranks here, or only some would raise what does not fit
         self._members = members
         self._id = number
         self._debug = debug
@@ -179,12 +188,9 @@ class Buffer:
             self._slots.poison(slot, "data", "scale", "record")
         signature = (mode, weights is None, _shapes(extras), plan.stamp if plan else None)
         word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
-        sequence = self._consent.take()
-        if plan is None:
-            self._backend.post_counts(sequence, local_counts(self.spec, self.topology, topk_idx))
-        self._consent.post(sequence, word)
-        steps = self._dispatch_steps(sequence, word, outgoing, plan or topk_idx, mode, copy=copy)
-        pending = self._queue.start(word.kind, sequence, steps)
+        call = self._begin(word, None if plan else topk_idx)
+        steps = self._dispatch_steps(call, outgoing, plan or topk_idx, mode, copy=copy)
+        pending = self._queue.start(word.kind, call.sequence, steps)
         self._slots.fill(slot, pending)
         return pending
 
@@ -282,10 +288,9 @@ class Buffer:
         self._num_combines += 1
         signature = _checksum((plan.stamp, None if extras is None else _shapes(small)))
         word = Word(Kind.COMBINE, landing, PUSHED if sums_here else output_slot, signature)
-        sequence = self._consent.take()
-        self._consent.post(sequence, word)
-        steps = self._combine_steps(sequence, word, plan, flat, row_weights, bias, None if extras is None else small)
-        return self._queue.start(word.kind, sequence, steps)
+        call = self._begin(word, None)
+        steps = self._combine_steps(call, plan, flat, row_weights, bias, None if extras is None else small)
+        return self._queue.start(word.kind, call.sequence, steps)
 
     def check(self) -> None:
         """Raises the CapacityError of an earlier ``rows="capacity"`` dispatch, once."""
@@ -347,48 +352,68 @@ class Buffer:
         state = "closed" if self._is_closed else "open"
         return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
 
+    def _begin(self, word: Word, topk_idx: Tensor | None) -> Call:
+        """Takes the next sequence number and gives this rank's word (and counts), if that need not wait for anybody."""
+        sequence = self._consent.take()
+
+        def post() -> None:
+            if topk_idx is not None:
+                self._backend.post_counts(sequence, local_counts(self.spec, self.topology, topk_idx))
+            self._consent.post(sequence, word)
+
+        if not self._consent.may_post(sequence):
+            return Call(sequence, word, post)
+        post()
+        return Call(sequence, word, None)
+
+    def _words(self, call: Call) -> Steps[list[Word]]:
+        """Everybody's words for the call; this rank's own is given first where it had to wait."""
+        if call.post is not None:
+            yield from self._consent.opening(call.sequence)
+            call.post()
+        return (yield from self._consent.words(call.sequence, call.word))
+
     def _dispatch_steps(
-        self, sequence: int, word: Word, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows, *, copy: bool
+        self, call: Call, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows, *, copy: bool
     ) -> Steps[Received]:
-        words = yield from self._consent.words(sequence, word)
-        plan = routing if isinstance(routing, Plan) else self._plan(sequence, routing, mode)
+        words = yield from self._words(call)
+        plan = routing if isinstance(routing, Plan) else self._plan(call.sequence, routing, mode)
         slots = [theirs.slot for theirs in words]
         self._backend.push_rows(plan, outgoing, slots)
-        self._consent.signal(sequence)
-        yield from self._consent.arrivals(sequence, range(len(words)))
+        self._consent.signal(call.sequence)
+        yield from self._consent.arrivals(call.sequence, range(len(words)))
         num_rows = plan.num_rows if mode == "exact" else self._slot_rows
-        landed = self._backend.landed(plan, outgoing, word.slot, num_rows=num_rows)
+        landed = self._backend.landed(plan, outgoing, call.word.slot, num_rows=num_rows)
         if self._debug:
-            self._slots.poison(word.slot, "outputs")
+            self._slots.poison(call.word.slot, "outputs")
         self._num_tokens_per_expert += plan.num_tokens_per_expert
-        return self._received(landed, word.slot, copy=copy)
+        return self._received(landed, call.word.slot, copy=copy)
 
     def _combine_steps(
         self,
-        sequence: int,
-        word: Word,
+        call: Call,
         plan: Plan,
         y: Tensor,
         weights: Tensor | None,
         bias: Tensor | None,
         extras: tuple[Tensor, ...] | None,
     ) -> Steps[Any]:
-        words = yield from self._consent.words(sequence, word)
-        pushes = word.output_slot == PUSHED
+        words = yield from self._words(call)
+        pushes = call.word.output_slot == PUSHED
         landing_slots = [theirs.slot for theirs in words]
         sums_here = self.spec.reduce == "rank"
         if pushes or extras:
             row_weights = weights if sums_here else None
             self._backend.push_outputs(plan, y if pushes else None, extras or (), row_weights, landing_slots)
-            self._consent.signal(sequence)
+            self._consent.signal(call.sequence)
         senders = [peer for peer, theirs in enumerate(words) if extras or theirs.output_slot == PUSHED]
-        yield from self._consent.arrivals(sequence, senders)
+        yield from self._consent.arrivals(call.sequence, senders)
         output_slots = [theirs.output_slot for theirs in words]
-        out = self._backend.sum_rows(plan, None if sums_here else weights, bias, output_slots, word.slot)
-        self._consent.check(sequence)
+        out = self._backend.sum_rows(plan, None if sums_here else weights, bias, output_slots, call.word.slot)
+        self._consent.check(call.sequence)
         if extras is None:
             return out
-        return out, self._backend.returned_extras(plan, extras, word.slot)
+        return out, self._backend.returned_extras(plan, extras, call.word.slot)
 
     def _plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> Plan:
         """The plan of a fresh dispatch; of an overflow with ``rows="capacity"``, that of no rows, on all ranks."""

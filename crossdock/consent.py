@@ -7,9 +7,9 @@ it decides how to wait and for how long.
 
 A sequence number has 40 bits: 8 of the epoch, 32 of the call in it. A call that fails on any rank ends the epoch on
 all: the rank that fails raises a flag at every peer, which names its first call that is void; a rank that misses
-something of such a call fails too, and each goes on with call 0 of the next epoch. So nothing that was in flight can be
-mistaken for something later, and the ranks are in step again without a word exchanged. Both parts wrap around by
-themselves, and are compared as such: nothing is ever reset.
+something of such a call fails too, flags it as well, and each goes on with call 0 of the next epoch, once all have left
+the one before: so the ranks are in step again, and nothing that was in flight can be mistaken for something later. Both
+parts wrap around by themselves (there is no epoch 0, the value of a word that nobody wrote), and are compared as such.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from crossdock.errors import CrossdockError, PeerFailed, PeerTimeout, TransportE
 EPOCH_SHIFT = 32
 CALL_MASK = 2**EPOCH_SHIFT - 1
 SEQUENCE_MASK = 2**40 - 1
+NUM_EPOCHS = 255
 PAYLOAD_BITS = 24
 PAYLOAD_MASK = 2**PAYLOAD_BITS - 1
 PUSHED = 7
 """In place of an output slot: this rank pushes its rows, they are not to be pulled."""
 _FLAG = 1
+_HALF_OF_EPOCHS = NUM_EPOCHS // 2 + 1
 
 _REASON_HEADER = struct.Struct("<i?")
 
@@ -95,6 +97,9 @@ class Mailbox(Protocol):
     def read_reason(self, sender: int) -> bytes:
         """The text that a sender left here."""
 
+    def forget(self, box: str) -> None:
+        """Zeroes this rank's own box."""
+
 
 def stamped(sequence: int, value: int) -> int:
     """A word on its way: 40 bits of sequence number, 24 of value, as a signed 64-bit integer."""
@@ -122,11 +127,17 @@ class Consent:
         self._rank = rank
         self._peers = range(num_ranks)
         self._ring = ring
-        self.next_sequence = first
+        self.start_from(first)
+
+    def start_from(self, sequence: int) -> None:
+        """Makes this the next call's number, on all ranks before any call."""
+        self.next_sequence = sequence
+        self._open_epoch = self.epoch
+        self._last_posted = sequence - 1
 
     @property
     def epoch(self) -> int:
-        """The epoch of the next call: 0 to 255, then 0 again."""
+        """The epoch of the next call: 1 to 255, then 1 again."""
         return self.next_sequence >> EPOCH_SHIFT
 
     def take(self) -> int:
@@ -139,8 +150,27 @@ class Consent:
         """The ring entry of a call."""
         return sequence % self._ring
 
+    def may_post(self, sequence: int) -> bool:
+        """Whether the call's word can be given without waiting: its epoch is open, and its turn has come."""
+        return self._open_epoch == self.epoch and (sequence - self._last_posted) & CALL_MASK == 1
+
+    def opening(self, sequence: int) -> Waiting:
+        """Done when every rank has left the epochs before the call's, so that it needs no word of them any more."""
+
+        def has_left(peer: int) -> bool:
+            flag = self._mailbox.load("aborts", 0, peer)
+            ended = (flag >> PAYLOAD_BITS & SEQUENCE_MASK) >> EPOCH_SHIFT
+            return flag & PAYLOAD_MASK == _FLAG and _epochs_ahead(ended, before) < _HALF_OF_EPOCHS
+
+        if self._open_epoch != self.epoch:
+            before = _epoch_before(self.epoch)
+            others = [peer for peer in self._peers if peer != self._rank]
+            yield from self._until(sequence, has_left, others, "see that an earlier call failed, before")
+            self._open_epoch = self.epoch
+
     def post(self, sequence: int, word: Word) -> None:
         """Gives this rank's word for the call to every rank, itself included."""
+        self._last_posted = sequence
         value = stamped(sequence, word.payload())
         for peer in self._peers:
             self._mailbox.post(peer, "words", self.entry(sequence), value)
@@ -200,12 +230,15 @@ class Consent:
         culprit = error.rank if isinstance(error, (PeerFailed, PeerTimeout)) else self._rank
         why = error.reason if isinstance(error, PeerFailed) else str(error)
         reason = _REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode()
+        for box in ("words", "arrived"):  # nobody writes there before it has seen the flag, or only for void calls
+            self._mailbox.forget(box)
         flag = stamped(first_void, _FLAG)
         for peer in self._peers:
             if peer != self._rank:
                 self._mailbox.write_reason(peer, reason)
                 self._mailbox.post(peer, "aborts", 0, flag)
-        self.next_sequence = ((self.epoch + 1) << EPOCH_SHIFT) & SEQUENCE_MASK
+        self.next_sequence = _epoch_after(self.epoch) << EPOCH_SHIFT
+        self._last_posted = self.next_sequence - 1
 
     def leave(self) -> None:
         """Tells every peer that this rank takes part in nothing any more."""
@@ -218,7 +251,8 @@ class Consent:
         missing = list(senders)
         while missing := [peer for peer in missing if not arrived(peer)]:
             for peer in missing:
-                gone = self._flag(peer, sequence) or self._has_left(peer)
+                left = self._has_left(peer)  # looked at first: a rank that fails and leaves has failed
+                gone = self._flag(peer, sequence) or left
                 # A rank posts its word before it fails or leaves: look again, or a call that can complete would not.
                 if gone is not None and not arrived(peer):
                     raise gone
@@ -230,8 +264,8 @@ class Consent:
         if flag & PAYLOAD_MASK != _FLAG:
             return None
         first_void = flag >> PAYLOAD_BITS & SEQUENCE_MASK
-        epochs_ahead = (first_void >> EPOCH_SHIFT) - (sequence >> EPOCH_SHIFT) & 0xFF
-        is_void = (sequence - first_void) & CALL_MASK <= CALL_MASK // 2 if epochs_ahead == 0 else epochs_ahead < 128
+        ahead = _epochs_ahead(first_void >> EPOCH_SHIFT, sequence >> EPOCH_SHIFT)
+        is_void = (sequence - first_void) & CALL_MASK <= CALL_MASK // 2 if ahead == 0 else ahead < _HALF_OF_EPOCHS
         if not is_void:
             return None
         reason = self._mailbox.read_reason(peer)
@@ -241,6 +275,18 @@ class Consent:
 
     def _has_left(self, peer: int) -> TransportError | None:
         return PeerFailed(peer, "it has closed its buffer") if self._mailbox.load("closed", 0, peer) else None
+
+
+def _epoch_after(epoch: int) -> int:
+    return epoch % NUM_EPOCHS + 1
+
+
+def _epoch_before(epoch: int) -> int:
+    return (epoch - 2) % NUM_EPOCHS + 1
+
+
+def _epochs_ahead(epoch: int, of: int) -> int:
+    return (epoch - of) % NUM_EPOCHS
 
 
 def _is_stamped(value: int, sequence: int) -> bool:

@@ -148,7 +148,7 @@ class CpuBackend:
         results, at = [], 0
         for extra in extras:
             num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
-            sent = home[:num_sent, at : at + num_bytes].copy().view(np.float32)  # [Q, values]
+            sent = home[:num_sent, at : at + num_bytes].reshape(-1).view(np.float32).reshape(num_sent, num_bytes // 4)
             at += num_bytes
             if self._arena.spec.layout.per_pick:
                 pos = plan.pick_pos.numpy()
@@ -252,7 +252,7 @@ class CpuBackend:
         for extra in outgoing.extras:
             num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
             raw = np.where(is_real[:, None], record[:, at : at + num_bytes], np.uint8(0))
-            extras.append(torch.from_numpy(raw).view(extra.dtype).view(num_rows, *extra.shape[1:]))
+            extras.append(torch.from_numpy(raw).view(-1).view(extra.dtype).view(num_rows, *extra.shape[1:]))
             at += num_bytes
         return (
             torch.from_numpy(src_idx),

@@ -73,7 +73,9 @@ class HostTransport:
         self.close = close
         self._load, self._store = atomics(between_processes=between_processes)
         self._segments = [memory.data_ptr() + r * arena.stride for r in range(self.num_ranks)]
-        self._offsets = {name: arena[name].offset for name in ("words", "arrived", "aborts", "closed", "reasons")}
+        boxes = ("words", "arrived", "aborts", "closed", "reasons")
+        self._offsets = {name: arena[name].offset for name in boxes}
+        self._num_bytes = {name: arena[name].num_bytes for name in boxes}
         self._yield: Callable[[], object] = getattr(ctypes.CDLL(None), "sched_yield", os.sched_yield)
 
     def post(self, peer: int, box: str, index: int, value: int) -> None:
@@ -92,6 +94,10 @@ class HostTransport:
     def read_reason(self, sender: int) -> bytes:
         """See Mailbox."""
         return ctypes.string_at(self._reason(self.rank, sender), REASON_BYTES)
+
+    def forget(self, box: str) -> None:
+        """See Mailbox."""
+        ctypes.memset(self._segments[self.rank] + self._offsets[box], 0, self._num_bytes[box])
 
     def idle(self, num_polls: int) -> None:
         """Yields the core at first: there are often more ranks than cores, and 7 us beat 4 ms. Then sleeps."""
