@@ -151,7 +151,7 @@ def test_picks_may_change_once_a_dispatch_has_started(world):
 
 def near_the_end(group, cases, first):
     with Buffer(group, cases[0].spec, debug=True) as buffer:
-        buffer._consent.next_sequence = first
+        buffer._consent.start_from(first)
         r, seen = buffer.rank, []
         for _ in range(2):
             for c in cases:
@@ -176,7 +176,7 @@ def abort_near_the_end(group, case, first):
     """A call given up in the last epoch: all go on in epoch 0."""
     with Buffer(group, case.spec, debug=True) as buffer:
         r = buffer.rank
-        buffer._consent.next_sequence = first
+        buffer._consent.start_from(first)
         text = None
         try:
             if r == 0:

@@ -1,0 +1,469 @@
+"""Whatever one rank does wrong: it is told what, got, allowed and what to do; the others are told at once; all go on."""
+
+import time
+
+import pytest
+import torch
+
+from crossdock import (
+    Buffer,
+    CapacityError,
+    Compact,
+    ConfigError,
+    CrossdockError,
+    Expanded,
+    Fp8,
+    Fp32,
+    Padded,
+    PeerFailed,
+    Quantized,
+    Spec,
+    agreement,
+    run_local,
+)
+
+T, K, H, E = 4, 2, 16, 8
+SPEC = Spec(num_experts=E, num_topk=K, hidden=H, max_tokens=6, wire=Fp32(), layout=Expanded(), extra_bytes=4)
+TIMEOUT_S = 30
+AT_ONCE_S = 10
+
+
+def x_of(rank):
+    return torch.arange(T * H, dtype=torch.float32).view(T, H) + 1000 * rank
+
+
+def topk():
+    return torch.tensor([[0, 7], [3, -1], [5, 2], [6, 1]])
+
+
+def meta(tensor):
+    return tensor.to("meta")
+
+
+def changed(tensor, at, value):
+    tensor = tensor.clone()
+    tensor[at] = value
+    return tensor
+
+
+# name: (what the guilty rank does, what its error says). b: its buffer, x: its tokens, r: what it received, o: what it
+# should not use, of another buffer or of an earlier call.
+BAD_DISPATCHES = {
+    "expert out of range": (
+        lambda b, x, r, o: b.dispatch(x, changed(topk(), (1, 0), 8)),
+        ("topk_idx[1, 0] = 8", "experts are 0 to 7", "-1 is no pick"),
+    ),
+    "expert below -1": (lambda b, x, r, o: b.dispatch(x, changed(topk(), (3, 1), -2)), ("topk_idx[3, 1] = -2",)),
+    "expert twice": (
+        lambda b, x, r, o: b.dispatch(x, changed(topk(), (2, 0), 2)),
+        ("topk_idx[2]", "expert 2 more than once", "distinct"),
+    ),
+    "dtype of topk_idx": (lambda b, x, r, o: b.dispatch(x, topk().float()), ("topk_idx is float32", "int64 or int32")),
+    "shape of topk_idx": (
+        lambda b, x, r, o: b.dispatch(x, topk()[:, :1]),
+        ("topk_idx has shape [4, 1]", "[tokens=4, num_topk=2]"),
+    ),
+    "device of topk_idx": (lambda b, x, r, o: b.dispatch(x, meta(topk())), ("topk_idx is on meta", "topk_idx.cpu()")),
+    "topk_idx no tensor": (lambda b, x, r, o: b.dispatch(x, topk().numpy()), ("topk_idx is a ndarray", "tensor")),
+    "too many tokens": (
+        lambda b, x, r, o: b.dispatch(torch.zeros(7, H), torch.zeros(7, K, dtype=torch.int64)),
+        ("x has 7 tokens", "max_tokens=6", "split the batch"),
+    ),
+    "hidden": (lambda b, x, r, o: b.dispatch(x[:, :8], topk()), ("x has shape [4, 8]", "[tokens, hidden=16]")),
+    "dtype of x": (
+        lambda b, x, r, o: b.dispatch(x.bfloat16(), topk()),
+        ("x is bfloat16", "Fp32()", "x.to(torch.float32)"),
+    ),
+    "device of x": (lambda b, x, r, o: b.dispatch(meta(x), topk()), ("x is on meta", "x.cpu()")),
+    "x no tensor": (lambda b, x, r, o: b.dispatch(x.numpy(), topk()), ("x is a ndarray", "tensor")),
+    "quantized x on a wide wire": (
+        lambda b, x, r, o: b.dispatch(Quantized(x, torch.ones(T, 1)), topk()),
+        ("x is Quantized", "Fp32()", "wire=Fp8"),
+    ),
+    "x requires grad": (
+        lambda b, x, r, o: b.dispatch(x.requires_grad_(), topk()),
+        ("requires grad", "records no gradient", "x.detach()"),
+    ),
+    "dtype of weights": (
+        lambda b, x, r, o: b.dispatch(x, topk(), weights=torch.ones(T, K, dtype=torch.float64)),
+        ("weights is float64", "float32"),
+    ),
+    "shape of weights": (
+        lambda b, x, r, o: b.dispatch(x, topk(), weights=torch.ones(T)),
+        ("weights has shape [4]", "[tokens=4, num_topk=2]"),
+    ),
+    "device of weights": (
+        lambda b, x, r, o: b.dispatch(x, topk(), weights=torch.ones(T, K, device="meta")),
+        ("weights is on meta", "weights.cpu()"),
+    ),
+    "bytes of extras": (
+        lambda b, x, r, o: b.dispatch(x, topk(), extras=[torch.zeros(T), torch.zeros(T, dtype=torch.int16)]),
+        ("extras take 6 bytes per token", "extra_bytes=4", "extra_bytes=6"),
+    ),
+    "length of extras": (
+        lambda b, x, r, o: b.dispatch(x, topk(), extras=[torch.zeros(T + 1)]),
+        ("extras[0] has shape [5]", "[tokens=4, ...]"),
+    ),
+    "extras no tensors": (lambda b, x, r, o: b.dispatch(x, topk(), extras=[3]), ("extras[0] is a int", "tensor")),
+    "rows": (lambda b, x, r, o: b.dispatch(x, topk(), rows="all"), ("rows='all'", "'exact' or 'capacity'")),
+    "tokens of a plan": (lambda b, x, r, o: b.dispatch(x[:2], r.plan), ("x has 2 tokens", "plan was made for 4")),
+    "another buffer's plan": (lambda b, x, r, o: b.dispatch(x, o.plan), ("made by another buffer", "recv.plan")),
+}
+BAD_COMBINES = {
+    "dtype of y": (
+        lambda b, x, r, o: b.combine(r.x.half(), r.plan),
+        ("y is float16", "torch.float32", "y.to(torch.float32)"),
+    ),
+    "shape of y": (
+        lambda b, x, r, o: b.combine(torch.zeros(1, H), r.plan),
+        ("y has shape [1, 16]", "pass the outputs"),
+    ),
+    "device of y": (lambda b, x, r, o: b.combine(meta(r.x), r.plan), ("y is on meta", "y.cpu()")),
+    "y no tensor": (lambda b, x, r, o: b.combine(r.x.numpy(), r.plan), ("y is a ndarray", "tensor")),
+    "y requires grad": (
+        lambda b, x, r, o: b.combine(r.x.clone().requires_grad_(), r.plan),
+        ("requires grad", "records no gradient"),
+    ),
+    "stale y": (lambda b, x, r, o: b.combine(*o), ("y is stale", "receive slot", "before their slot")),
+    "another buffer's plan": (lambda b, x, r, o: b.combine(r.x, o.plan), ("made by another buffer", "recv.plan")),
+    "no plan": (lambda b, x, r, o: b.combine(r.x, topk()), ("plan is a Tensor", "recv.plan")),
+    "dtype of bias": (
+        lambda b, x, r, o: b.combine(r.x, r.plan, bias=torch.zeros(H, dtype=torch.int64)),
+        ("bias is int64 [16]", "floating-point", "[hidden=16]"),
+    ),
+    "shape of bias": (
+        lambda b, x, r, o: b.combine(r.x, r.plan, bias=torch.zeros(T)),
+        ("bias is float32 [4]", "[tokens=4, hidden=16]"),
+    ),
+    "dtype of weights": (
+        lambda b, x, r, o: b.combine(r.x, r.plan, weights=torch.ones(T, K).half()),
+        ("weights is float16", "float32"),
+    ),
+    "shape of weights": (
+        lambda b, x, r, o: b.combine(r.x, r.plan, weights=torch.ones(T, K + 1)),
+        ("weights has shape [4, 3]", "[tokens=4, num_topk=2]"),
+    ),
+    "dtype of extras": (
+        lambda b, x, r, o: b.combine(r.x, r.plan, extras=[r.x[:, 0].double()]),
+        ("extras[0] is float64", "float32"),
+    ),
+    "length of extras": (
+        lambda b, x, r, o: b.combine(r.x, r.plan, extras=[torch.zeros(r.x.shape[0] + 1)]),
+        ("extras[0] has shape", "one entry per row"),
+    ),
+    "bytes of extras": (
+        lambda b, x, r, o: b.combine(r.x, r.plan, extras=[r.x]),
+        ("extras take 64 bytes per row", "extra_bytes"),
+    ),
+}
+
+
+def good_round(buffer):
+    recv = buffer.dispatch(x_of(buffer.rank), topk())
+    out = buffer.combine(recv.x * 2, recv.plan)
+    return recv, out
+
+
+def one_is_guilty(group, verb, name):
+    """Good, bad, good, bad, reset, good; what was raised, and whether rows and sums were right all along."""
+    bad = (BAD_DISPATCHES if verb == "dispatch" else BAD_COMBINES)[name][0]
+    raised = []
+    with Buffer(group, SPEC, timeout_s=TIMEOUT_S) as buffer, Buffer(group, SPEC, timeout_s=TIMEOUT_S) as other:
+        others = good_round(other)[0]
+        expected = x_of(buffer.rank) * 2 * (topk() >= 0).sum(1, keepdim=True)
+        is_guilty = buffer.rank == buffer.topology.num_ranks - 1
+        for resets in (False, True):
+            if name == "stale y":
+                stale = buffer.dispatch(x_of(buffer.rank), topk())
+                others = stale.x, stale.plan
+                good_round(buffer)
+            recv, out = good_round(buffer)
+            assert torch.equal(out, expected)
+            rows = recv.x.clone()
+            began = time.monotonic()
+            try:
+                if is_guilty:
+                    bad(buffer, x_of(buffer.rank), recv, others)
+                elif verb == "dispatch":
+                    buffer.dispatch(x_of(buffer.rank), topk())
+                else:
+                    buffer.combine(recv.x, recv.plan)
+            except CrossdockError as error:
+                raised.append((error, time.monotonic() - began))
+            assert torch.equal(recv.x, rows)
+            if resets:
+                buffer.reset()
+            assert torch.equal(buffer.combine(recv.x * 2, recv.plan), expected)
+            assert torch.equal(good_round(buffer)[1], expected)
+    return raised
+
+
+CASES = [("dispatch", name) for name in BAD_DISPATCHES] + [("combine", name) for name in BAD_COMBINES]
+
+
+@pytest.mark.parametrize(("verb", "name"), CASES, ids=[f"{verb}-{name}" for verb, name in CASES])
+def test_one_rank_is_told_what_is_wrong_and_all_go_on(world, verb, name):
+    texts = (BAD_DISPATCHES if verb == "dispatch" else BAD_COMBINES)[name][1]
+    *others, guilty = world.run(one_is_guilty, verb, name)
+    assert [type(error) for error, _ in guilty] == [ConfigError] * 2
+    for error, _ in guilty:
+        for text in texts:
+            assert text in str(error), error
+    for raised in others:
+        assert [(type(error), error.rank) for error, _ in raised] == [(PeerFailed, len(others))] * 2
+        for error, seconds in raised:
+            assert texts[0] in error.reason
+            assert seconds < AT_ONCE_S
+
+
+def set_up(group, specs, timeout_s=5):
+    with Buffer(group, specs[group.rank() if callable(group.rank) else group.rank], timeout_s=timeout_s):
+        return "made"
+
+
+NOT_FOR_THIS_GROUP = {
+    "experts": (
+        Spec(num_experts=7, num_topk=1, hidden=8, max_tokens=1),
+        ("num_experts=7", "num_ranks=", "multiple of"),
+    ),
+    "capacity": (
+        Spec(num_experts=8, num_topk=8, hidden=7168, max_tokens=2**20, layout=Expanded()),
+        ("worst case", "GiB", "pass capacity="),
+    ),
+    "no spec": ("spec", ("spec is a str", "crossdock.Spec")),
+}
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize("name", NOT_FOR_THIS_GROUP)
+def test_what_no_rank_can_have_is_refused_on_all(world, name):
+    spec, texts = NOT_FOR_THIS_GROUP[name]
+    for error in world.outcomes(set_up, [spec] * world.num_ranks):
+        assert type(error) is ConfigError
+        for text in texts:
+            assert text in str(error)
+
+
+@pytest.mark.worlds("inproc-4", "processes-2")
+def test_ranks_with_different_specs_are_told_in_what_they_differ(world):
+    other = Spec(num_experts=E, num_topk=K, hidden=H, max_tokens=9, wire=Fp32(), layout=Compact(), extra_bytes=4)
+    specs = [SPEC] * (world.num_ranks - 1) + [other]
+    for error in world.outcomes(set_up, specs):
+        assert type(error) is ConfigError
+        for text in (
+            "rank 0",
+            f"rank {world.num_ranks - 1}",
+            "max_tokens: 6 != 9",
+            "layout: Expanded",
+            "pass the same",
+        ):
+            assert text in str(error)
+    assert world.run(set_up, [SPEC] * world.num_ranks) == ["made"] * world.num_ranks
+
+
+def set_up_with_version(group, versions):
+    agreement.__version__ = versions[group.rank()]
+    try:
+        return set_up(group, [SPEC] * len(versions))
+    finally:
+        agreement.__version__ = versions[0]
+
+
+@pytest.mark.worlds("processes-2")
+def test_ranks_with_different_versions_are_told(world):
+    for error in world.outcomes(set_up_with_version, [agreement.__version__, "9.9.9"]):
+        assert type(error) is ConfigError
+        for text in ("rank 1 runs crossdock 9.9.9", f"rank 0 runs {agreement.__version__}", "install the same version"):
+            assert text in str(error)
+
+
+@pytest.mark.worlds("inproc-2")
+def test_a_timeout_that_is_none_is_refused_on_all(world):
+    for error in world.outcomes(set_up, [SPEC] * 2, 0):
+        assert type(error) is ConfigError
+        assert "timeout_s=0" in str(error)
+
+
+def test_the_group_of_nobody_is_refused():
+    with pytest.raises(ConfigError, match=r"not initialised.*init_process_group.*run_local"):
+        Buffer(None, SPEC)
+
+
+def test_a_hidden_that_the_scale_block_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"hidden=100 is not divisible by the scale block 128.*Bf16"):
+        Spec(num_experts=8, num_topk=2, hidden=100, max_tokens=4, wire=Fp8(block=128))
+
+
+def overflow(group, layout, rows):
+    spec = Spec(num_experts=8, num_topk=2, hidden=H, max_tokens=6, wire=Fp32(), layout=layout)
+    raised = []
+    with Buffer(group, spec, timeout_s=TIMEOUT_S) as buffer:
+        x, num_ranks = x_of(buffer.rank), buffer.topology.num_ranks
+        light = torch.full((T, 2), -1)
+        light[0, 0] = buffer.rank * 8 // num_ranks
+        heavy = torch.tensor([[0, 1]] * T)
+        expected = x * (light >= 0).sum(1, keepdim=True)
+        for resets in (False, True):
+            recv = buffer.dispatch(x, light)
+            kept = recv.x.clone()
+            with pytest.raises(CapacityError) as caught:
+                overflowed = buffer.dispatch(x, heavy, rows=rows)
+                assert overflowed.num_rows == (0 if not isinstance(layout, Padded) else overflowed.num_rows)
+                assert overflowed.num_tokens_per_expert.sum() == 0
+                buffer.check()
+            raised.append(str(caught.value))
+            assert torch.equal(recv.x.nan_to_num(), kept.nan_to_num())
+            if resets:
+                buffer.reset()
+            assert torch.equal(buffer.combine(recv.x, recv.plan), expected)
+    return raised
+
+
+@pytest.mark.parametrize("rows", ["exact", "capacity"])
+@pytest.mark.parametrize(
+    ("layout", "needed"),
+    [(Compact(capacity=3), 4), (Expanded(capacity=7), 8), (Padded(capacity=3), 4)],
+    ids=["Compact", "Expanded", "Padded"],
+)
+def test_an_overflow_is_the_same_error_on_all_ranks_and_moves_no_row(world, layout, needed, rows):
+    outcomes = world.run(overflow, layout, rows)
+    name, total = type(layout).__name__, needed * world.num_ranks
+    assert len({text for raised in outcomes for text in raised}) == 1
+    for text in (
+        f"{total} rows",
+        "rank 0",
+        f"capacity is {layout.capacity}",
+        "no row was moved",
+        f"{name}(capacity={total})",
+    ):
+        assert text in outcomes[0][0]
+
+
+def out_of_step(group, how):
+    raised = []
+    with Buffer(group, SPEC, timeout_s=TIMEOUT_S) as buffer:
+        recv, _ = good_round(buffer)
+        x, rank = x_of(buffer.rank), buffer.rank
+        for resets in (False, True):
+            with pytest.raises(PeerFailed) as caught:
+                if how == "verbs":
+                    buffer.combine(recv.x, recv.plan) if rank == 1 else buffer.dispatch(x, topk())
+                elif how == "plans":
+                    buffer.dispatch(x, recv.plan if rank == 1 else topk())
+                elif how == "rows":
+                    buffer.dispatch(x, topk(), rows="capacity" if rank == 1 else "exact")
+                elif how == "weights":
+                    buffer.dispatch(x, topk(), weights=torch.ones(T, K) if rank == 1 else None)
+                elif how == "extras":
+                    buffer.dispatch(x, topk(), extras=[torch.zeros(T)] if rank == 1 else [])
+                elif how == "dtypes of extras":
+                    dtype = torch.int16 if rank == 1 else torch.float16
+                    buffer.dispatch(x, topk(), extras=[torch.zeros(T, dtype=dtype)])
+                else:
+                    buffer.combine(recv.x, recv.plan, **({"extras": [recv.x[:, 0].clone()]} if rank == 1 else {}))
+            raised.append(caught.value)
+            if resets:
+                buffer.reset()
+            assert torch.equal(good_round(buffer)[1], x * 2 * (topk() >= 0).sum(1, keepdim=True))
+    return raised
+
+
+@pytest.mark.worlds("inproc-2", "inproc-4", "processes-2")
+@pytest.mark.parametrize(
+    "how", ["verbs", "plans", "rows", "weights", "extras", "dtypes of extras", "extras on their way home"]
+)
+def test_ranks_that_do_different_things_are_all_told(world, how):
+    for rank, raised in enumerate(world.run(out_of_step, how)):
+        for error in raised:
+            text = "same calls in the same order" if how in ("verbs", "plans") else "the same on all ranks"
+            assert text in error.reason
+            assert error.rank != rank or world.num_ranks > 2
+            assert error.rank <= 1 or world.num_ranks > 2
+
+
+def stale(group):
+    with Buffer(group, SPEC, timeout_s=TIMEOUT_S) as buffer:
+        recv = buffer.dispatch(x_of(buffer.rank), topk())
+        own = buffer.dispatch(x_of(buffer.rank), topk(), copy=True)
+        for _ in range(SPEC.num_slots):
+            good_round(buffer)
+        assert recv.is_stale
+        texts = []
+        for use in (lambda: recv.x, recv.output_rows, own.output_rows):
+            with pytest.raises(ConfigError) as caught:
+                use()
+            texts.append(str(caught.value))
+        out = buffer.combine(own.x, own.plan)
+        assert torch.equal(out, x_of(buffer.rank) * (topk() >= 0).sum(1, keepdim=True))
+        return texts
+
+
+def test_stale_rows_say_so_and_a_copy_stays(world):
+    for texts in world.run(stale):
+        for text in texts:
+            assert "stale" in text
+            assert "num_slots dispatches later" in text
+            assert "copy=True" in text
+
+
+def too_many_started(group):
+    with Buffer(group, SPEC, timeout_s=TIMEOUT_S) as buffer:
+        x = x_of(buffer.rank)
+        pending = [buffer.dispatch_start(x, topk()) for _ in range(SPEC.num_slots)]
+        with pytest.raises(ConfigError) as caught:
+            buffer.dispatch_start(x, topk())
+        for call in pending:
+            recv = call.wait()
+        assert torch.equal(buffer.combine(recv.x, recv.plan), x * (topk() >= 0).sum(1, keepdim=True))
+        return str(caught.value)
+
+
+def test_more_calls_than_slots_are_refused_before_anything_is_begun(world):
+    for text in world.run(too_many_started):
+        assert "2 calls were started and not waited for" in text
+        assert "num_slots=2" in text
+        assert "wait()" in text
+
+
+def use_after_close(group):
+    buffer = Buffer(group, SPEC, timeout_s=TIMEOUT_S)
+    recv, _ = good_round(buffer)
+    buffer.close()
+    buffer.close()
+    texts = []
+    for use in (
+        lambda: buffer.dispatch(x_of(0), topk()),
+        lambda: buffer.combine(recv.x, recv.plan),
+        lambda: buffer.abort("why"),
+        buffer.reset,
+    ):
+        with pytest.raises(ConfigError) as caught:
+            use()
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_a_closed_buffer_says_so(world):
+    for texts in world.run(use_after_close):
+        assert all("closed" in text and "make a new one" in text for text in texts)
+
+
+def test_narrow_rows_of_the_wrong_shape_are_refused():
+    spec = Spec(num_experts=2, num_topk=1, hidden=16, max_tokens=4, wire=Fp8(block=8))
+    data, scale = spec.wire.quantize(torch.ones(1, 16))
+    bad = {
+        "takes torch.float32 [1, 2]": Quantized(data, scale[:, :1]),
+        "x.scale is float64 [1, 2]": Quantized(data, scale.double()),
+        "x.data is float32": Quantized(torch.ones(1, 16), scale),
+        "x is int64": torch.ones(1, 16, dtype=torch.int64),
+    }
+
+    def program(group):
+        with Buffer(group, spec) as buffer:
+            for text, rows in bad.items():
+                with pytest.raises(ConfigError) as caught:
+                    buffer.dispatch(rows, torch.zeros(1, 1, dtype=torch.int64))
+                assert text in str(caught.value)
+            return buffer.dispatch(Quantized(data, scale), torch.zeros(1, 1, dtype=torch.int64)).num_rows
+
+    assert run_local(program, 1) == [1]
