@@ -183,6 +183,7 @@ class Buffer:
         outgoing, plan, topk_idx, mode = self._vetted(prepare)
         if self._debug:
             self._queue.drain()  # or the rows of a combine in flight would be poisoned
+            self._queue.check_room()
         slot = self._slots.take()
         if self._debug:
             self._slots.poison(slot, "data", "scale", "record")
@@ -305,14 +306,14 @@ class Buffer:
         exception does this too.
         """
         self._check_open()
-        self._queue.fail(reason)
+        self._queue.abandon(reason)
 
     def reset(self) -> None:
         """Forgets what went wrong here, without a word to the peers; calls in flight are given up. Local."""
         self._check_open()
         self._sticky = None
         if self._queue.last_error is None:
-            self._queue.fail("it was reset")
+            self._queue.abandon("it was reset")
         self._queue.last_error = None
 
     def close(self) -> None:

@@ -217,7 +217,7 @@ class Consent:
         yield from self._until(sequence, arrived, senders, "send its rows of")
 
     def check(self, sequence: int) -> None:
-        """Raises when any peer has given up this call: what it let this rank read may have changed meanwhile."""
+        """Raises when any peer has given up this call: it is void, and what it let this rank read may have changed."""
         for peer in self._peers:
             if (gone := self._flag(peer, sequence)) is not None:
                 raise gone
@@ -247,15 +247,17 @@ class Consent:
                 self._mailbox.post(peer, "closed", 0, _FLAG)
 
     def _until(self, sequence: int, arrived: Callable[[int], bool], senders: Sequence[int], what: str) -> Waiting:
-        """Yields the senders still missing until there are none; fails when a missing one has given up the call."""
+        """Yields the senders still missing until there are none; fails when any rank has given up the call."""
         missing = list(senders)
         while missing := [peer for peer in missing if not arrived(peer)]:
-            for peer in missing:
-                left = self._has_left(peer)  # looked at first: a rank that fails and leaves has failed
-                gone = self._flag(peer, sequence) or left
-                # A rank posts its word before it fails or leaves: look again, or a call that can complete would not.
-                if gone is not None and not arrived(peer):
-                    raise gone
+            left = [peer for peer in missing if self._has_left(peer)]  # before flags: who fails and leaves has failed
+            flags = [flag for peer in self._peers if (flag := self._flag(peer, sequence)) is not None]
+            # Looked at again: a rank does its part before it fails or leaves, and what is here is judged by itself.
+            if flags and not all(map(arrived, missing)):
+                raise flags[0]
+            for peer in left:
+                if not arrived(peer):
+                    raise PeerFailed(peer, "it has closed its buffer")
             yield Missing(missing, what)
 
     def _flag(self, peer: int, sequence: int) -> TransportError | None:
@@ -273,8 +275,8 @@ class Consent:
         why = reason[_REASON_HEADER.size :].rstrip(b"\0").decode(errors="ignore")
         return PeerTimeout(culprit, why) if timed_out else PeerFailed(culprit, why)
 
-    def _has_left(self, peer: int) -> TransportError | None:
-        return PeerFailed(peer, "it has closed its buffer") if self._mailbox.load("closed", 0, peer) else None
+    def _has_left(self, peer: int) -> bool:
+        return self._mailbox.load("closed", 0, peer) != 0
 
 
 def _epoch_after(epoch: int) -> int:

@@ -85,9 +85,18 @@ class CallQueue:
         self._timeout_s = timeout_s
         self._running: deque[Pending[object]] = deque()
         self._unwaited: list[Pending[object]] = []
+        self._untold: TransportError | None = None
 
     def check_room(self) -> None:
-        """Raises ConfigError when as many calls as there are slots have been started and not waited for."""
+        """Raises what may keep the next call from being started.
+
+        That is the failure of a call that was started and not waited for (the epoch has ended, and a call of the next
+        one would be the caller's answer to an error it has not seen), or ConfigError when as many calls as there are
+        slots have been started and not waited for.
+        """
+        if self._untold is not None:
+            self.last_error, self._untold = self._untold, None
+            raise self.last_error
         if len(self._unwaited) >= self._depth:
             raise ConfigError(
                 f"{len(self._unwaited)} calls were started and not waited for; num_slots={self._depth}: "
@@ -108,6 +117,8 @@ class CallQueue:
         self._wait_until(lambda: pending.is_done)
         self._unwaited = [other for other in self._unwaited if other is not pending]
         self.last_error = pending.error
+        if self._untold is pending.error:
+            self._untold = None
 
     def drain(self) -> None:
         """Finishes every call in flight; their results stay to be waited for."""
@@ -120,10 +131,16 @@ class CallQueue:
             self.drain()
         finally:
             if self._consent.epoch == epoch:  # else the peers know already that this epoch has ended
-                self.fail(error)
-            self.last_error = error
+                self._fail(error)
+            self.last_error, self._untold = error, None
 
-    def fail(self, error: CrossdockError | str) -> None:
+    def abandon(self, reason: str) -> None:
+        """Gives up what is in flight, and the epoch with it; one that has just ended by a failure ends once."""
+        if self._untold is None:
+            self._fail(reason)
+        self._untold = None
+
+    def _fail(self, error: CrossdockError | str) -> None:
         """Tells all peers that this rank gives up, and voids what is in flight here."""
         first = self._running[0].sequence if self._running else self._consent.next_sequence
         self._consent.fail(error, first_void=first)
@@ -144,12 +161,13 @@ class CallQueue:
             try:
                 missing = head.advance()
             except BaseException as error:
-                self.fail(f"{type(error).__name__}: {error}")
+                self._fail(f"{type(error).__name__}: {error}")
                 raise
             if missing is not None:
                 return missing
             if isinstance(head.error, TransportError):
-                self.fail(head.error)
+                self._untold = head.error
+                self._fail(head.error)
             else:
                 self._running.popleft()
         return None
@@ -184,4 +202,6 @@ class CallQueue:
 
     def _give_up(self, peer: int, what: str, when: str) -> None:
         kind = self._running[0].kind
-        self.fail(PeerTimeout(peer, f"rank {peer} did not {what} this {kind} {when}; the call is void on every rank"))
+        when = f"{when}; the call is void on every rank"
+        self._untold = PeerTimeout(peer, f"rank {peer} did not {what} this {kind} {when}")
+        self._fail(self._untold)
