@@ -329,7 +329,7 @@ class Buffer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and error is not self._queue.last_error and not self._is_closed:
+        if error is not None and self._queue.last_error is None and not self._is_closed:
             self.abort(f"{type(error).__name__}: {error}")
         self.close()
 

@@ -76,7 +76,7 @@ class CallQueue:
 
     def __init__(self, consent: Consent, transport: Transport, *, depth: int, timeout_s: float) -> None:
         self.last_error: BaseException | None = None
-        """What the last call ended with, when it was an error."""
+        """What the last call ended with, when it was an error; the peers know."""
         self.wait_s = [0.0] * transport.num_ranks
         """How long this rank has waited for each peer, in seconds."""
         self._consent = consent
@@ -138,7 +138,7 @@ class CallQueue:
         """Gives up what is in flight, and the epoch with it; one that has just ended by a failure ends once."""
         if self._untold is None:
             self._fail(reason)
-        self._untold = None
+        self.last_error, self._untold = TransportError(f"this rank gave up: {reason}"), None
 
     def _fail(self, error: CrossdockError | str) -> None:
         """Tells all peers that this rank gives up, and voids what is in flight here."""
