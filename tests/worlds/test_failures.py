@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,7 @@ def test_a_stopped_rank_is_timed_out_and_all_go_on_together(world):
         assert type(error) is PeerTimeout
         assert error.rank == 1
         assert "rank 1 did not begin this dispatch within timeout_s=1" in str(error)
-        assert rank == 1 or 1 <= seconds < 4 + AT_ONCE_S
+        assert rank == 1 or 0.5 <= seconds < 4 + AT_ONCE_S
 
 
 def be_late(group):
@@ -242,9 +243,8 @@ def in_folder(group, folder, spec=SPEC):
     os.environ["CROSSDOCK_SHM_DIR"] = str(folder)
     try:
         with Buffer(group, spec, timeout_s=TIMEOUT_S) as buffer:
-            names = leftovers(folder)
-            check_round(buffer)
-            return names
+            check_round(buffer)  # all ranks have left the set-up then
+            return leftovers(folder)
     finally:
         os.environ.pop("CROSSDOCK_SHM_DIR")
         if before is not None:
@@ -349,7 +349,7 @@ def make_many(group, num_buffers):
     def count():
         gc.collect()
         maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "crossdock" in line]
-        return len(os.listdir("/proc/self/fd")), len(maps)
+        return len(list(Path("/proc/self/fd").iterdir())), len(maps)
 
     check_round(Buffer(group, SPEC, timeout_s=TIMEOUT_S))
     before = count()
@@ -414,7 +414,7 @@ def test_a_rank_that_did_its_part_and_left_is_not_missed():
             recv.output_rows().copy_(recv.x)
             if buffer.rank == 0:
 
-                def is_alive(peer):
+                def is_alive(_):
                     looks.set()
                     return not gone.wait(TIMEOUT_S)
 
@@ -431,7 +431,8 @@ def test_a_rank_that_did_its_part_and_left_is_not_missed():
 
 def side_by_side(num_ranks):
     """Buffers of all ranks in one thread, to be advanced by hand."""
-    return run_local(lambda group: Buffer(group, SPEC, timeout_s=TIMEOUT_S), num_ranks)
+    spec = replace(SPEC, num_experts=9 if num_ranks == 3 else 8)
+    return run_local(lambda group: Buffer(group, spec, timeout_s=TIMEOUT_S), num_ranks)
 
 
 def advance(buffers):
@@ -443,12 +444,16 @@ def advance(buffers):
 def test_calls_started_before_a_rank_is_told_of_a_failure_belong_to_the_failed_step():
     """Rank 1 sees the flag between its two starts, rank 2 after both; the next step must pair the same calls."""
     buffers = side_by_side(3)
-    first = {2: [buffers[2].dispatch_start(x_of(2, 1), TOPK), buffers[2].dispatch_start(x_of(2, 2), TOPK)]}
+
+    def start_two(buffer):
+        return [buffer.dispatch_start(x_of(buffer.rank, number), TOPK) for number in (1, 2)]
+
+    started = start_two(buffers[2])
     buffers[0].abort("too hot")
-    first[1] = [buffers[1].dispatch_start(x_of(1, 1), TOPK), buffers[1].dispatch_start(x_of(1, 2), TOPK)]
-    for rank in (1, 2):
-        with pytest.raises(PeerFailed, match="too hot"):
-            first[rank][0].wait()
+    with pytest.raises(PeerFailed, match="too hot"):
+        start_two(buffers[1])[0].wait()
+    with pytest.raises(PeerFailed, match="too hot"):
+        started[0].wait()
     step = [buffer.dispatch_start(x_of(rank, 3), TOPK) for rank, buffer in enumerate(buffers)]
     advance(buffers)
     assert [call.is_done for call in step] == [True] * 3

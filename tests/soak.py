@@ -1,0 +1,437 @@
+"""Random rounds, each checked bit for bit against what it means: ``scripts/soak --rounds 100000 --ranks 4 --seed 0``.
+
+Every rank derives every rank's inputs from (seed, round), so each knows what it must get. A round is a value: it is
+decided first, printed when something is wrong, and done again by ``--only ROUND``.
+"""
+
+# Printing is what it is for.
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock import (
+    Bf16,
+    Buffer,
+    CapacityError,
+    Compact,
+    ConfigError,
+    Expanded,
+    Fp8,
+    Fp16,
+    Fp32,
+    Padded,
+    PeerFailed,
+    Plan,
+    Quantized,
+    Received,
+    Spec,
+    run_local,
+)
+from tests.soak_batch import EXTRA_BYTES, Batch
+
+WATCHDOG_S = 60
+TROUBLES = ("bad dispatch", "bad combine", "abort", "abort in flight", "abort overlapped", "mismatch")
+REASONS = ("hidden=", "outputs go home", "had enough", "the same on all ranks")
+"""What the ranks that cause trouble say."""
+
+
+class Wrong(Exception):
+    """A round gave something else than it means."""
+
+
+def make_specs(num_ranks: int) -> list[Spec]:
+    """One buffer each: every layout, wire and place to sum at, tight capacities, one to three slots."""
+    common: dict[str, Any] = {"num_topk": 3, "hidden": 32, "max_tokens": 12, "extra_bytes": EXTRA_BYTES}
+    few, many = 2 * num_ranks, 4 * num_ranks
+    return [
+        Spec(num_experts=few, layout=Compact(), **common),
+        Spec(num_experts=many, layout=Expanded(alignment=4), wire=Fp8(block=16), **common),
+        Spec(num_experts=many, layout=Padded(), wire=Fp32(), reduce="rank", **common),
+        Spec(num_experts=few, layout=Compact(), wire=Fp16(), reduce="rank", num_slots=1, **common),
+        Spec(num_experts=few, layout=Expanded(), reduce="rank", num_slots=3, **common | {"hidden": 64}),
+        Spec(num_experts=few, layout=Expanded(capacity=30), wire=Fp32(), combine_wire=Bf16(), **common),
+        Spec(
+            num_experts=few, layout=Compact(capacity=20), wire=Fp8(block=8, scale="ue8m0"), **common | {"num_topk": 2}
+        ),
+        Spec(num_experts=few, layout=Padded(capacity=14), **common | {"hidden": 16}),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What is done in a round; the batches follow from the same generator."""
+
+    number: int
+    spec: int
+    trouble: str | None
+    culprit: int
+    is_overlapped: bool
+    is_cached: bool
+    rows: str | None
+    has_weights: bool
+    has_extras: bool
+    is_weighted: bool
+    is_biased: bool
+    brings_home: bool
+    pulls: tuple[bool, ...]
+    """By rank: whether outputs are left in the arena."""
+    copies: tuple[bool, ...]
+    resets: tuple[bool, ...]
+    """By rank: whether it calls reset() after trouble."""
+
+
+def make_round(
+    rng: np.random.Generator, number: int, num_specs: int, num_ranks: int, troubles: tuple[str, ...]
+) -> Round:
+    """Decides a round."""
+
+    def chance(probability: float) -> bool:
+        return bool(rng.random() < probability)
+
+    trouble = str(rng.choice(troubles)) if chance(0.15) and troubles and num_ranks > 1 else None
+    return Round(
+        number=number,
+        spec=int(rng.integers(num_specs)),
+        trouble=trouble,
+        culprit=int(rng.integers(num_ranks)),
+        is_overlapped=chance(0.25) and trouble is None,
+        is_cached=chance(0.2),
+        rows=[None, "exact", "capacity"][rng.integers(3)],
+        has_weights=chance(0.5),
+        has_extras=chance(0.3),
+        is_weighted=chance(0.6),
+        is_biased=chance(0.3),
+        brings_home=chance(0.3),
+        pulls=tuple((rng.random(num_ranks) < rng.choice([0, 0.5, 1])).tolist()),
+        copies=tuple((rng.random(num_ranks) < 0.1).tolist()),
+        resets=tuple((rng.random(num_ranks) < 0.3).tolist()),
+    )
+
+
+class Player:
+    """One rank's part in rounds."""
+
+    def __init__(self, group: Any, *, num_ranks: int, seed: int, troubles: tuple[str, ...]) -> None:
+        self.specs = make_specs(num_ranks)
+        # debug=True finishes the calls in flight before it poisons a slot, so half of the buffers overlap for real.
+        self.buffers = [
+            Buffer(group, spec, timeout_s=2 * WATCHDOG_S, debug=i % 2 == 0) for i, spec in enumerate(self.specs)
+        ]
+        self.rank, self.num_ranks, self._seed, self._troubles = self.buffers[0].rank, num_ranks, seed, troubles
+        self._kept: dict[int, tuple[Received, Tensor]] = {}
+        """By spec: rows of an earlier round, and a copy."""
+
+    def play(self, number: int) -> None:
+        """Does a round and compares; raises Wrong."""
+        rng = np.random.default_rng([self._seed, number])
+        self.round = make_round(rng, number, len(self.specs), self.num_ranks, self._troubles)
+        self._naps = np.random.default_rng([self._seed, number, self.rank, 1])
+        spec, self.buffer = self.specs[self.round.spec], self.buffers[self.round.spec]
+        batch = Batch(rng, spec, self.num_ranks)
+        needs_two_slots = self.round.trouble == "abort overlapped"
+        if self.round.trouble is not None and batch.routes.fits and not (needs_two_slots and spec.num_slots == 1):
+            self._get_into_trouble(batch)
+            self._check_kept()
+            if self.round.resets[self.rank]:
+                self.buffer.reset()
+        elif self.round.is_overlapped and spec.num_slots > 1:
+            self._overlap([batch, Batch(rng, spec, self.num_ranks)])
+        else:
+            self._do(batch)
+
+    def _do(self, batch: Batch) -> None:
+        tokens = batch.tokens()
+        if not batch.routes.fits:
+            self._overflow(batch, tokens)
+            return
+        recv = self._dispatch(batch, tokens).wait()
+        self._check_received(batch, tokens, recv)
+        if self.round.is_cached:
+            tokens = batch.tokens()
+            self._nap()
+            recv = self._dispatch(batch, tokens, recv.plan).wait()
+            self._check_received(batch, tokens, recv)
+        self._nap()
+        out = self._combine(batch, recv).wait()
+        self._check_combined(batch, out)
+        self._kept[self.round.spec] = (recv, _bits(_data(recv.x)).clone())
+
+    def _overflow(self, batch: Batch, tokens: Tensor) -> None:
+        with _expect(CapacityError, "capacity is"):
+            recv = self._dispatch(batch, tokens).wait()
+            if int(recv.num_tokens_per_expert.sum()):
+                raise Wrong(f"an overflow gave {recv.num_tokens_per_expert}")
+            self.buffer.check()
+
+    def _overlap(self, batches: list[Batch]) -> None:
+        tokens = [batch.tokens() for batch in batches]
+        dispatches = []
+        for batch, x in zip(batches, tokens, strict=True):
+            dispatches.append(self._dispatch(batch, x, rows="exact"))
+            self._nap()
+        came = []
+        for batch, x, pending in zip(batches, tokens, dispatches, strict=True):
+            if batch.routes.fits:
+                came.append((batch, pending.wait()))
+                self._check_received(batch, x, came[-1][1])
+            else:
+                with _expect(CapacityError, "capacity is"):
+                    pending.wait()
+        combines = []
+        for batch, recv in came:
+            combines.append((batch, self._combine(batch, recv)))
+            self._nap()
+        for batch, pending in combines[:: 1 - 2 * (self.round.number % 2)]:
+            self._check_combined(batch, pending.wait())
+
+    def _get_into_trouble(self, batch: Batch) -> None:
+        tokens, trouble = batch.tokens(), self.round.trouble
+        is_culprit = self.rank == self.round.culprit
+        if trouble == "mismatch":
+            with _expect(PeerFailed, "the same on all ranks"):
+                self._dispatch(batch, tokens, rows="capacity" if is_culprit else "exact").wait()
+        elif trouble == "bad dispatch" and is_culprit:
+            with _expect(ConfigError, "hidden="):
+                self.buffer.dispatch(torch.zeros(1, 3), torch.zeros(1, 1, dtype=torch.int64))
+        elif trouble == "abort in flight" and is_culprit:
+            self._dispatch(batch, tokens)
+            self._nap()
+            self.buffer.abort("had enough")
+        elif trouble == "abort overlapped":
+            pending = [self._dispatch(batch, tokens, rows="exact")]
+            self._nap()
+            if is_culprit:
+                self.buffer.abort("had enough")
+                return
+            with _expect(PeerFailed, "had enough"):
+                if self.buffer.spec.num_slots > 1:
+                    pending.append(self._dispatch(batch, tokens, rows="exact"))
+                for call in pending:
+                    call.wait()
+        elif trouble in ("bad dispatch", "abort in flight"):
+            with _expect(PeerFailed, "hidden=" if trouble == "bad dispatch" else "had enough"):
+                recv = self._dispatch(batch, tokens).wait()
+                self._combine(batch, recv).wait()
+        else:
+            recv = self._dispatch(batch, tokens).wait()
+            self._check_received(batch, tokens, recv)
+            self._nap()
+            if not is_culprit:
+                with _expect(PeerFailed, "had enough" if trouble == "abort" else "outputs go home"):
+                    self._combine(batch, recv).wait()
+            elif trouble == "abort":
+                self.buffer.abort("had enough")
+            else:
+                with _expect(ConfigError, "outputs go home"):
+                    self.buffer.combine(torch.zeros(1, dtype=torch.float64), recv.plan)
+            self._check_received(batch, tokens, recv)
+
+    def _dispatch(self, batch: Batch, tokens: Tensor, plan: Plan | None = None, *, rows: str | None = None) -> Any:
+        self._nap()
+        n = int(batch.num_tokens[self.rank])
+        return self.buffer.dispatch_start(
+            tokens[self.rank, :n],
+            torch.from_numpy(batch.topk[self.rank, :n]) if plan is None else plan,
+            weights=batch.weights[self.rank, :n] if self.round.has_weights else None,
+            extras=(batch.extras[self.rank, :n],) if self.round.has_extras else (),
+            rows=rows or self.round.rows,
+            copy=self.round.copies[self.rank],
+        )
+
+    def _combine(self, batch: Batch, recv: Received) -> Any:
+        rank, spec = self.rank, batch.spec
+        num_rows = len(batch.routes.sources[rank])
+        y, lead = batch.y[rank, :num_rows], (num_rows,)
+        if isinstance(spec.layout, Padded):
+            lead = (spec.num_local_experts(self.num_ranks), -1)
+            y = y.view(*lead, spec.hidden)
+        weights = None
+        if self.round.is_weighted:
+            n = int(batch.num_tokens[rank])
+            by_row = batch.row_weights[rank, :num_rows].view(y.shape[:-1])
+            weights = batch.weights[rank, :n] if spec.reduce == "token" else by_row
+        if self.round.pulls[rank]:
+            outputs = recv.output_rows()
+            outputs = outputs if isinstance(spec.layout, Padded) else outputs[:num_rows]
+            y = outputs.copy_(y)
+        bias = batch.bias[rank, : batch.num_tokens[rank]] if self.round.is_biased else None
+        if not self.round.brings_home:
+            return self.buffer.combine_start(y, recv.plan, weights=weights, bias=bias)
+        home = batch.home[rank, :num_rows].view(*lead, 2)
+        return self.buffer.combine_start(y, recv.plan, weights=weights, bias=bias, extras=[home])
+
+    def _check_received(self, batch: Batch, tokens: Tensor, recv: Received) -> None:
+        want = batch.received(self.rank, tokens)
+        lead, num_rows = recv.src_idx.dim(), len(want["src_idx"])
+        got = {"src_idx": recv.src_idx, "counts": recv.num_tokens_per_expert, "data": _data(recv.x)}
+        if isinstance(recv.x, Quantized):
+            got["scale"] = recv.x.scale
+        if recv.topk_idx is not None:
+            got["topk_idx"] = recv.topk_idx
+        if self.round.has_weights:
+            got["weights"] = recv.weights
+        if self.round.has_extras:
+            got["extras"] = recv.extras[0]
+        for name, tensor in got.items():
+            mine, theirs = tensor, want[name]
+            if name != "counts":
+                mine = tensor.reshape(-1, *tensor.shape[lead:])[:num_rows]
+            if name in ("data", "scale") and isinstance(batch.spec.layout, Padded):
+                is_row = want["src_idx"] >= 0
+                mine, theirs = mine[is_row], theirs[is_row]
+            _same(f"received {name}", mine, theirs)
+
+    def _check_combined(self, batch: Batch, result: Any) -> None:
+        out, home = (result[0], result[1][0]) if self.round.brings_home else (result, None)
+        want = batch.combined(self.rank, weighted=self.round.is_weighted, biased=self.round.is_biased)
+        _same("sums", out, want)
+        if home is not None:
+            _same("extras that came home", home, batch.came_home(self.rank))
+
+    def _check_kept(self) -> None:
+        recv, bits = self._kept.get(self.round.spec, (None, None))
+        if recv is not None and not recv.is_stale and not torch.equal(_bits(_data(recv.x)), bits):
+            raise Wrong("rows of an earlier round were lost in a failure")
+
+    def _nap(self) -> None:
+        """Other ranks get ahead, sometimes."""
+        if self._naps.random() < 0.05:
+            time.sleep(self._naps.exponential(0.002))
+
+
+@contextlib.contextmanager
+def _expect(kind: type[Exception], text: str) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        # A rank that is behind may read what a peer has given up for since: any reason, but a reason.
+        texts = REASONS if kind is PeerFailed else (text,)
+        if not any(text in str(error) for text in texts):
+            raise Wrong(f"expected {text!r} in {error!r}") from error
+    else:
+        raise Wrong(f"expected {kind.__name__}")
+
+
+def _data(rows: Tensor | Quantized) -> Tensor:
+    return rows.data if isinstance(rows, Quantized) else rows
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _same(what: str, got: Tensor, want: Tensor) -> None:
+    if got.shape != want.shape or got.dtype != want.dtype or (got.numel() and not torch.equal(_bits(got), _bits(want))):
+        raise Wrong(f"{what}: got {got.dtype} {list(got.shape)}\n{got}\nwant {want.dtype} {list(want.shape)}\n{want}")
+
+
+def play_rounds(group: Any, options: argparse.Namespace, at: Any) -> None:
+    """One rank's part in all rounds; ``at[rank]`` says in which round it is."""
+    torch.set_num_threads(1)
+    troubles = tuple(trouble for trouble in TROUBLES if trouble not in options.without)
+    player = Player(group, num_ranks=options.ranks, seed=options.seed, troubles=troubles)
+    first, last = options.first, options.first + options.rounds
+    if options.only is not None:
+        first, last = options.only, options.only + 1
+    began = armed = told = time.monotonic()
+    faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
+    for number in range(first, last):
+        at[player.rank] = number
+        try:
+            player.play(number)
+        except BaseException as error:
+            print(
+                f"\nrank {player.rank}, seed {options.seed}, {player.round}\n{type(error).__name__}: {error}",
+                flush=True,
+            )
+            raise
+        now = time.monotonic()
+        if now - armed > WATCHDOG_S / 6:
+            armed = now
+            faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
+        if player.rank == 0 and now - told > options.every:
+            told = now
+            print(f"{number + 1} rounds, {(number + 1 - first) / (now - began):.0f}/s", flush=True)
+    faulthandler.cancel_dump_traceback_later()
+    for buffer in player.buffers:
+        buffer.close()
+
+
+def _process(rank: int, options: argparse.Namespace, store: str, at: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.ranks)
+    play_rounds(None, options, at)
+    dist.destroy_process_group()
+
+
+def _in_processes(options: argparse.Namespace) -> bool:
+    context = multiprocessing.get_context("spawn")
+    at = context.Array("q", options.ranks, lock=False)
+    with tempfile.TemporaryDirectory(prefix="crossdock-soak-") as folder:
+        store = str(Path(folder) / "store")
+        ranks = [context.Process(target=_process, args=(r, options, store, at)) for r in range(options.ranks)]
+        for process in ranks:
+            process.start()
+        failed_at = None
+        while any(process.is_alive() for process in ranks):
+            for process in ranks:
+                process.join(0.1)
+            if failed_at is None and any(process.exitcode for process in ranks):
+                failed_at = time.monotonic()
+            # The watchdogs of the others go off soon after the first, and tell where each is.
+            if failed_at is not None and time.monotonic() - failed_at > options.grace:
+                for process in ranks:
+                    process.kill()
+        codes = [process.exitcode for process in ranks]
+    if any(codes):
+        print(f"ranks were in rounds {list(at)}; exit codes {codes}", flush=True)
+    return not any(codes)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Plays rounds, and ends with one line that says how it went."""
+    parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", action="store_true", help="ranks are threads of one process")
+    parser.add_argument("--only", type=int, help="play this round alone")
+    parser.add_argument("--first", type=int, default=0, help="the first round, to see what led to a later one")
+    parser.add_argument("--without", choices=TROUBLES, action="append", default=[], help="leave a kind of trouble out")
+    parser.add_argument("--every", type=float, default=10, help="seconds between lines")
+    parser.add_argument("--grace", type=float, default=15, help="seconds that others get when a rank has failed")
+    options = parser.parse_args(arguments)
+    configuration = f"{options.ranks} {'threads' if options.threads else 'processes'}, seed {options.seed}"
+    if options.without:
+        configuration += f", without {', '.join(options.without)}"
+    began = time.monotonic()
+    if options.threads:
+        run_local(lambda group: play_rounds(group, options, [0] * options.ranks), options.ranks)
+    elif not _in_processes(options):
+        print(f"FAILED ({configuration}, torch {torch.__version__})", flush=True)
+        return 1
+    rate = options.rounds / (time.monotonic() - began)
+    print(
+        f"{options.rounds} rounds, 0 wrong, 0 stuck ({configuration}, {rate:.0f} rounds/s, torch {torch.__version__})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
