@@ -21,7 +21,7 @@ from crossdock.arena import Arena
 from crossdock.backends.base import Backend, Landed, Outgoing
 from crossdock.backends.cpu import CpuBackend
 from crossdock.consent import PUSHED, Consent, Kind, Word
-from crossdock.errors import CapacityError, ConfigError, CrossdockError
+from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Expanded, Padded
 from crossdock.pending import CallQueue, Pending, Steps
 from crossdock.plan import Plan, check_capacity, local_counts, make_plan
@@ -64,7 +64,8 @@ class Buffer:
         group: a ``torch.distributed`` process group of one host, None for the default group, or a ``ThreadGroup``.
         spec: what travels, the same on all ranks.
         timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``.
-        debug: fill receive slots with NaN before they are used again, so that stale views show.
+        debug: fill receive slots with NaN before they are used again, so that stale views show; calls in flight are
+            then finished before a dispatch begins.
 
     Raises:
         ConfigError: the ranks brought different Specs or versions, or the Spec does not fit the group; on all ranks.
@@ -110,7 +111,7 @@ class Buffer:
         segment = self._transport.memory[self.rank * self.arena.stride :][: self.arena.num_bytes]
         self._slots = ReceiveSlots(self.arena, segment)
         self._num_combines = 0
-        self._sticky: CapacityError | None = None
+        self._overflows: list[tuple[int, CapacityError]] = []
         self._is_closed = False
         num_local = spec.num_local_experts(self.topology.num_ranks)
         self._num_tokens_per_expert = torch.zeros(num_local, dtype=torch.int64)
@@ -294,10 +295,12 @@ class Buffer:
         return self._queue.start(word.kind, call.sequence, steps)
 
     def check(self) -> None:
-        """Raises the CapacityError of an earlier ``rows="capacity"`` dispatch, once."""
-        error, self._sticky = self._sticky, None
-        if error is not None:
-            raise error
+        """Raises the CapacityError of a ``rows="capacity"`` dispatch that has been waited for, once."""
+        for overflow in self._overflows:
+            sequence, error = overflow
+            if not self._queue.has_unwaited(sequence):  # or ranks would raise in different calls, as it was found
+                self._overflows.remove(overflow)
+                raise error
 
     def abort(self, reason: str) -> None:
         """Gives up on this rank, between two calls or with calls in flight: every peer raises PeerFailed at once.
@@ -311,7 +314,7 @@ class Buffer:
     def reset(self) -> None:
         """Forgets what went wrong here, without a word to the peers; calls in flight are given up. Local."""
         self._check_open()
-        self._sticky = None
+        self._overflows.clear()
         if self._queue.last_error is None:
             self._queue.abandon("it was reset")
         self._queue.last_error = None
@@ -424,7 +427,7 @@ class Buffer:
         except CapacityError as error:
             if mode == "exact":
                 raise
-            self._sticky = self._sticky or error
+            self._overflows.append((sequence, error))
             counts, topk_idx = torch.zeros_like(counts), torch.full_like(topk_idx, -1)
         return make_plan(
             self.spec,
@@ -477,7 +480,7 @@ class Buffer:
         try:
             self.check()
             return prepare()
-        except CrossdockError as error:
+        except Exception as error:
             self._queue.refuse(error)
             raise
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-from crossdock.errors import CrossdockError, PeerFailed, PeerTimeout, TransportError
+from crossdock.errors import PeerFailed, PeerTimeout, TransportError
 
 EPOCH_SHIFT = 32
 CALL_MASK = 2**EPOCH_SHIFT - 1
@@ -222,14 +222,14 @@ class Consent:
             if (gone := self._flag(peer, sequence)) is not None:
                 raise gone
 
-    def fail(self, error: CrossdockError | str, *, first_void: int) -> None:
+    def fail(self, error: Exception | str, *, first_void: int) -> None:
         """Ends the epoch here and flags it at every peer: all calls from ``first_void`` on are void.
 
         An error that a peer caused is passed on under that peer's rank.
         """
         culprit = error.rank if isinstance(error, (PeerFailed, PeerTimeout)) else self._rank
         why = error.reason if isinstance(error, PeerFailed) else str(error)
-        reason = _REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode()
+        reason = _REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode(errors="replace")
         for box in ("words", "arrived"):  # nobody writes there before it has seen the flag, or only for void calls
             self._mailbox.forget(box)
         flag = stamped(first_void, _FLAG)

@@ -124,7 +124,7 @@ class CallQueue:
         """Finishes every call in flight; their results stay to be waited for."""
         self._wait_until(lambda: not self._running)
 
-    def refuse(self, error: CrossdockError) -> None:
+    def refuse(self, error: Exception) -> None:
         """Gives up a call that cannot begin; those in flight are finished first, and their results stay."""
         epoch = self._consent.epoch
         try:
@@ -140,7 +140,7 @@ class CallQueue:
             self._fail(reason)
         self.last_error, self._untold = TransportError(f"this rank gave up: {reason}"), None
 
-    def _fail(self, error: CrossdockError | str) -> None:
+    def _fail(self, error: Exception | str) -> None:
         """Tells all peers that this rank gives up, and voids what is in flight here."""
         first = self._running[0].sequence if self._running else self._consent.next_sequence
         self._consent.fail(error, first_void=first)
@@ -149,6 +149,10 @@ class CallQueue:
             pending.void(pending.error or cause)
         self._running.clear()
         self._unwaited.clear()
+
+    def has_unwaited(self, sequence: int) -> bool:
+        """Whether the call of that number has been started and not waited for."""
+        return any(other.sequence == sequence for other in self._unwaited)
 
     def is_unwaited(self, pending: Pending[Result] | None) -> bool:
         """Whether a call has been started and not waited for."""
@@ -202,6 +206,6 @@ class CallQueue:
 
     def _give_up(self, peer: int, what: str, when: str) -> None:
         kind = self._running[0].kind
-        when = f"{when}; the call is void on every rank"
+        when = f"{when}; the call is void"
         self._untold = PeerTimeout(peer, f"rank {peer} did not {what} this {kind} {when}")
         self._fail(self._untold)

@@ -78,7 +78,7 @@ class Received:
     def output_rows(self) -> Tensor:
         """Where to write outputs so that combine can leave them in place and the owners pull them: shaped as ``x``.
 
-        Once a combine has been given them they belong to the peers, until a later call completes.
+        Once a combine has been given them they belong to the peers, until a later dispatch completes.
 
         Raises:
             ConfigError: the slot has come round.

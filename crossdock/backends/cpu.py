@@ -299,4 +299,6 @@ def _movable(rows: Tensor) -> Tensor:
 
 def _as_bytes(extra: Tensor) -> Bytes:
     """[n, ...] of any type as [n, bytes]."""
+    if extra.numel() == 0:  # torch calls it contiguous whatever its strides
+        return np.zeros((extra.shape[0], math.prod(extra.shape[1:]) * extra.element_size()), dtype=np.uint8)
     return extra.contiguous().view(extra.shape[0], math.prod(extra.shape[1:])).view(torch.uint8).numpy()

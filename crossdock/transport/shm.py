@@ -82,7 +82,8 @@ def _create(path: Path, arena: Arena, fds: list[int]) -> str | None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
             return f"cannot create its segment {path} ({error.strerror}); set CROSSDOCK_SHM_DIR to a memory file system"
-        os.ftruncate(fd, 0)
+        for fd in fds:
+            os.ftruncate(fd, 0)
         total = shutil.disk_usage(path.parent).total
         return (
             f"{path.parent} has no room for a segment of {arena.num_bytes:,} bytes (its size is {total:,}, and every "

@@ -15,7 +15,7 @@ from tests.cases import same_bits
 def way(request, monkeypatch):
     """Unweighted sums go through torch's sparse product where it is exact: both ways give the same bits."""
     if request.param == "plain":
-        monkeypatch.setattr(sums, "_sparse_sums_are_ours", lambda dtype: False)
+        monkeypatch.setattr(sums, "_sparse_sums_are_ours", lambda _dtype: False)
     else:
         assert all(sums._sparse_sums_are_ours(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32))
 
