@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Protocol
 
@@ -30,8 +30,8 @@ PAYLOAD_BITS = 24
 PAYLOAD_MASK = 2**PAYLOAD_BITS - 1
 PUSHED = 7
 """In place of an output slot: this rank pushes its rows, they are not to be pulled."""
-_FLAG = 1
-_HALF_OF_EPOCHS = NUM_EPOCHS // 2 + 1
+_FLAG_EPOCH_BITS = 16
+_MOST_MORE = 2**15 - 1
 
 _REASON_HEADER = struct.Struct("<i?")
 
@@ -80,6 +80,47 @@ class Word:
     def of(payload: int) -> Word:
         """The word from its 24 bits."""
         return Word(Kind(payload >> 22 & 3), payload >> 19 & 7, payload >> 16 & 7, payload & 0xFFFF)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """What a rank that fails raises at its peers, in 64 bits: which calls are void.
+
+    Fields: epoch (16 bits of its number, counted from 0 and not around), which it has ended; first_void (32), the first
+    call of that epoch which is void: calls before it stand; num_more (15), how many of the following epochs it has
+    ended too, before all its peers had left the first: whole epochs, for nobody can have begun a call in them.
+    """
+
+    epoch: int
+    first_void: int
+    num_more: int
+
+    @property
+    def last_ended(self) -> int:
+        """The last epoch that it is about."""
+        return self.epoch + self.num_more
+
+    def makes_void(self, epoch: int, call: int) -> bool:
+        """Whether a call is void by this flag."""
+        is_void: bool = epoch <= self.last_ended
+        if epoch == self.epoch:
+            is_void = (call - self.first_void) & CALL_MASK <= CALL_MASK // 2
+        return is_void
+
+    def packed(self) -> int:
+        """The flag as a signed 64-bit integer that is not 0."""
+        epoch = self.epoch & (1 << _FLAG_EPOCH_BITS) - 1
+        word = self.first_void << 32 | epoch << 16 | self.num_more << 1 | 1
+        return word - 2**64 if word >= 2**63 else word
+
+    @staticmethod
+    def of(word: int, *, near: int) -> Flag | None:
+        """The flag from its 64 bits, of the epoch ``near`` this one that they stand for; None: none was raised."""
+        if not word:
+            return None
+        half = 1 << _FLAG_EPOCH_BITS - 1
+        behind = (near - (word >> 16) + half) % (2 * half) - half
+        return Flag(epoch=near - behind, first_void=word >> 32 & CALL_MASK, num_more=word >> 1 & _MOST_MORE)
 
 
 class Mailbox(Protocol):
@@ -132,13 +173,15 @@ class Consent:
     def start_from(self, sequence: int) -> None:
         """Makes this the next call's number, on all ranks before any call."""
         self.next_sequence = sequence
-        self._open_epoch = self.epoch
+        self.num_ended = (sequence >> EPOCH_SHIFT) - 1
+        self._is_open = True
+        self._flag: Flag | None = None
         self._last_posted = sequence - 1
 
     @property
     def epoch(self) -> int:
-        """The epoch of the next call: 1 to 255, then 1 again."""
-        return self.next_sequence >> EPOCH_SHIFT
+        """The epoch of the next call, as sequence numbers have it: 1 to 255, then 1 again."""
+        return self.num_ended % NUM_EPOCHS + 1
 
     def take(self) -> int:
         """The sequence number of the next call."""
@@ -152,21 +195,19 @@ class Consent:
 
     def may_post(self, sequence: int) -> bool:
         """Whether the call's word can be given without waiting: its epoch is open, and its turn has come."""
-        return self._open_epoch == self.epoch and (sequence - self._last_posted) & CALL_MASK == 1
+        return self._is_open and (sequence - self._last_posted) & CALL_MASK == 1
 
     def opening(self, sequence: int) -> Waiting:
         """Done when every rank has left the epochs before the call's, so that it needs no word of them any more."""
 
         def has_left(peer: int) -> bool:
-            flag = self._mailbox.load("aborts", 0, peer)
-            ended = (flag >> PAYLOAD_BITS & SEQUENCE_MASK) >> EPOCH_SHIFT
-            return flag & PAYLOAD_MASK == _FLAG and _epochs_ahead(ended, before) < _HALF_OF_EPOCHS
+            flag = self._flag_of(peer)
+            return flag is not None and flag.last_ended >= self.num_ended - 1
 
-        if self._open_epoch != self.epoch:
-            before = _epoch_before(self.epoch)
+        if not self._is_open:
             others = [peer for peer in self._peers if peer != self._rank]
             yield from self._until(sequence, has_left, others, "see that an earlier call failed, before")
-            self._open_epoch = self.epoch
+            self._is_open = True
 
     def post(self, sequence: int, word: Word) -> None:
         """Gives this rank's word for the call to every rank, itself included."""
@@ -219,7 +260,7 @@ class Consent:
     def check(self, sequence: int) -> None:
         """Raises when any peer has given up this call: it is void, and what it let this rank read may have changed."""
         for peer in self._peers:
-            if (gone := self._flag(peer, sequence)) is not None:
+            if (gone := self._void(peer, sequence)) is not None:
                 raise gone
 
     def fail(self, error: Exception | str, *, first_void: int) -> None:
@@ -232,26 +273,31 @@ class Consent:
         reason = _REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode(errors="replace")
         for box in ("words", "arrived"):  # nobody writes there before it has seen the flag, or only for void calls
             self._mailbox.forget(box)
-        flag = stamped(first_void, _FLAG)
+        if self._is_open or self._flag is None:
+            self._flag = Flag(epoch=self.num_ended, first_void=first_void & CALL_MASK, num_more=0)
+        else:  # a peer may still be in an epoch that the last flag is about
+            self._flag = replace(self._flag, num_more=min(self._flag.num_more + 1, _MOST_MORE))
         for peer in self._peers:
             if peer != self._rank:
                 self._mailbox.write_reason(peer, reason)
-                self._mailbox.post(peer, "aborts", 0, flag)
-        self.next_sequence = _epoch_after(self.epoch) << EPOCH_SHIFT
+                self._mailbox.post(peer, "aborts", 0, self._flag.packed())
+        self.num_ended += 1
+        self._is_open = False
+        self.next_sequence = self.epoch << EPOCH_SHIFT
         self._last_posted = self.next_sequence - 1
 
     def leave(self) -> None:
         """Tells every peer that this rank takes part in nothing any more."""
         for peer in self._peers:
             if peer != self._rank:
-                self._mailbox.post(peer, "closed", 0, _FLAG)
+                self._mailbox.post(peer, "closed", 0, 1)
 
     def _until(self, sequence: int, arrived: Callable[[int], bool], senders: Sequence[int], what: str) -> Waiting:
         """Yields the senders still missing until there are none; fails when any rank has given up the call."""
         missing = list(senders)
         while missing := [peer for peer in missing if not arrived(peer)]:
             left = [peer for peer in missing if self._has_left(peer)]  # before flags: who fails and leaves has failed
-            flags = [flag for peer in self._peers if (flag := self._flag(peer, sequence)) is not None]
+            flags = [flag for peer in self._peers if (flag := self._void(peer, sequence)) is not None]
             # Looked at again: a rank does its part before it fails or leaves, and what is here is judged by itself.
             if flags and not all(map(arrived, missing)):
                 raise flags[0]
@@ -260,15 +306,14 @@ class Consent:
                     raise PeerFailed(peer, "it has closed its buffer")
             yield Missing(missing, what)
 
-    def _flag(self, peer: int, sequence: int) -> TransportError | None:
-        """The error to raise when a peer has given up the call, in this epoch or by having ended it and a later one."""
-        flag = self._mailbox.load("aborts", 0, peer)
-        if flag & PAYLOAD_MASK != _FLAG:
-            return None
-        first_void = flag >> PAYLOAD_BITS & SEQUENCE_MASK
-        ahead = _epochs_ahead(first_void >> EPOCH_SHIFT, sequence >> EPOCH_SHIFT)
-        is_void = (sequence - first_void) & CALL_MASK <= CALL_MASK // 2 if ahead == 0 else ahead < _HALF_OF_EPOCHS
-        if not is_void:
+    def _flag_of(self, peer: int) -> Flag | None:
+        """What a peer has raised here last."""
+        return Flag.of(self._mailbox.load("aborts", 0, peer), near=self.num_ended)
+
+    def _void(self, peer: int, sequence: int) -> TransportError | None:
+        """The error to raise when a peer has given up the call, which is one of this rank's epoch."""
+        flag = self._flag_of(peer)
+        if flag is None or not flag.makes_void(self.num_ended, sequence & CALL_MASK):
             return None
         reason = self._mailbox.read_reason(peer)
         culprit, timed_out = _REASON_HEADER.unpack_from(reason)
@@ -277,18 +322,6 @@ class Consent:
 
     def _has_left(self, peer: int) -> bool:
         return self._mailbox.load("closed", 0, peer) != 0
-
-
-def _epoch_after(epoch: int) -> int:
-    return epoch % NUM_EPOCHS + 1
-
-
-def _epoch_before(epoch: int) -> int:
-    return (epoch - 2) % NUM_EPOCHS + 1
-
-
-def _epochs_ahead(epoch: int, of: int) -> int:
-    return (epoch - of) % NUM_EPOCHS
 
 
 def _is_stamped(value: int, sequence: int) -> bool:

@@ -126,11 +126,11 @@ class CallQueue:
 
     def refuse(self, error: Exception) -> None:
         """Gives up a call that cannot begin; those in flight are finished first, and their results stay."""
-        epoch = self._consent.epoch
+        num_ended = self._consent.num_ended
         try:
             self.drain()
         finally:
-            if self._consent.epoch == epoch:  # else the peers know already that this epoch has ended
+            if self._consent.num_ended == num_ended:  # else the peers know already that this epoch has ended
                 self._fail(error)
             self.last_error, self._untold = error, None
 
