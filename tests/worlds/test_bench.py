@@ -123,7 +123,11 @@ def interrupt_the_command(member, _job):
 
 def test_ctrl_c_ends_the_run(capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure", interrupt_the_command)
-    assert main(TINY) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        assert main(TINY) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "interrupted" in capsys.readouterr().err
 
 

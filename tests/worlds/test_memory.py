@@ -13,6 +13,12 @@ MAX_TOKENS, HIDDEN = 2048, 2048
 X_BYTES = MAX_TOKENS * HIDDEN * 2
 
 
+def storages(tree):
+    """Of all tensors but sparse ones, whose parts are tensors that have been counted."""
+    tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    return [t.untyped_storage() for t in tensors if t.layout is torch.strided]
+
+
 class Allocations(TorchDispatchMode):
     """Bytes of every storage that an operation makes."""
 
@@ -22,8 +28,8 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        made = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        known = {storage.data_ptr() for storage in storages((args, kwargs))}
+        made = storages(out)
         self.sizes += [storage.nbytes() for storage in made if storage.data_ptr() not in known]
         return out
 
