@@ -93,7 +93,6 @@ class Buffer:
         self.topology = Topology(num_ranks=members.size)
         self.rank = members.rank
         self.arena = Arena(spec, self.topology)
-        assert self.arena.regions  # worked out on all ranks here, or only some would raise what does not fit
         self._members = members
         self._id = number
         self._debug = debug

@@ -43,7 +43,7 @@ class CpuBackend:
         memory = transport.memory
         segments = [memory[r * arena.stride :][: arena.num_bytes] for r in range(self._num_ranks)]
         self._at = [{name: arena.view(segment, name) for name in arena.regions} for segment in segments]
-        self.own = self._at[self._rank]
+        self._own = self._at[self._rank]
         self._counts = _across_ranks(memory, arena, "counts")
         self._records = [views["record"].numpy() for views in self._at]
         self._returns = [views["returns"].numpy() for views in self._at]
@@ -91,8 +91,8 @@ class CpuBackend:
 
     def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
         """See Backend."""
-        data, record = self.own["data"][slot, :num_rows], self._records[self._rank][slot, :num_rows]
-        scale = self.own["scale"][slot, :num_rows] if "scale" in self.own else None
+        data, record = self._own["data"][slot, :num_rows], self._records[self._rank][slot, :num_rows]
+        scale = self._own["scale"][slot, :num_rows] if "scale" in self._own else None
         starts, lengths = plan.segment_starts.tolist(), plan.segment_rows.tolist()
         is_real = np.zeros(num_rows, dtype=np.bool_)
         for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True):
@@ -103,7 +103,7 @@ class CpuBackend:
                     scale[start + length : end].view(torch.uint8).zero_()
         if plan.hops[0] is not plan.back:
             num_pairs = int(plan.back.counts[:, self._rank].sum())
-            plan = replace(plan, partial_rows=self.own["partial_rows"][slot, :num_pairs].clone())
+            plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
         src_idx, topk_idx, weights, extras = self._unpack_records(record, is_real, outgoing)
         return Landed(
             plan=plan, data=data, scale=scale, src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras

@@ -86,7 +86,8 @@ class ThreadGroup:
 
 def connect(group: ThreadGroup, arena: Arena) -> HostTransport:
     """Gives every thread the same memory, allocated by rank 0. Collective."""
-    memory = torch.zeros(arena.stride * group.size, dtype=torch.uint8) if group.rank == 0 else None
+    num_bytes = arena.stride * group.size  # on every rank: a Spec that does not fit is refused on all of them
+    memory = torch.zeros(num_bytes, dtype=torch.uint8) if group.rank == 0 else None
     shared = group.all_gather(memory)[0]
     assert isinstance(shared, torch.Tensor)
     return HostTransport(
