@@ -114,6 +114,10 @@ class Arena:
         add("returns", (slots, num_sent, self.return_bytes), torch.uint8, "peers: extras come home", PAGE)
         return table
 
+    def region_of_rows(self, *, wide: bool) -> str:
+        """Where dispatched rows land: wide ones, unless the wire has that format itself, where outputs are written."""
+        return "outputs" if wide and self.spec.combine_dtype != self.spec.wire.dtype else "data"
+
     @property
     def num_bytes(self) -> int:
         """Bytes of one rank's segment, in whole pages."""

@@ -5,15 +5,18 @@ Letters: T tokens here, K top-k, H hidden, R rows received, L local experts, C c
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar, overload
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
 from crossdock.agreement import agree
@@ -34,6 +37,10 @@ from crossdock.wire import Quantized
 
 Result = TypeVar("Result")
 Rows = Literal["exact", "capacity"]
+
+_handles = itertools.count(1)
+_by_handle: WeakValueDictionary[str, Buffer] = WeakValueDictionary()
+"""The one state of this module: a ``torch.library`` op takes tensors, numbers and strings, so a buffer needs a name."""
 
 
 class Call(NamedTuple):
@@ -61,7 +68,8 @@ class Buffer:
     the ``with`` block) raises there, and ``PeerFailed`` at once on the others; the next call works again.
 
     Args:
-        group: a ``torch.distributed`` process group of one host, None for the default group, or a ``ThreadGroup``.
+        group: a ``torch.distributed`` process group of one host or a 1-D ``DeviceMesh``, None for the default group, or
+            a ``ThreadGroup``.
         spec: what travels, the same on all ranks.
         timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``.
         debug: fill receive slots with NaN before they are used again, so that stale views show; calls in flight are
@@ -84,7 +92,12 @@ class Buffer:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | Group | None, spec: Spec, *, timeout_s: float = 100, debug: bool = False
+        self,
+        group: dist.ProcessGroup | DeviceMesh | Group | None,
+        spec: Spec,
+        *,
+        timeout_s: float = 100,
+        debug: bool = False,
     ) -> None:
         members: Group = group if isinstance(group, Group) else ProcessGroup(group)
         number = agree(members, spec, timeout_s)
@@ -114,6 +127,23 @@ class Buffer:
         self._is_closed = False
         num_local = spec.num_local_experts(self.topology.num_ranks)
         self._num_tokens_per_expert = torch.zeros(num_local, dtype=torch.int64)
+        self.handle = f"crossdock.Buffer {next(_handles)}"  # a string, as torch.compile would make a number dynamic
+        """This process's name for this buffer: what the ops of ``crossdock.autograd`` are given."""
+        _by_handle[self.handle] = self
+
+    @staticmethod
+    def of(handle: str) -> Buffer:
+        """The buffer with that handle.
+
+        Raises:
+            ConfigError: there is none any more.
+        """
+        buffer = _by_handle.get(handle)
+        if buffer is None:
+            raise ConfigError(
+                f"no buffer of this process has handle {handle!r}; keep the Buffer as long as its ops run"
+            )
+        return buffer
 
     def dispatch(
         self,
@@ -123,6 +153,7 @@ class Buffer:
         weights: Tensor | None = None,
         extras: Sequence[Tensor] = (),
         rows: Rows | None = None,
+        wide: bool = False,
         copy: bool = False,
     ) -> Received:
         """Sends each token to the ranks that hold its experts; gives what came here. Collective.
@@ -137,13 +168,16 @@ class Buffer:
             rows: ``"exact"``: ``recv.x`` has as many rows as came, and an overflow raises at once (the default, but for
                 Padded); ``"capacity"``: it has as many as the slot has room for, and an overflow gives zero counts and
                 raises in the next call or ``check()``. The same on all ranks.
+            wide: x is in the combine format and travels as it is, whatever the wire, as gradients do. The rows lie
+                where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own format;
+                calls in flight are finished first. The same on all ranks.
             copy: give rows of their own, which no later dispatch overwrites.
 
         Raises:
             ConfigError: bad input here; the other ranks raise PeerFailed.
             CapacityError, PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        return self.dispatch_start(x, routing, weights=weights, extras=extras, rows=rows, copy=copy).wait()
+        return self.dispatch_start(x, routing, weights=weights, extras=extras, rows=rows, wide=wide, copy=copy).wait()
 
     def dispatch_start(
         self,
@@ -153,6 +187,7 @@ class Buffer:
         weights: Tensor | None = None,
         extras: Sequence[Tensor] = (),
         rows: Rows | None = None,
+        wide: bool = False,
         copy: bool = False,
     ) -> Pending[Received]:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
@@ -161,7 +196,7 @@ class Buffer:
 
         def prepare() -> tuple[Outgoing, Plan | None, Tensor, Rows]:
             inputs.check_no_grad(*(x if isinstance(x, Quantized) else (x,)), weights, *extras)
-            num_tokens = inputs.check_tokens(self.spec, x)
+            num_tokens = inputs.check_tokens(self.spec, x, wide=wide)
             if isinstance(routing, Plan):
                 inputs.check_plan(routing, self._id)
                 topk_idx = routing.topk_idx
@@ -177,17 +212,18 @@ class Buffer:
             if rows not in (None, "exact", "capacity"):
                 raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
             default: Rows = "capacity" if isinstance(self.spec.layout, Padded) else "exact"
-            outgoing = Outgoing(x=x, weights=weights, extras=tuple(extras))
+            outgoing = Outgoing(x=x, weights=weights, extras=tuple(extras), wide=wide)
             return outgoing, routing if isinstance(routing, Plan) else None, topk_idx, rows or default
 
         outgoing, plan, topk_idx, mode = self._vetted(prepare)
-        if self._debug:
-            self._queue.drain()  # or the rows of a combine in flight would be poisoned
+        lands_in_outputs = self.arena.region_of_rows(wide=wide) == "outputs"
+        if self._debug or lands_in_outputs:
+            self._queue.drain()  # or rows would be overwritten that a combine in flight still pulls
             self._queue.check_room()
         slot = self._slots.take()
         if self._debug:
             self._slots.poison(slot, "data", "scale", "record")
-        signature = (mode, weights is None, _shapes(extras), plan.stamp if plan else None)
+        signature = (mode, wide, weights is None, _shapes(extras), plan.stamp if plan else None)
         word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
         call = self._begin(word, None if plan else topk_idx)
         steps = self._dispatch_steps(call, outgoing, plan or topk_idx, mode, copy=copy)
@@ -285,13 +321,46 @@ class Buffer:
 
         flat, row_weights, small, output_slot = self._vetted(prepare)
         sums_here = self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None)
-        landing = self._num_combines % self.spec.num_slots
-        self._num_combines += 1
         signature = _checksum((plan.stamp, None if extras is None else _shapes(small)))
-        word = Word(Kind.COMBINE, landing, PUSHED if sums_here else output_slot, signature)
+        word = Word(Kind.COMBINE, self._next_landing(), PUSHED if sums_here else output_slot, signature)
         call = self._begin(word, None)
         steps = self._combine_steps(call, plan, flat, row_weights, bias, None if extras is None else small)
         return self._queue.start(word.kind, call.sequence, steps)
+
+    def return_extras(self, plan: Plan, extras: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Brings small tensors home as ``combine(extras=)`` does, without outputs. Collective.
+
+        Args:
+            plan: of the dispatch that brought the rows.
+            extras: float32 tensors [R, ...] (or [L, C, ...]), at least one; 4 * K + ``extra_bytes`` bytes per row.
+
+        Returns:
+            [T, ...], summed over ranks, for Compact; [T, K, ...], 0 where there is no pick, where a row is one pick.
+
+        Raises:
+            ConfigError: bad input here; the other ranks raise PeerFailed.
+            PeerFailed, PeerTimeout: see ``Pending.wait``.
+        """
+        self._check_room()
+
+        def prepare() -> tuple[Tensor, ...]:
+            inputs.check_no_grad(*extras)
+            inputs.check_plan(plan, self._id)
+            lead = inputs.check_lone_extras(self.spec, plan, extras, self._slot_rows)
+            return inputs.check_row_extras(extras, lead=lead, limit=self.arena.return_bytes)
+
+        small = self._vetted(prepare)
+        signature = _checksum(("extras", plan.stamp, _shapes(small)))
+        call = self._begin(Word(Kind.COMBINE, self._next_landing(), PUSHED, signature), None)
+        return self._queue.start(Kind.COMBINE, call.sequence, self._return_steps(call, plan, small)).wait()
+
+    def remake_plan(self, topk_idx: Tensor, counts: Tensor, partial_rows: Tensor | None = None) -> Plan:
+        """A plan from the tensors that decide it: ``plan.topk_idx``, ``plan.counts``, ``plan.partial_rows``. Local.
+
+        It is the same on all ranks when all remake theirs: its stamp is a checksum of the counts.
+        """
+        stamp = zlib.crc32(counts.numpy().tobytes()) + 1  # 0 is no plan's
+        return replace(self._make_plan(topk_idx, counts, stamp=stamp), partial_rows=partial_rows)
 
     def check(self) -> None:
         """Raises the CapacityError of a ``rows="capacity"`` dispatch that has been waited for, once."""
@@ -387,9 +456,10 @@ class Buffer:
         yield from self._consent.arrivals(call.sequence, range(len(words)))
         num_rows = plan.num_rows if mode == "exact" else self._slot_rows
         landed = self._backend.landed(plan, outgoing, call.word.slot, num_rows=num_rows)
-        if self._debug:
+        if self._debug and self.arena.region_of_rows(wide=outgoing.wide) == "data":
             self._slots.poison(call.word.slot, "outputs")
-        self._num_tokens_per_expert += plan.num_tokens_per_expert
+        if not outgoing.wide:
+            self._num_tokens_per_expert += plan.num_tokens_per_expert
         return self._received(landed, call.word.slot, copy=copy)
 
     def _combine_steps(
@@ -418,6 +488,18 @@ class Buffer:
             return out
         return out, self._backend.returned_extras(plan, extras, call.word.slot)
 
+    def _return_steps(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[tuple[Tensor, ...]]:
+        words = yield from self._words(call)
+        self._backend.push_outputs(plan, None, extras, None, [theirs.slot for theirs in words])
+        self._consent.signal(call.sequence)
+        yield from self._consent.arrivals(call.sequence, range(len(words)))
+        return self._backend.returned_extras(plan, extras, call.word.slot)
+
+    def _next_landing(self) -> int:
+        """The landing slot of the next combine, in turn."""
+        self._num_combines += 1
+        return self._num_combines % self.spec.num_slots
+
     def _plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> Plan:
         """The plan of a fresh dispatch; of an overflow with ``rows="capacity"``, that of no rows, on all ranks."""
         counts = self._backend.read_counts(sequence)
@@ -428,13 +510,16 @@ class Buffer:
                 raise
             self._overflows.append((sequence, error))
             counts, topk_idx = torch.zeros_like(counts), torch.full_like(topk_idx, -1)
+        return self._make_plan(topk_idx, counts, stamp=sequence)
+
+    def _make_plan(self, topk_idx: Tensor, counts: Tensor, *, stamp: int) -> Plan:
         return make_plan(
             self.spec,
             self.topology,
             rank=self.rank,
             topk_idx=topk_idx,
             counts=counts,
-            stamp=sequence,
+            stamp=stamp,
             buffer_id=self._id,
         )
 

@@ -28,13 +28,13 @@ def check_no_grad(*tensors: Tensor | Quantized | None) -> None:
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ConfigError(
-                "an input requires grad, and this verb records no gradient; pass x.detach(), or call it under "
-                "torch.no_grad()"
+                "an input requires grad, and this verb records no gradient; use crossdock.autograd.dispatch and "
+                "combine, which do, or pass x.detach(), or call it under torch.no_grad()"
             )
 
 
-def check_tokens(spec: Spec, x: Tensor | Quantized) -> int:
-    """Rows to dispatch: [T, H] of the wire's dtype, or to be cast, or Quantized. Gives T."""
+def check_tokens(spec: Spec, x: Tensor | Quantized, *, wide: bool) -> int:
+    """Rows to dispatch: [T, H] of the wire's dtype, or to be cast, or Quantized; wide: of the combine's. Gives T."""
     data = x.data if isinstance(x, Quantized) else x
     _check_tensor("x", data)
     if data.dim() != 2 or data.shape[1] != spec.hidden:
@@ -44,7 +44,12 @@ def check_tokens(spec: Spec, x: Tensor | Quantized) -> int:
             f"x has {data.shape[0]} tokens, more than max_tokens={spec.max_tokens}; split the batch, or make the "
             f"Spec with a larger max_tokens"
         )
-    if isinstance(x, Quantized):
+    if wide:
+        if isinstance(x, Quantized) or data.dtype != spec.combine_dtype:
+            raise ConfigError(
+                f"x is {_name(data)}; with wide=True rows travel in the combine format: pass x.to({spec.combine_dtype})"
+            )
+    elif isinstance(x, Quantized):
         _check_quantized(spec, x)
     elif isinstance(spec.wire, Fp8):
         if data.dtype not in _QUANTIZABLE:
@@ -129,16 +134,21 @@ def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> Tensor:
     _check_tensor("y", y)
     if y.dtype != spec.combine_dtype:
         raise ConfigError(f"y is {_name(y)}; outputs go home as {spec.combine_dtype}: pass y.to({spec.combine_dtype})")
-    hidden = spec.hidden
-    if isinstance(spec.layout, Padded):
-        num_local = plan.num_tokens_per_expert.shape[0]
-        allowed: list[tuple[int, ...]] = [(num_local, slot_rows // num_local, hidden)]
-    else:
-        allowed = [(plan.num_rows, hidden), (slot_rows, hidden)]
+    allowed = [(*lead, spec.hidden) for lead in _leads(spec, plan, slot_rows)]
     if tuple(y.shape) not in allowed:
-        shapes = " or ".join(str(list(shape)) for shape in dict.fromkeys(allowed))
+        shapes = " or ".join(str(list(shape)) for shape in allowed)
         raise ConfigError(f"y has shape {_shape(y)}; pass the outputs in the places of the rows that came, {shapes}")
-    return y.reshape(-1, hidden)
+    return y.reshape(-1, spec.hidden)
+
+
+def check_lone_extras(spec: Spec, plan: Plan, extras: Sequence[Tensor], slot_rows: int) -> tuple[int, ...]:
+    """Extras that go home without outputs: at least one. Gives the leading dimensions that they must share."""
+    if not extras:
+        raise ConfigError("extras is empty; pass the tensors that are to go home")
+    leads = _leads(spec, plan, slot_rows)
+    _check_tensor("extras[0]", extras[0])
+    shape = tuple(extras[0].shape)
+    return next((lead for lead in leads if shape[: len(lead)] == lead), leads[0])
 
 
 def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lead: tuple[int, ...]) -> Tensor | None:
@@ -186,6 +196,14 @@ def check_row_extras(extras: Sequence[Tensor], *, lead: tuple[int, ...], limit: 
             f"with a larger extra_bytes"
         )
     return tuple(flat)
+
+
+def _leads(spec: Spec, plan: Plan, slot_rows: int) -> list[tuple[int, ...]]:
+    """Leading dimensions that rows of the plan may have: those that came, or, as with ``rows="capacity"``, the slot."""
+    if isinstance(spec.layout, Padded):
+        num_local = plan.num_tokens_per_expert.shape[0]
+        return [(num_local, slot_rows // num_local)]
+    return list(dict.fromkeys([(plan.num_rows,), (slot_rows,)]))
 
 
 def _check_quantized(spec: Spec, x: Quantized) -> None:

@@ -98,6 +98,8 @@ class Plan:
     stamp: int
     """The sequence number of the dispatch that made it, the same on all ranks."""
     topk_idx: Int[Tensor, "T K"]
+    counts: Int64[Tensor, "P W"]
+    """What every rank told every rank. With this rank's picks it decides all the rest: see ``make_plan``."""
     hops: tuple[Hop, ...]
     back: Hop
     """The way home of the rows that are summed at their owner: ``hops[0]``, or one row per rank with reduce='rank'."""
@@ -204,6 +206,7 @@ def make_plan(
         buffer_id=buffer_id,
         stamp=stamp,
         topk_idx=topk_idx,
+        counts=counts,
         hops=(hop,),
         back=hop,
         pick_pos=pick_pos,

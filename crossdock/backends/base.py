@@ -22,6 +22,8 @@ class Outgoing:
     x: Tensor | Quantized  # [T, H]
     weights: Tensor | None  # [T, K] float32
     extras: tuple[Tensor, ...]  # [T, ...] each
+    wide: bool = False
+    """x travels in the combine format; ``Arena.region_of_rows`` says where it lands."""
 
 
 @dataclass(frozen=True, kw_only=True)

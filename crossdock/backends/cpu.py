@@ -74,10 +74,10 @@ class CpuBackend:
             rows_to_sum = partial_rows_to_send(plan)
             for peer, src, dst in self._blocks(plan.back):
                 self._at[peer]["partial_rows"][slots[peer], dst] = rows_to_sum[src]
-        wire = self._arena.spec.wire
-        if isinstance(outgoing.x, Quantized) or not isinstance(wire, Fp8):
+        wire, region = self._arena.spec.wire, self._arena.region_of_rows(wide=outgoing.wide)
+        if isinstance(outgoing.x, Quantized) or not isinstance(wire, Fp8) or outgoing.wide:
             data, scale = outgoing.x if isinstance(outgoing.x, Quantized) else (outgoing.x, None)
-            self._gather(data, hop.send_idx, "data", blocks, slots)
+            self._gather(data, hop.send_idx, region, blocks, slots)
             if scale is not None:
                 self._gather(scale, hop.send_idx, "scale", blocks, slots)
             return
@@ -91,8 +91,10 @@ class CpuBackend:
 
     def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
         """See Backend."""
-        data, record = self._own["data"][slot, :num_rows], self._records[self._rank][slot, :num_rows]
-        scale = self._own["scale"][slot, :num_rows] if "scale" in self._own else None
+        region = self._arena.region_of_rows(wide=outgoing.wide)
+        data, record = self._own[region][slot, :num_rows], self._records[self._rank][slot, :num_rows]
+        has_scale = "scale" in self._own and region == "data"
+        scale = self._own["scale"][slot, :num_rows] if has_scale else None
         starts, lengths = plan.segment_starts.tolist(), plan.segment_rows.tolist()
         is_real = np.zeros(num_rows, dtype=np.bool_)
         for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True):

@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock.consent import Mailbox
 from crossdock.errors import ConfigError
@@ -43,15 +44,22 @@ class Group(Protocol):
 
 
 class ProcessGroup:
-    """A torch.distributed process group as a Group; any backend that gathers Python objects."""
+    """A torch.distributed process group, or that of a 1-D mesh, as a Group; any backend that gathers Python objects."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | DeviceMesh | None) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise ConfigError(
                 "group=None means torch.distributed's default group, which is not initialised; call "
                 "torch.distributed.init_process_group first, or use crossdock.run_local(program, num_ranks) for ranks "
                 "that are threads"
             )
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ConfigError(
+                    f"the DeviceMesh has dimensions {group.mesh_dim_names or group.ndim}; pass the one along which "
+                    f"experts are spread, such as mesh['ep']"
+                )
+            group = group.get_group()
         self._group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)

@@ -39,6 +39,7 @@ def combine_each(group, cases):
                     given, bias = weights if is_weighted else None, biases(case, r)[i]
                     here[way, is_weighted, i] = buffer.combine(y, recv.plan, weights=given, bias=bias)
                 here[way, "extras"] = buffer.combine(y, recv.plan, extras=case.y_extras[r])
+            here["extras alone"] = buffer.return_extras(recv.plan, case.y_extras[r])
             outs.append(here)
         return outs
 
@@ -73,7 +74,8 @@ def check_each(world, cases):
             for rank, want in enumerate(plain):
                 out, home = here[rank][way, "extras"]
                 assert same_bits(out, want), (case.name, rank, way)
-                assert all(same_bits(a, b[rank]) for a, b in zip(home, extras, strict=True)), (case.name, rank, way)
+                for some in (home, here[rank]["extras alone"]):
+                    assert all(same_bits(a, b[rank]) for a, b in zip(some, extras, strict=True)), (case.name, rank, way)
 
 
 @pytest.mark.parametrize("reduce", ["token", "rank"])

@@ -1,11 +1,28 @@
 """Dispatch against the oracle, bit for bit, in every layout and format."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crossdock import Bf16, Buffer, CapacityError, Compact, Expanded, Fp8, Fp16, Fp32, Padded, Quantized, Spec
+from crossdock import (
+    Bf16,
+    Buffer,
+    CapacityError,
+    Compact,
+    ConfigError,
+    Expanded,
+    Fp8,
+    Fp16,
+    Fp32,
+    Padded,
+    PeerFailed,
+    Quantized,
+    Spec,
+)
+from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
 
 LAYOUTS = [Compact(), Expanded(), Expanded(alignment=8), Padded()]
@@ -118,6 +135,71 @@ def test_a_plan_sends_other_rows_the_same_way(world, layout):
     for i, case in enumerate(cases):
         object.__setattr__(case, "topk", cases[0].topk)
         check_received(case, [mine[i] for mine in got])
+
+
+def dispatch_wide(group, cases):
+    """Calls by turns narrow and wide, on picks and on plans; outputs of the call before are pulled meanwhile."""
+    with Buffer(group, cases[0].spec, debug=True) as buffer:
+        r, got, outs, before = buffer.rank, [], [], None
+        for case in cases:
+            narrow = buffer.dispatch(case.x[r], case.topk[r])
+            pulled = buffer.combine_start(narrow.output_rows().fill_(1), narrow.plan)
+            wide = buffer.dispatch(case.y[r], case.topk[r], weights=case.weights[r], extras=case.extras[r], wide=True)
+            got.append(observed(wide))
+            assert wide.x.data_ptr() == wide.output_rows().data_ptr()
+            outs.append((pulled.wait(), buffer.combine(wide.x, wide.plan)))
+            got.append(observed(buffer.dispatch(case.y[r], narrow.plan, weights=case.weights[r], wide=True, copy=True)))
+            before = narrow
+        assert before.is_stale
+        return got, outs, int(buffer.stats.num_tokens_per_expert.sum())
+
+
+@pytest.mark.worlds("inproc-1", "inproc-4", "processes-2")
+@pytest.mark.parametrize("combine_wire", [Bf16(), Fp32()], ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_wide_rows_travel_in_the_combine_format(world, layout, combine_wire):
+    spec = spec_of(layout, Fp8(block=8), combine_wire=combine_wire)
+    cases = loads(spec, world.num_ranks)
+    for case in cases:
+        case.y[:] = [x * 1.0078125 for x in case.x]  # wide tokens [T, H] here: bits that FP8 has not
+    got = world.run(dispatch_wide, cases)
+    for i, case in enumerate(cases):
+        wide = replace(case, spec=replace(spec, wire=combine_wire))
+        check_received(wide, [mine[2 * i] for mine, _, _ in got], x=case.y)
+        check_received(wide, [mine[2 * i + 1] for mine, _, _ in got], x=case.y, extras=False)
+        ones = [torch.ones(len(rows), spec.hidden) for rows in oracle.rows_of(spec, case.topk)]
+        sums = oracle.combined(spec, case.topk, ones)
+        copies = [torch.nan_to_num(want["data"]) for want in oracle.received(wide.spec, case.topk, case.y)]
+        for rank, want in enumerate(oracle.combined(spec, case.topk, copies)):
+            pulled, combined = got[rank][1][i]
+            assert same_bits(pulled, sums[rank])
+            assert same_bits(combined, want)
+    num_picks = sum(int((topk >= 0).sum()) for case in cases for topk in case.topk)
+    assert sum(num_tokens for _, _, num_tokens in got) == num_picks  # wide rows are not counted
+
+
+def disagree_about_width(group, spec):
+    with Buffer(group, spec, timeout_s=20) as buffer:
+        x, topk_idx = torch.ones(2, 24).bfloat16(), torch.zeros(2, 4, dtype=torch.int64) - 1
+        plan = buffer.dispatch(x, topk_idx).plan
+        buffer.dispatch(x, plan, wide=buffer.rank == 0)
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_ranks_that_disagree_about_width_are_told(world):
+    outcomes = world.outcomes(disagree_about_width, spec_of(Expanded(), Fp8(block=8)))
+    assert all(isinstance(outcome, PeerFailed) for outcome in outcomes)
+
+
+def dispatch_wide_in_another_format(group, spec):
+    with Buffer(group, spec) as buffer:
+        buffer.dispatch(torch.ones(2, 24), torch.zeros(2, 4, dtype=torch.int64) - 1, wide=True)
+
+
+@pytest.mark.worlds("inproc-1")
+def test_wide_rows_of_another_format_are_refused(world):
+    with pytest.raises(ConfigError, match=r"x is float32; with wide=True .* x\.to\(torch\.bfloat16\)"):
+        world.run(dispatch_wide_in_another_format, spec_of(Expanded(), Fp8(block=8)))
 
 
 def dispatch_quantized(group, case):

@@ -1,0 +1,305 @@
+"""The verbs as ``torch.library`` ops, with their fake kernels and gradients: what compilers and checkpoints see.
+
+Letters: T tokens here, K top-k, H hidden, R rows received, L local experts, C capacity.
+
+An op takes and gives tensors, numbers and strings. So a buffer is its handle, and a plan is the tensors that decide it
+(``SavedPlan.tensors()``: topk_idx, counts, partial_rows, src_idx, local_idx), from which it is made again::
+
+    dispatch         picks -> rows, and the plan       gradient: bring
+    send             rows along a plan                 gradient: bring
+    combine          weighted sums at the owners       gradient: send, and return_weights for weights of picks
+    bring            plain sums at the owners, and gradients of the weights that travelled with the rows
+    return_weights   gradients of weights alone
+
+All are collective. To keep what they gave when activations are recomputed, and so not to repeat them, save
+``torch.ops.crossdock.dispatch.default`` and ``combine.default`` in the checkpoint's policy. Tensors that a call does
+not have are empty.
+"""
+
+# no "from __future__ import annotations": torch.library reads the types of the arguments as they are
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from crossdock.buffer import Buffer, Rows
+from crossdock.errors import PeerFailed, PeerTimeout
+from crossdock.layout import Padded
+from crossdock.plan import Plan
+from crossdock.received import Received
+from crossdock.spec import Spec
+from crossdock.wire import Fp8, Quantized
+
+_IN_BACKWARD = (
+    "this was a backward pass, which all ranks run: where one rank's loss leaves a layer's output out, pass "
+    "it through crossdock.autograd.touch(loss, output)"
+)
+
+
+@torch.library.custom_op("crossdock::dispatch", mutates_args=())
+def dispatch(
+    x: Tensor, topk_idx: Tensor, weights: Tensor | None, anchor: Tensor | None, buffer: str, rows: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows x [T, H], topk_idx [T, K], weights [T, K] -> rows, their weights, link, and the plan's five tensors."""
+    owner = Buffer.of(buffer)
+    with torch.no_grad():
+        recv = owner.dispatch(x, topk_idx, weights=weights, rows=cast("Rows", rows))
+    plan = recv.plan
+    no_ids = torch.empty(0, owner.spec.num_topk, dtype=torch.int32)
+    return (
+        *_own_rows(owner.spec, recv),
+        plan.topk_idx,
+        plan.counts.clone(),
+        no_ids if plan.partial_rows is None else plan.partial_rows,
+        recv.src_idx,
+        no_ids.clone() if recv.topk_idx is None else recv.topk_idx,
+    )
+
+
+@dispatch.register_fake
+def _(
+    x: Tensor, topk_idx: Tensor, weights: Tensor | None, anchor: Tensor | None, buffer: str, rows: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    owner = Buffer.of(buffer)
+    spec, num_ranks = owner.spec, owner.topology.num_ranks
+    ctx = torch.library.get_ctx()
+    lead: tuple[Any, ...]
+    if isinstance(spec.layout, Padded):
+        lead = (spec.num_local_experts(num_ranks), spec.capacity(num_ranks))
+    else:
+        lead = (ctx.new_dynamic_size() if rows == "exact" else spec.num_slot_rows(num_ranks),)
+    has_partials = spec.reduce == "rank" and spec.layout.per_pick
+    num_pairs = ctx.new_dynamic_size() if has_partials else 0
+    local_lead = (0,) if spec.layout.per_pick else lead
+    ids = torch.int32
+    return (
+        x.new_empty(*lead, spec.hidden, dtype=_row_dtype(spec, wide=False)),
+        _empty_weights(spec, x, lead, weights),
+        x.new_empty(0, dtype=torch.float32),
+        torch.empty_like(topk_idx),
+        x.new_empty(num_ranks, spec.num_counts(owner.topology), dtype=torch.int64),
+        x.new_empty(num_pairs, spec.num_topk, dtype=ids),
+        x.new_empty(*lead, dtype=ids),
+        x.new_empty(*local_lead, spec.num_topk, dtype=ids),
+    )
+
+
+@torch.library.custom_op("crossdock::send", mutates_args=())
+def send(
+    x: Tensor,
+    weights: Tensor | None,
+    anchor: Tensor | None,
+    plan: Sequence[Tensor],
+    buffer: str,
+    rows: str,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows x [T, H], weights [T, K] along a plan -> rows, their weights, link; ``wide`` as in ``Buffer.dispatch``."""
+    owner = Buffer.of(buffer)
+    with torch.no_grad(), _hint_in_backward(wide):
+        recv = owner.dispatch(x, _plan(owner, plan), weights=weights, rows=cast("Rows", rows), wide=wide)
+    return _own_rows(owner.spec, recv)
+
+
+@send.register_fake
+def _(
+    x: Tensor,
+    weights: Tensor | None,
+    anchor: Tensor | None,
+    plan: Sequence[Tensor],
+    buffer: str,
+    rows: str,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec, lead = Buffer.of(buffer).spec, plan[3].shape
+    return (
+        x.new_empty(*lead, spec.hidden, dtype=_row_dtype(spec, wide=wide)),
+        _empty_weights(spec, x, lead, weights),
+        x.new_empty(0, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("crossdock::combine", mutates_args=())
+def combine(
+    y: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    link: Tensor | None,
+    plan: Sequence[Tensor],
+    buffer: str,
+    rows: str,
+) -> Tensor:
+    """Outputs where rows came -> [T, H], as ``Buffer.combine``."""
+    owner = Buffer.of(buffer)
+    with torch.no_grad():
+        return owner.combine(y, _plan(owner, plan), weights=weights, bias=bias)
+
+
+@combine.register_fake
+def _(
+    y: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    link: Tensor | None,
+    plan: Sequence[Tensor],
+    buffer: str,
+    rows: str,
+) -> Tensor:
+    spec = Buffer.of(buffer).spec
+    return y.new_empty(plan[0].shape[0], spec.hidden, dtype=spec.combine_dtype)
+
+
+@torch.library.custom_op("crossdock::bring", mutates_args=())
+def bring(y: Tensor, row_weights: Tensor | None, plan: Sequence[Tensor], buffer: str) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and of their weights -> of tokens [T, H] and of weights [T, K]."""
+    owner = Buffer.of(buffer)
+    saved = _plan(owner, plan)
+    with torch.no_grad(), _hint_in_backward(True):
+        if row_weights is None:
+            return owner.combine(y, saved), y.new_empty(0, dtype=torch.float32)
+        out, (weights,) = owner.combine(y, saved, extras=(row_weights,))
+    return out, weights
+
+
+@bring.register_fake
+def _(y: Tensor, row_weights: Tensor | None, plan: Sequence[Tensor], buffer: str) -> tuple[Tensor, Tensor]:
+    spec, num_tokens = Buffer.of(buffer).spec, plan[0].shape[0]
+    shape = (0,) if row_weights is None else (num_tokens, spec.num_topk)
+    return (
+        y.new_empty(num_tokens, spec.hidden, dtype=spec.combine_dtype),
+        y.new_empty(*shape, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("crossdock::return_weights", mutates_args=())
+def return_weights(row_weights: Tensor, plan: Sequence[Tensor], buffer: str) -> Tensor:
+    """Gradients of weights where rows came, one per row or [R, K] -> [T, K]."""
+    owner = Buffer.of(buffer)
+    with torch.no_grad(), _hint_in_backward(True):
+        (weights,) = owner.return_extras(_plan(owner, plan), (row_weights,))
+    return weights
+
+
+@return_weights.register_fake
+def _(row_weights: Tensor, plan: Sequence[Tensor], buffer: str) -> Tensor:
+    return row_weights.new_empty(plan[0].shape[0], Buffer.of(buffer).spec.num_topk)
+
+
+def _keep_plan(ctx: Any, plan: Sequence[Tensor], buffer: str, rows: str, *more: Tensor | None) -> None:
+    ctx.save_for_backward(*plan, *more)
+    ctx.buffer, ctx.rows = buffer, rows
+
+
+def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, weights, _, buffer, rows = inputs
+    _keep_plan(ctx, output[3:], buffer, rows)
+    ctx.dtype, ctx.has_weights = x.dtype, weights is not None
+
+
+def _setup_send(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weights, _, plan, buffer, rows, _ = inputs
+    _keep_plan(ctx, plan, buffer, rows)
+    ctx.dtype, ctx.has_weights = x.dtype, weights is not None
+
+
+def _bring_back(ctx: Any, grad_rows: Tensor, grad_row_weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x [T, H] and of weights [T, K]: what the rows' go home as."""
+    spec = Buffer.of(ctx.buffer).spec
+    plan, row_weights = ctx.saved_tensors, None
+    if ctx.has_weights:
+        row_weights = grad_row_weights
+        if not spec.layout.per_pick:
+            row_weights = row_weights.masked_fill(plan[4] < 0, 0.0)  # of another rank's pick, a constant here
+    grad_x, grad_weights = bring(grad_rows.to(spec.combine_dtype), row_weights, plan, ctx.buffer)
+    return grad_x.to(ctx.dtype), grad_weights if ctx.has_weights else None
+
+
+def _dispatch_backward(ctx: Any, grad_rows: Tensor, grad_row_weights: Tensor, *_: Any) -> tuple[Any, ...]:
+    grad_x, grad_weights = _bring_back(ctx, grad_rows, grad_row_weights)
+    return grad_x, None, grad_weights, None, None, None
+
+
+def _send_backward(ctx: Any, grad_rows: Tensor, grad_row_weights: Tensor, *_: Any) -> tuple[Any, ...]:
+    grad_x, grad_weights = _bring_back(ctx, grad_rows, grad_row_weights)
+    return grad_x, grad_weights, None, [None] * 5, None, None, None
+
+
+def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, weights, bias, _, plan, buffer, rows = inputs
+    _keep_plan(ctx, plan, buffer, rows, weights, None if weights is None else y)
+    ctx.dtype = y.dtype
+    ctx.bias = None if bias is None else (bias.dtype, bias.dim())
+
+
+def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """With g the gradient of the row's sum and w its weight: of y, w * g; of w, g . y. Where no row is, 0."""
+    *plan, weights, y = ctx.saved_tensors
+    _, _, _, src_idx, local_idx = plan
+    spec = Buffer.of(ctx.buffer).spec
+    of_picks = weights if spec.reduce == "token" else None
+    g, row_weights, _ = send(grad.to(spec.combine_dtype), of_picks, None, plan, ctx.buffer, ctx.rows, True)
+    grad_y, grad_weights = g, None
+    if weights is not None:
+        w = row_weights if spec.reduce == "token" else weights
+        if spec.reduce == "token" and not spec.layout.per_pick:
+            w = w.sum(dim=-1)
+        grad_y = (g.float() * w.unsqueeze(-1)).masked_fill((src_idx < 0).unsqueeze(-1), 0.0)
+        grad_weights = (g.float() * y.float()).sum(dim=-1).masked_fill(src_idx < 0, 0.0)
+        if spec.reduce == "token":
+            if not spec.layout.per_pick:
+                grad_weights = grad_weights.unsqueeze(-1).masked_fill(local_idx < 0, 0.0)
+            grad_weights = return_weights(grad_weights, plan, ctx.buffer)
+    grad_bias = None
+    if ctx.bias is not None:
+        dtype, num_dims = ctx.bias
+        grad_bias = (grad if num_dims == 2 else grad.sum(dim=0)).to(dtype)
+    return grad_y.to(ctx.dtype), grad_weights, grad_bias, grad.new_zeros(0), [None] * 5, None, None
+
+
+dispatch.register_autograd(_dispatch_backward, setup_context=_setup_dispatch)
+send.register_autograd(_send_backward, setup_context=_setup_send)
+combine.register_autograd(_combine_backward, setup_context=_setup_combine)
+
+
+def _plan(owner: Buffer, tensors: Sequence[Tensor]) -> Plan:
+    topk_idx, counts, partial_rows, _, _ = tensors
+    has_partials = owner.spec.reduce == "rank" and owner.spec.layout.per_pick
+    return owner.remake_plan(topk_idx, counts, partial_rows if has_partials else None)
+
+
+def _own_rows(spec: Spec, recv: Received) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that no later dispatch overwrites, zero where none came; their weights, or empty; a link."""
+    x = recv.x
+    if isinstance(x, Quantized):
+        assert isinstance(spec.wire, Fp8)
+        x = spec.wire.dequantize(x, spec.combine_dtype)
+    else:
+        x = x.clone()
+    if x.shape[:-1].numel() != recv.num_rows or isinstance(spec.layout, Padded):
+        x.masked_fill_((recv.src_idx < 0).unsqueeze(-1), 0)  # room that no row took holds what earlier calls left
+    weights = torch.empty(0) if recv.weights is None else recv.weights
+    return x, weights, torch.empty(0)
+
+
+def _row_dtype(spec: Spec, *, wide: bool) -> torch.dtype:
+    return spec.combine_dtype if wide or isinstance(spec.wire, Fp8) else spec.wire.dtype
+
+
+def _empty_weights(spec: Spec, like: Tensor, lead: Sequence[Any], weights: Tensor | None) -> Tensor:
+    shape = (0,) if weights is None else lead if spec.layout.per_pick else (*lead, spec.num_topk)
+    return like.new_empty(*shape, dtype=torch.float32)
+
+
+@contextmanager
+def _hint_in_backward(is_backward: bool) -> Iterator[None]:
+    """What most often keeps a peer away from a backward pass, said with the error."""
+    try:
+        yield
+    except (PeerFailed, PeerTimeout) as error:
+        if not is_backward:
+            raise
+        said = error.reason if isinstance(error, PeerFailed) else str(error)
+        raise type(error)(error.rank, f"{said} ({_IN_BACKWARD})") from error
