@@ -90,6 +90,8 @@ class Round:
     is_weighted: bool
     is_biased: bool
     brings_home: bool
+    goes_back: bool
+    """Whether wide rows follow on the same plan, and extras go home alone, as gradients do."""
     pulls: tuple[bool, ...]
     """By rank: whether outputs are left in the arena."""
     copies: tuple[bool, ...]
@@ -119,6 +121,7 @@ def make_round(
         is_weighted=chance(0.6),
         is_biased=chance(0.3),
         brings_home=chance(0.3),
+        goes_back=chance(0.2),
         pulls=tuple((rng.random(num_ranks) < rng.choice([0, 0.5, 1])).tolist()),
         copies=tuple((rng.random(num_ranks) < 0.1).tolist()),
         resets=tuple((rng.random(num_ranks) < 0.3).tolist()),
@@ -171,7 +174,19 @@ class Player:
         self._nap()
         out = self._combine(batch, recv).wait()
         self._check_combined(batch, out)
+        if self.round.goes_back:
+            recv = self._go_back(batch, recv)
         self._kept[self.round.spec] = (recv, _bits(_data(recv.x)).clone())
+
+    def _go_back(self, batch: Batch, recv: Received) -> Received:
+        wide = batch.tokens(wide=True)
+        self._nap()
+        gradients = self._dispatch(batch, wide, recv.plan, wide=True).wait()
+        self._check_received(batch, wide, gradients, wide=True)
+        self._nap()
+        (home,) = self.buffer.return_extras(recv.plan, [self._home(batch)])
+        _same("extras that came home alone", home, batch.came_home(self.rank))
+        return gradients
 
     def _overflow(self, batch: Batch, tokens: Tensor) -> None:
         with _expect(CapacityError, "capacity is"):
@@ -243,7 +258,9 @@ class Player:
                     self.buffer.combine(torch.zeros(1, dtype=torch.float64), recv.plan)
             self._check_received(batch, tokens, recv)
 
-    def _dispatch(self, batch: Batch, tokens: Tensor, plan: Plan | None = None, *, rows: str | None = None) -> Any:
+    def _dispatch(
+        self, batch: Batch, tokens: Tensor, plan: Plan | None = None, *, rows: str | None = None, wide: bool = False
+    ) -> Any:
         self._nap()
         n = int(batch.num_tokens[self.rank])
         return self.buffer.dispatch_start(
@@ -252,16 +269,16 @@ class Player:
             weights=batch.weights[self.rank, :n] if self.round.has_weights else None,
             extras=(batch.extras[self.rank, :n],) if self.round.has_extras else (),
             rows=rows or self.round.rows,
+            wide=wide,
             copy=self.round.copies[self.rank],
         )
 
     def _combine(self, batch: Batch, recv: Received) -> Any:
         rank, spec = self.rank, batch.spec
         num_rows = len(batch.routes.sources[rank])
-        y, lead = batch.y[rank, :num_rows], (num_rows,)
+        y = batch.y[rank, :num_rows]
         if isinstance(spec.layout, Padded):
-            lead = (spec.num_local_experts(self.num_ranks), -1)
-            y = y.view(*lead, spec.hidden)
+            y = y.view(spec.num_local_experts(self.num_ranks), -1, spec.hidden)
         weights = None
         if self.round.is_weighted:
             n = int(batch.num_tokens[rank])
@@ -274,11 +291,15 @@ class Player:
         bias = batch.bias[rank, : batch.num_tokens[rank]] if self.round.is_biased else None
         if not self.round.brings_home:
             return self.buffer.combine_start(y, recv.plan, weights=weights, bias=bias)
-        home = batch.home[rank, :num_rows].view(*lead, 2)
-        return self.buffer.combine_start(y, recv.plan, weights=weights, bias=bias, extras=[home])
+        return self.buffer.combine_start(y, recv.plan, weights=weights, bias=bias, extras=[self._home(batch)])
 
-    def _check_received(self, batch: Batch, tokens: Tensor, recv: Received) -> None:
-        want = batch.received(self.rank, tokens)
+    def _home(self, batch: Batch) -> Tensor:
+        home = batch.home[self.rank, : len(batch.routes.sources[self.rank])]
+        is_padded = isinstance(batch.spec.layout, Padded)
+        return home.view(batch.spec.num_local_experts(self.num_ranks), -1, 2) if is_padded else home
+
+    def _check_received(self, batch: Batch, tokens: Tensor, recv: Received, *, wide: bool = False) -> None:
+        want = batch.received(self.rank, tokens, wide=wide)
         lead, num_rows = recv.src_idx.dim(), len(want["src_idx"])
         got = {"src_idx": recv.src_idx, "counts": recv.num_tokens_per_expert, "data": _data(recv.x)}
         if isinstance(recv.x, Quantized):
