@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from crossdock import ops
-from crossdock.buffer import Buffer, Rows
+from crossdock.buffer import Buffer
+from crossdock.calls import Rows
 from crossdock.layout import Expanded, Padded
 
 _ANCHOR = torch.zeros(0, requires_grad=True)

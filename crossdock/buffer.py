@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, TypeVar, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,13 +21,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from crossdock import inputs
 from crossdock.agreement import agree
 from crossdock.arena import Arena
-from crossdock.backends.base import Backend, Landed, Outgoing
+from crossdock.backends.base import Backend, Outgoing
 from crossdock.backends.cpu import CpuBackend
+from crossdock.calls import Calls, Rows
 from crossdock.consent import PUSHED, Consent, Kind, Word
-from crossdock.errors import CapacityError, ConfigError
-from crossdock.layout import Expanded, Padded
-from crossdock.pending import CallQueue, Pending, Steps
-from crossdock.plan import Plan, check_capacity, local_counts, make_plan
+from crossdock.errors import ConfigError
+from crossdock.layout import Padded
+from crossdock.pending import CallQueue, Pending
+from crossdock.plan import Plan
 from crossdock.received import Received
 from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec, Topology
@@ -36,19 +37,10 @@ from crossdock.transport.base import Group, ProcessGroup, Transport
 from crossdock.wire import Quantized
 
 Result = TypeVar("Result")
-Rows = Literal["exact", "capacity"]
 
 _handles = itertools.count(1)
 _by_handle: WeakValueDictionary[str, Buffer] = WeakValueDictionary()
 """The one state of this module: a ``torch.library`` op takes tensors, numbers and strings, so a buffer needs a name."""
-
-
-class Call(NamedTuple):
-    """A call that has been taken: its number, this rank's word for it, and what posts it, if that had to wait."""
-
-    sequence: int
-    word: Word
-    post: Callable[[], None] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +48,7 @@ class Stats:
     """What a buffer has counted since it was made; see ``Buffer.gather_stats`` for all ranks'."""
 
     num_tokens_per_expert: Tensor
-    """int64 [L]: tokens that each local expert has received, over all dispatches."""
+    """int64 [L]: tokens that each local expert has received, over all dispatches but wide ones."""
     wait_s: Tensor
     """float64 [P]: seconds this rank has waited for each peer. Stacked, the rows of a slow rank's peers show it."""
 
@@ -122,11 +114,8 @@ class Buffer:
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
         segment = self._transport.memory[self.rank * self.arena.stride :][: self.arena.num_bytes]
         self._slots = ReceiveSlots(self.arena, segment)
-        self._num_combines = 0
-        self._overflows: list[tuple[int, CapacityError]] = []
+        self._calls = Calls(self._consent, self._backend, self._slots, self.arena, buffer_id=number, debug=debug)
         self._is_closed = False
-        num_local = spec.num_local_experts(self.topology.num_ranks)
-        self._num_tokens_per_expert = torch.zeros(num_local, dtype=torch.int64)
         self.handle = f"crossdock.Buffer {next(_handles)}"  # a string, as torch.compile would make a number dynamic
         """This process's name for this buffer: what the ops of ``crossdock.autograd`` are given."""
         _by_handle[self.handle] = self
@@ -225,8 +214,8 @@ class Buffer:
             self._slots.poison(slot, "data", "scale", "record")
         signature = (mode, wide, weights is None, _shapes(extras), plan.stamp if plan else None)
         word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
-        call = self._begin(word, None if plan else topk_idx)
-        steps = self._dispatch_steps(call, outgoing, plan or topk_idx, mode, copy=copy)
+        call = self._calls.begin(word, None if plan else topk_idx)
+        steps = self._calls.dispatch(call, outgoing, plan or topk_idx, mode, copy=copy)
         pending = self._queue.start(word.kind, call.sequence, steps)
         self._slots.fill(slot, pending)
         return pending
@@ -322,9 +311,9 @@ class Buffer:
         flat, row_weights, small, output_slot = self._vetted(prepare)
         sums_here = self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None)
         signature = _checksum((plan.stamp, None if extras is None else _shapes(small)))
-        word = Word(Kind.COMBINE, self._next_landing(), PUSHED if sums_here else output_slot, signature)
-        call = self._begin(word, None)
-        steps = self._combine_steps(call, plan, flat, row_weights, bias, None if extras is None else small)
+        word = Word(Kind.COMBINE, self._calls.next_landing(), PUSHED if sums_here else output_slot, signature)
+        call = self._calls.begin(word, None)
+        steps = self._calls.combine(call, plan, flat, row_weights, bias, None if extras is None else small)
         return self._queue.start(word.kind, call.sequence, steps)
 
     def return_extras(self, plan: Plan, extras: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -351,8 +340,8 @@ class Buffer:
 
         small = self._vetted(prepare)
         signature = _checksum(("extras", plan.stamp, _shapes(small)))
-        call = self._begin(Word(Kind.COMBINE, self._next_landing(), PUSHED, signature), None)
-        return self._queue.start(Kind.COMBINE, call.sequence, self._return_steps(call, plan, small)).wait()
+        call = self._calls.begin(Word(Kind.COMBINE, self._calls.next_landing(), PUSHED, signature), None)
+        return self._queue.start(Kind.COMBINE, call.sequence, self._calls.return_extras(call, plan, small)).wait()
 
     def remake_plan(self, topk_idx: Tensor, counts: Tensor, partial_rows: Tensor | None = None) -> Plan:
         """A plan from the tensors that decide it: ``plan.topk_idx``, ``plan.counts``, ``plan.partial_rows``. Local.
@@ -360,14 +349,14 @@ class Buffer:
         It is the same on all ranks when all remake theirs: its stamp is a checksum of the counts.
         """
         stamp = zlib.crc32(counts.numpy().tobytes()) + 1  # 0 is no plan's
-        return replace(self._make_plan(topk_idx, counts, stamp=stamp), partial_rows=partial_rows)
+        return replace(self._calls.make_plan(topk_idx, counts, stamp=stamp), partial_rows=partial_rows)
 
     def check(self) -> None:
         """Raises the CapacityError of a ``rows="capacity"`` dispatch that has been waited for, once."""
-        for overflow in self._overflows:
+        for overflow in self._calls.overflows:
             sequence, error = overflow
             if not self._queue.has_unwaited(sequence):  # or ranks would raise in different calls, as it was found
-                self._overflows.remove(overflow)
+                self._calls.overflows.remove(overflow)
                 raise error
 
     def abort(self, reason: str) -> None:
@@ -382,7 +371,7 @@ class Buffer:
     def reset(self) -> None:
         """Forgets what went wrong here, without a word to the peers; calls in flight are given up. Local."""
         self._check_open()
-        self._overflows.clear()
+        self._calls.overflows.clear()
         if self._queue.last_error is None:
             self._queue.abandon("it was reset")
         self._queue.last_error = None
@@ -408,7 +397,7 @@ class Buffer:
     def stats(self) -> Stats:
         """What this rank has counted so far."""
         return Stats(
-            num_tokens_per_expert=self._num_tokens_per_expert.clone(),
+            num_tokens_per_expert=self._calls.num_tokens_per_expert.clone(),
             wait_s=torch.tensor(self._queue.wait_s, dtype=torch.float64),
         )
 
@@ -423,133 +412,6 @@ class Buffer:
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open"
         return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
-
-    def _begin(self, word: Word, topk_idx: Tensor | None) -> Call:
-        """Takes the next sequence number and gives this rank's word (and counts), if that need not wait for anybody."""
-        sequence = self._consent.take()
-
-        def post() -> None:
-            if topk_idx is not None:
-                self._backend.post_counts(sequence, local_counts(self.spec, self.topology, topk_idx))
-            self._consent.post(sequence, word)
-
-        if not self._consent.may_post(sequence):
-            return Call(sequence, word, post)
-        post()
-        return Call(sequence, word, None)
-
-    def _words(self, call: Call) -> Steps[list[Word]]:
-        """Everybody's words for the call; this rank's own is given first where it had to wait."""
-        if call.post is not None:
-            yield from self._consent.opening(call.sequence)
-            call.post()
-        return (yield from self._consent.words(call.sequence, call.word))
-
-    def _dispatch_steps(
-        self, call: Call, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows, *, copy: bool
-    ) -> Steps[Received]:
-        words = yield from self._words(call)
-        plan = routing if isinstance(routing, Plan) else self._plan(call.sequence, routing, mode)
-        slots = [theirs.slot for theirs in words]
-        self._backend.push_rows(plan, outgoing, slots)
-        self._consent.signal(call.sequence)
-        yield from self._consent.arrivals(call.sequence, range(len(words)))
-        num_rows = plan.num_rows if mode == "exact" else self._slot_rows
-        landed = self._backend.landed(plan, outgoing, call.word.slot, num_rows=num_rows)
-        if self._debug and self.arena.region_of_rows(wide=outgoing.wide) == "data":
-            self._slots.poison(call.word.slot, "outputs")
-        if not outgoing.wide:
-            self._num_tokens_per_expert += plan.num_tokens_per_expert
-        return self._received(landed, call.word.slot, copy=copy)
-
-    def _combine_steps(
-        self,
-        call: Call,
-        plan: Plan,
-        y: Tensor,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
-    ) -> Steps[Any]:
-        words = yield from self._words(call)
-        pushes = call.word.output_slot == PUSHED
-        landing_slots = [theirs.slot for theirs in words]
-        sums_here = self.spec.reduce == "rank"
-        if pushes or extras:
-            row_weights = weights if sums_here else None
-            self._backend.push_outputs(plan, y if pushes else None, extras or (), row_weights, landing_slots)
-            self._consent.signal(call.sequence)
-        senders = [peer for peer, theirs in enumerate(words) if extras or theirs.output_slot == PUSHED]
-        yield from self._consent.arrivals(call.sequence, senders)
-        output_slots = [theirs.output_slot for theirs in words]
-        out = self._backend.sum_rows(plan, None if sums_here else weights, bias, output_slots, call.word.slot)
-        self._consent.check(call.sequence)
-        if extras is None:
-            return out
-        return out, self._backend.returned_extras(plan, extras, call.word.slot)
-
-    def _return_steps(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[tuple[Tensor, ...]]:
-        words = yield from self._words(call)
-        self._backend.push_outputs(plan, None, extras, None, [theirs.slot for theirs in words])
-        self._consent.signal(call.sequence)
-        yield from self._consent.arrivals(call.sequence, range(len(words)))
-        return self._backend.returned_extras(plan, extras, call.word.slot)
-
-    def _next_landing(self) -> int:
-        """The landing slot of the next combine, in turn."""
-        self._num_combines += 1
-        return self._num_combines % self.spec.num_slots
-
-    def _plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> Plan:
-        """The plan of a fresh dispatch; of an overflow with ``rows="capacity"``, that of no rows, on all ranks."""
-        counts = self._backend.read_counts(sequence)
-        try:
-            check_capacity(self.spec, self.topology, counts)
-        except CapacityError as error:
-            if mode == "exact":
-                raise
-            self._overflows.append((sequence, error))
-            counts, topk_idx = torch.zeros_like(counts), torch.full_like(topk_idx, -1)
-        return self._make_plan(topk_idx, counts, stamp=sequence)
-
-    def _make_plan(self, topk_idx: Tensor, counts: Tensor, *, stamp: int) -> Plan:
-        return make_plan(
-            self.spec,
-            self.topology,
-            rank=self.rank,
-            topk_idx=topk_idx,
-            counts=counts,
-            stamp=stamp,
-            buffer_id=self._id,
-        )
-
-    def _received(self, landed: Landed, slot: int, *, copy: bool) -> Received:
-        plan, num_rows = landed.plan, landed.data.shape[0]
-        lead: tuple[int, ...] = (num_rows,)
-        if isinstance(self.spec.layout, Padded):
-            num_local = plan.num_tokens_per_expert.shape[0]
-            lead = (num_local, num_rows // num_local)
-
-        def shaped(rows: Tensor) -> Tensor:
-            return rows.view(*lead, *rows.shape[1:])
-
-        lease = self._slots.lease(slot, plan.stamp)
-        data = shaped(landed.data.clone() if copy else landed.data)
-        scale = None if landed.scale is None else shaped(landed.scale.clone() if copy else landed.scale)
-        return Received(
-            plan=plan,
-            num_rows=plan.num_rows,
-            num_tokens_per_expert=plan.num_tokens_per_expert,
-            expert_offsets=plan.segment_starts.to(torch.int32) if isinstance(self.spec.layout, Expanded) else None,
-            topk_idx=landed.topk_idx,
-            weights=None if landed.weights is None else shaped(landed.weights),
-            src_idx=shaped(landed.src_idx),
-            extras=tuple(shaped(extra) for extra in landed.extras),
-            _rows=data if scale is None else Quantized(data, scale),
-            _lease=None if copy else lease,
-            _outputs=shaped(self._slots.outputs(slot, num_rows)),
-            _outputs_lease=lease,
-        )
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -165,7 +165,7 @@ class Consent:
         self, mailbox: Mailbox, *, rank: int, num_ranks: int, ring: int, first: int = 1 << EPOCH_SHIFT
     ) -> None:
         self._mailbox = mailbox
-        self._rank = rank
+        self.rank = rank
         self._peers = range(num_ranks)
         self._ring = ring
         self.start_from(first)
@@ -205,7 +205,7 @@ class Consent:
             return flag is not None and flag.last_ended >= self.num_ended - 1
 
         if not self._is_open:
-            others = [peer for peer in self._peers if peer != self._rank]
+            others = [peer for peer in self._peers if peer != self.rank]
             yield from self._until(sequence, has_left, others, "see that an earlier call failed, before")
             self._is_open = True
 
@@ -233,13 +233,13 @@ class Consent:
         words = [Word.of(payloads[peer]) for peer in self._peers]
         for peer, word in enumerate(words):
             if word.kind != own.kind:
-                raise PeerFailed(peer, f"it is in {word.kind} while rank {self._rank} is in {own.kind}; all ranks "
+                raise PeerFailed(peer, f"it is in {word.kind} while rank {self.rank} is in {own.kind}; all ranks "
                                  f"issue the same calls in the same order")  # fmt: skip
         for peer, word in enumerate(words):
             if word.signature != own.signature:
                 raise PeerFailed(
                     peer,
-                    f"its {word.kind} differs from that of rank {self._rank}; plan, rows=, the presence of weights and "
+                    f"its {word.kind} differs from that of rank {self.rank}; plan, rows=, the presence of weights and "
                     f"extras, and the extras' dtypes and trailing shapes must be the same on all ranks",
                 )
         return words
@@ -268,7 +268,7 @@ class Consent:
 
         An error that a peer caused is passed on under that peer's rank.
         """
-        culprit = error.rank if isinstance(error, (PeerFailed, PeerTimeout)) else self._rank
+        culprit = error.rank if isinstance(error, (PeerFailed, PeerTimeout)) else self.rank
         why = error.reason if isinstance(error, PeerFailed) else str(error)
         reason = _REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode(errors="replace")
         for box in ("words", "arrived"):  # nobody writes there before it has seen the flag, or only for void calls
@@ -278,7 +278,7 @@ class Consent:
         else:  # a peer may still be in an epoch that the last flag is about
             self._flag = replace(self._flag, num_more=min(self._flag.num_more + 1, _MOST_MORE))
         for peer in self._peers:
-            if peer != self._rank:
+            if peer != self.rank:
                 self._mailbox.write_reason(peer, reason)
                 self._mailbox.post(peer, "aborts", 0, self._flag.packed())
         self.num_ended += 1
@@ -289,7 +289,7 @@ class Consent:
     def leave(self) -> None:
         """Tells every peer that this rank takes part in nothing any more."""
         for peer in self._peers:
-            if peer != self._rank:
+            if peer != self.rank:
                 self._mailbox.post(peer, "closed", 0, 1)
 
     def _until(self, sequence: int, arrived: Callable[[int], bool], senders: Sequence[int], what: str) -> Waiting:

@@ -25,7 +25,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from crossdock.buffer import Buffer, Rows
+from crossdock.buffer import Buffer
+from crossdock.calls import Rows
 from crossdock.errors import PeerFailed, PeerTimeout
 from crossdock.layout import Padded
 from crossdock.plan import Plan
