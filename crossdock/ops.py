@@ -247,8 +247,9 @@ def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         w = row_weights if spec.reduce == "token" else weights
         if spec.reduce == "token" and not spec.layout.per_pick:
             w = w.sum(dim=-1)
-        grad_y = (g.float() * w.unsqueeze(-1)).masked_fill((src_idx < 0).unsqueeze(-1), 0.0)
-        grad_weights = (g.float() * y.float()).sum(dim=-1).masked_fill(src_idx < 0, 0.0)
+        is_gap = src_idx < 0  # where g is 0, and weights and outputs may be anything
+        grad_y = g.float() * w.masked_fill(is_gap, 0.0).unsqueeze(-1)
+        grad_weights = (g.float() * y.float()).sum(dim=-1).masked_fill(is_gap, 0.0)
         if spec.reduce == "token":
             if not spec.layout.per_pick:
                 grad_weights = grad_weights.unsqueeze(-1).masked_fill(local_idx < 0, 0.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import Landed, Outgoing
-from crossdock.backends.sums import sum_rows
+from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, stamped
 from crossdock.layout import Expanded
 from crossdock.plan import Hop, Plan, Terms, partial_rows_to_send
@@ -27,7 +27,7 @@ _CAST_ROWS = 256
 """Tokens cast to a narrow format before they are pushed: under 2 MiB beside the arena, at hidden 7168."""
 
 _SUMS_AT_ONCE = 128
-"""Sums of (token, rank) pairs that a rank works out before it writes them home."""
+"""At least as many sums of (token, rank) pairs does a rank work out before it writes them home."""
 
 Block = tuple[int, slice, slice]
 Bytes = npt.NDArray[np.uint8]
@@ -171,8 +171,9 @@ class CpuBackend:
 
     def _sum_here(self, plan: Plan, y: Tensor, weights: Tensor | None, here: slice, home: Tensor) -> None:
         """Writes this rank's sums of some (token, rank) pairs to their owner, a few at a time."""
-        for start in range(here.start, here.stop, _SUMS_AT_ONCE):
-            pairs = slice(start, min(start + _SUMS_AT_ONCE, here.stop))
+        num_sums = max(_SUMS_AT_ONCE, chunk_rows(y.shape[1]))
+        for start in range(here.start, here.stop, num_sums):
+            pairs = slice(start, min(start + num_sums, here.stop))
             if plan.partial_rows is None:
                 table = np.arange(pairs.start, pairs.stop)[:, None]
             else:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from crossdock.plan import Terms
 
-CHUNK_ROWS = 32
-"""Rows summed at a time: 7168 float32 sums and what is added to them stay in a core's second-level cache."""
+_CHUNK_VALUES = 32 * 7168
+"""Values summed at a time: float32 sums and what is added to them stay in a core's second-level cache."""
 _ONE_CHECK = threading.Lock()
 
 
@@ -43,6 +43,11 @@ def sum_rows(
     return _plain_sums(source, terms, dtype, weights, bias)
 
 
+def chunk_rows(hidden: int) -> int:
+    """Rows summed at a time."""
+    return max(32, _CHUNK_VALUES // hidden)
+
+
 def _sparse_sums(source: Tensor, terms: Terms) -> Tensor:
     """Unweighted sums as torch's product of a sparse matrix of ones: it reads each row once, and gathers none."""
     ones = torch.ones(terms.rows.shape[0], dtype=source.dtype)
@@ -59,8 +64,9 @@ def _plain_sums(
     offsets, rows = terms.offsets.numpy(), terms.rows.numpy()
     lengths = np.diff(offsets)
     out = torch.empty(lengths.size, source.shape[1], dtype=dtype)
-    for start in range(0, lengths.size, CHUNK_ROWS):
-        here = slice(start, min(start + CHUNK_ROWS, lengths.size))
+    num_rows = chunk_rows(source.shape[1])
+    for start in range(0, lengths.size, num_rows):
+        here = slice(start, min(start + num_rows, lengths.size))
         # Longest sums first, so that the j-th terms of a chunk belong to its first sums.
         order = np.argsort(-lengths[here], kind="stable")
         firsts, ordered = offsets[here][order], lengths[here][order]
