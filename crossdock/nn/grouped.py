@@ -6,6 +6,7 @@ Letters: R rows, L local experts, C capacity per expert, H values in, N values o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional
@@ -16,6 +17,8 @@ from crossdock.errors import ConfigError
 
 _NATIVE: Callable[..., Tensor] | None = getattr(torch.nn.functional, "grouped_mm", None)  # torch >= 2.10
 _NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TRACED_DTYPES = (torch.bfloat16,)
+"""torch.compile's view of that function, in torch 2.13, knows no other; a loop breaks the graph."""
 _STRIDE_BYTES = 16
 
 
@@ -45,13 +48,13 @@ def grouped_mm(
     # and 496 us in float32, 497 and 642 in bfloat16; level from 256 rows an expert on; same bits; no host sync. It
     # refuses float64, strides that are no multiple of 16 bytes, and expanded gradients, such as those of a sum.
     strides = (x.shape[1] * x.element_size(), weights.shape[1] * x.element_size())
-    if _NATIVE is None or x.dtype not in _NATIVE_DTYPES or any(stride % _STRIDE_BYTES for stride in strides):
+    dtypes = _TRACED_DTYPES if torch.compiler.is_compiling() else _NATIVE_DTYPES
+    if _NATIVE is None or x.dtype not in dtypes or any(stride % _STRIDE_BYTES for stride in strides):
         return _loop(x, weights, num_tokens_per_expert)
     ends = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
     out = _NATIVE(x.contiguous(), weights.contiguous().transpose(-2, -1), offs=ends)
-    if out.requires_grad:
-        out.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
-    return out
+    contiguous: Tensor = _ContiguousGradient.apply(out)  # type: ignore[no-untyped-call]
+    return contiguous
 
 
 def expert_ids(
@@ -97,6 +100,16 @@ def pack(x: Float[Tensor, "L C H"], rows: Int64[Tensor, "R"]) -> Float[Tensor, "
 def unpack(y: Float[Tensor, "R H"], rows: Int64[Tensor, "R"], *, shape: torch.Size) -> Float[Tensor, "L C H"]:
     """The reverse of `pack`, with zeros in the other rows, whose gradients may hold anything."""
     return y.new_zeros(shape[0] * shape[1], y.shape[-1]).index_copy(0, rows, y).view(shape[0], shape[1], -1)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 def _loop(x: Tensor, weights: Tensor, num_tokens_per_expert: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The layer against a mixture of experts written as loops over tokens: outputs and every gradient."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -99,16 +101,17 @@ def spec_of(**kwargs):
     return Spec(**kwargs)
 
 
-def run_layer(group, spec, table=None):
+def run_layer(group, spec, table=None, *, compiles=False):
     """Two passes over one buffer; the second's results."""
     with Buffer(group, spec, debug=True) as buffer:
         placement = None if table is None else Placement(table)
         layer = layer_of(rank=buffer.rank, num_ranks=buffer.topology.num_ranks, placement=placement)
         layer.buffer = buffer
+        run = torch.compile(layer, backend="aot_eager") if compiles else layer
         for _ in range(2):
             layer.zero_grad()
             x, slope = tokens_of(buffer.rank)
-            out = layer(x.requires_grad_())
+            out = run(x.requires_grad_())
             (out * slope).sum().backward()
             if placement is not None:
                 sum_replica_gradients(layer.experts.parameters(), placement, group)
@@ -140,6 +143,18 @@ def test_layer_is_the_loops(world, layout, reduce):
     check(got)
     unpicked = torch.cat([mine["w1"] for mine in got])[UNPICKED]
     assert (unpicked == 0).all()
+
+
+def run_compiled(group, spec):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # torch's own look, where a graph breaks
+        return run_layer(group, spec, compiles=True)
+
+
+@pytest.mark.worlds("processes-2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_compiled_layer_is_the_loops(world, layout):
+    check(world.run(run_compiled, spec_of(layout=layout)))
 
 
 @WORLDS
