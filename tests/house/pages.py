@@ -1,0 +1,116 @@
+"""A page of docs/ as a program: the kinds of blocks that it may have, and what they print.
+
+python: all of a page's blocks, one after the other, are one program, which runs in a process of its own.
+text: follows a python block, and is all that it printed; a python block without one prints nothing.
+console: commands, each behind "$ ", and below each what it printed; run in the repository's root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import linecache
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 200
+_FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+NOT_RUN = {
+    "pip install .": "it would change the environment that runs the tests, and wants the network",
+    "pip install '.[cli]'": "the same",
+    "docker run --shm-size=8g my-image": "there is no docker where the tests run, and no such image",
+}
+"""Commands that are shown and not run, with the reason."""
+
+
+class Block(NamedTuple):
+    """What is between two fences."""
+
+    kind: str
+    """The word behind the first fence."""
+    text: str
+    line: int
+    """Of the page, where the text begins."""
+
+
+class Shown(NamedTuple):
+    """Code or a command as a page shows it."""
+
+    code: str
+    line: int
+    said: str
+    """What it prints, according to the page."""
+
+
+def blocks_of(text: str) -> list[Block]:
+    """All blocks, of whatever kind."""
+    return [Block(kind=m[1], text=m[2], line=text.count("\n", 0, m.start(2)) + 1) for m in _FENCE.finditer(text)]
+
+
+def program_of(text: str) -> list[Shown]:
+    """The page's python blocks, each with what it prints."""
+    program: list[Shown] = []
+    before = ""
+    for block in blocks_of(text):
+        if block.kind == "python":
+            program.append(Shown(block.text, block.line, ""))
+        elif block.kind == "text" and before == "python":
+            program[-1] = program[-1]._replace(said=block.text)
+        before = block.kind
+    return program
+
+
+def commands_of(text: str) -> list[Shown]:
+    """The commands of a console block, each with what it prints."""
+    commands: list[Shown] = []
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if line.startswith("$ "):
+            commands.append(Shown(line[2:].strip(), number, ""))
+        elif commands:
+            commands[-1] = commands[-1]._replace(said=commands[-1].said + line)
+    return commands
+
+
+@functools.cache
+def printed_by(command: str) -> str:
+    """What a command of the shell prints to stdout; a page and an example's docstring may show the same one."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, f"$ {command}\nended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def printed_by_page(page: Path) -> list[str]:
+    """What each python block of a page prints, run in a fresh process."""
+    return json.loads(printed_by(f"python -m tests.house.pages {page}"))
+
+
+def _run(page: Path) -> list[str]:
+    names: dict[str, object] = {"__name__": "__main__"}
+    printed = []
+    for number, (code, line, _) in enumerate(program_of(page.read_text())):
+        where = f"{page.name}, block {number} of python"
+        linecache.cache[where] = (len(code), None, code.splitlines(keepends=True), where)
+        heard = io.StringIO()
+        with contextlib.redirect_stdout(heard):
+            try:
+                exec(compile(code, where, "exec"), names)
+            except Exception as error:
+                raise RuntimeError(f"{page}: the block that begins on line {line} has failed") from error
+        printed.append(heard.getvalue())
+    return printed
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_run(Path(sys.argv[1]))))

@@ -1,0 +1,55 @@
+"""What the pages of docs/ show is what happens."""
+
+import re
+
+import pytest
+
+from tests.house.pages import NOT_RUN, ROOT, blocks_of, commands_of, printed_by, printed_by_page, program_of
+
+NOT_PROGRAMS = {
+    "testing.md": "shows how to run the tests themselves, and rounds that take hours",
+    "performance.md": "shows figures of one machine",
+    "log.md": "tells of experiments that are over",
+}
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in NOT_PROGRAMS)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@pages
+def test_page_has_only_blocks_that_are_run(page):
+    text = page.read_text()
+    before = ""
+    num_fences = len(re.findall(r"^\s*```", text, re.MULTILINE))
+    assert num_fences == 2 * len(blocks_of(text)), f"{page.name}: a fence is indented, or not closed"
+    for kind, body, line in blocks_of(text):
+        where = f"{page.name}, line {line}"
+        assert kind in ("python", "text", "console"), f"{where}: a block of kind {kind!r} is not run by anything"
+        assert kind != "text" or before == "python", f"{where}: this output follows no python block"
+        assert kind != "console" or body.startswith("$ "), f"{where}: a console block begins with a command"
+        before = kind
+
+
+@pages
+def test_page_is_a_program_that_prints_what_the_page_shows(page):
+    program = program_of(page.read_text())
+    for shown, printed in zip(program, printed_by_page(page) if program else [], strict=True):
+        assert printed == shown.said, f"{page.name}, the block that begins on line {shown.line}"
+
+
+@pages
+def test_commands_of_a_page_print_what_the_page_shows(page):
+    for block in blocks_of(page.read_text()):
+        if block.kind == "console":
+            for command, _, said in commands_of(block.text):
+                assert (said if command in NOT_RUN else printed_by(command)) == said, f"{page.name}: {command}"
+
+
+@pytest.mark.parametrize("command", NOT_RUN)
+def test_commands_that_are_not_run_are_shown_somewhere(command):
+    assert any(f"$ {command}\n" in page.read_text() for page in PAGES)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,20 @@
+"""What an example's docstring says that it prints is what it prints."""
+
+import ast
+import textwrap
+
+import pytest
+
+from tests.house.pages import ROOT, commands_of, printed_by
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_example_prints_what_its_docstring_shows(example):
+    lines = ast.get_docstring(ast.parse(example.read_text())).splitlines(keepends=True)
+    commands = commands_of(textwrap.dedent("".join(line for line in lines if line.startswith("    "))))
+    assert commands, f"{example.name}: its docstring shows no command, indented and behind '$ '"
+    for command, _, said in commands:
+        assert command.endswith(f" examples/{example.name}")
+        assert printed_by(command) == said
