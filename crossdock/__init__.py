@@ -1,5 +1,6 @@
 """Crossdock: expert-parallel dispatch and combine for Mixture-of-Experts models."""
 
+from crossdock import autograd
 from crossdock.arena import Arena
 from crossdock.buffer import Buffer, Stats
 from crossdock.errors import (
@@ -14,7 +15,7 @@ from crossdock.errors import (
 )
 from crossdock.layout import Compact, Expanded, Layout, Padded
 from crossdock.pending import Pending
-from crossdock.plan import Hop, Plan, make_plan
+from crossdock.plan import Hop, Plan, local_counts, make_plan
 from crossdock.received import Received
 from crossdock.routing import (
     Routing,
@@ -62,8 +63,10 @@ __all__ = [
     "TransportError",
     "Wire",
     "__version__",
+    "autograd",
     "group_limited_topk",
     "hot_expert_load",
+    "local_counts",
     "make_plan",
     "record_load",
     "recorded_load",

@@ -16,7 +16,9 @@ from torch import Tensor
 from crossdock import ops
 from crossdock.buffer import Buffer
 from crossdock.calls import Rows
+from crossdock.errors import ConfigError
 from crossdock.layout import Expanded, Padded
+from crossdock.plan import Plan
 
 _ANCHOR = torch.zeros(0, requires_grad=True)
 """An input of every dispatch, so that its rows want gradients on all ranks: where a rank's own tokens do not, or it has
@@ -95,6 +97,8 @@ def dispatch(
     >>> run_local(program, num_ranks=2)
     [([[1.0, 1.0]], [[2.0, 2.0]]), ([[4.0, 4.0]], [[4.0, 4.0]])]
     """
+    if isinstance(routing, Plan):
+        raise ConfigError("routing is the plan of a plain dispatch; pass topk_idx, or recv.plan of autograd.dispatch")
     if isinstance(routing, SavedPlan):
         mode = routing.rows
         x_rows, row_weights, link = ops.send(x, weights, _ANCHOR, routing.tensors(), buffer.handle, mode, wide=False)
@@ -138,6 +142,8 @@ def combine(
     Raises:
         ConfigError, PeerFailed, PeerTimeout: as ``Buffer.combine``, also in the backward pass.
     """
+    if not isinstance(plan, SavedPlan):
+        raise ConfigError(f"plan is a {type(plan).__name__}; pass recv.plan of an autograd.dispatch")
     out: Tensor = ops.combine(y, weights, bias, plan.link, plan.tensors(), buffer.handle, plan.rows)
     return out
 

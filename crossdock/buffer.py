@@ -91,6 +91,8 @@ class Buffer:
         timeout_s: float = 100,
         debug: bool = False,
     ) -> None:
+        if isinstance(group, Spec):
+            raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
         members: Group = group if isinstance(group, Group) else ProcessGroup(group)
         number = agree(members, spec, timeout_s)
         self.group = group
@@ -369,12 +371,13 @@ class Buffer:
         self._queue.abandon(reason)
 
     def reset(self) -> None:
-        """Forgets what went wrong here, without a word to the peers; calls in flight are given up. Local."""
+        """Forgets failures and overflows that were not raised yet. Local; no word to the peers.
+
+        Calls in flight, if there are any, are given up, as ``abort`` does.
+        """
         self._check_open()
         self._calls.overflows.clear()
-        if self._queue.last_error is None:
-            self._queue.abandon("it was reset")
-        self._queue.last_error = None
+        self._queue.forget()
 
     def close(self) -> None:
         """Leaves: a peer that waits for this rank raises PeerFailed. Local; rows that were handed out stay readable."""

@@ -55,7 +55,7 @@ class PeerFailed(TransportError):
     """
 
     def __init__(self, rank: int, reason: str) -> None:
-        super().__init__(f"rank {rank} gave up this call: {reason}")
+        super().__init__(f"rank {rank} failed this call: {reason}")
         self.rank = rank
         self.reason = reason
 

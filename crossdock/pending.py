@@ -140,6 +140,12 @@ class CallQueue:
             self._fail(reason)
         self.last_error, self._untold = TransportError(f"this rank gave up: {reason}"), None
 
+    def forget(self) -> None:
+        """Forgets failures that nobody has seen; gives up what is in flight, if anything is."""
+        if self._unwaited:
+            self.abandon("it was reset")
+        self.last_error = self._untold = None
+
     def _fail(self, error: Exception | str) -> None:
         """Tells all peers that this rank gives up, and voids what is in flight here."""
         first = self._running[0].sequence if self._running else self._consent.next_sequence

@@ -6,6 +6,7 @@ Letters: T tokens, K top-k, H hidden, E experts, L local experts, P ranks, M max
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -102,10 +103,15 @@ class Spec:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_topk", "hidden", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; pass a positive number")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                raise ConfigError(f"{name}={value!r}; pass a positive integer")
+        self._check_kinds()
         if self.num_topk > self.num_experts:
-            raise ConfigError(f"num_topk={self.num_topk} picks of num_experts={self.num_experts}; picks are distinct")
+            raise ConfigError(
+                f"num_topk={self.num_topk} picks of num_experts={self.num_experts}; picks are distinct: pass at most "
+                f"{self.num_experts}"
+            )
         if self.max_tokens * self.num_topk > MAX_COUNT:
             raise ConfigError(
                 f"max_tokens * num_topk = {self.max_tokens * self.num_topk} rows of one rank; a count has 24 bits, "
@@ -176,6 +182,16 @@ class Spec:
             (f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
         ]
         return [f"{name}: {mine!r} != {theirs!r}" for name, mine, theirs in pairs if mine != theirs]
+
+    def _check_kinds(self) -> None:
+        kinds: list[tuple[str, object, type, str]] = [
+            ("wire", self.wire, Wire, "Bf16() or Fp8(block=128)"),
+            ("combine_wire", self.combine_wire or Bf16(), Wire, "Fp32(), or None"),
+            ("layout", self.layout, Layout, "Compact(), Expanded() or Padded()"),
+        ]
+        for name, value, kind, examples in kinds:
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name}={value!r} is no {kind.__name__}; pass one such as {examples}")
 
     def _segments(self, num_ranks: int) -> int:
         return self.num_local_experts(num_ranks) if isinstance(self.layout, Padded) else 1

@@ -73,8 +73,11 @@ def test_capacity_error_names_place_need_and_remedy():
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
-        ({"num_experts": 0}, "num_experts=0; pass a positive number"),
-        ({"hidden": -1}, "hidden=-1; pass a positive number"),
+        ({"num_experts": 0}, "num_experts=0; pass a positive integer"),
+        ({"num_experts": 8.0}, "num_experts=8.0; pass a positive integer"),
+        ({"wire": "fp8"}, "wire='fp8' is no Wire; pass one such as Bf16"),
+        ({"layout": Compact}, "layout=<class .*> is no Layout; pass one such as"),
+        ({"hidden": -1}, "hidden=-1; pass a positive integer"),
         ({"num_topk": 257}, "num_topk=257 picks of num_experts=256; picks are distinct"),
         ({"max_tokens": 2**21}, "max_tokens . num_topk = 16777216 rows of one rank; .* at most 16777215"),
         ({"reduce": "node"}, "reduce='node' is not a place to sum at; pass 'token' or 'rank'"),

@@ -4,7 +4,20 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from crossdock import Bf16, Buffer, CapacityError, Compact, Expanded, Fp8, Fp32, Padded, PeerFailed, PeerTimeout, Spec
+from crossdock import (
+    Bf16,
+    Buffer,
+    CapacityError,
+    Compact,
+    ConfigError,
+    Expanded,
+    Fp8,
+    Fp32,
+    Padded,
+    PeerFailed,
+    PeerTimeout,
+    Spec,
+)
 from crossdock import autograd as ag
 from tests.cases import same_bits
 from tests.world import meet
@@ -412,3 +425,21 @@ def test_touch_is_the_loss_and_gives_zeros():
     assert touched == 2
     assert loss.grad == 1
     assert out.grad.tolist() == [0, 0]
+
+
+def mix_plans(group, spec):
+    with Buffer(group, spec) as buffer:
+        x, topk_idx = torch.ones(2, H), torch.zeros(2, K, dtype=torch.int64) - 1
+        plain = buffer.dispatch(x, topk_idx)
+        with pytest.raises(ConfigError, match=r"pass recv\.plan of an autograd\.dispatch"):
+            ag.combine(buffer, plain.x, plain.plan)
+        with pytest.raises(ConfigError, match="routing is the plan of a plain dispatch"):
+            ag.dispatch(buffer, x, plain.plan)
+        with pytest.raises(ConfigError, match="plan is a SavedPlan"):
+            buffer.combine(plain.x, ag.dispatch(buffer, x, topk_idx).plan)
+    return True
+
+
+@pytest.mark.worlds("inproc-1")
+def test_plans_of_plain_verbs_are_not_those_of_differentiable_ones(world):
+    assert world.run(mix_plans, make_spec(Expanded())) == [True]

@@ -488,3 +488,16 @@ def test_a_rank_that_goes_on_does_not_change_the_counts_that_another_is_about_to
         recv = call.wait()
         want = [x_of(int(at) // T, 1)[int(at) % T] for at in recv.src_idx]
         assert torch.equal(recv.x, torch.stack(want))
+
+
+def reset_in_good_health(group):
+    with Buffer(group, SPEC, timeout_s=20) as buffer:
+        check_round(buffer)
+        if buffer.rank == 0:
+            buffer.reset()
+        check_round(buffer, 1)
+    return True
+
+
+def test_reset_of_a_buffer_in_good_health_changes_nothing(world):
+    assert all(world.run(reset_in_good_health))
