@@ -1,4 +1,4 @@
-"""The command line: ``crossdock bench``. Each command is a file that adds its parser, and runs."""
+"""The command line: ``crossdock demo``, ``crossdock bench``. Each is a package that adds its parser, and runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from crossdock.cli.bench import add_parser as add_bench
+from crossdock.cli.demo import add_parser as add_demo
 from crossdock.errors import ConfigError, CrossdockError
 from crossdock.version import __version__
 
-_COMMANDS = (add_bench,)
+_COMMANDS = (add_demo, add_bench)
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 

@@ -41,8 +41,8 @@ class Member:
     rank: int
     num_ranks: int
     line: StartingLine
-    tell: Callable[[int, int], None]
-    """``tell(done, total)`` shows progress; only rank 0's is shown."""
+    tell: Callable[..., None]
+    """``tell(...)`` calls the world's ``on_progress`` with the same arguments; only rank 0's comes through."""
 
 
 class RankDied(CrossdockError, RuntimeError):
@@ -54,7 +54,7 @@ def run_world(
     job: Job,
     *,
     num_ranks: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: Callable[..., None],
 ) -> list[Result]:
     """Runs ``program(member, job)`` in ``num_ranks`` new processes; gives the results by rank.
 
@@ -92,9 +92,7 @@ def run_world(
             process.join()
 
 
-def _collect(
-    receivers: list[Connection], processes: list[BaseProcess], on_progress: Callable[[int, int], None]
-) -> list[Any]:
+def _collect(receivers: list[Connection], processes: list[BaseProcess], on_progress: Callable[..., None]) -> list[Any]:
     """All ranks' results, or the error that tells most."""
     results: dict[int, Any] = {}
     errors: list[CrossdockError] = []
@@ -169,9 +167,9 @@ def _serve(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, num_cores() // num_ranks))
 
-    def tell(done: int, total: int) -> None:
+    def tell(*progress: object) -> None:
         if rank == 0:
-            sender.send(("progress", (done, total)))
+            sender.send(("progress", progress))
 
     try:
         store = TCPStore(_HOST, port, is_master=False)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from crossdock import record_load, uniform_load
-from crossdock.cli import bench, exchange, main
-from crossdock.cli.measure import measure
+from crossdock.cli import bench, main
+from crossdock.cli.bench import exchange
+from crossdock.cli.bench.measure import measure
 
 pytest.importorskip("rich")
 

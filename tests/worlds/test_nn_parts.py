@@ -63,7 +63,7 @@ def bring_too_many(group, spec):
 def test_more_tokens_than_the_spec_has(world):
     first, second = world.run(bring_too_many, spec_of())
     assert first.startswith("x has 10 tokens, more than max_tokens=9; split the batch")
-    assert second.startswith("rank 0 gave up this call")
+    assert second.startswith("rank 0 failed this call")
 
 
 def count(group, spec):

@@ -193,7 +193,7 @@ def abort_near_the_end(group, case, first):
 def test_epochs_come_round(world):
     case = cases_of(world, Expanded(), 2)[1]
     got = world.run(abort_near_the_end, case, 2**40 - 2)
-    assert [text for text, _, _ in got] == [None] + ["rank 0 gave up this call: on purpose"] * (world.num_ranks - 1)
+    assert [text for text, _, _ in got] == [None] + ["rank 0 failed this call: on purpose"] * (world.num_ranks - 1)
     (sequence,) = {sequence for _, _, sequence in got}
     assert sequence % 2**32 == 1
     check_received(case, [rows for _, rows, _ in got])

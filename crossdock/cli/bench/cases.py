@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crossdock.buffer import Buffer
-from crossdock.cli.exchange import Arrived, GlooExchange
+from crossdock.cli.bench.exchange import Arrived, GlooExchange
 from crossdock.layout import Padded
 from crossdock.received import Received
 from crossdock.spec import Spec

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from crossdock.cli.figures import Figure
+from crossdock.cli.bench.figures import Figure
 
 _WIDTH = 100
 """Columns where the output is no terminal."""

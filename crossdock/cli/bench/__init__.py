@@ -13,9 +13,9 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from crossdock.cli.figures import Figure, copy_bandwidth, figures
+from crossdock.cli.bench.figures import Figure, copy_bandwidth, figures
+from crossdock.cli.bench.measure import WARM_UPS, Job, measure
 from crossdock.cli.machine import Machine, this_machine
-from crossdock.cli.measure import WARM_UPS, Job, measure
 from crossdock.cli.world import run_world
 from crossdock.errors import BackendUnavailable, ConfigError
 from crossdock.layout import Compact, Expanded, Layout, Padded
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if importlib.util.find_spec("rich") is None:
         raise BackendUnavailable("the command line needs rich, which is not installed; pip install 'crossdock[cli]'")
-    from crossdock.cli import report  # noqa: PLC0415 - it imports rich, which is an extra
+    from crossdock.cli.bench import report  # noqa: PLC0415 - it imports rich, which is an extra
 
     config = Config(**{name: getattr(args, name) for name in Config.__dataclass_fields__})
     job = make_job(config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crossdock.cli.measure import RankSamples, Sample
+from crossdock.cli.bench.measure import RankSamples, Sample
 
 
 @dataclass(frozen=True, kw_only=True)

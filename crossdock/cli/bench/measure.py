@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from crossdock.cli.cases import Case, bits, open_cases
+from crossdock.cli.bench.cases import Case, bits, open_cases
 from crossdock.cli.line import StartingLine
 from crossdock.cli.world import Member
 from crossdock.errors import CrossdockError

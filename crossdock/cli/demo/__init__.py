@@ -1,0 +1,190 @@
+"""``crossdock demo``: trains a small Mixture-of-Experts model among processes of this host, and shows what happened."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from crossdock.cli.demo.generate import prompts_of
+from crossdock.cli.demo.model import Shape
+from crossdock.cli.demo.outcome import Outcome, Sample
+from crossdock.cli.demo.parameters import whole
+from crossdock.cli.demo.rank import Job, run_rank
+from crossdock.cli.demo.replay import compare_losses, compare_written, replay
+from crossdock.cli.demo.text import Text, as_text, standard_library
+from crossdock.cli.demo.trace import chrome_trace
+from crossdock.cli.demo.train import Recipe
+from crossdock.cli.machine import this_machine
+from crossdock.cli.world import run_world
+from crossdock.errors import BackendUnavailable, ConfigError
+
+_EXPERTS = Shape().num_experts
+_GROUPS_PER_TOKEN = 2
+_REPLAYED = 10
+"""Steps that one process repeats."""
+_SEEDS = 2**31
+_SEQUENCES = 8
+"""Sequences that each rank writes."""
+_OPENINGS = (b"def main(argv):\n    ", b"class Reader:\n    def ", b"    raise ValueError(")
+_PROMPT_BYTES = 16
+_WRITTEN_BYTES = 96
+"""Up to there each sequence is completed."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``demo`` to the commands."""
+    parser = commands.add_parser(
+        "demo",
+        help="train a small Mixture-of-Experts model on this machine, and see what happened",
+        description="Trains a small byte-level language model on the source of Python's standard library, its experts "
+        "spread over processes of this host; repeats the first steps in one process and compares; writes some text; "
+        "and leaves a page with the loss, the experts' load, the traffic and where the time went.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--ranks", type=int, default=4, help="processes to start, a divisor of the experts")
+    parser.add_argument("--steps", type=int, default=220, help="training steps")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
+    parser.add_argument("--out", type=Path, default=Path("crossdock-demo"), metavar="FOLDER", help="for the files")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains, compares, writes the files, and prints what came of it.
+
+    Raises:
+        ConfigError: an argument is not allowed, or this Python came without its source.
+        BackendUnavailable: rich, plotly or jinja2 is not installed.
+        CrossdockError: a rank failed, or it came to another result than one process.
+    """
+    _check_extras()
+    from crossdock.cli.demo import page, screen  # noqa: PLC0415 - they import rich, plotly and jinja2, which are extras
+
+    shape, recipe = make_shape(args.ranks), make_recipe(args.steps, args.seed)
+    text = standard_library()
+    job = make_job(text, shape, recipe, num_ranks=args.ranks)
+    report, trace = (open_for_writing(args.out, name) for name in ("report.html", "trace.json"))
+    with screen.training_bar(args.steps) as show:
+        runs = run_world(run_rank, job, num_ranks=args.ranks, on_progress=show)
+    with screen.busy("repeating the first steps in one process"):
+        compared = compare_losses(runs[0].losses, replay(job, min(args.steps, _REPLAYED)))
+    with screen.busy("writing the same text in one process"):
+        values = whole([{name: torch.from_numpy(value) for name, value in rank.values.items()} for rank in runs])
+        written = torch.from_numpy(np.concatenate([rank.written for rank in runs]))
+        num_written = compare_written(job, values, written)
+    outcome = Outcome(
+        num_ranks=args.ranks,
+        shape=shape,
+        recipe=recipe,
+        machine=this_machine(),
+        num_files=text.num_files,
+        text_bytes=len(text.train),
+        num_parameters=sum(value.numel() for value in values.values()),
+        losses=runs[0].losses,
+        held_out_loss=runs[0].held_out_loss,
+        compared=compared,
+        spans=[rank.spans for rank in runs],
+        counts=runs[0].counts,
+        samples=samples(written.tolist()),
+        num_written=num_written,
+        num_sequences=len(written),
+        written_per_s=num_written / max(rank.generate_s for rank in runs),
+    )
+    report.write_text(page.render(outcome), encoding="utf-8")
+    trace.write_text(chrome_trace(outcome.spans, args.steps), encoding="utf-8")
+    screen.print_outcome(outcome, [("report", report), ("trace", trace)])
+
+
+def make_shape(num_ranks: int) -> Shape:
+    """The model, whose experts form a group for each rank.
+
+    Raises:
+        ConfigError: ranks would hold different numbers of experts.
+    """
+    if num_ranks < 1 or _EXPERTS % num_ranks:
+        allowed = [str(n) for n in range(1, _EXPERTS + 1) if _EXPERTS % n == 0]
+        raise ConfigError(
+            f"ranks={num_ranks} does not divide the {_EXPERTS} experts of a block; pass {', '.join(allowed[:-1])} or "
+            f"{allowed[-1]}"
+        )
+    return Shape(num_groups=num_ranks, num_topk_groups=groups_per_token(num_ranks))
+
+
+def make_recipe(steps: int, seed: int) -> Recipe:
+    """How it is trained.
+
+    Raises:
+        ConfigError: an argument is not allowed.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps={steps}; pass a positive number")
+    if not 0 <= seed < _SEEDS:
+        raise ConfigError(f"seed={seed} is not within 0..{_SEEDS - 1}; pass one that is")
+    return Recipe(steps=steps, seed=seed)
+
+
+def make_job(text: Text, shape: Shape, recipe: Recipe, *, num_ranks: int) -> Job:
+    """What the ranks are told."""
+    prompts = prompts_of(openings(text, num_ranks * _SEQUENCES), _WRITTEN_BYTES)
+    return Job(
+        shape=shape,
+        recipe=recipe,
+        train_text=text.train.numpy(),
+        held_out_text=text.held_out.numpy(),
+        prompts=prompts.numpy(),
+    )
+
+
+def groups_per_token(num_ranks: int) -> int:
+    """How many groups a token may visit: two, or as many as it takes to have enough experts.
+
+    >>> [groups_per_token(num_ranks) for num_ranks in (1, 4, 32)]
+    [1, 2, 4]
+    """
+    needed = -(-Shape().num_topk * num_ranks // _EXPERTS)
+    return min(num_ranks, max(_GROUPS_PER_TOKEN, needed))
+
+
+def openings(text: Text, num: int) -> list[bytes]:
+    """Prompts: some that a person would write, then pieces of held-out text, from all over it."""
+    num_pieces = num - len(_OPENINGS)
+    starts = torch.linspace(0, len(text.held_out) - _PROMPT_BYTES, num_pieces).long().tolist()
+    return [*_OPENINGS, *(bytes(text.held_out[start : start + _PROMPT_BYTES].tolist()) for start in starts)]
+
+
+def samples(written: Sequence[Sequence[int]]) -> list[Sample]:
+    """The sequences that have a prompt of ours, as text."""
+    lengths = [len(prompt) for prompt in _OPENINGS]
+    return [
+        Sample(prompt=as_text(row[:length]), continuation=as_text(row[length:]))
+        for row, length in zip(written, lengths, strict=False)
+    ]
+
+
+def open_for_writing(folder: Path, name: str) -> Path:
+    """The path of a file that can be written; its folder is made.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    path = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ConfigError(
+            f"out={folder}: {error.filename} cannot be written ({error.strerror}); pass --out with a folder that can"
+        ) from error
+    return path
+
+
+def _check_extras() -> None:
+    missing = [name for name in ("rich", "plotly", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendUnavailable(
+            f"the demo needs {' and '.join(missing)}, not installed here; pip install 'crossdock[cli]'"
+        )

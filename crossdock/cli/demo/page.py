@@ -1,0 +1,121 @@
+"""The report: one HTML file that needs no network. Needs plotly and jinja2 (``crossdock[cli]``)."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import jinja2
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from crossdock.cli.demo.charts import PARTS, load_chart, loss_chart, time_chart, traffic_chart
+from crossdock.cli.demo.outcome import Outcome, spent
+from crossdock.cli.demo.replay import TOLERANCE
+from crossdock.version import __version__
+
+
+class Card(NamedTuple):
+    """A key figure."""
+
+    figure: str
+    what: str
+
+
+class Chart(NamedTuple):
+    """A figure with what it shows; ``json`` is what plotly.js draws."""
+
+    name: str
+    title: str
+    text: str
+    json: str
+
+
+class Part(NamedTuple):
+    """A kind of work, and how much of all ranks' time it took."""
+
+    name: str
+    colour: str
+    share: str
+
+
+def render(outcome: Outcome) -> str:
+    """The page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("crossdock.cli.demo", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
+        outcome=outcome,
+        cards=_cards(outcome),
+        charts=_charts(outcome),
+        parts=_parts(outcome),
+        tolerance=TOLERANCE,
+        plotly=get_plotlyjs(),
+        version=__version__,
+    )
+
+
+def _cards(outcome: Outcome) -> list[Card]:
+    return [
+        Card(f"{outcome.losses[0]:.2f} → {outcome.last_loss:.2f}", "loss, nats per byte"),
+        Card(f"{outcome.bits_per_byte:.2f}", "bits per byte of held-out text"),
+        Card(f"{outcome.tokens_per_s:,.0f}", "tokens per second"),
+        Card(f"{outcome.moving_share:.0%}", "of the time in dispatch and combine, waiting included"),
+        Card(f"{outcome.largest_difference:.0e}", "largest relative difference from one process"),
+        Card(f"{outcome.num_written:,}", "bytes generated, all as in one process"),
+    ]
+
+
+def _parts(outcome: Outcome) -> list[Part]:
+    times = [spent(spans) for spans in outcome.spans]
+    all_s = sum(sum(time.values()) for time in times)
+    return [Part(name, colour, f"{sum(time[name] for time in times) / all_s:.0%}") for name, colour in PARTS.items()]
+
+
+def _charts(outcome: Outcome) -> list[Chart]:
+    num_ranks, cores = outcome.num_ranks, outcome.machine.cores
+    shared = (
+        f" {num_ranks} ranks share {cores} {'core' if cores == 1 else 'cores'} here: while one waits, another computes."
+        if num_ranks > cores
+        else ""
+    )
+    num_compared = len(outcome.compared)
+    return [
+        Chart(
+            "loss",
+            "Loss",
+            "How surprised the model is by the next byte of Python source. The circles are the first "
+            f"{num_compared} steps, repeated in one process without the library.",
+            _json(loss_chart(outcome)),
+        ),
+        Chart(
+            "load",
+            "Expert load",
+            "How many tokens each expert got, a row per expert. White is a fair share; each gate's bias pulls its "
+            "experts towards it.",
+            _json(load_chart(outcome)),
+        ),
+        Chart(
+            "traffic",
+            "Traffic",
+            "MB of rows that the ranks dispatched to each other in a step's forward pass, on average. The diagonal "
+            "stays on its rank.",
+            _json(traffic_chart(outcome)),
+        ),
+        Chart(
+            "time",
+            "Where the time went",
+            f"Seconds of training on each rank; dispatch and combine without the time they waited for peers.{shared}",
+            _json(time_chart(outcome)),
+        ),
+    ]
+
+
+def _json(figure: go.Figure) -> str:
+    """The figure without plotly's default template, safe inside a script element."""
+    figure.update_layout(template="none")
+    return json.dumps(json.loads(figure.to_json())).replace("<", "\\u003c")

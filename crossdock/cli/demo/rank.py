@@ -1,0 +1,167 @@
+"""What each rank of the demo does: train a model whose experts are spread over the ranks, then write text with it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock.buffer import Buffer
+from crossdock.cli.demo.generate import MicroBatch, draw_noise, generate
+from crossdock.cli.demo.model import Shape, Transformer
+from crossdock.cli.demo.parameters import initial_values, share
+from crossdock.cli.demo.train import Ranks, Recipe, held_out_loss, train
+from crossdock.cli.demo.watch import Span, Watch, WatchedBuffer
+from crossdock.cli.world import Member
+from crossdock.layout import Expanded, Padded
+from crossdock.nn import ExpertParallel, Gate, GroupedExperts
+from crossdock.spec import Spec
+from crossdock.wire import Fp32
+
+MICRO_BATCHES = 2
+_RECENT = 10
+"""Steps that the progress line speaks of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every rank is told."""
+
+    shape: Shape
+    recipe: Recipe
+    train_text: npt.NDArray[np.uint8]
+    held_out_text: npt.NDArray[np.uint8]
+    prompts: npt.NDArray[np.int64]
+    """[sequences of all ranks, N], -1 where a byte is to be written."""
+
+    def noise(self) -> Tensor:
+        """What the bytes are drawn with, [sequences of all ranks, N, 256]."""
+        num_sequences, length = self.prompts.shape
+        return draw_noise(num_sequences, length, self.recipe.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRun:
+    """What one rank has to show."""
+
+    losses: list[float]
+    """Of each step, over all ranks' tokens."""
+    held_out_loss: float
+    spans: list[Span]
+    counts: npt.NDArray[np.int32]
+    """[steps, layers, P, E]: rows that each rank sent to each expert. The same on all ranks."""
+    values: dict[str, npt.NDArray[np.float32]]
+    """This rank's share of the trained parameters."""
+    written: npt.NDArray[np.int64]
+    """[sequences of this rank, N]: its prompts, completed."""
+    generate_s: float
+
+
+def run_rank(member: Member, job: Job) -> RankRun:
+    """Trains and writes. Collective."""
+    shape, watch = job.shape, Watch()
+    at_once = -(-job.recipe.num_sequences // member.num_ranks)
+    ranks = Ranks(member.rank, member.num_ranks, dist.all_reduce)
+    losses, counts = [], []
+    with WatchedBuffer(None, training_spec(shape, at_once * shape.context), watch) as buffer:
+        model = expert_parallel_model(shape, buffer)
+        gates = [module for module in model.modules() if isinstance(module, Gate)]
+        model.load_state_dict(share(initial_values(shape, job.recipe.seed), member.rank, member.num_ranks))
+
+        def balance(rate: float) -> None:
+            counts.append(torch.stack(buffer.take_counts()))  # [layers, P, E], no exchange: every plan has all counts
+            for gate, of_layer in zip(gates, counts[-1], strict=True):
+                gate.balance(of_layer.sum(0), rate)
+
+        progress = Progress(watch, num_tokens=job.recipe.num_sequences * shape.context)
+        for loss in train(
+            model, torch.from_numpy(job.train_text), job.recipe, ranks=ranks, watch=watch, balance=balance
+        ):
+            losses.append(loss)
+            member.tell(len(losses), loss, *progress.look())
+        spans = list(watch.spans)
+        held_out = held_out_loss(model, torch.from_numpy(job.held_out_text), ranks=ranks, at_once=at_once)
+    prompts = torch.from_numpy(job.prompts)
+    parts = (whole.chunk(member.num_ranks)[member.rank].chunk(MICRO_BATCHES) for whole in (prompts, job.noise()))
+    batches = [MicroBatch(model, *part) for part in zip(*parts, strict=True)]
+    with Buffer(None, decoding_spec(shape, len(batches[0].tokens))) as buffer:
+        began = time.perf_counter()
+        generate(model, buffer, batches)
+        generate_s = time.perf_counter() - began
+    return RankRun(
+        losses=losses,
+        held_out_loss=held_out,
+        spans=spans,
+        counts=torch.stack(counts).to(torch.int32).numpy(),
+        values={name: value.numpy() for name, value in model.state_dict().items()},
+        written=torch.cat([batch.tokens for batch in batches]).numpy(),
+        generate_s=generate_s,
+    )
+
+
+def expert_parallel_model(shape: Shape, buffer: Buffer) -> Transformer:
+    """The model, whose blocks hold this rank's experts; all of them use one buffer."""
+    num_local = buffer.spec.num_local_experts(buffer.topology.num_ranks)
+
+    def make_moe() -> ExpertParallel:
+        gate = Gate(
+            shape.hidden,
+            shape.num_experts,
+            shape.num_topk,
+            num_groups=shape.num_groups,
+            num_topk_groups=shape.num_topk_groups,
+            score="sigmoid",
+        )
+        return ExpertParallel(gate, GroupedExperts(num_local, shape.hidden, shape.intermediate), buffer)
+
+    return Transformer(shape, make_moe)
+
+
+def training_spec(shape: Shape, max_tokens: int) -> Spec:
+    """For training: a row for each pick, expert-major; a rank sums its rows of a token, and one comes back."""
+    return Spec(
+        num_experts=shape.num_experts,
+        num_topk=shape.num_topk,
+        hidden=shape.hidden,
+        max_tokens=max_tokens,
+        wire=Fp32(),
+        layout=Expanded(),
+        reduce="rank",
+    )
+
+
+def decoding_spec(shape: Shape, max_tokens: int) -> Spec:
+    """For a few tokens at a time: fixed blocks of rows, and a receive slot for each micro-batch."""
+    return Spec(
+        num_experts=shape.num_experts,
+        num_topk=shape.num_topk,
+        hidden=shape.hidden,
+        max_tokens=max_tokens,
+        wire=Fp32(),
+        layout=Padded(),
+        num_slots=MICRO_BATCHES,
+    )
+
+
+class Progress:
+    """How fast training goes, and how much of it is communication, over the last steps."""
+
+    def __init__(self, watch: Watch, *, num_tokens: int) -> None:
+        self._watch = watch
+        self._num_tokens = num_tokens
+        self._num_seen = 0
+        self._steps: deque[tuple[float, float]] = deque(maxlen=_RECENT)
+
+    def look(self) -> tuple[float, float]:
+        """Tokens per second, and the share of time in dispatch and combine; to be called after each step."""
+        new, self._num_seen = self._watch.spans[self._num_seen :], len(self._watch.spans)
+        moving_s = sum(span.end - span.start for span in new if span.name in ("dispatch", "combine"))
+        self._steps.append((sum(span.end - span.start for span in new if span.name == "step"), moving_s))
+        step_s, moving_s = (sum(part) for part in zip(*self._steps, strict=True))
+        return self._num_tokens * len(self._steps) / step_s, moving_s / step_s

@@ -1,0 +1,80 @@
+"""What a rank was doing when: named spans of time, and which rows went where."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from crossdock.buffer import Buffer
+from crossdock.plan import Plan
+from crossdock.received import Received
+from crossdock.spec import Spec
+from crossdock.wire import Quantized
+
+
+class Span(NamedTuple):
+    """Something one rank did. Seconds of ``time.perf_counter()``, which is one clock for all processes of a host."""
+
+    name: str
+    step: int
+    start: float
+    end: float
+    waited_s: float
+    """How much of it was waiting for peers."""
+
+
+class Watch:
+    """Collects the spans of one rank; a span may lie within another."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.step = 0
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """What runs in the block, under that name."""
+        start = time.perf_counter()
+        yield
+        self.add(name, start)
+
+    def add(self, name: str, start: float, waited_s: float = 0.0) -> None:
+        """What began at ``start`` and has just ended."""
+        self.spans.append(Span(name, self.step, start, time.perf_counter(), waited_s))
+
+
+class WatchedBuffer(Buffer):
+    """A buffer whose calls are spans of a watch, and which notes how many rows each new plan sends where."""
+
+    def __init__(self, group: dist.ProcessGroup | None, spec: Spec, watch: Watch) -> None:
+        super().__init__(group, spec)
+        self._watch = watch
+        self._noted: list[Tensor] = []
+
+    def dispatch(self, x: Tensor | Quantized, routing: Tensor | Plan, **options: Any) -> Received:
+        with self._watched("dispatch"):
+            recv = super().dispatch(x, routing, **options)
+        if not isinstance(routing, Plan):
+            self._noted.append(recv.plan.hops[0].counts)
+        return recv
+
+    def combine(self, *args: Any, **options: Any) -> Any:
+        with self._watched("combine"):
+            return super().combine(*args, **options)
+
+    def take_counts(self) -> list[Tensor]:
+        """int64 [P, E] of each new plan since the last call: rows from each rank for each expert, the same on all."""
+        noted, self._noted = self._noted, []
+        return noted
+
+    @contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        before, start = self.stats.wait_s, time.perf_counter()
+        yield
+        # A rank may wait for several peers at once, so their waits must not be added up; the longest is all but a
+        # little of it, because one peer is the last.
+        self._watch.add(name, start, float((self.stats.wait_s - before).max()))

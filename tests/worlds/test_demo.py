@@ -1,0 +1,145 @@
+"""The demo command, run for real with few steps: what it prints, what it writes, what it refuses. Nothing is timed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from crossdock.cli import demo, main
+
+pytest.importorskip("rich")
+pytest.importorskip("plotly")
+pytest.importorskip("jinja2")
+
+RANKS, STEPS = 2, 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo") / "made" / "by the demo"
+
+
+@pytest.fixture(scope="module")
+def ran(folder):
+    command = [sys.executable, "-m", "crossdock", "demo", f"--ranks={RANKS}", f"--steps={STEPS}", f"--out={folder}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+
+def test_says_what_it_did(ran, folder):
+    assert ran.returncode == 0, ran.stderr
+    assert "2 processes, 3 layers of 32 experts, top-4 from 2 of 2 groups" in ran.stdout
+    assert "generated sequences are those of the one process" in ran.stdout
+    assert "def main(" in ran.stdout
+    for name in ("report.html", "trace.json"):
+        assert str(folder / name) in ran.stdout
+
+
+def test_compares_every_step_that_it_made(ran):
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.e+-]+) *$", ran.stdout, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 2, 3]
+    for _, ours, plain, difference in rows:
+        assert float(ours) == pytest.approx(float(plain), rel=1e-5)
+        assert float(difference) <= 1e-5
+
+
+def test_shows_progress_and_no_noise(ran):
+    lines = ran.stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"step {step} of {STEPS}" for step in (1, 2, 3)]
+    assert all("tokens/s" in line and "% in dispatch and combine" in line for line in lines)
+
+
+@pytest.mark.usefixtures("ran")
+def test_the_page_stands_alone(folder):
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    own = re.sub(r"<script>/\*.*?</script>", "", page, flags=re.DOTALL)  # without plotly itself
+    assert len(own) < len(page) / 4
+    for name in ("loss", "load", "traffic", "time"):
+        assert f'<div class="chart" id="{name}"></div>' in own
+        assert f'Plotly.newPlot("{name}"' in own
+    assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", own)
+    assert not re.search(r"@import|url\(|<link(?! rel=\"icon\" href=\"data:)", own)
+    assert 'name="viewport"' in own
+
+
+@pytest.mark.usefixtures("ran")
+def test_the_trace_shows_all_ranks_and_its_spans_nest(folder):
+    trace = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
+    events = trace["traceEvents"]
+    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"rank 0", "rank 1"}
+    for rank in range(RANKS):
+        spans = [event for event in events if event["ph"] == "X" and event["pid"] == rank]
+        names = [span["name"] for span in spans]
+        assert [names.count(name) for name in ("step", "forward", "backward", "all-reduce", "optimizer")] == [STEPS] * 5
+        assert names.count("dispatch") == names.count("combine") == STEPS * 3 * 2  # each layer, forward and backward
+        open_until = []
+        for span in spans:
+            start, end = span["ts"], span["ts"] + span["dur"]
+            while open_until and open_until[-1] <= start:
+                open_until.pop()
+            assert not open_until or end <= open_until[-1] + 0.01
+            open_until.append(end)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks=3"], "ranks=3 does not divide the 32 experts of a block; pass 1, 2, 4, 8, 16 or 32"),
+        (["--ranks=0"], "ranks=0 does not divide"),
+        (["--steps=0"], "steps=0; pass a positive number"),
+        (["--seed=-1"], "seed=-1 is not within"),
+    ],
+)
+def test_says_which_argument_is_not_allowed(tmp_path, capsys, arguments, message):
+    assert main(["demo", f"--out={tmp_path / 'out'}", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("crossdock demo: error: ")
+    assert message in err
+    assert not out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_anything_starts(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(demo, "run_world", None)
+    assert main(["demo", f"--out={tmp_path / 'file' / 'folder'}"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_names_the_extra_that_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "plotly" else name)
+    monkeypatch.setattr(demo, "run_world", None)
+    assert main(["demo"]) == 1
+    assert "the demo needs plotly, not installed here; pip install 'crossdock[cli]'" in capsys.readouterr().err
+
+
+def die(member, _job):
+    if member.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_a_rank_that_dies_ends_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "run_rank", die)
+    assert main(["demo", "--ranks=2", f"--out={tmp_path}"]) == 1
+    assert "the process of rank 1 was killed by SIGKILL" in capsys.readouterr().err
+
+
+def interrupt_the_command(member, _job):
+    if member.rank == 0:
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+
+
+def test_ctrl_c_ends_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "run_rank", interrupt_the_command)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        assert main(["demo", "--ranks=2", f"--out={tmp_path}"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "interrupted" in capsys.readouterr().err
