@@ -37,6 +37,7 @@ from crossdock.transport.base import Group, ProcessGroup, Transport
 from crossdock.wire import Quantized
 
 Result = TypeVar("Result")
+Self = TypeVar("Self", bound="Buffer")
 
 _handles = itertools.count(1)
 _by_handle: WeakValueDictionary[str, Buffer] = WeakValueDictionary()
@@ -386,7 +387,7 @@ class Buffer:
             self._consent.leave()
             self._transport.close()
 
-    def __enter__(self) -> Buffer:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(

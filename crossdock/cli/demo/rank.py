@@ -90,9 +90,9 @@ def run_rank(member: Member, job: Job) -> RankRun:
     prompts = torch.from_numpy(job.prompts)
     parts = (whole.chunk(member.num_ranks)[member.rank].chunk(MICRO_BATCHES) for whole in (prompts, job.noise()))
     batches = [MicroBatch(model, *part) for part in zip(*parts, strict=True)]
-    with Buffer(None, decoding_spec(shape, len(batches[0].tokens))) as buffer:
+    with Buffer(None, decoding_spec(shape, len(batches[0].tokens))) as decoding:
         began = time.perf_counter()
-        generate(model, buffer, batches)
+        generate(model, decoding, batches)
         generate_s = time.perf_counter() - began
     return RankRun(
         losses=losses,
