@@ -39,8 +39,8 @@ class SavedPlan(NamedTuple):
     local_idx: Tensor
     """Compact: int32 [R, K], local experts of each row, -1 for picks of other ranks; else [0, K]."""
     link: Tensor
-    """Empty, and differentiable: through it the backward of a combine is followed by that of its dispatch, also where
-    the outputs do not depend on the rows."""
+    """Empty, and differentiable: through it the backward of a combine is followed by that of its dispatch where the
+    outputs want no gradient, as those of a rank without rows may."""
     rows: Rows
     """Whether rows are as many as came, or as the slot has room for."""
 
@@ -144,7 +144,8 @@ def combine(
     """
     if not isinstance(plan, SavedPlan):
         raise ConfigError(f"plan is a {type(plan).__name__}; pass recv.plan of an autograd.dispatch")
-    out: Tensor = ops.combine(y, weights, bias, plan.link, plan.tensors(), buffer.handle, plan.rows)
+    link = None if y.requires_grad else plan.link  # else a plan would tie the graphs of all steps that use it
+    out: Tensor = ops.combine(y, weights, bias, link, plan.tensors(), buffer.handle, plan.rows)
     return out
 
 

@@ -229,10 +229,11 @@ def _send_backward(ctx: Any, grad_rows: Tensor, grad_row_weights: Tensor, *_: An
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, weights, bias, _, plan, buffer, rows = inputs
+    y, weights, bias, link, plan, buffer, rows = inputs
     _keep_plan(ctx, plan, buffer, rows, weights, None if weights is None else y)
     ctx.dtype = y.dtype
     ctx.bias = None if bias is None else (bias.dtype, bias.dim())
+    ctx.has_link = link is not None
 
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -258,7 +259,8 @@ def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.bias is not None:
         dtype, num_dims = ctx.bias
         grad_bias = (grad if num_dims == 2 else grad.sum(dim=0)).to(dtype)
-    return grad_y.to(ctx.dtype), grad_weights, grad_bias, grad.new_zeros(0), [None] * 5, None, None
+    grad_link = torch.empty(0) if ctx.has_link else None
+    return grad_y.to(ctx.dtype), grad_weights, grad_bias, grad_link, [None] * 5, None, None
 
 
 dispatch.register_autograd(_dispatch_backward, setup_context=_setup_dispatch)

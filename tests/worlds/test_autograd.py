@@ -443,3 +443,26 @@ def mix_plans(group, spec):
 @pytest.mark.worlds("inproc-1")
 def test_plans_of_plain_verbs_are_not_those_of_differentiable_ones(world):
     assert world.run(mix_plans, make_spec(Expanded())) == [True]
+
+
+def train_on_one_plan(group, spec):
+    """Steps whose rows travel along the plan of the first; each gives the same gradient."""
+    with Buffer(group, spec, timeout_s=20) as buffer:
+        x, topk_idx, weights, direction = make_inputs(buffer.rank)
+        plan, grads = None, []
+        for _ in range(3):
+            recv = ag.dispatch(buffer, x, topk_idx if plan is None else plan)
+            plan = plan or recv.plan
+            out = ag.combine(buffer, torch.tanh(recv.x), plan, weights=weights)
+            (out * direction).sum().backward()
+            grads.append(x.grad)
+            x.grad = None
+    return grads
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+@layouts
+def test_one_plan_serves_many_steps(world, layout):
+    for first, *others in world.run(train_on_one_plan, make_spec(layout)):
+        assert first.abs().sum() > 0
+        assert all(same_bits(first, other) for other in others)
