@@ -115,7 +115,7 @@ class _ContiguousGradient(torch.autograd.Function):
 def _loop(x: Tensor, weights: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     counts = num_tokens_per_expert.tolist()
     segments = torch.split(x, [*counts, x.shape[0] - sum(counts)])
-    products = [rows @ weight.T for rows, weight in zip(segments, weights.unbind(), strict=False)]
+    products = [segments[e] @ weights[e].T for e in range(weights.shape[0])]
     return torch.cat([*products, x.new_zeros(segments[-1].shape[0], weights.shape[1])])
 
 

@@ -341,6 +341,7 @@ def train_compiled(group, spec):
                 return ag.combine(buffer, y, recv.plan, weights=recv.weights)
             return ag.combine(buffer, y, recv.plan, weights=weights)
 
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True  # the default of newer versions
         results = []
         for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
             tensors = []
