@@ -33,17 +33,18 @@ def training_bar(num_steps: int) -> Iterator[Show]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         task = progress.add_task("starting the ranks", total=None, figures="")
 
         def show(step: int, loss: float, tokens_per_s: float, moving: float) -> None:
-            figures = f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {moving:.0%} in dispatch and combine"
-            progress.update(task, description="training", completed=step, total=num_steps, figures=figures)
+            # Short, so that all of it fits into 80 columns.
+            figures = f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {moving:.0%} dispatch + combine"
+            progress.update(task, description="", completed=step, total=num_steps, figures=figures)
 
         yield show
 
