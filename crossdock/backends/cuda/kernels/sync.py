@@ -1,0 +1,179 @@
+"""Words between ranks and tickets inside a grid: the only place where memory is ordered. Triton only.
+
+A word is 64 bits at a place of its own in a peer's segment: a stamp (the call's sequence number) over a payload, as
+``crossdock.consent.stamped`` makes it. It is written by an atomic and read by atomics, never by a load or a store.
+A single thread releases or acquires, and Triton (up to 3.8) puts no barrier between it and the program's others: so one
+stands before every release and after every acquire. tests/unit/test_cuda_sync.py looks for them in what is emitted.
+
+Letters: P ranks. A block of words has one lane per rank, padded to a power of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossdock import consent
+
+OK = tl.constexpr(0)
+TIMED_OUT = tl.constexpr(1)
+ABORTED = tl.constexpr(2)
+"""Why a wait ended; OK is the only one after which peer memory may be touched."""
+
+RECORD_STATUS = tl.constexpr(0)
+RECORD_PEER = tl.constexpr(1)
+RECORD_PHASE = tl.constexpr(2)
+RECORD_EXPECTED = tl.constexpr(3)
+RECORD_SEEN = tl.constexpr(4)
+RECORD_WORDS = tl.constexpr(5)
+"""Entries of a failure record, int64; all zero while nothing has failed."""
+CLAIMED = tl.constexpr(-1)
+"""In place of a record's status: a program is writing the rest."""
+
+PAYLOAD_BITS = tl.constexpr(consent.PAYLOAD_BITS)
+CALL_MASK = tl.constexpr(consent.CALL_MASK)
+
+ABORT_EVERY = tl.constexpr(16)
+"""Polls of the words for one of the abort words, which would double the time of each."""
+WRITE_BACK = tl.constexpr("buffer_wbl2 sc0 sc1\ns_waitcnt vmcnt(0)\nv_mov_b32 $0, $1")
+"""gfx942: this wave's stores are visible to the system."""
+
+
+@triton.jit
+def words_at(segment, offset):
+    """The int64 words at a byte offset of segments, from their addresses (a scalar or a block of int64)."""
+    return (segment + offset).to(tl.pointer_type(tl.int64), bitcast=True)
+
+
+@triton.jit
+def complete_stores():
+    """A barrier of the program, behind which any of its threads can release what all of them have stored.
+
+    On AMD each wave also waits for its stores to be visible everywhere: s_barrier does not wait for them, and another
+    wave's release waits only for its own (LLVM repaired that for gfx10 and later, llvm-project#160501, not for gfx942).
+    """
+    if tl.target_info.is_hip():
+        tl.inline_asm_elementwise(
+            WRITE_BACK, "=v,v,~{memory}", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
+        )
+    tl.debug_barrier()
+
+
+@triton.jit
+def post_words(segments, offset, word, P: tl.constexpr):
+    """Writes one word at each rank, this one included: all that this program has stored before is there with it.
+
+    One vector atomic releases at system scope, behind a barrier. Stores of other programs are covered if this one has
+    seen them through ``is_last_program``.
+
+    Args:
+        segments: the ranks' segments here, int64 addresses ``[P]``.
+        offset: where in each of them, in bytes.
+        word: int64; the same for all, or a block with one lane per rank.
+        P: number of ranks.
+    """
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    addresses = tl.load(segments + lanes, mask=lanes < P, other=0)
+    values = tl.zeros_like(addresses) + word
+    complete_stores()
+    tl.atomic_xchg(words_at(addresses, offset), values, mask=lanes < P, sem="release", scope="sys")
+
+
+@triton.jit
+def wait_words(words, aborts, expected, max_polls, phase, record, P: tl.constexpr, BITS: tl.constexpr = PAYLOAD_BITS):
+    """Why the wait ended, and the words: ``status, seen``. If OK, all that was before the words is visible here.
+
+    Peers signal with ``post_words``. The wait ends when every word equals the expected one above its lowest ``BITS``
+    bits, or a word of ``aborts`` is not 0, or after ``max_polls`` polls. Polls are relaxed atomics; then one vector
+    atomic acquires at system scope, a barrier follows it, and what it has read decides: words that are there at last
+    make it OK, whatever else was seen. Otherwise the first failure since the record was zeroed is written there: the
+    rank that aborted and its abort word, or the first rank that is missing and its word.
+
+    Args:
+        words: this rank's words, int64 ``[P]``.
+        aborts: this rank's abort words, int64 ``[P]``; zeroed by the recovery, or every later wait ends by them.
+        expected: int64; the same from all, or a block with one lane per rank.
+        max_polls: the deadline; a poll takes about a microsecond on a GPU.
+        phase: a number for the record.
+        record: int64 ``[RECORD_WORDS]``.
+        P: number of ranks.
+        BITS: size of the payload, which is not compared; 0 compares whole words.
+    """
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    is_rank = lanes < P
+    nothing = tl.zeros_like(lanes).to(tl.int64)
+    expected = nothing + expected
+    num_missing = tl.full([], P, tl.int32)
+    is_aborted = tl.full([], 0, tl.int32)
+    num_polls = tl.full([], 0, tl.int64)
+    while (num_missing > 0) & (is_aborted == 0) & (num_polls < max_polls):  # scalars: Triton 3.6 carries no tensor here
+        here = tl.atomic_or(words + lanes, nothing, mask=is_rank, sem="relaxed", scope="sys")
+        num_missing = tl.sum((is_rank & (here >> BITS != expected >> BITS)).to(tl.int32), axis=0)
+        num_polls += 1
+        if num_polls % ABORT_EVERY == 0:
+            flags = tl.atomic_or(aborts + lanes, nothing, mask=is_rank, sem="relaxed", scope="sys")
+            is_aborted = tl.max((is_rank & (flags != 0)).to(tl.int32), axis=0)
+    peer = tl.full([], P, tl.int32)
+    flag = tl.full([], 0, tl.int64)
+    if num_missing > 0:  # who aborts has posted its words before: the flags first, then another look at the words
+        flags = tl.atomic_or(aborts + lanes, nothing, mask=is_rank, sem="acquire", scope="sys")
+        tl.debug_barrier()
+        peer = tl.min(tl.where(is_rank & (flags != 0), lanes, P), axis=0)
+        flag = tl.sum(tl.where(lanes == peer, flags, 0), axis=0)
+    seen = tl.atomic_or(words + lanes, nothing, mask=is_rank, sem="acquire", scope="sys")
+    tl.debug_barrier()
+    is_missing = is_rank & (seen >> BITS != expected >> BITS)
+    first = tl.min(tl.where(is_missing, lanes, P), axis=0)
+    status = tl.where(first == P, OK, tl.where(peer < P, ABORTED, TIMED_OUT))
+    if status != OK:
+        if status == TIMED_OUT:
+            peer = first
+            flag = tl.sum(tl.where(lanes == peer, seen, 0), axis=0)
+        awaited = tl.sum(tl.where(lanes == peer, expected, 0), axis=0)
+        write_record(record, status, peer, phase, awaited, flag)
+    return status, tl.where(is_rank, seen, 0)
+
+
+@triton.jit
+def write_record(record, status, peer, phase, expected, seen):
+    """Leaves a failure for the host, unless an earlier one is there; the status comes last, and releases the rest."""
+    free, claimed = tl.full([], 0, tl.int64), tl.full([], CLAIMED, tl.int64)
+    if tl.atomic_cas(record + RECORD_STATUS, free, claimed, sem="relaxed", scope="sys") == 0:
+        tl.store(record + RECORD_PEER, peer)
+        tl.store(record + RECORD_PHASE, phase)
+        tl.store(record + RECORD_EXPECTED, expected)
+        tl.store(record + RECORD_SEEN, seen)
+        complete_stores()
+        tl.atomic_xchg(record + RECORD_STATUS, status.to(tl.int64), sem="release", scope="sys")
+
+
+@triton.jit
+def is_last_program(ticket):
+    """Whether this program is the last of its grid to come here; if so, it sees what all the others have stored.
+
+    Each program releases and acquires at GPU scope, between two barriers. The last one zeroes the ticket, for the next
+    kernel. To be called once by every program.
+
+    Args:
+        ticket: int32, 0 before the kernel.
+    """
+    num_programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    complete_stores()
+    num_before = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    is_last = num_before == num_programs - 1
+    if is_last:
+        tl.atomic_xchg(ticket, 0, sem="relaxed", scope="gpu")
+    return is_last
+
+
+@triton.jit
+def stamped(sequence, payload):
+    """A word on its way, as ``crossdock.consent.stamped``; what exceeds 40 bits of the sequence number falls off."""
+    return (sequence.to(tl.int64) << PAYLOAD_BITS) | payload
+
+
+@triton.jit
+def next_call(sequence):
+    """The sequence number after this one: the next call of the same epoch, as ``Consent.take``."""
+    return (sequence & ~CALL_MASK) | ((sequence + 1) & CALL_MASK)
