@@ -131,7 +131,8 @@ def combine(
 
     Args:
         buffer: that made the plan.
-        y: outputs [R, H] or [L, C, H] in the combine format, where their rows came; pushed.
+        y: outputs [R, H] or [L, C, H] in the combine format, where their rows came; pushed. What wants a gradient in
+            them depends on the rows, or this rank would not run the dispatch's backward pass with the others.
         plan: of the dispatch that brought the rows.
         weights: float32, [T, K] or one per row, as in ``Buffer.combine``.
         bias: [T, H] or [H], added to each sum.
