@@ -106,10 +106,12 @@ class Arena:
         if num_scales := spec.wire.num_scales(hidden):
             add("scale", (slots, rows, num_scales), spec.wire.scale_dtype, "peers: their scales", PAGE)
         add("record", (slots, rows, self.record_bytes), torch.uint8, "peers: source, ids, weights, extras", PAGE)
-        if spec.layout.per_pick and spec.reduce == "rank":
+        if spec.ranks_sum_picks:
             shape = (slots, num_ranks * spec.max_tokens, spec.num_topk)
             add("partial_rows", shape, torch.int32, "peers: rows to sum here", PAGE)
-        add("outputs", (slots, rows, hidden), out, "this rank: experts' outputs", whole_rows)
+        has_guests = self.region_of_rows(wide=True) == "outputs"
+        writer = "this rank: experts' outputs" + ("; peers: wide rows" if has_guests else "")
+        add("outputs", (slots, rows, hidden), out, writer, whole_rows)
         add("landing", (slots, self.num_landing_rows, hidden), out, "peers: rows come home", whole_rows)
         add("returns", (slots, num_sent, self.return_bytes), torch.uint8, "peers: extras come home", PAGE)
         return table

@@ -53,7 +53,7 @@ def dispatch(
     return (
         *_own_rows(owner.spec, recv),
         plan.topk_idx,
-        plan.counts.clone(),
+        plan.counts,
         no_ids if plan.partial_rows is None else plan.partial_rows,
         recv.src_idx,
         no_ids.clone() if recv.topk_idx is None else recv.topk_idx,
@@ -72,8 +72,7 @@ def _(
         lead = (spec.num_local_experts(num_ranks), spec.capacity(num_ranks))
     else:
         lead = (ctx.new_dynamic_size() if rows == "exact" else spec.num_slot_rows(num_ranks),)
-    has_partials = spec.reduce == "rank" and spec.layout.per_pick
-    num_pairs = ctx.new_dynamic_size() if has_partials else 0
+    num_pairs = ctx.new_dynamic_size() if spec.ranks_sum_picks else 0
     local_lead = (0,) if spec.layout.per_pick else lead
     ids = torch.int32
     return (
@@ -270,8 +269,7 @@ combine.register_autograd(_combine_backward, setup_context=_setup_combine)
 
 def _plan(owner: Buffer, tensors: Sequence[Tensor]) -> Plan:
     topk_idx, counts, partial_rows, _, _ = tensors
-    has_partials = owner.spec.reduce == "rank" and owner.spec.layout.per_pick
-    return owner.remake_plan(topk_idx, counts, partial_rows if has_partials else None)
+    return owner.remake_plan(topk_idx, counts, partial_rows if owner.spec.ranks_sum_picks else None)
 
 
 def _own_rows(spec: Spec, recv: Received) -> tuple[Tensor, Tensor, Tensor]:

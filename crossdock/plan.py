@@ -219,7 +219,7 @@ def make_plan(
     )
     if topology.num_nodes > 1:
         return _over_nodes(plan, spec, topology, all_counts, picks // num_local)
-    if spec.reduce == "rank" and spec.layout.per_pick:
+    if spec.ranks_sum_picks:
         per_rank = all_counts[:, spec.num_experts : spec.num_experts + topology.num_ranks]
         send_idx, back_pos = _send_places(picks // num_local, topology.num_ranks)
         back = _hop("scale_up", everyone, rank, send_idx, None, per_rank, _exclusive_cumsum(per_rank, axis=0))

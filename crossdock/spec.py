@@ -134,6 +134,11 @@ class Spec:
             return self.combine_wire.dtype
         return torch.bfloat16 if isinstance(self.wire, Fp8) else self.wire.dtype
 
+    @property
+    def ranks_sum_picks(self) -> bool:
+        """Whether a rank adds up several rows of a token before one goes home, so that it must be told which."""
+        return self.reduce == "rank" and self.layout.per_pick
+
     def num_local_experts(self, num_ranks: int) -> int:
         """L, the experts that each rank holds."""
         check_experts(self.num_experts, num_ranks)
