@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from crossdock.errors import PeerFailed, PeerTimeout, TransportError
 
@@ -28,12 +28,19 @@ SEQUENCE_MASK = 2**40 - 1
 NUM_EPOCHS = 255
 PAYLOAD_BITS = 24
 PAYLOAD_MASK = 2**PAYLOAD_BITS - 1
+KIND_SHIFT = 22
+SLOT_SHIFT = 19
+OUTPUT_SHIFT = 16
+SLOT_MASK = 7
+SIGNATURE_MASK = 2**16 - 1
+"""Where a begin word's payload has its fields."""
 PUSHED = 7
 """In place of an output slot: this rank pushes its rows, they are not to be pulled."""
-_FLAG_EPOCH_BITS = 16
-_MOST_MORE = 2**15 - 1
+FLAG_EPOCH_BITS = 16
+FLAG_EPOCH_SHIFT = 16
+MOST_MORE = 2**15 - 1
 
-_REASON_HEADER = struct.Struct("<i?")
+REASON_HEADER = struct.Struct("<i?")
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,10 @@ class Missing:
     what: str
 
 
-Waiting = Generator[Missing, None, None]
+Result = TypeVar("Result")
+Steps = Generator[Missing, None, Result]
+"""What waits on its way to a result."""
+Waiting = Steps[None]
 
 
 class Kind(IntEnum):
@@ -74,12 +84,14 @@ class Word:
 
     def payload(self) -> int:
         """The word in 24 bits."""
-        return self.kind << 22 | self.slot << 19 | self.output_slot << 16 | self.signature & 0xFFFF
+        fields = self.kind << KIND_SHIFT | self.slot << SLOT_SHIFT | self.output_slot << OUTPUT_SHIFT
+        return fields | self.signature & SIGNATURE_MASK
 
     @staticmethod
     def of(payload: int) -> Word:
         """The word from its 24 bits."""
-        return Word(Kind(payload >> 22 & 3), payload >> 19 & 7, payload >> 16 & 7, payload & 0xFFFF)
+        slot, output_slot = payload >> SLOT_SHIFT & SLOT_MASK, payload >> OUTPUT_SHIFT & SLOT_MASK
+        return Word(Kind(payload >> KIND_SHIFT & 3), slot, output_slot, payload & SIGNATURE_MASK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +121,8 @@ class Flag:
 
     def packed(self) -> int:
         """The flag as a signed 64-bit integer that is not 0."""
-        epoch = self.epoch & (1 << _FLAG_EPOCH_BITS) - 1
-        word = self.first_void << 32 | epoch << 16 | self.num_more << 1 | 1
+        epoch = self.epoch & (1 << FLAG_EPOCH_BITS) - 1
+        word = self.first_void << 32 | epoch << FLAG_EPOCH_SHIFT | self.num_more << 1 | 1
         return word - 2**64 if word >= 2**63 else word
 
     @staticmethod
@@ -118,9 +130,9 @@ class Flag:
         """The flag from its 64 bits, of the epoch ``near`` this one that they stand for; None: none was raised."""
         if not word:
             return None
-        half = 1 << _FLAG_EPOCH_BITS - 1
-        behind = (near - (word >> 16) + half) % (2 * half) - half
-        return Flag(epoch=near - behind, first_void=word >> 32 & CALL_MASK, num_more=word >> 1 & _MOST_MORE)
+        half = 1 << FLAG_EPOCH_BITS - 1
+        behind = (near - (word >> FLAG_EPOCH_SHIFT) + half) % (2 * half) - half
+        return Flag(epoch=near - behind, first_void=word >> 32 & CALL_MASK, num_more=word >> 1 & MOST_MORE)
 
 
 class Mailbox(Protocol):
@@ -216,7 +228,7 @@ class Consent:
         for peer in self._peers:
             self._mailbox.post(peer, "words", self.entry(sequence), value)
 
-    def words(self, sequence: int, own: Word) -> Generator[Missing, None, list[Word]]:
+    def words(self, sequence: int, own: Word) -> Steps[Sequence[Word]]:
         """All ranks' words for the call, once they are here.
 
         Raises:
@@ -233,15 +245,10 @@ class Consent:
         words = [Word.of(payloads[peer]) for peer in self._peers]
         for peer, word in enumerate(words):
             if word.kind != own.kind:
-                raise PeerFailed(peer, f"it is in {word.kind} while rank {self.rank} is in {own.kind}; all ranks "
-                                 f"issue the same calls in the same order")  # fmt: skip
+                raise mismatch(peer, word, self.rank, own)
         for peer, word in enumerate(words):
             if word.signature != own.signature:
-                raise PeerFailed(
-                    peer,
-                    f"its {word.kind} differs from that of rank {self.rank}; plan, rows=, the presence of weights and "
-                    f"extras, and the extras' dtypes and trailing shapes must be the same on all ranks",
-                )
+                raise mismatch(peer, word, self.rank, own)
         return words
 
     def signal(self, sequence: int) -> None:
@@ -249,8 +256,9 @@ class Consent:
         for peer in self._peers:
             self._mailbox.post(peer, "arrived", self.entry(sequence), stamped(sequence, 0))
 
-    def arrivals(self, sequence: int, senders: Sequence[int]) -> Waiting:
-        """Done when all rows that the senders owe this rank are in place."""
+    def arrivals(self, sequence: int, words: Sequence[Word], *, from_all: bool) -> Waiting:
+        """Done when all rows that are owed to this rank are in place: by all ranks, or by those that push."""
+        senders = [peer for peer, word in enumerate(words) if from_all or word.output_slot == PUSHED]
 
         def arrived(peer: int) -> bool:
             return _is_stamped(self._mailbox.load("arrived", self.entry(sequence), peer), sequence)
@@ -263,6 +271,10 @@ class Consent:
             if (gone := self._void(peer, sequence)) is not None:
                 raise gone
 
+    def failure(self) -> TransportError | None:
+        """What has ended the epoch without this rank's host having been told; None here, where the host sees to it."""
+        return None
+
     def fail(self, error: Exception | str, *, first_void: int) -> None:
         """Ends the epoch here and flags it at every peer: all calls from ``first_void`` on are void.
 
@@ -270,13 +282,13 @@ class Consent:
         """
         culprit = error.rank if isinstance(error, (PeerFailed, PeerTimeout)) else self.rank
         why = error.reason if isinstance(error, PeerFailed) else str(error)
-        reason = _REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode(errors="replace")
+        reason = REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode(errors="replace")
         for box in ("words", "arrived"):  # nobody writes there before it has seen the flag, or only for void calls
             self._mailbox.forget(box)
         if self._is_open or self._flag is None:
             self._flag = Flag(epoch=self.num_ended, first_void=first_void & CALL_MASK, num_more=0)
         else:  # a peer may still be in an epoch that the last flag is about
-            self._flag = replace(self._flag, num_more=min(self._flag.num_more + 1, _MOST_MORE))
+            self._flag = replace(self._flag, num_more=min(self._flag.num_more + 1, MOST_MORE))
         for peer in self._peers:
             if peer != self.rank:
                 self._mailbox.write_reason(peer, reason)
@@ -316,12 +328,26 @@ class Consent:
         if flag is None or not flag.makes_void(self.num_ended, sequence & CALL_MASK):
             return None
         reason = self._mailbox.read_reason(peer)
-        culprit, timed_out = _REASON_HEADER.unpack_from(reason)
-        why = reason[_REASON_HEADER.size :].rstrip(b"\0").decode(errors="ignore")
+        culprit, timed_out = REASON_HEADER.unpack_from(reason)
+        why = reason[REASON_HEADER.size :].rstrip(b"\0").decode(errors="ignore")
         return PeerTimeout(culprit, why) if timed_out else PeerFailed(culprit, why)
 
     def _has_left(self, peer: int) -> bool:
         return self._mailbox.load("closed", 0, peer) != 0
+
+
+def mismatch(peer: int, theirs: Word, rank: int, own: Word) -> PeerFailed:
+    """The error of a peer that does something else in this call."""
+    if theirs.kind != own.kind:
+        return PeerFailed(
+            peer,
+            f"it is in {theirs.kind} while rank {rank} is in {own.kind}; all ranks issue the same calls in the same order",
+        )
+    return PeerFailed(
+        peer,
+        f"its {theirs.kind} differs from that of rank {rank}; plan, rows=, the presence of weights and extras, and the "
+        f"extras' dtypes and trailing shapes must be the same on all ranks",
+    )
 
 
 def _is_stamped(value: int, sequence: int) -> bool:

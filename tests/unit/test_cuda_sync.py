@@ -50,7 +50,7 @@ def post(x, segments, offset, word, P: tl.constexpr):
 
 @triton.jit
 def wait(x, y, words, aborts, expected, max_polls, record, P: tl.constexpr):
-    status, seen = wait_words(words, aborts, expected, max_polls, 1, record, P)
+    status, seen = wait_words(words, aborts, expected, True, 0, max_polls, 1, record, P)
     if status == OK:
         tl.store(y + tl.arange(0, BLOCK), tl.load(x + tl.arange(0, BLOCK)) + tl.sum(seen))
 

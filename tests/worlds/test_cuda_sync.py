@@ -56,6 +56,12 @@ NO_HURRY = 10**9
 
 
 @triton.jit
+def num_ended(sequence):
+    """Epochs before that of a sequence number, while there are fewer than 255."""
+    return (sequence >> 32) - 1
+
+
+@triton.jit
 def exchange(segments, rank, payload, state, max_polls, record, result, rows, P: tl.constexpr, POSTS: tl.constexpr):
     """One call: a row to each rank, a word to each, a wait, and the rows that have come."""
     lanes = tl.arange(0, triton.next_power_of_2(P))
@@ -68,7 +74,7 @@ def exchange(segments, rank, payload, state, max_polls, record, result, rows, P:
         post_words(segments, WORDS_AT + 8 * (entry + rank), stamped(sequence, payload), P)
     own = tl.load(segments + rank)
     words, aborts = words_at(own, WORDS_AT) + entry, words_at(own, ABORTS_AT)
-    status, seen = wait_words(words, aborts, stamped(sequence, 0), max_polls, PHASE, record, P)
+    status, seen = wait_words(words, aborts, stamped(sequence, 0), True, num_ended(sequence), max_polls, PHASE, record, P)
     if status == sync.OK:
         arrived = tl.load(words_at(own, ROWS_AT) + entry + lanes, mask=lanes < P)
         tl.store(rows + lanes, arrived, mask=lanes < P)
@@ -88,7 +94,7 @@ def abort(segments, rank, flag, P: tl.constexpr):
 @triton.jit
 def compare(segments, expected, result, record, P: tl.constexpr, BITS: tl.constexpr):
     own = tl.load(segments)
-    status, _ = wait_words(words_at(own, WORDS_AT), words_at(own, ABORTS_AT), expected, 3, 0, record, P, BITS)
+    status, _ = wait_words(words_at(own, WORDS_AT), words_at(own, ABORTS_AT), expected, True, 0, 3, 0, record, P, BITS)
     tl.store(result, status)
 
 
@@ -210,7 +216,7 @@ def abort_after_words(rank: Rank) -> None:
     rank.start(sequence)
     assert rank.exchange(max_polls=0)[0] in (sync.OK.value, sync.TIMED_OUT.value)
     if rank.rank == 0:
-        rank.abort(1)
+        rank.abort(consent.Flag(epoch=0, first_void=16, num_more=0).packed())
     rank.meet()
     rank.state.fill_(sequence)
     rank.record.zero_()

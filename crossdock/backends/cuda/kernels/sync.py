@@ -18,7 +18,8 @@ from crossdock import consent
 OK = tl.constexpr(0)
 TIMED_OUT = tl.constexpr(1)
 ABORTED = tl.constexpr(2)
-"""Why a wait ended; OK is the only one after which peer memory may be touched."""
+MISMATCHED = tl.constexpr(3)
+"""Why a call ended; OK is the only one after which peer memory may be touched."""
 
 RECORD_STATUS = tl.constexpr(0)
 RECORD_PEER = tl.constexpr(1)
@@ -32,6 +33,10 @@ CLAIMED = tl.constexpr(-1)
 
 PAYLOAD_BITS = tl.constexpr(consent.PAYLOAD_BITS)
 CALL_MASK = tl.constexpr(consent.CALL_MASK)
+EPOCH_SHIFT = tl.constexpr(consent.EPOCH_SHIFT)
+FLAG_EPOCH_SHIFT = tl.constexpr(consent.FLAG_EPOCH_SHIFT)
+FLAG_EPOCH_UP = tl.constexpr(64 - consent.FLAG_EPOCH_BITS)
+MOST_MORE = tl.constexpr(consent.MOST_MORE)
 
 ABORT_EVERY = tl.constexpr(16)
 """Polls of the words for one of the abort words, which would double the time of each."""
@@ -80,19 +85,52 @@ def post_words(segments, offset, word, P: tl.constexpr):
 
 
 @triton.jit
-def wait_words(words, aborts, expected, max_polls, phase, record, P: tl.constexpr, BITS: tl.constexpr = PAYLOAD_BITS):
+def makes_void(flags, num_ended, call):
+    """Which flags make a call void, as ``crossdock.consent.Flag.makes_void`` says; 0 is no flag."""
+    behind = ((num_ended - (flags >> FLAG_EPOCH_SHIFT)) << FLAG_EPOCH_UP) >> FLAG_EPOCH_UP
+    num_more = (flags >> 1) & MOST_MORE
+    is_late = ((call - (flags >> EPOCH_SHIFT)) & CALL_MASK) <= CALL_MASK // 2
+    return (flags != 0) & (behind <= num_more) & ((behind != 0) | is_late)
+
+
+@triton.jit
+def find_abort(aborts, is_rank, num_ended, call, P: tl.constexpr):
+    """The first rank whose flag makes the call void, and the flag; P and 0 where there is none. Acquires."""
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    nothing = tl.zeros_like(lanes).to(tl.int64)
+    flags = tl.atomic_or(aborts + lanes, nothing, mask=is_rank, sem="acquire", scope="sys")
+    tl.debug_barrier()
+    peer = tl.min(tl.where(is_rank & makes_void(flags, num_ended, call), lanes, P), axis=0)
+    return peer, tl.sum(tl.where(lanes == peer, flags, 0), axis=0)
+
+
+@triton.jit
+def wait_words(
+    words,
+    aborts,
+    expected,
+    is_awaited,
+    num_ended,
+    max_polls,
+    phase,
+    record,
+    P: tl.constexpr,
+    BITS: tl.constexpr = PAYLOAD_BITS,
+):
     """Why the wait ended, and the words: ``status, seen``. If OK, all that was before the words is visible here.
 
-    Peers signal with ``post_words``. The wait ends when every word equals the expected one above its lowest ``BITS``
-    bits, or a word of ``aborts`` is not 0, or after ``max_polls`` polls. Polls are relaxed atomics; then one vector
-    atomic acquires at system scope, a barrier follows it, and what it has read decides: words that are there at last
-    make it OK, whatever else was seen. Otherwise the first failure since the record was zeroed is written there: the
-    rank that aborted and its abort word, or the first rank that is missing and its word.
+    Peers signal with ``post_words``. The wait ends when every awaited word equals the expected one above its lowest
+    ``BITS`` bits, or a flag in ``aborts`` makes the call void, or after ``max_polls`` polls. Polls are relaxed atomics;
+    then one vector atomic acquires at system scope, a barrier follows it, and what it has read decides: words that are
+    there at last make it OK, whatever else was seen. Otherwise the first failure since the record was zeroed is written
+    there: the rank that aborted and its flag, or the first rank that is missing and its word.
 
     Args:
         words: this rank's words, int64 ``[P]``.
-        aborts: this rank's abort words, int64 ``[P]``; zeroed by the recovery, or every later wait ends by them.
-        expected: int64; the same from all, or a block with one lane per rank.
+        aborts: this rank's abort words, int64 ``[P]``: packed ``crossdock.consent.Flag``s.
+        expected: int64; the same from all, or a block with one lane per rank. Its sequence number is the call's.
+        is_awaited: whether a rank's word is waited for; the same for all, or a block with one lane per rank.
+        num_ended: int64, the epochs that have ended before that of the call.
         max_polls: the deadline; a poll takes about 0.3 us on an H200, with 2 to 8 ranks on it.
         phase: a number for the record.
         record: int64 ``[RECORD_WORDS]``.
@@ -103,26 +141,25 @@ def wait_words(words, aborts, expected, max_polls, phase, record, P: tl.constexp
     is_rank = lanes < P
     nothing = tl.zeros_like(lanes).to(tl.int64)
     expected = nothing + expected
+    call = (expected >> PAYLOAD_BITS) & CALL_MASK
+    is_awaited = is_rank & is_awaited
     num_missing = tl.full([], P, tl.int32)
     is_aborted = tl.full([], 0, tl.int32)
     num_polls = tl.full([], 0, tl.int64)
     while (num_missing > 0) & (is_aborted == 0) & (num_polls < max_polls):  # scalars: Triton 3.6 carries no tensor here
         here = tl.atomic_or(words + lanes, nothing, mask=is_rank, sem="relaxed", scope="sys")
-        num_missing = tl.sum((is_rank & (here >> BITS != expected >> BITS)).to(tl.int32), axis=0)
+        num_missing = tl.sum((is_awaited & (here >> BITS != expected >> BITS)).to(tl.int32), axis=0)
         num_polls += 1
         if num_polls % ABORT_EVERY == 0:
             flags = tl.atomic_or(aborts + lanes, nothing, mask=is_rank, sem="relaxed", scope="sys")
-            is_aborted = tl.max((is_rank & (flags != 0)).to(tl.int32), axis=0)
+            is_aborted = tl.max((is_rank & makes_void(flags, num_ended, call)).to(tl.int32), axis=0)
     peer = tl.full([], P, tl.int32)
     flag = tl.full([], 0, tl.int64)
     if num_missing > 0:  # who aborts has posted its words before: the flags first, then another look at the words
-        flags = tl.atomic_or(aborts + lanes, nothing, mask=is_rank, sem="acquire", scope="sys")
-        tl.debug_barrier()
-        peer = tl.min(tl.where(is_rank & (flags != 0), lanes, P), axis=0)
-        flag = tl.sum(tl.where(lanes == peer, flags, 0), axis=0)
+        peer, flag = find_abort(aborts, is_rank, num_ended, call, P)
     seen = tl.atomic_or(words + lanes, nothing, mask=is_rank, sem="acquire", scope="sys")
     tl.debug_barrier()
-    is_missing = is_rank & (seen >> BITS != expected >> BITS)
+    is_missing = is_awaited & (seen >> BITS != expected >> BITS)
     first = tl.min(tl.where(is_missing, lanes, P), axis=0)
     status = tl.where(first == P, OK, tl.where(peer < P, ABORTED, TIMED_OUT))
     if status != OK:
