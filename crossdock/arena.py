@@ -106,9 +106,9 @@ class Arena:
         if num_scales := spec.wire.num_scales(hidden):
             add("scale", (slots, rows, num_scales), spec.wire.scale_dtype, "peers: their scales", PAGE)
         add("record", (slots, rows, self.record_bytes), torch.uint8, "peers: source, ids, weights, extras", PAGE)
-        if spec.ranks_sum_picks:
+        if spec.layout.per_pick:
             shape = (slots, num_ranks * spec.max_tokens, spec.num_topk)
-            add("partial_rows", shape, torch.int32, "peers: rows to sum here", PAGE)
+            add("partial_rows", shape, torch.int32, "peers: which rows are one token's", PAGE)
         has_guests = self.region_of_rows(wide=True) == "outputs"
         writer = "this rank: experts' outputs" + ("; peers: wide rows" if has_guests else "")
         add("outputs", (slots, rows, hidden), out, writer, whole_rows)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from crossdock import ops
+from crossdock.backends.base import Rows
 from crossdock.buffer import Buffer
-from crossdock.calls import Rows
 from crossdock.errors import ConfigError
 from crossdock.layout import Expanded, Padded
 from crossdock.plan import Plan

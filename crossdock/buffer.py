@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,19 +21,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from crossdock import inputs
 from crossdock.agreement import agree
 from crossdock.arena import Arena
-from crossdock.backends.base import Backend, Outgoing
-from crossdock.backends.cpu import CpuBackend
-from crossdock.calls import Calls, Rows
-from crossdock.consent import PUSHED, Consent, Kind, Word
+from crossdock.backends.base import Outgoing, PlanTensors, Rows, Wishes
+from crossdock.calls import Call, Calls
+from crossdock.consent import PUSHED, Kind, Steps, Word
+from crossdock.engine import choose_device, connect
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
 from crossdock.pending import CallQueue, Pending
 from crossdock.plan import Plan
 from crossdock.received import Received
+from crossdock.routing import check_picks
 from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec, Topology
-from crossdock.transport import inproc, shm
-from crossdock.transport.base import Group, ProcessGroup, Transport
+from crossdock.transport.base import ProcessGroup
+from crossdock.transport.inproc import ThreadGroup
 from crossdock.wire import Quantized
 
 Result = TypeVar("Result")
@@ -64,6 +65,14 @@ class Buffer:
         group: a ``torch.distributed`` process group of one host or a 1-D ``DeviceMesh``, None for the default group, or
             a ``ThreadGroup``.
         spec: what travels, the same on all ranks.
+        device: where rows are moved and tensors lie: ``"cpu"``, ``"cuda"`` (the current device) or ``"cuda:1"``; None:
+            the current CUDA device when the process group has NCCL for it, else the CPU.
+        num_sms: on CUDA, how many of the GPU's multiprocessors the kernels that move rows may use; None: as many as the
+            links can feed (``buffer.launch`` says). Calls may ask for another number.
+        expand: on CUDA, who makes the copies of a row that several experts of a rank get (Expanded, Padded):
+            ``"sender"`` (each copy crosses the link) or ``"receiver"`` (one does); None: the cheaper one by
+            ``crossdock.cost``. The same bits.
+        engine: on CUDA, ``"kernel"``, or ``"copy"``: rows are packed, and whole blocks go by copy engines (Compact).
         timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``.
         debug: fill receive slots with NaN before they are used again, so that stale views show; calls in flight are
             then finished before a dispatch begins.
@@ -86,16 +95,22 @@ class Buffer:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | DeviceMesh | Group | None,
+        group: dist.ProcessGroup | DeviceMesh | ThreadGroup | None,
         spec: Spec,
         *,
+        device: torch.device | str | None = None,
+        num_sms: int | None = None,
+        expand: Literal["sender", "receiver"] | None = None,
+        engine: Literal["kernel", "copy"] = "kernel",
         timeout_s: float = 100,
         debug: bool = False,
     ) -> None:
         if isinstance(group, Spec):
             raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
-        members: Group = group if isinstance(group, Group) else ProcessGroup(group)
-        number = agree(members, spec, timeout_s)
+        members = group if isinstance(group, ThreadGroup) else ProcessGroup(group)
+        self.device = choose_device(members, device)
+        options: dict[str, object] = {"device": self.device.type, "expand": expand, "engine": engine}
+        number = agree(members, spec, timeout_s, options)
         self.group = group
         self.spec = spec
         self.topology = Topology(num_ranks=members.size)
@@ -104,20 +119,16 @@ class Buffer:
         self._members = members
         self._id = number
         self._debug = debug
-        self._transport: Transport = (
-            inproc.connect(members, self.arena)
-            if isinstance(members, inproc.ThreadGroup)
-            else shm.connect(members, self.arena, name=f"crossdock-{number:016x}")
-        )
-        self._backend: Backend = CpuBackend(self.arena, self._transport)
-        self._consent = Consent(
-            self._transport, rank=self.rank, num_ranks=self.topology.num_ranks, ring=self.arena.ring
-        )
+        wishes = Wishes(num_sms=num_sms, expand=expand, engine=engine)
+        wishes.check(spec, self.device)
+        moving = connect(members, self.arena, self.device, wishes, number=number, timeout_s=timeout_s)
+        self.launch = moving.launch
+        """How kernels are launched, printable; None on CPUs."""
+        self._transport, self._backend, self._consent = moving.transport, moving.backend, moving.consent
         self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
-        segment = self._transport.memory[self.rank * self.arena.stride :][: self.arena.num_bytes]
-        self._slots = ReceiveSlots(self.arena, segment)
-        self._calls = Calls(self._consent, self._backend, self._slots, self.arena, buffer_id=number, debug=debug)
+        self._slots = ReceiveSlots(self.arena, self._transport.segment)
+        self._calls = Calls(self._consent, self._backend, self._slots, self.arena, debug=debug)
         self._is_closed = False
         self.handle = f"crossdock.Buffer {next(_handles)}"  # a string, as torch.compile would make a number dynamic
         """This process's name for this buffer: what the ops of ``crossdock.autograd`` are given."""
@@ -147,6 +158,7 @@ class Buffer:
         rows: Rows | None = None,
         wide: bool = False,
         copy: bool = False,
+        num_sms: int | None = None,
     ) -> Received:
         """Sends each token to the ranks that hold its experts; gives what came here. Collective.
 
@@ -164,12 +176,16 @@ class Buffer:
                 where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own format;
                 calls in flight are finished first. The same on all ranks.
             copy: give rows of their own, which no later dispatch overwrites.
+            num_sms: for this call, in place of the buffer's.
 
         Raises:
             ConfigError: bad input here; the other ranks raise PeerFailed.
             CapacityError, PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        return self.dispatch_start(x, routing, weights=weights, extras=extras, rows=rows, wide=wide, copy=copy).wait()
+        pending = self.dispatch_start(
+            x, routing, weights=weights, extras=extras, rows=rows, wide=wide, copy=copy, num_sms=num_sms
+        )
+        return pending.wait()
 
     def dispatch_start(
         self,
@@ -181,12 +197,15 @@ class Buffer:
         rows: Rows | None = None,
         wide: bool = False,
         copy: bool = False,
+        num_sms: int | None = None,
     ) -> Pending[Received]:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         self._check_room()
         self._slots.check_free(self._queue.is_unwaited)
 
         def prepare() -> tuple[Outgoing, Plan | None, Tensor, Rows]:
+            self._check_sms(num_sms)
+            inputs.check_device(self.device, x, routing if isinstance(routing, Tensor) else None, weights, *extras)
             inputs.check_no_grad(*(x if isinstance(x, Quantized) else (x,)), weights, *extras)
             num_tokens = inputs.check_tokens(self.spec, x, wide=wide)
             if isinstance(routing, Plan):
@@ -198,6 +217,8 @@ class Buffer:
                     )
             else:
                 inputs.check_topk_idx(self.spec, routing, num_tokens)
+                if self.device.type == "cpu":  # else kernels look at the values
+                    check_picks(routing, num_experts=self.spec.num_experts)
                 topk_idx = routing.clone()
             inputs.check_weights(self.spec, weights, num_tokens)
             inputs.check_token_extras(self.spec, extras, num_tokens)
@@ -217,15 +238,20 @@ class Buffer:
             self._slots.poison(slot, "data", "scale", "record")
         signature = (mode, wide, weights is None, _shapes(extras), plan.stamp if plan else None)
         word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
-        call = self._calls.begin(word, None if plan else topk_idx)
-        steps = self._calls.dispatch(call, outgoing, plan or topk_idx, mode, copy=copy)
-        pending = self._queue.start(word.kind, call.sequence, steps)
+        call = self._calls.begin(word, None if plan else topk_idx, num_sms=num_sms)
+        pending = self._start(call, self._calls.dispatch(call, outgoing, plan or topk_idx, mode, copy=copy))
         self._slots.fill(slot, pending)
         return pending
 
     @overload
     def combine(
-        self, y: Tensor, plan: Plan, *, weights: Tensor | None = None, bias: Tensor | None = None
+        self,
+        y: Tensor,
+        plan: Plan,
+        *,
+        weights: Tensor | None = None,
+        bias: Tensor | None = None,
+        num_sms: int | None = None,
     ) -> Tensor: ...
     @overload
     def combine(
@@ -236,6 +262,7 @@ class Buffer:
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         extras: Sequence[Tensor],
+        num_sms: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     def combine(
         self,
@@ -245,6 +272,7 @@ class Buffer:
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         extras: Sequence[Tensor] | None = None,
+        num_sms: int | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Brings outputs back to the tokens' owners and sums them. Collective.
 
@@ -261,6 +289,7 @@ class Buffer:
             bias: [T, H] or [H], added to each sum.
             extras: float32 tensors [R, ...] (or [L, C, ...]) that go home with the rows, 4 * K + ``extra_bytes`` bytes
                 per row at most.
+            num_sms: for this call, in place of the buffer's.
 
         Returns:
             [T, H] in the combine format. With ``extras``, also the extras that came home: [T, ...], summed over ranks,
@@ -271,12 +300,18 @@ class Buffer:
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
         if extras is None:
-            return self.combine_start(y, plan, weights=weights, bias=bias).wait()
-        return self.combine_start(y, plan, weights=weights, bias=bias, extras=extras).wait()
+            return self.combine_start(y, plan, weights=weights, bias=bias, num_sms=num_sms).wait()
+        return self.combine_start(y, plan, weights=weights, bias=bias, extras=extras, num_sms=num_sms).wait()
 
     @overload
     def combine_start(
-        self, y: Tensor, plan: Plan, *, weights: Tensor | None = None, bias: Tensor | None = None
+        self,
+        y: Tensor,
+        plan: Plan,
+        *,
+        weights: Tensor | None = None,
+        bias: Tensor | None = None,
+        num_sms: int | None = None,
     ) -> Pending[Tensor]: ...
     @overload
     def combine_start(
@@ -287,6 +322,7 @@ class Buffer:
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         extras: Sequence[Tensor],
+        num_sms: int | None = None,
     ) -> Pending[tuple[Tensor, tuple[Tensor, ...]]]: ...
     def combine_start(
         self,
@@ -296,11 +332,14 @@ class Buffer:
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         extras: Sequence[Tensor] | None = None,
+        num_sms: int | None = None,
     ) -> Pending[Any]:
         """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         self._check_room()
 
         def prepare() -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], int]:
+            self._check_sms(num_sms)
+            inputs.check_device(self.device, y, weights, bias, *(extras or ()))
             inputs.check_no_grad(y, weights, bias, *(extras or ()))
             inputs.check_plan(plan, self._id)
             flat = inputs.check_outputs(self.spec, plan, y, self._slot_rows)
@@ -315,9 +354,10 @@ class Buffer:
         sums_here = self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None)
         signature = _checksum((plan.stamp, None if extras is None else _shapes(small)))
         word = Word(Kind.COMBINE, self._calls.next_landing(), PUSHED if sums_here else output_slot, signature)
-        call = self._calls.begin(word, None)
-        steps = self._calls.combine(call, plan, flat, row_weights, bias, None if extras is None else small)
-        return self._queue.start(word.kind, call.sequence, steps)
+        call = self._calls.begin(word, None, num_sms=num_sms)
+        return self._start(
+            call, self._calls.combine(call, plan, flat, row_weights, bias, None if extras is None else small)
+        )
 
     def return_extras(self, plan: Plan, extras: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Brings small tensors home as ``combine(extras=)`` does, without outputs. Collective.
@@ -336,6 +376,7 @@ class Buffer:
         self._check_room()
 
         def prepare() -> tuple[Tensor, ...]:
+            inputs.check_device(self.device, *extras)
             inputs.check_no_grad(*extras)
             inputs.check_plan(plan, self._id)
             lead = inputs.check_lone_extras(self.spec, plan, extras, self._slot_rows)
@@ -344,23 +385,26 @@ class Buffer:
         small = self._vetted(prepare)
         signature = _checksum(("extras", plan.stamp, _shapes(small)))
         call = self._calls.begin(Word(Kind.COMBINE, self._calls.next_landing(), PUSHED, signature), None)
-        return self._queue.start(Kind.COMBINE, call.sequence, self._calls.return_extras(call, plan, small)).wait()
+        return self._start(call, self._calls.return_extras(call, plan, small)).wait()
 
-    def remake_plan(self, topk_idx: Tensor, counts: Tensor, partial_rows: Tensor | None = None) -> Plan:
-        """A plan from the tensors that decide it: ``plan.topk_idx``, ``plan.counts``, ``plan.partial_rows``. Local.
+    def remake_plan(self, tensors: PlanTensors) -> Plan:
+        """A plan from the tensors that decide it. Local.
 
-        It is the same on all ranks when all remake theirs: its stamp is a checksum of the counts.
+        It is the same on all ranks when all remake theirs.
         """
-        stamp = zlib.crc32(counts.numpy().tobytes()) + 1  # 0 is no plan's
-        return replace(self._calls.make_plan(topk_idx, counts, stamp=stamp), partial_rows=partial_rows)
+        return self._backend.remake_plan(tensors)
 
     def check(self) -> None:
-        """Raises the CapacityError of a ``rows="capacity"`` dispatch that has been waited for, once."""
-        for overflow in self._calls.overflows:
-            sequence, error = overflow
-            if not self._queue.has_unwaited(sequence):  # or ranks would raise in different calls, as it was found
-                self._calls.overflows.remove(overflow)
-                raise error
+        """Raises what has failed without being raised: once, and after all that was issued is done.
+
+        That is the CapacityError of a ``rows="capacity"`` dispatch that has been waited for, and on CUDA, where a call
+        may return before the host knows how it went, also PeerFailed, PeerTimeout, or the ConfigError of picks that are
+        not allowed.
+        """
+        self._check_open()
+        self._backend.synchronize()
+        self._queue.check_failure()
+        self._check_overflow()
 
     def abort(self, reason: str) -> None:
         """Gives up on this rank, between two calls or with calls in flight: every peer raises PeerFailed at once.
@@ -377,13 +421,15 @@ class Buffer:
         Calls in flight, if there are any, are given up, as ``abort`` does.
         """
         self._check_open()
-        self._calls.overflows.clear()
+        self._backend.synchronize()
+        self._backend.overflows.clear()
         self._queue.forget()
 
     def close(self) -> None:
         """Leaves: a peer that waits for this rank raises PeerFailed. Local; rows that were handed out stay readable."""
         if not self._is_closed:
             self._is_closed = True
+            self._backend.synchronize()
             self._consent.leave()
             self._transport.close()
 
@@ -396,6 +442,11 @@ class Buffer:
         if error is not None and self._queue.last_error is None and not self._is_closed:
             self.abort(f"{type(error).__name__}: {error}")
         self.close()
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether plans say which rows here are of one token (``Plan.partial_rows``): where ranks sum or copy them."""
+        return self._backend.has_pairs
 
     @property
     def stats(self) -> Stats:
@@ -417,6 +468,20 @@ class Buffer:
         state = "closed" if self._is_closed else "open"
         return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
 
+    def _start(self, call: Call, steps: Steps[Result]) -> Pending[Result]:
+        return self._queue.start(call.word.kind, call.sequence, steps, lambda: call.event)
+
+    def _check_overflow(self) -> None:
+        for overflow in self._backend.overflows:
+            sequence, error = overflow
+            if not self._queue.has_unwaited(sequence):  # or ranks would raise in different calls, as it was found
+                self._backend.overflows.remove(overflow)
+                raise error
+
+    def _check_sms(self, num_sms: int | None) -> None:
+        if num_sms is not None and (self.launch is None or num_sms < 1):
+            raise ConfigError(f"num_sms={num_sms}; pass a positive number on CUDA, and None on CPUs")
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise ConfigError("the buffer is closed; make a new one")
@@ -428,7 +493,7 @@ class Buffer:
     def _vetted(self, prepare: Callable[[], Result]) -> Result:
         """What ``prepare`` gives. When it raises, calls in flight are finished first and then every peer is told."""
         try:
-            self.check()
+            self._check_overflow()
             return prepare()
         except Exception as error:
             self._queue.refuse(error)

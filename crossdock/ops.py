@@ -25,8 +25,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from crossdock.backends.base import PlanTensors, Rows
 from crossdock.buffer import Buffer
-from crossdock.calls import Rows
 from crossdock.errors import PeerFailed, PeerTimeout
 from crossdock.layout import Padded
 from crossdock.plan import Plan
@@ -49,9 +49,9 @@ def dispatch(
     with torch.no_grad():
         recv = owner.dispatch(x, topk_idx, weights=weights, rows=cast("Rows", rows))
     plan = recv.plan
-    no_ids = torch.empty(0, owner.spec.num_topk, dtype=torch.int32)
+    no_ids = torch.empty(0, owner.spec.num_topk, dtype=torch.int32, device=x.device)
     return (
-        *_own_rows(owner.spec, recv),
+        *_own_rows(owner.spec, recv, rows),
         plan.topk_idx,
         plan.counts,
         no_ids if plan.partial_rows is None else plan.partial_rows,
@@ -72,7 +72,7 @@ def _(
         lead = (spec.num_local_experts(num_ranks), spec.capacity(num_ranks))
     else:
         lead = (ctx.new_dynamic_size() if rows == "exact" else spec.num_slot_rows(num_ranks),)
-    num_pairs = ctx.new_dynamic_size() if spec.ranks_sum_picks else 0
+    num_pairs = ctx.new_dynamic_size() if owner.has_pairs else 0
     local_lead = (0,) if spec.layout.per_pick else lead
     ids = torch.int32
     return (
@@ -101,7 +101,7 @@ def send(
     owner = Buffer.of(buffer)
     with torch.no_grad(), _hint_in_backward(wide):
         recv = owner.dispatch(x, _plan(owner, plan), weights=weights, rows=cast("Rows", rows), wide=wide)
-    return _own_rows(owner.spec, recv)
+    return _own_rows(owner.spec, recv, rows)
 
 
 @send.register_fake
@@ -258,7 +258,7 @@ def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.bias is not None:
         dtype, num_dims = ctx.bias
         grad_bias = (grad if num_dims == 2 else grad.sum(dim=0)).to(dtype)
-    grad_link = torch.empty(0) if ctx.has_link else None
+    grad_link = torch.empty(0, device=grad.device) if ctx.has_link else None
     return grad_y.to(ctx.dtype), grad_weights, grad_bias, grad_link, [None] * 5, None, None
 
 
@@ -268,11 +268,10 @@ combine.register_autograd(_combine_backward, setup_context=_setup_combine)
 
 
 def _plan(owner: Buffer, tensors: Sequence[Tensor]) -> Plan:
-    topk_idx, counts, partial_rows, _, _ = tensors
-    return owner.remake_plan(topk_idx, counts, partial_rows if owner.spec.ranks_sum_picks else None)
+    return owner.remake_plan(PlanTensors(*tensors))
 
 
-def _own_rows(spec: Spec, recv: Received) -> tuple[Tensor, Tensor, Tensor]:
+def _own_rows(spec: Spec, recv: Received, rows: str) -> tuple[Tensor, Tensor, Tensor]:
     """Rows that no later dispatch overwrites, zero where none came; their weights, or empty; a link."""
     x = recv.x
     if isinstance(x, Quantized):
@@ -280,10 +279,10 @@ def _own_rows(spec: Spec, recv: Received) -> tuple[Tensor, Tensor, Tensor]:
         x = spec.wire.dequantize(x, spec.combine_dtype)
     else:
         x = x.clone()
-    if x.shape[:-1].numel() != recv.num_rows or isinstance(spec.layout, Padded):
+    if rows == "capacity":
         x.masked_fill_((recv.src_idx < 0).unsqueeze(-1), 0)  # room that no row took holds what earlier calls left
-    weights = torch.empty(0) if recv.weights is None else recv.weights
-    return x, weights, torch.empty(0)
+    weights = torch.empty(0, device=x.device) if recv.weights is None else recv.weights
+    return x, weights, torch.empty(0, device=x.device)
 
 
 def _row_dtype(spec: Spec, *, wide: bool) -> torch.dtype:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from crossdock.consent import Consent, Kind, Missing
+from crossdock.backends.base import Event
+from crossdock.consent import Consent, Kind, Missing, Steps
 from crossdock.errors import ConfigError, CrossdockError, PeerTimeout, TransportError
 from crossdock.transport.base import Transport
 
 Result = TypeVar("Result")
-Steps = Generator[Missing, None, Result]
 _LOOK_AGAIN_S = 0.05
 """How often a rank that waits looks whether the peers it misses still exist."""
 
@@ -24,21 +24,34 @@ class Pending(Generic[Result]):
     for one finishes those before it.
     """
 
-    def __init__(self, queue: CallQueue, kind: Kind, sequence: int, steps: Steps[Result]) -> None:
+    def __init__(
+        self, queue: CallQueue, kind: Kind, sequence: int, steps: Steps[Result], event_of: Callable[[], Event | None]
+    ) -> None:
         self.kind = kind
         self.sequence = sequence
         self._queue = queue
         self._steps = steps
+        self._event_of = event_of
         self._result: list[Result] = []
         self._error: BaseException | None = None
 
     @property
     def is_done(self) -> bool:
-        """Whether ``wait()`` would return (or raise) at once."""
+        """Whether ``wait()`` would return (or raise) at once; on CUDA the work itself may still be under way."""
         return bool(self._result) or self._error is not None
+
+    @property
+    def event(self) -> Event | None:
+        """On CUDA, a ``torch.cuda.Event`` at the end of the call's work, for any stream to wait for.
+
+        None on CPUs, and as long as not all of the work could be issued, because an earlier call failed.
+        """
+        return self._event_of()
 
     def wait(self) -> Result:
         """The call's result, once it is there; later calls of ``wait()`` give the same.
+
+        On CUDA the caller's current stream waits for the work; the host waits only for what it has to be told.
 
         Raises:
             PeerTimeout: a peer did not do its part within the buffer's ``timeout_s``; the call is void.
@@ -48,6 +61,8 @@ class Pending(Generic[Result]):
         self._queue.finish(self)
         if self._error is not None:
             raise self._error
+        if (event := self.event) is not None:
+            event.wait()
         return self._result[0]
 
     def advance(self) -> Missing | None:
@@ -94,18 +109,35 @@ class CallQueue:
         one would be the caller's answer to an error it has not seen), or ConfigError when as many calls as there are
         slots have been started and not waited for.
         """
-        if self._untold is not None:
-            self.last_error, self._untold = self._untold, None
-            raise self.last_error
+        self.check_failure()
         if len(self._unwaited) >= self._depth:
             raise ConfigError(
                 f"{len(self._unwaited)} calls were started and not waited for; num_slots={self._depth}: "
                 f"call wait() on the oldest first, or make the Spec with more slots"
             )
 
-    def start(self, kind: Kind, sequence: int, steps: Steps[Result]) -> Pending[Result]:
-        """Puts a call behind the others and goes as far as is possible without waiting."""
-        pending = Pending(self, kind, sequence, steps)
+    def check_failure(self) -> None:
+        """Raises the failure of a call that this rank has not seen yet: nobody waited for it, or the device found it."""
+        if self._untold is None and (error := self._consent.failure()) is not None:
+            self._fail(error)
+            self._untold = error
+        if self._untold is not None:
+            self.last_error, self._untold = self._untold, None
+            raise self.last_error
+
+    def start(
+        self,
+        kind: Kind,
+        sequence: int,
+        steps: Steps[Result],
+        event_of: Callable[[], Event | None] = lambda: None,
+    ) -> Pending[Result]:
+        """Puts a call behind the others and goes as far as is possible without waiting.
+
+        Args:
+            event_of: gives the end of its work, once all of that has been issued.
+        """
+        pending = Pending(self, kind, sequence, steps, event_of)
         self.last_error = None
         self._running.append(pending)  # type: ignore[arg-type]
         self._unwaited.append(pending)  # type: ignore[arg-type]
@@ -178,6 +210,8 @@ class CallQueue:
             if isinstance(head.error, TransportError):
                 self._untold = head.error
                 self._fail(head.error)
+            elif isinstance(head.error, CrossdockError) and self._consent.failure() is not None:
+                self._fail(head.error)  # the device has ended the epoch by it
             else:
                 self._running.popleft()
         return None
@@ -196,7 +230,7 @@ class CallQueue:
                 for peer in missing.peers:
                     self.wait_s[peer] += now - last
             last = now
-            if now - began > self._timeout_s:
+            if missing.peers and now - began > self._timeout_s:  # without, the device has the deadline
                 self._give_up(missing.peers[0], missing.what, f"within timeout_s={self._timeout_s:g}")
             elif now - looked > _LOOK_AGAIN_S:
                 looked = now

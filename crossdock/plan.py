@@ -87,19 +87,46 @@ class Hop:
 class Plan:
     """Everything about one routing: tensors and ints only, usable for any number of dispatches and combines.
 
-    A rank of one domain needs one hop. With two axes ``hops[0]`` goes over the slow one, to the rail peers of the
-    nodes, with ``carried`` beside its rows; ``hops[1]`` fans them out over the fast one, and its ``send_idx`` is known
-    once rows have landed (``landed_hop``).
+    What is known of it whatever moves the rows; a backend's plan says besides where each row goes.
     """
 
     rank: int
     buffer_id: int
     """The buffer that made it, 0 for none."""
     stamp: int
-    """The sequence number of the dispatch that made it, the same on all ranks."""
+    """Of the dispatch that made it, the same on all ranks."""
     topk_idx: Int[Tensor, "T K"]
     counts: Int64[Tensor, "P W"]
     """What every rank told every rank. With this rank's picks it decides all the rest: see ``make_plan``."""
+    num_rows: int | None
+    """R, rows in the receive slot up to the end of the last segment; None where the host has not been told: on CUDA
+    with ``rows="capacity"``, when it is ``segment_starts[-1]``, on the device."""
+    num_tokens_per_expert: Int32[Tensor, "L"]
+    segment_starts: Int[Tensor, "ends"]
+    """First row of each segment of this rank, and the end."""
+    partial_rows: Int32[Tensor, "R K"] | None = None
+    """Filled on arrival where ranks sum picks: for each (token, rank) pair that came here, its rows in pick order, or
+    -1."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank={self.rank}, num_tokens={self.num_tokens}, num_rows={self.num_rows})"
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens of this rank."""
+        return self.topk_idx.shape[0]
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class HostPlan(Plan):
+    """A plan whose rows are moved by the host, hop by hop.
+
+    A rank of one domain needs one hop. With two axes ``hops[0]`` goes over the slow one, to the rail peers of the
+    nodes, with ``carried`` beside its rows; ``hops[1]`` fans them out over the fast one, and its ``send_idx`` is known
+    once rows have landed (``landed_hop``).
+    """
+
+    num_rows: int
     hops: tuple[Hop, ...]
     back: Hop
     """The way home of the rows that are summed at their owner: ``hops[0]``, or one row per rank with reduce='rank'."""
@@ -109,25 +136,10 @@ class Plan:
     """The same for ``back``."""
     sums_by_pick: bool
     """Whether the owner adds rows in the order of picks, else in the order of ranks."""
-    num_rows: int
-    """R, rows in the receive slot up to the end of the last segment."""
-    num_tokens_per_expert: Int32[Tensor, "L"]
-    segment_starts: Int64[Tensor, "ends"]
-    """First row of each segment of this rank, and the end."""
     segment_rows: Int64[Tensor, "segments"]
     """Rows in each segment of this rank."""
     carried: Int64[Tensor, "Q K"] | None = None
     """Two hops: for each row of ``hops[0]`` and pick, local rank * slot rows + final row there, or -1."""
-    partial_rows: Int32[Tensor, "R K"] | None = None
-    """reduce='rank', filled on arrival: for each (token, rank) pair that came here, its rows in pick order, or -1."""
-
-    def __repr__(self) -> str:
-        return f"Plan(rank={self.rank}, num_tokens={self.num_tokens}, num_rows={self.num_rows}, hops={len(self.hops)})"
-
-    @property
-    def num_tokens(self) -> int:
-        """T, the tokens of this rank."""
-        return self.topk_idx.shape[0]
 
     @cached_property
     def terms(self) -> Terms:
@@ -165,12 +177,19 @@ def check_capacity(spec: Spec, topology: Topology, counts: Int64[Tensor, "P W"])
     needed = per_segment if isinstance(spec.layout, Padded) else ends
     worst = int(needed.argmax())
     if needed.flat[worst] > capacity:
-        rank, segment = divmod(worst, needed.shape[1])
-        place = f"rank {rank}, local expert {segment}" if isinstance(spec.layout, Padded) else f"rank {rank}"
-        raise CapacityError(
-            f"{needed.flat[worst]} rows were routed to {place}, whose capacity is {capacity}; no row was moved: "
-            f"pass {type(spec.layout).__name__}(capacity={needed.flat[worst]}) or more in the Spec, or route less"
-        )
+        raise overflow(spec, topology, worst=worst, needed=int(needed.flat[worst]))
+
+
+def overflow(spec: Spec, topology: Topology, *, worst: int, needed: int) -> CapacityError:
+    """The error of a rank, or for Padded of an expert, that was sent more rows than there is room for."""
+    rank, place = worst, ""
+    if isinstance(spec.layout, Padded):
+        rank, segment = divmod(worst, spec.num_local_experts(topology.num_ranks))
+        place = f", local expert {segment}"
+    return CapacityError(
+        f"{needed} rows were routed to rank {rank}{place}, whose capacity is {spec.capacity(topology.num_ranks)}; no "
+        f"row was moved: pass {type(spec.layout).__name__}(capacity={needed}) or more in the Spec, or route less"
+    )
 
 
 def make_plan(
@@ -182,7 +201,7 @@ def make_plan(
     counts: Int64[Tensor, "P W"],
     stamp: int = 0,
     buffer_id: int = 0,
-) -> Plan:
+) -> HostPlan:
     """The plan of ``rank`` from its own picks and everybody's counts (``local_counts`` of each rank, stacked).
 
     Prefix sums alone: no row's place depends on anything but the counts and the order of tokens, which is why every run
@@ -201,7 +220,7 @@ def make_plan(
         send_idx, pick_pos = _send_places(picks // num_local, topology.num_ranks)
     hop = _hop("scale_up", everyone, rank, send_idx, send_pick, final, dst_starts)
     mine = slice(rank * num_local, (rank + 1) * num_local)
-    plan = Plan(
+    plan = HostPlan(
         rank=rank,
         buffer_id=buffer_id,
         stamp=stamp,
@@ -227,7 +246,7 @@ def make_plan(
     return plan
 
 
-def partial_rows_to_send(plan: Plan) -> Int32[Tensor, "Q K"]:
+def partial_rows_to_send(plan: HostPlan) -> Int32[Tensor, "Q K"]:
     """For each (token, rank) pair in ``back``'s order: the rows of its picks there, in pick order, -1 for others."""
     hop, back = plan.hops[0], plan.back
     pos, back_pos = plan.pick_pos.numpy(), plan.back_pos.numpy()
@@ -237,7 +256,7 @@ def partial_rows_to_send(plan: Plan) -> Int32[Tensor, "Q K"]:
     return torch.from_numpy(np.where(same_rank, rows[tokens], -1).astype(np.int32))
 
 
-def landed_hop(plan: Plan, carried: Int64[Tensor, "R0 K"]) -> Hop:
+def landed_hop(plan: HostPlan, carried: Int64[Tensor, "R0 K"]) -> Hop:
     """The second hop of a two-hop plan, once rows have landed with what they ``carried``.
 
     Its order is that of the final rows: by receiver, then row.
@@ -248,7 +267,7 @@ def landed_hop(plan: Plan, carried: Int64[Tensor, "R0 K"]) -> Hop:
     return replace(plan.hops[1], send_idx=torch.from_numpy(idx), send_pick=torch.from_numpy(pick))
 
 
-def _over_nodes(plan: Plan, spec: Spec, topology: Topology, all_counts: Ints, pick_ranks: Picks) -> Plan:
+def _over_nodes(plan: HostPlan, spec: Spec, topology: Topology, all_counts: Ints, pick_ranks: Picks) -> HostPlan:
     """Splits the one-hop plan in two: over the slow axis along this rank's rail, then over the fast one."""
     num_nodes, node_size, num_ranks = topology.num_nodes, topology.node_size, topology.num_ranks
     node, local = divmod(plan.rank, node_size)

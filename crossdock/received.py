@@ -5,7 +5,7 @@ Letters: R rows, L local experts, C capacity per expert, K top-k, H hidden, G sc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -41,8 +41,9 @@ class Received:
 
     plan: Plan
     """Where each row came from and goes back to; good for any number of dispatches and combines."""
-    num_rows: int
-    """Rows up to the end of the last segment; fewer than ``x`` has with ``rows="capacity"``."""
+    num_rows: int | None
+    """Rows up to the end of the last segment; fewer than ``x`` has with ``rows="capacity"``, when on CUDA the host is
+    not told (None)."""
     num_tokens_per_expert: Tensor
     """int32 [L], the picks of each local expert."""
     expert_offsets: Tensor | None
@@ -85,6 +86,12 @@ class Received:
         """
         self._outputs_lease.check()
         return self._outputs
+
+    def copied(self) -> Received:
+        """The same with rows ``x`` of its own, which no later dispatch overwrites."""
+        rows = self.x
+        own = Quantized(rows.data.clone(), rows.scale.clone()) if isinstance(rows, Quantized) else rows.clone()
+        return replace(self, _rows=own, _lease=None)
 
     @property
     def is_stale(self) -> bool:

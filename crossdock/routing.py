@@ -313,3 +313,22 @@ def _check_picks(topk_idx: Int[Tensor, "T K"], source: str, *, num_experts: int)
             f"{source} picks expert {int(ordered[token, pick])} twice at token {token}; "
             "a token's picks must be distinct, put -1 where there is none"
         )
+
+
+def check_picks(topk_idx: Tensor, *, num_experts: int) -> None:
+    """Raises ConfigError unless picks, on the host, are experts 0 .. E - 1 or -1 for none, and distinct in a token."""
+    picks = topk_idx.numpy()
+    if not picks.size:
+        return
+    if picks.min() < -1 or picks.max() >= num_experts:
+        token, pick = np.argwhere((picks < -1) | (picks >= num_experts))[0]
+        raise ConfigError(
+            f"topk_idx[{token}, {pick}] = {picks[token, pick]}; experts are 0 to {num_experts - 1}, -1 is no pick"
+        )
+    ordered = np.sort(picks.astype(np.int16) if num_experts < 2**15 else picks, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        token, at = np.argwhere(twice)[0]
+        raise ConfigError(
+            f"topk_idx[{token}] picks expert {ordered[token, at]} more than once; the picks of a token are distinct"
+        )

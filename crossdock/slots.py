@@ -18,6 +18,7 @@ class ReceiveSlots:
     """Hands out receive slots to dispatches, in turn, and tells which slot a tensor lies in."""
 
     def __init__(self, arena: Arena, segment: Tensor) -> None:
+        self.device = segment.device
         self._num_slots = arena.spec.num_slots
         self._views = {
             name: arena.view(segment, name) for name in ("data", "scale", "record", "outputs") if name in arena.regions

@@ -29,6 +29,10 @@ class Topology:
     Args:
         num_ranks: P, all ranks of the group.
         scale_up: ranks of one scale-up domain, whose memory a kernel can load from and store to; None: all of them.
+        link_bandwidth: bytes per second that a rank sends to its scale-up peers, and as many that it gets; by default
+            fourth-generation NVLink's (H100, H200: 900 GB/s both ways, NVIDIA's data sheets).
+        memory_bandwidth: bytes per second that a rank's own memory reads and writes together; by default what was
+            measured on an H200 (docs/performance.md).
 
     >>> Topology(num_ranks=128, scale_up=8).num_nodes
     16
@@ -36,8 +40,15 @@ class Topology:
 
     num_ranks: int
     scale_up: int | None = None
+    link_bandwidth: float = 450e9
+    memory_bandwidth: float = 4.1e12
 
     def __post_init__(self) -> None:
+        if self.link_bandwidth <= 0 or self.memory_bandwidth <= 0:
+            raise ConfigError(
+                f"link_bandwidth={self.link_bandwidth:g}, memory_bandwidth={self.memory_bandwidth:g} bytes per second; "
+                f"pass positive numbers"
+            )
         if self.num_ranks < 1:
             raise ConfigError(f"num_ranks={self.num_ranks}; a group has at least one rank")
         if self.scale_up is not None and (self.scale_up < 1 or self.num_ranks % self.scale_up):

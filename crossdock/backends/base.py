@@ -6,13 +6,64 @@ Letters: T tokens here, K top-k, H hidden, R rows received, Q rows sent, P ranks
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from crossdock.consent import Steps, Word
+from crossdock.errors import CapacityError, ConfigError
 from crossdock.plan import Plan
+from crossdock.spec import Spec
 from crossdock.wire import Quantized
+
+
+class Launch(Protocol):
+    """How a backend launches its kernels; printable."""
+
+    @property
+    def num_sms(self) -> int:
+        """Multiprocessors that the kernels which move rows may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What a user may ask of a backend; see ``Buffer``."""
+
+    num_sms: int | None = None
+    expand: Literal["sender", "receiver"] | None = None
+    engine: Literal["kernel", "copy"] = "kernel"
+
+    def check(self, spec: Spec, device: torch.device) -> None:
+        """Raises ConfigError for what is not allowed."""
+        if self.num_sms is not None and self.num_sms < 1:
+            raise ConfigError(f"num_sms={self.num_sms}; pass a positive number, or None for the default")
+        if self.expand not in (None, "sender", "receiver"):
+            raise ConfigError(f"expand={self.expand!r}; pass 'sender', 'receiver', or None for the cheaper one")
+        if self.engine not in ("kernel", "copy"):
+            raise ConfigError(f"engine={self.engine!r}; pass 'kernel' or 'copy'")
+        if self.engine == "copy" and spec.layout.per_pick:
+            raise ConfigError(
+                f"engine='copy' moves whole blocks, which {type(spec.layout).__name__} rows do not form; pass "
+                f"layout=Compact(), or engine='kernel'"
+            )
+        if device.type == "cpu" and (self.num_sms, self.expand, self.engine) != (None, None, "kernel"):
+            raise ConfigError("num_sms, expand and engine say how a GPU moves rows; leave them out on CPUs")
+
+
+Rows = Literal["exact", "capacity"]
+
+
+class PlanTensors(NamedTuple):
+    """What decides a plan, and what a dispatch on it has brought; empty where there is none."""
+
+    topk_idx: Tensor  # [T, K]
+    counts: Tensor  # [P, W] int64
+    partial_rows: Tensor  # [pairs, K] int32
+    src_idx: Tensor  # [R] or [L, C] int32
+    local_idx: Tensor  # [R, K] int32, one row per (token, rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +90,69 @@ class Landed:
     extras: tuple[Tensor, ...]  # [R, ...] each
 
 
-class Backend(Protocol):
-    """Moves rows between this rank and its peers. Called only between the words that permit it."""
+class Event(Protocol):
+    """A moment in a device's work, such as ``torch.cuda.Event``."""
 
-    def post_counts(self, sequence: int, counts: Tensor) -> None:
+    def wait(self) -> None:
+        """What the caller issues from now on, on its current stream, comes after it."""
+
+    def query(self) -> bool:
+        """Whether it has passed."""
+
+    def synchronize(self) -> None:
+        """Returns once it has passed."""
+
+
+class Backend(Protocol):
+    """Moves rows between this rank and its peers. Called only between the words that permit it.
+
+    ``words`` are those that consent gave for the call; where kernels read them themselves, there are none.
+    """
+
+    has_pairs: bool
+    """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
+
+    @property
+    def overflows(self) -> list[tuple[int, CapacityError]]:
+        """Of dispatches that had more rows than room and did not raise, by number, until somebody raises them."""
+        raise NotImplementedError
+
+    def enter(self) -> None:
+        """What the caller has issued on its current stream comes before what the call does."""
+
+    def use_sms(self, num_sms: int | None) -> None:
+        """How many multiprocessors the call that comes now may use; None: the default."""
+
+    def post_counts(self, sequence: int, topk_idx: Tensor) -> None:
         """Tells every rank how many rows this rank will send it in the call; before the call's word is posted."""
 
-    def read_counts(self, sequence: int) -> Tensor:
-        """Everybody's counts for the call, int64 [P, W]; after the words of all ranks have been seen."""
+    def make_plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> Plan:
+        """The plan of a fresh dispatch, from its picks and everybody's counts; after the words have been seen.
 
-    def push_rows(self, plan: Plan, outgoing: Outgoing, slots: Sequence[int]) -> None:
+        Of an overflow with ``rows="capacity"``, that of no rows, on all ranks.
+
+        Raises:
+            CapacityError: an overflow with ``rows="exact"``, where the host already knows of it.
+        """
+
+    def remake_plan(self, tensors: PlanTensors) -> Plan:
+        """A plan from the tensors that decide it; stamped the same on all ranks that remake the same."""
+
+    def push_rows(self, plan: Plan, outgoing: Outgoing, words: Sequence[Word]) -> None:
         """Writes each row into its final place, in the receive slot that each peer named."""
 
     def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
         """What has arrived in this rank's slot, with as many rows; zeroes what alignment left between segments."""
 
+    def settled(self, plan: Plan, topk_idx: Tensor, mode: Rows) -> Steps[Plan]:
+        """The plan with what the host is told of it, waiting for that if ``mode`` asks for it.
+
+        Raises:
+            CapacityError: an overflow with ``rows="exact"``.
+        """
+
     def push_outputs(
-        self, plan: Plan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None, slots: Sequence[int]
+        self, plan: Plan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None, words: Sequence[Word]
     ) -> None:
         """Writes outputs [R, H] (or their sums, weighted by [R], where ranks sum) and extras [R, ...] to their owners.
 
@@ -63,9 +160,18 @@ class Backend(Protocol):
         """
 
     def sum_rows(
-        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, output_slots: Sequence[int], landing_slot: int
+        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], landing_slot: int
     ) -> Tensor:
         """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from landing."""
 
     def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
         """Extras that came home: [T, ...] summed over ranks, or [T, K, ...] where a row is one pick."""
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Torch operations within come after what the call has done so far, and before its end."""
+
+    def event(self) -> Event | None:
+        """The end of what has been issued so far; None where calls are done when they return."""
+
+    def synchronize(self) -> None:
+        """Returns once all that was issued is done."""

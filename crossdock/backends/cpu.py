@@ -6,7 +6,9 @@ Letters: T tokens here, K top-k, H hidden, R rows received, Q rows sent, P ranks
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +17,13 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Landed, Outgoing
+from crossdock.backends.base import Landed, Outgoing, PlanTensors, Rows
 from crossdock.backends.sums import chunk_rows, sum_rows
-from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, stamped
+from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Steps, Word, stamped
+from crossdock.errors import CapacityError
 from crossdock.layout import Expanded
-from crossdock.plan import Hop, Plan, Terms, partial_rows_to_send
-from crossdock.transport.base import Transport
+from crossdock.plan import Hop, HostPlan, Plan, Terms, check_capacity, local_counts, make_plan, partial_rows_to_send
+from crossdock.transport.host import HostTransport
 from crossdock.wire import Fp8, Quantized
 
 _CAST_ROWS = 256
@@ -36,8 +39,11 @@ Bytes = npt.NDArray[np.uint8]
 class CpuBackend:
     """The Backend protocol over host memory that every rank has mapped."""
 
-    def __init__(self, arena: Arena, transport: Transport) -> None:
+    def __init__(self, arena: Arena, transport: HostTransport, *, buffer_id: int) -> None:
+        self.has_pairs = arena.spec.ranks_sum_picks
+        self._overflows: list[tuple[int, CapacityError]] = []
         self._arena = arena
+        self._buffer_id = buffer_id
         self._rank = transport.rank
         self._num_ranks = transport.num_ranks
         memory = transport.memory
@@ -53,18 +59,34 @@ class CpuBackend:
         self._all_rows = memory[:last_row_end].view(arena.spec.combine_dtype).view(-1, arena.spec.hidden)
         self._row_bytes = row_bytes
 
-    def post_counts(self, sequence: int, counts: Tensor) -> None:
+    def post_counts(self, sequence: int, topk_idx: Tensor) -> None:
         """See Backend. Stamped like every word; the begin word that follows makes them visible."""
+        counts = local_counts(self._arena.spec, self._arena.topology, topk_idx)
         self._counts[:, sequence % self._arena.ring, self._rank] = counts.numpy() | stamped(sequence, 0)
 
-    def read_counts(self, sequence: int) -> Tensor:
+    def make_plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> HostPlan:
         """See Backend."""
         words = self._counts[self._rank, sequence % self._arena.ring]
         assert (words >> PAYLOAD_BITS == stamped(sequence, 0) >> PAYLOAD_BITS).all(), "counts of another call"
-        return torch.from_numpy(words & PAYLOAD_MASK)
+        counts = torch.from_numpy(words & PAYLOAD_MASK)
+        try:
+            check_capacity(self._arena.spec, self._arena.topology, counts)
+        except CapacityError as error:
+            if mode == "exact":
+                raise
+            self._overflows.append((sequence, error))
+            counts, topk_idx = torch.zeros_like(counts), torch.full_like(topk_idx, -1)
+        return self._make_plan(topk_idx, counts, stamp=sequence)
 
-    def push_rows(self, plan: Plan, outgoing: Outgoing, slots: Sequence[int]) -> None:
+    def remake_plan(self, tensors: PlanTensors) -> HostPlan:
+        """See Backend. The stamp is a checksum of the counts."""
+        stamp = zlib.crc32(tensors.counts.numpy().tobytes()) + 1  # 0 is no plan's
+        plan = self._make_plan(tensors.topk_idx, tensors.counts, stamp=stamp)
+        return replace(plan, partial_rows=tensors.partial_rows) if self._arena.spec.ranks_sum_picks else plan
+
+    def push_rows(self, plan: Plan, outgoing: Outgoing, words: Sequence[Word]) -> None:
         """See Backend. One gather per block, straight into its place."""
+        plan, slots = _of_host(plan), [word.slot for word in words]
         hop = plan.hops[0]
         blocks = list(self._blocks(hop))
         records = self._pack_records(plan, outgoing)
@@ -91,6 +113,7 @@ class CpuBackend:
 
     def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
         """See Backend."""
+        plan = _of_host(plan)
         region = self._arena.region_of_rows(wide=outgoing.wide)
         data, record = self._own[region][slot, :num_rows], self._records[self._rank][slot, :num_rows]
         has_scale = "scale" in self._own and region == "data"
@@ -111,10 +134,16 @@ class CpuBackend:
             plan=plan, data=data, scale=scale, src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras
         )
 
+    def settled(self, plan: Plan, topk_idx: Tensor, mode: Rows) -> Steps[Plan]:
+        """See Backend."""
+        yield from ()
+        return plan
+
     def push_outputs(
-        self, plan: Plan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None, slots: Sequence[int]
+        self, plan: Plan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None, words: Sequence[Word]
     ) -> None:
         """See Backend. A block that came in contiguously goes home as one copy."""
+        plan, slots = _of_host(plan), [word.slot for word in words]
         if y is not None:
             sums_here = plan.partial_rows is not None or weights is not None
             for peer, here, there in self._incoming_blocks(plan.back):
@@ -129,13 +158,17 @@ class CpuBackend:
                 self._returns[peer][slots[peer], there, : packed.shape[1]] = packed[here]
 
     def sum_rows(
-        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, output_slots: Sequence[int], landing_slot: int
+        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], landing_slot: int
     ) -> Tensor:
         """See Backend."""
+        plan = _of_host(plan)
         back, spec = plan.back, self._arena.spec
         landing = self._first_row("landing", self._rank, landing_slot)
         first_output = np.array(
-            [-1 if slot == PUSHED else self._first_row("outputs", r, slot) for r, slot in enumerate(output_slots)]
+            [
+                -1 if word.output_slot == PUSHED else self._first_row("outputs", peer, word.output_slot)
+                for peer, word in enumerate(words)
+            ]
         )
         first = first_output[back.send_blocks // back.num_blocks_per_peer]
         sent_rows = np.where(first < 0, landing + np.arange(first.size), first + back.send_dst_rows)
@@ -145,6 +178,7 @@ class CpuBackend:
 
     def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
         """See Backend."""
+        plan = _of_host(plan)
         home = self._returns[self._rank][landing_slot]
         num_sent = plan.hops[0].send_idx.shape[0]
         results, at = [], 0
@@ -164,12 +198,45 @@ class CpuBackend:
             results.append(torch.from_numpy(values).view(*values.shape[:-1], *extra.shape[1:]))
         return tuple(results)
 
+    @property
+    def overflows(self) -> list[tuple[int, CapacityError]]:
+        """See Backend."""
+        return self._overflows
+
+    def enter(self) -> None:
+        """See Backend."""
+
+    def use_sms(self, num_sms: int | None) -> None:
+        """See Backend."""
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """See Backend."""
+        return nullcontext()
+
+    def event(self) -> None:
+        """See Backend."""
+        return
+
+    def synchronize(self) -> None:
+        """See Backend."""
+
+    def _make_plan(self, topk_idx: Tensor, counts: Tensor, *, stamp: int) -> HostPlan:
+        return make_plan(
+            self._arena.spec,
+            self._arena.topology,
+            rank=self._rank,
+            topk_idx=topk_idx,
+            counts=counts,
+            stamp=stamp,
+            buffer_id=self._buffer_id,
+        )
+
     def _first_row(self, name: str, rank: int, slot: int) -> int:
         """The number, in the matrix of all rows, of a slot's first row in a region of a rank."""
         region = self._arena[name]
         return (rank * self._arena.stride + region.offset) // self._row_bytes + slot * region.shape[1]
 
-    def _sum_here(self, plan: Plan, y: Tensor, weights: Tensor | None, here: slice, home: Tensor) -> None:
+    def _sum_here(self, plan: HostPlan, y: Tensor, weights: Tensor | None, here: slice, home: Tensor) -> None:
         """Writes this rank's sums of some (token, rank) pairs to their owner, a few at a time."""
         num_sums = max(_SUMS_AT_ONCE, chunk_rows(y.shape[1]))
         for start in range(here.start, here.stop, num_sums):
@@ -210,7 +277,7 @@ class CpuBackend:
         """Every rank begins with another peer, so that they do not all write to one."""
         return [(self._rank + 1 + i) % self._num_ranks for i in range(self._num_ranks)]
 
-    def _pack_records(self, plan: Plan, outgoing: Outgoing) -> Bytes:
+    def _pack_records(self, plan: HostPlan, outgoing: Outgoing) -> Bytes:
         """The small record of each sent row, [Q, record_bytes]: int32 source, ids and weights or one weight, extras."""
         hop, arena = plan.hops[0], self._arena
         tokens = hop.send_idx.numpy()
@@ -265,6 +332,11 @@ class CpuBackend:
         )
 
 
+def _of_host(plan: Plan) -> HostPlan:
+    assert isinstance(plan, HostPlan), "the plan of another backend"
+    return plan
+
+
 def _across_ranks(memory: Tensor, arena: Arena, name: str) -> npt.NDArray[np.int64]:
     """A region of 64-bit words at all ranks as one array, [P, *shape]."""
     region, num_ranks = arena[name], arena.topology.num_ranks
@@ -282,7 +354,7 @@ def _between(blocks: Iterable[Block], idx: npt.NDArray[np.int64], start: int, st
             yield peer, slice(src.start + lo, src.start + hi), slice(dst.start + lo, dst.start + hi)
 
 
-def _weights_of_terms(plan: Plan, weights: Tensor) -> Tensor:
+def _weights_of_terms(plan: HostPlan, weights: Tensor) -> Tensor:
     """[n] from weights of picks [T, K]: a row that serves several picks has the sum of theirs, in pick order."""
     pos, by_pick = plan.back_pos.numpy(), weights.numpy()
     by_pos = np.zeros(plan.back.send_idx.shape[0], dtype=np.float32)

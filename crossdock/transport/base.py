@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock.consent import Mailbox
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, CrossdockError
 
 Value = TypeVar("Value")
 
@@ -19,8 +19,8 @@ class Transport(Mailbox, Protocol):
 
     rank: int
     num_ranks: int
-    memory: Tensor
-    """uint8, ``num_ranks * arena.stride``: the ranks' segments side by side; only ``arena.num_bytes`` of each exist."""
+    segment: Tensor
+    """uint8, ``arena.num_bytes``: this rank's segment."""
 
     def idle(self, num_polls: int) -> None:
         """Gives the core away for a moment, after ``num_polls`` polls that found nothing."""
@@ -60,11 +60,18 @@ class ProcessGroup:
                     f"experts are spread, such as mesh['ep']"
                 )
             group = group.get_group()
-        self._group = group
+        self.process_group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
     def all_gather(self, value: Value) -> list[Value]:
         values = [value] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        dist.all_gather_object(values, value, group=self.process_group)
         return values
+
+
+def raise_on_all(group: Group, problem: str | None, error: type[CrossdockError]) -> None:
+    """Raises on all ranks when any of them has a problem. Collective."""
+    for rank, theirs in enumerate(group.all_gather(problem)):
+        if theirs is not None:
+            raise error(f"rank {rank}: {theirs}")

@@ -51,7 +51,7 @@ class HostTransport:
     """A rank among ranks whose segments this process can load from and store to.
 
     Args:
-        memory: the ranks' segments, ``arena.stride`` apart.
+        memory: uint8, the ranks' segments side by side, ``arena.stride`` apart; only ``arena.num_bytes`` of each exist.
         is_alive: tells whether a peer still exists.
         close: what to let go of.
     """
@@ -69,6 +69,7 @@ class HostTransport:
         self.rank = rank
         self.num_ranks = arena.topology.num_ranks
         self.memory = memory
+        self.segment = memory[rank * arena.stride :][: arena.num_bytes]
         self.is_alive = is_alive
         self.close = close
         self._load, self._store = atomics(between_processes=between_processes)

@@ -11,6 +11,7 @@ import torch
 
 from crossdock.arena import Arena
 from crossdock.errors import ConfigError, PeerFailed, TransportError
+from crossdock.transport.device import DeviceTransport
 from crossdock.transport.host import HostTransport
 
 Value = TypeVar("Value")
@@ -86,13 +87,27 @@ class ThreadGroup:
 
 def connect(group: ThreadGroup, arena: Arena) -> HostTransport:
     """Gives every thread the same memory, allocated by rank 0. Collective."""
+    memory = _shared(group, arena, torch.device("cpu"))
+    return HostTransport(
+        memory, arena, rank=group.rank, between_processes=False, is_alive=group.is_alive, close=lambda: None
+    )
+
+
+def connect_on_device(group: ThreadGroup, arena: Arena, device: torch.device) -> DeviceTransport:
+    """The same in a GPU's memory: ranks are virtual ones, each on streams of its own. Collective."""
+    memory = _shared(group, arena, device)
+    views = [memory[rank * arena.stride :][: arena.num_bytes] for rank in range(group.size)]
+    return DeviceTransport(
+        views, arena, rank=group.rank, ranks_here=group.size, is_alive=group.is_alive, close=lambda: None
+    )
+
+
+def _shared(group: ThreadGroup, arena: Arena, device: torch.device) -> torch.Tensor:
     num_bytes = arena.stride * group.size  # on every rank: a Spec that does not fit is refused on all of them
-    memory = torch.zeros(num_bytes, dtype=torch.uint8) if group.rank == 0 else None
+    memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device) if group.rank == 0 else None
     shared = group.all_gather(memory)[0]
     assert isinstance(shared, torch.Tensor)
-    return HostTransport(
-        shared, arena, rank=group.rank, between_processes=False, is_alive=group.is_alive, close=lambda: None
-    )
+    return shared
 
 
 def run_local(program: Callable[[ThreadGroup], Result], num_ranks: int) -> list[Result]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import shutil
@@ -17,8 +16,9 @@ from torch import Tensor
 from crossdock import _env
 from crossdock.arena import Arena
 from crossdock.errors import NotSupported, TransportError
-from crossdock.transport.base import Group
+from crossdock.transport.base import Group, raise_on_all
 from crossdock.transport.host import HostTransport
+from crossdock.transport.presence import is_unlocked, lock
 
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -37,7 +37,7 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
     path = _env.shm_dir() / f"{name}-{group.rank}"
     fds: list[int] = []
     try:
-        _agree(group, _create(path, arena, fds), TransportError)
+        raise_on_all(group, _create(path, arena, fds), TransportError)
         paths = group.all_gather(path)
         problem = None
         peers = []
@@ -50,9 +50,9 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
                     f"on one host that share {peer_path.parent}; ranks of several hosts are not supported yet"
                 )
         fds.extend(peers)
-        _agree(group, problem, NotSupported)
+        raise_on_all(group, problem, NotSupported)
         memory, problem = _map(peers, arena)
-        _agree(group, problem, TransportError)  # also: nobody unlinks before everybody has mapped
+        raise_on_all(group, problem, TransportError)  # also: nobody unlinks before everybody has mapped
     except BaseException:
         _close(fds)
         raise
@@ -64,7 +64,7 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
         arena,
         rank=group.rank,
         between_processes=True,
-        is_alive=lambda peer: not _is_unlocked(peers[peer]) if closed.alive else True,
+        is_alive=lambda peer: not is_unlocked(peers[peer]) if closed.alive else True,
         close=closed,
     )
 
@@ -72,9 +72,8 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
 def _create(path: Path, arena: Arena, fds: list[int]) -> str | None:
     """Makes a file of the arena's size, allocated for real, locked while this process lives; or says why not."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = lock(path)
         fds.append(fd)
-        fcntl.flock(fd, fcntl.LOCK_EX)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, arena.num_bytes)
         else:
@@ -94,13 +93,6 @@ def _create(path: Path, arena: Arena, fds: list[int]) -> str | None:
     return None
 
 
-def _agree(group: Group, problem: str | None, error: type[TransportError | NotSupported]) -> None:
-    """Raises on all ranks when any of them has a problem."""
-    for rank, theirs in enumerate(group.all_gather(problem)):
-        if theirs is not None:
-            raise error(f"rank {rank}: {theirs}")
-
-
 def _map(fds: list[int], arena: Arena) -> tuple[Tensor, str | None]:
     """All segments in one reserved range, unmapped when the last tensor over it is gone; or why not."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -118,16 +110,6 @@ def _map(fds: list[int], arena: Arena) -> tuple[Tensor, str | None]:
         if libc.mmap(base + rank * arena.stride, arena.num_bytes, access, flags, fd, 0) == _MAP_FAILED:
             return torch.empty(0), f"cannot map the segment of rank {rank}: {os.strerror(ctypes.get_errno())}"
     return torch.frombuffer(array, dtype=torch.uint8), None
-
-
-def _is_unlocked(fd: int) -> bool:
-    """Whether the segment's owner no longer holds its lock: the kernel lets go of it when the process ends, however."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    fcntl.flock(fd, fcntl.LOCK_UN)
-    return True
 
 
 def _close(fds: list[int]) -> None:

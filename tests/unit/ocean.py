@@ -200,7 +200,7 @@ class Rank:
             self.port.post(peer, "rows", theirs.slot, sequence)
         self.ocean.writers -= {writer for writer in self.ocean.writers if writer[0] == self.rank}
         self.consent.signal(sequence)
-        yield from self.consent.arrivals(sequence, range(len(words)))
+        yield from self.consent.arrivals(sequence, words, from_all=True)
         assert {self.port.load("rows", word.slot, peer) for peer in range(len(words))} == {sequence}
         self.held[word.slot] = sequence
         self.last_landed = when
@@ -214,7 +214,7 @@ class Rank:
                 self.port.post(peer, "landing", theirs.slot, sequence)
             self.consent.signal(sequence)
         pushers = [peer for peer, theirs in enumerate(words) if theirs.output_slot == PUSHED]
-        yield from self.consent.arrivals(sequence, pushers)
+        yield from self.consent.arrivals(sequence, words, from_all=False)
         terms = []
         for peer, theirs in enumerate(words):
             yield Missing((), PREEMPTED)

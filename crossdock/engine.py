@@ -1,0 +1,92 @@
+"""What moves a buffer's rows: the transport, the backend and the consent that belong together on a device."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from crossdock.arena import Arena
+from crossdock.backends.base import Backend, Launch, Wishes
+from crossdock.backends.cpu import CpuBackend
+from crossdock.consent import Consent
+from crossdock.errors import BackendUnavailable, ConfigError
+from crossdock.transport import inproc, shm, symmetric
+from crossdock.transport.base import ProcessGroup, Transport, raise_on_all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A rank's three parts, already connected to those of its peers."""
+
+    transport: Transport
+    backend: Backend
+    consent: Consent
+    launch: Launch | None
+    """How kernels are launched; None on CPUs."""
+
+
+def choose_device(members: inproc.ThreadGroup | ProcessGroup, device: torch.device | str | None) -> torch.device:
+    """Where rows are moved: as asked for; else on the current CUDA device if the process group is one for it."""
+    if device is None:
+        backend = str(dist.get_backend_config(members.process_group)) if isinstance(members, ProcessGroup) else ""
+        device = "cuda" if "cuda:nccl" in backend or backend == "nccl" else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is no torch device; pass 'cpu', 'cuda' or 'cuda:1'") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={chosen}; rows are moved on 'cpu' or 'cuda'")
+    index: int | None = chosen.index
+    if chosen.type == "cuda" and index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if chosen.type == "cpu" else chosen
+
+
+def connect(
+    members: inproc.ThreadGroup | ProcessGroup,
+    arena: Arena,
+    device: torch.device,
+    wishes: Wishes,
+    *,
+    number: int,
+    timeout_s: float,
+) -> Engine:
+    """Makes the parts and connects them to the peers'. Collective.
+
+    Args:
+        number: of the buffer, the same on all ranks and no other buffer's.
+    """
+    name = f"crossdock-{number:016x}"
+    if device.type == "cpu":
+        host = (
+            inproc.connect(members, arena)
+            if isinstance(members, inproc.ThreadGroup)
+            else shm.connect(members, arena, name=name)
+        )
+        backend = CpuBackend(arena, host, buffer_id=number)
+        consent = Consent(host, rank=members.rank, num_ranks=members.size, ring=arena.ring)
+        return Engine(transport=host, backend=backend, consent=consent, launch=None)
+    raise_on_all(members, _missing(device), BackendUnavailable)
+    from crossdock.backends.cuda import backend as cuda  # noqa: PLC0415 - it needs Triton, which not every system has
+
+    peers = (
+        inproc.connect_on_device(members, arena, device)
+        if isinstance(members, inproc.ThreadGroup)
+        else symmetric.connect(members, arena, device, name=name)
+    )
+    parts = cuda.connect(peers, arena, wishes, buffer_id=number, timeout_s=timeout_s)
+    members.all_gather(None)  # kernels are loaded: no rank is kept waiting by a peer that compiles
+    return Engine(transport=peers, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch)
+
+
+def _missing(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return f"device={device} needs CUDA, and torch.cuda.is_available() is False here; pass device='cpu'"
+    if (device.index or 0) >= torch.cuda.device_count():
+        return f"device={device} does not exist; this process sees {torch.cuda.device_count()} GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return f"device={device} needs Triton 3.6 or newer, which is not installed; pip install triton"
+    return None

@@ -1,0 +1,100 @@
+"""Ranks whose memory this GPU can load from and store to: segments by address, words as small copies.
+
+Kernels give and read the words of a call themselves. What goes through here is what the host says: flags, reasons, that
+a rank has left. It is slow (some ten microseconds a word) and rare.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from crossdock.arena import REASON_BYTES, Arena
+
+_YIELDS = 20000
+"""Polls that yield the core before a waiting rank starts to sleep: about twenty milliseconds."""
+_NAP_S = 100e-6
+
+
+class DeviceTransport:
+    """A rank among ranks whose segments kernels on this device can reach.
+
+    Args:
+        views: every rank's segment, uint8, as this device maps it.
+        ranks_here: how many ranks share this device.
+        is_alive: tells whether a peer still exists.
+        close: what to let go of.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[Tensor],
+        arena: Arena,
+        *,
+        rank: int,
+        ranks_here: int,
+        is_alive: Callable[[int], bool],
+        close: Callable[[], None],
+    ) -> None:
+        self.rank = rank
+        self.num_ranks = arena.topology.num_ranks
+        self.ranks_here = ranks_here
+        self.segment = views[rank]
+        self.device = self.segment.device
+        self.is_alive = is_alive
+        self.close = close
+        self.segments = torch.tensor([view.data_ptr() for view in views], dtype=torch.int64, device=self.device)
+        """int64 ``[P]``: where each rank's segment is mapped here."""
+        self.views = views
+        self._arena = arena
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        """Beside kernels that wait: what the host says and asks goes through it."""
+        self._staged = torch.empty(REASON_BYTES, dtype=torch.uint8, pin_memory=True)
+        torch.cuda.synchronize(self.device)
+
+    def post(self, peer: int, box: str, index: int, value: int) -> None:
+        """See Mailbox."""
+        self._staged[:8].view(torch.int64).fill_(value)
+        self._copy(self._entry(peer, box, index, self.rank), self._staged[:8])
+
+    def load(self, box: str, index: int, sender: int) -> int:
+        """See Mailbox."""
+        self._copy(self._staged[:8], self._entry(self.rank, box, index, sender))
+        return int(self._staged[:8].view(torch.int64))
+
+    def write_reason(self, peer: int, text: bytes) -> None:
+        """See Mailbox."""
+        text = text[:REASON_BYTES].ljust(REASON_BYTES, b"\0")
+        self._staged.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        self._copy(self._arena.view(self.views[peer], "reasons")[self.rank], self._staged)
+
+    def read_reason(self, sender: int) -> bytes:
+        """See Mailbox."""
+        self._copy(self._staged, self._arena.view(self.segment, "reasons")[sender])
+        return self._staged.numpy().tobytes()
+
+    def forget(self, box: str) -> None:
+        """See Mailbox."""
+        with torch.cuda.stream(self.stream):
+            self._arena.view(self.segment, box).zero_()
+        self.stream.synchronize()
+
+    def idle(self, num_polls: int) -> None:
+        """Yields the core at first, then sleeps."""
+        if num_polls < _YIELDS:
+            os.sched_yield()
+        else:
+            time.sleep(_NAP_S)
+
+    def _entry(self, at: int, box: str, index: int, sender: int) -> Tensor:
+        first = self._arena[box].offset + 8 * (index * self.num_ranks + sender)
+        return self.views[at][first : first + 8]
+
+    def _copy(self, destination: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            destination.copy_(source, non_blocking=True)
+        self.stream.synchronize()

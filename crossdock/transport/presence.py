@@ -1,0 +1,67 @@
+"""Who still exists: a file per rank, locked while its process lives. The kernel lets go of a lock when a process ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from crossdock.transport.base import Group
+
+
+class Presence:
+    """The ranks of a group, as far as they are processes of this host. Collective to make.
+
+    Args:
+        group: the ranks.
+        path: of this rank's file, in a folder that the ranks share; it is gone again before this returns.
+    """
+
+    def __init__(self, group: Group, path: Path) -> None:
+        self._fds: list[int | None] = []
+        own = lock(path)
+        try:
+            for rank, theirs in enumerate(group.all_gather(path)):
+                self._fds.append(own if rank == group.rank else _open(theirs))
+            group.all_gather(None)  # nobody unlinks before everybody has opened
+        finally:
+            path.unlink(missing_ok=True)
+
+    def is_alive(self, rank: int) -> bool:
+        """False when the rank's process has ended; True also for a rank whose file could not be opened."""
+        fd = self._fds[rank] if self._fds else None
+        return fd is None or not is_unlocked(fd)
+
+    def close(self) -> None:
+        """Lets go of the lock and of the files."""
+        while self._fds:
+            if (fd := self._fds.pop()) is not None:
+                os.close(fd)
+
+
+def lock(path: Path) -> int:
+    """Makes a file that nobody else has, locked until its descriptor, which this gives, is closed everywhere."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def is_unlocked(fd: int) -> bool:
+    """Whether the one that locked the file no longer does: its process has ended, however, or it closed the file."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return True
+
+
+def _open(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None

@@ -1,0 +1,78 @@
+"""Ranks that are processes on GPUs of one scale-up domain: torch symmetric memory, every segment mapped by every rank.
+
+Several ranks may share one GPU; then use a process group that allows it, such as gloo's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch.distributed import _symmetric_memory as symmetric_memory
+
+from crossdock import _env
+from crossdock.arena import Arena
+from crossdock.errors import NotSupported, TransportError
+from crossdock.transport.base import ProcessGroup, raise_on_all
+from crossdock.transport.device import DeviceTransport
+from crossdock.transport.presence import Presence
+
+_OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+
+
+def connect(group: ProcessGroup, arena: Arena, device: torch.device, *, name: str) -> DeviceTransport:
+    """Allocates this rank's segment on its device and maps everybody's. Collective.
+
+    Args:
+        name: what the file is called by which peers see that this process lives; no other buffer's.
+
+    Raises:
+        TransportError: a rank's segment could not be allocated; all ranks raise.
+        NotSupported: a rank cannot map another's segment, so they are of no one scale-up domain; all ranks raise.
+    """
+    torch.cuda.set_device(device)
+    ours = str(torch.cuda.get_device_properties(device).uuid)
+    ranks_here = Counter(group.all_gather(ours))
+    if max(ranks_here.values()) > 1:
+        os.environ.setdefault(_OVERLAPPING, "1")  # torch looks there when ranks meet, and refuses without it
+    segment, problem = None, None
+    try:
+        segment = symmetric_memory.empty(arena.num_bytes, dtype=torch.uint8, device=device)
+        segment.zero_()
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        problem = (
+            f"cannot allocate its segment of {arena.num_bytes:,} bytes on {device} ({_first_line(error)}); pass a "
+            f"smaller max_tokens or capacity=, or free memory"
+        )
+    raise_on_all(group, problem, TransportError)
+    assert segment is not None
+    try:
+        handle = symmetric_memory.rendezvous(segment, group.process_group or dist.distributed_c10d._get_default_group())  # noqa: SLF001
+        views = [
+            segment if rank == group.rank else handle.get_buffer(rank, (arena.num_bytes,), torch.uint8)
+            for rank in range(group.size)
+        ]
+    except RuntimeError as error:
+        problem = (
+            f"cannot map the segments of its peers ({_first_line(error)}): GPUs must be of one scale-up domain (NVLink, "
+            f"or one GPU that processes share)"
+        )
+    raise_on_all(group, problem, NotSupported)
+    presence = Presence(group, _env.shm_dir() / f"{name}-{group.rank}")
+    transport = DeviceTransport(
+        views,
+        arena,
+        rank=group.rank,
+        ranks_here=ranks_here[ours],
+        is_alive=presence.is_alive,
+        close=presence.close,
+    )
+    group.all_gather(None)  # nobody writes to a segment that its owner has still to zero
+    return transport
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
