@@ -1,0 +1,420 @@
+"""Rows on GPUs that map each other's memory: the Backend protocol by kernels on a stream of its own.
+
+Every method issues work and returns; only ``settled`` waits for the host, and ``engine="copy"``, whose block sizes the
+host has to know. Tensors that the caller gets are of its own stream's memory, and those of ours alone are of ours.
+
+Letters: T tokens here, K top-k, J places of a token, H hidden, R rows received, Q rows sent, P ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossdock.arena import Arena
+from crossdock.backends.base import Landed, Outgoing, PlanTensors, Rows, Wishes
+from crossdock.backends.cuda.config import decide
+from crossdock.backends.cuda.control import DeviceConsent
+from crossdock.backends.cuda.launch import Kernels
+from crossdock.backends.cuda.plan import DevicePlan, Report, Table
+from crossdock.backends.cuda.planner import Counted, Planner
+from crossdock.consent import Steps, Word
+from crossdock.errors import CapacityError
+from crossdock.layout import Expanded
+from crossdock.plan import Plan
+from crossdock.routing import check_picks
+from crossdock.spec import Topology
+from crossdock.transport.device import DeviceTransport
+from crossdock.wire import Fp8, Quantized
+
+
+class CudaBackend:
+    """The Backend protocol over device memory that every rank has mapped."""
+
+    def __init__(
+        self, arena: Arena, transport: DeviceTransport, kernels: Kernels, consent: DeviceConsent, *, buffer_id: int
+    ) -> None:
+        self.launch = kernels.config
+        """The default; a call may ask for another number of multiprocessors."""
+        spec = arena.spec
+        self.has_pairs = spec.ranks_sum_picks or self.launch.expand == "receiver"
+        self._arena = arena
+        self._transport = transport
+        self._kernels = kernels
+        self._consent = consent
+        self._planner = Planner(arena, kernels, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
+        self._device = transport.device
+        self._counted: Counted | None = None
+        self._is_narrow = isinstance(spec.wire, Fp8)
+        self._is_aligned = isinstance(spec.layout, Expanded) and spec.layout.alignment > 1
+        self._untold: list[tuple[int, Report]] = []
+        self._overflows: list[tuple[int, CapacityError]] = []
+
+    @property
+    def overflows(self) -> list[tuple[int, CapacityError]]:
+        """See Backend. Of those that the host has been told by now."""
+        if not torch.cuda.is_current_stream_capturing():
+            waiting = []
+            for sequence, report in self._untold:
+                if not _is_past(report.event):
+                    waiting.append((sequence, report))
+                elif (error := self._planner.overflow_of(report)) is not None:
+                    self._overflows.append((sequence, error))
+            self._untold = waiting
+            for report in self._planner.captured:
+                if (error := self._planner.overflow_of(report)) is not None:
+                    self._overflows.append((0, error))
+        return self._overflows
+
+    def enter(self) -> None:
+        """See Backend."""
+        self._kernels.stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def use_sms(self, num_sms: int | None) -> None:
+        """See Backend."""
+        self._kernels.use_sms(num_sms, self.launch)
+
+    def post_counts(self, sequence: int, topk_idx: Tensor) -> None:
+        """See Backend. Counted here; the kernel that gives the word tells the counts first."""
+        self._counted = self._planner.count(topk_idx)
+
+    def make_plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> DevicePlan:
+        """See Backend. The host is told later."""
+        assert self._counted is not None
+        plan = self._planner.make(self._counted, stamp=sequence)
+        self._counted = None
+        if mode == "capacity" and plan.report is not None and not plan.report.is_captured:
+            self._untold.append((sequence, plan.report))
+        return plan
+
+    def remake_plan(self, tensors: PlanTensors) -> DevicePlan:
+        """See Backend."""
+        self.enter()
+        return self._planner.remake(tensors)
+
+    def push_rows(self, plan: Plan, outgoing: Outgoing, words: Sequence[Word]) -> None:
+        """See Backend."""
+        plan = _of_device(plan)
+        with torch.cuda.stream(self._kernels.stream):
+            if _has_records(plan, outgoing):
+                extras = _packed(outgoing.extras, plan.num_tokens) if outgoing.extras else None
+                weights = None if outgoing.weights is None else outgoing.weights.contiguous()
+                self._kernels.push_records(plan.topk_idx, weights, extras, plan.rows)
+            if plan.pairs is not None and plan.partial_rows is None:
+                self._kernels.push_partial_rows(plan.rows, plan.pairs)
+            if self.launch.engine == "copy":
+                self._push_blocks(plan, outgoing)
+                return
+            way = self._way(plan, outgoing)
+            x = outgoing.x
+            if isinstance(x, Tensor) and self._is_narrow and not outgoing.wide:
+                x = x if x.stride(1) == 1 else x.contiguous()
+                self._kernels.push_cast(x, way.table, landed=way.is_landed)
+                return
+            data, scale = x if isinstance(x, Quantized) else (x, None)
+            self._kernels.push_rows(data, way.table, way.region, row_bytes=way.row_bytes)
+            if scale is not None:
+                region = way.region if way.is_landed else "scale"
+                self._kernels.push_rows(scale, way.table, region, offset=way.scale_offset, row_bytes=way.row_bytes)
+
+    def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
+        """See Backend."""
+        plan = _of_device(plan)
+        kernels, region = self._kernels, self._arena.region_of_rows(wide=outgoing.wide)
+        has_scale = self._is_narrow and region == "data"
+        partial_rows = plan.partial_rows
+        if plan.pairs is not None and partial_rows is None:
+            partial_rows = self._empty(plan.pairs.origins.shape[0], self._arena.spec.num_topk, dtype=torch.int32)
+            with torch.cuda.stream(kernels.stream):
+                partial_rows.copy_(kernels.view("partial_rows", slot))
+            plan = replace(plan, partial_rows=partial_rows)
+        with torch.cuda.stream(kernels.stream):
+            way = self._way(plan, outgoing)
+            if way.is_landed:
+                kernels.expand_rows(slot, "data", plan, offset=0)
+                if has_scale:
+                    kernels.expand_rows(slot, "scale", plan, offset=way.scale_offset)
+            if self._is_aligned:
+                kernels.zero_gaps(slot, region, plan)
+                if has_scale:
+                    kernels.zero_gaps(slot, "scale", plan)
+        weights: Tensor | None = None
+        extras: tuple[Tensor, ...] = ()
+        if _has_records(plan, outgoing):
+            plan, weights, extras = self._unpack(plan, outgoing, slot, num_rows)
+        assert plan.src_idx is not None
+        return Landed(
+            plan=plan,
+            data=kernels.view(region, slot)[:num_rows],
+            scale=kernels.view("scale", slot)[:num_rows] if has_scale else None,
+            src_idx=self._up_to(plan.src_idx, num_rows),
+            topk_idx=None if plan.local_idx is None else self._up_to(plan.local_idx, num_rows),
+            weights=weights,
+            extras=extras,
+        )
+
+    def settled(self, plan: Plan, topk_idx: Tensor, mode: Rows) -> Steps[Plan]:
+        """See Backend.
+
+        Raises:
+            ConfigError: this rank's picks are not allowed; the others raise PeerFailed.
+        """
+        plan = _of_device(plan)
+        if mode == "capacity" or plan.report is None:
+            return plan
+        yield from self._consent.until(plan.report.event, "begin this dispatch")
+        if self._consent.has_refused:
+            check_picks(topk_idx.cpu(), num_experts=self._arena.spec.num_experts)
+        if (failure := self._consent.failure()) is not None:
+            raise failure
+        return self._planner.told(plan)
+
+    def push_outputs(
+        self, plan: Plan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None, words: Sequence[Word]
+    ) -> None:
+        """See Backend."""
+        plan, kernels = _of_device(plan), self._kernels
+        with torch.cuda.stream(kernels.stream):
+            if y is not None:
+                y = y if y.stride(1) == 1 else y.contiguous()
+                if plan.sums_pairs or weights is not None:
+                    kernels.push_sums(y, plan, None if weights is None else weights.contiguous())
+                else:
+                    row_bytes = self._arena.spec.hidden * y.element_size()
+                    kernels.push_home(y, plan, plan.rows, "landing", row_bytes)
+            if extras:
+                packed = _packed(extras, extras[0].shape[0])
+                kernels.push_home(packed, plan, plan.rows, "returns", self._arena.return_bytes)
+
+    def sum_rows(
+        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], landing_slot: int
+    ) -> Tensor:
+        """See Backend."""
+        plan, spec = _of_device(plan), self._arena.spec
+        out = self._empty(plan.num_tokens, spec.hidden, dtype=spec.combine_dtype)
+        with torch.cuda.stream(self._kernels.stream):
+            if weights is not None and not spec.layout.per_pick:
+                of_picks = weights.contiguous()
+                weights = self._empty(*plan.rows.places.shape, dtype=torch.float32)
+                self._kernels.weigh_places(plan.topk_idx, of_picks, plan.rows, weights)
+            weights = None if weights is None else weights.contiguous()
+            self._kernels.sum_rows(out, plan, weights, None if bias is None else bias.contiguous(), landing_slot)
+        return out
+
+    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
+        """See Backend."""
+        plan = _of_device(plan)
+        table, per_pick = plan.rows, self._arena.spec.layout.per_pick
+        num_tokens, num_columns = table.homes.shape
+        lead = (num_tokens, num_columns) if per_pick else (num_tokens,)
+        results = [self._empty(*lead, *extra.shape[1:], dtype=torch.float32) for extra in extras]
+        at = 0
+        with torch.cuda.stream(self._kernels.stream):
+            home = self._kernels.view("returns", landing_slot)
+            is_row = (table.places >= 0).unsqueeze(-1)  # [T, J, 1]
+            homes = table.homes.clamp(min=0).long()
+            for extra, result in zip(extras, results, strict=True):
+                num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
+                sent = home[:, at : at + num_bytes].contiguous().view(torch.float32)  # [Q, values]
+                at += num_bytes
+                values = sent[homes].masked_fill_(~is_row, 0.0)  # [T, J, values]
+                if per_pick:
+                    result.copy_(values.view_as(result))
+                    continue
+                total = torch.zeros_like(values[:, 0])
+                for j in range(num_columns):
+                    total += values[:, j]
+                result.copy_(total.view_as(result))
+        return tuple(results)
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """See Backend."""
+        return torch.cuda.stream(self._kernels.stream)
+
+    def event(self) -> torch.cuda.Event:
+        """See Backend."""
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._kernels.stream)
+        return event
+
+    def synchronize(self) -> None:
+        """See Backend."""
+        self._kernels.stream.synchronize()
+
+    def warm_up(self) -> None:
+        """Does every kind of call on no rows, so that kernels are compiled and loaded. Only while calls are void.
+
+        A kernel that is loaded in the middle of a call can wait for a peer's kernel that waits for this rank.
+        """
+        spec, plans = self._arena.spec, []
+        picks = torch.full((1, spec.num_topk), -1, device=self._device)
+        weights = torch.zeros(1, spec.num_topk, device=self._device)
+        wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=self._device)
+        x: Tensor | Quantized = wide.to(spec.wire.dtype)
+        if isinstance(spec.wire, Fp8):
+            x = spec.wire.quantize(wide)
+        with self.on_stream():
+            for outgoing in (
+                Outgoing(x=x, weights=None, extras=()),
+                Outgoing(x=x if isinstance(x, Tensor) else wide, weights=weights, extras=()),
+                Outgoing(x=wide, weights=weights, extras=(), wide=True),
+            ):
+                self.post_counts(0, picks)
+                self._kernels.begin_call(0)
+                plan: Plan = self.make_plan(0, picks, "exact")
+                self.push_rows(plan, outgoing, ())
+                self._kernels.finish_call(posts=True, awaits_all=True)
+                plans.append(self.landed(plan, outgoing, 0, num_rows=1).plan)
+            self._kernels.begin_call(0)
+            plan = plans[0]
+            row_weights = torch.zeros(1, device=self._device) if spec.reduce == "rank" else None
+            for given in (None, row_weights):
+                self.push_outputs(plan, wide, (), given, ())
+            for given in (None, None if spec.reduce == "rank" else weights):
+                self.sum_rows(plan, given, None, (), 0)
+            self._kernels.finish_call(posts=True, awaits_all=False)
+            self._kernels.finish_call(posts=False, awaits_all=False)
+            self._kernels.check_call()
+        self.synchronize()
+
+    def _way(self, plan: DevicePlan, outgoing: Outgoing) -> _Way:
+        """By which table rows go, and where they land."""
+        region, spec = self._arena.region_of_rows(wide=outgoing.wide), self._arena.spec
+        if self.launch.expand == "receiver" and region == "data":
+            assert plan.pairs is not None
+            out_bytes = spec.hidden * spec.combine_dtype.itemsize
+            offset = spec.hidden * spec.wire.dtype.itemsize
+            return _Way(plan.pairs, "outputs", is_landed=True, row_bytes=out_bytes, scale_offset=offset)
+        return _Way(plan.rows, region, is_landed=False, row_bytes=None, scale_offset=0)
+
+    def _push_blocks(self, plan: DevicePlan, outgoing: Outgoing) -> None:
+        """Packs rows in this rank's sending order, and copies the block of each peer as a whole."""
+        spec, rank, region = self._arena.spec, self._transport.rank, self._arena.region_of_rows(wide=outgoing.wide)
+        x = outgoing.x
+        if isinstance(x, Tensor) and isinstance(spec.wire, Fp8) and not outgoing.wide:
+            x = spec.wire.quantize(x)
+        parts = [(x.data, region), (x.scale, "scale")] if isinstance(x, Quantized) else [(x, region)]
+        seen, counts = self._kernels.seen.tolist(), plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
+        if self._consent.failure() is not None or not bool(counts.any()):
+            return
+        starts = counts.cumsum(1)[rank] - counts[rank]
+        there = (counts.cumsum(0) - counts)[rank]
+        for rows, name in parts:
+            packed = self._pack(rows, plan.rows, num_rows=int(counts[rank].sum()))
+            for step in range(self._transport.num_ranks):
+                peer = (rank + 1 + step) % self._transport.num_ranks
+                num_rows, first = int(counts[rank, peer]), int(starts[peer])
+                if num_rows:
+                    slot = self._arena.view(self._transport.views[peer], name)[Word.of(seen[peer]).slot]
+                    target = slot[int(there[peer]) :][:num_rows]
+                    target.view(torch.uint8).copy_(
+                        packed[first : first + num_rows].view(torch.uint8), non_blocking=True
+                    )
+
+    def _pack(self, rows: Tensor, table: Table, *, num_rows: int) -> Tensor:
+        packed = torch.empty(num_rows, *rows.shape[1:], dtype=rows.dtype, device=self._device)
+        self._kernels.pack_rows(rows, table, packed)
+        return packed
+
+    def _unpack(
+        self, plan: DevicePlan, outgoing: Outgoing, slot: int, num_rows: int
+    ) -> tuple[DevicePlan, Tensor | None, tuple[Tensor, ...]]:
+        """The small things out of the records: the plan with sources and ids, weights, extras."""
+        spec = self._arena.spec
+        per_row = () if spec.layout.per_pick else (spec.num_topk,)
+        src_idx = self._empty(num_rows, dtype=torch.int32)
+        local_idx = self._empty(num_rows, spec.num_topk, dtype=torch.int32) if per_row else None
+        weights = None if outgoing.weights is None else self._empty(num_rows, *per_row, dtype=torch.float32)
+        extras = tuple(self._empty(num_rows, *extra.shape[1:], dtype=extra.dtype) for extra in outgoing.extras)
+        with torch.cuda.stream(self._kernels.stream):
+            self._kernels.unpack_records(slot, plan, src_idx, local_idx, weights)
+            at, record = self._arena.extras_offset, self._kernels.view("record", slot)[:num_rows]
+            for extra in extras:
+                raw = _raw(extra)
+                part = record[:, at : at + raw.shape[1]]
+                raw.copy_(part.masked_fill(plan.rows.origins[:num_rows, None] < 0, 0))
+                at += raw.shape[1]
+        return replace(plan, src_idx=src_idx, local_idx=local_idx), weights, extras
+
+    def _up_to(self, rows: Tensor, num_rows: int) -> Tensor:
+        """As many rows as are asked for; where a plan knows of fewer, the rest are none."""
+        if rows.shape[0] >= num_rows:
+            return rows[:num_rows]
+        more = rows.new_full((num_rows - rows.shape[0], *rows.shape[1:]), -1)
+        return torch.cat([rows, more])
+
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+
+class _Way(NamedTuple):
+    table: Table
+    region: str
+    is_landed: bool
+    """Whether rows are copied from there to where they belong."""
+    row_bytes: int | None
+    """Between rows there; None: those of a row."""
+    scale_offset: int
+    """Of a row's scales behind its first byte, where they land with it."""
+
+
+class Parts(NamedTuple):
+    """A rank's backend, and the consent that shares its stream."""
+
+    backend: CudaBackend
+    consent: DeviceConsent
+
+
+def connect(transport: DeviceTransport, arena: Arena, wishes: Wishes, *, buffer_id: int, timeout_s: float) -> Parts:
+    """The parts of a rank whose peers' memory is mapped. Local. Compiles and loads the kernels."""
+    visible = torch.cuda.get_device_properties(transport.device).multi_processor_count
+    topology = _shared(arena.topology, transport.ranks_here)
+    config = decide(arena.spec, topology, wishes, visible_sms=visible)
+    kernels = Kernels(arena, transport, config, timeout_s=timeout_s)
+    consent = DeviceConsent(transport, kernels, ring=arena.ring)
+    backend = CudaBackend(arena, transport, kernels, consent, buffer_id=buffer_id)
+    with kernels.all_void():
+        backend.warm_up()
+    return Parts(backend, consent)
+
+
+def _shared(topology: Topology, ranks_here: int) -> Topology:
+    """Of ranks that share a GPU the links are its memory, and each has its part of that."""
+    if ranks_here == 1:
+        return topology
+    memory = topology.memory_bandwidth / ranks_here
+    return replace(topology, memory_bandwidth=memory, link_bandwidth=0.75 * memory)
+
+
+def _is_past(event: torch.cuda.Event) -> bool:
+    return bool(event.query())  # type: ignore[no-untyped-call]
+
+
+def _of_device(plan: Plan) -> DevicePlan:
+    assert isinstance(plan, DevicePlan), "the plan of another backend"
+    return plan
+
+
+def _has_records(plan: DevicePlan, outgoing: Outgoing) -> bool:
+    """Whether something travels beside rows: what a plan does not know yet, or what changes from call to call."""
+    return plan.src_idx is None or outgoing.weights is not None or bool(outgoing.extras)
+
+
+def _packed(extras: Sequence[Tensor], num_rows: int) -> Tensor:
+    """Small tensors ``[n, ...]`` side by side, int32 ``[n, words]``."""
+    raw = [_raw(extra.contiguous()) for extra in extras]
+    num_bytes = sum(part.shape[1] for part in raw)
+    packed = torch.zeros(num_rows, -(-num_bytes // 4) * 4, dtype=torch.uint8, device=raw[0].device)
+    packed[:, :num_bytes].copy_(torch.cat(raw, dim=1))
+    return packed.view(torch.int32)
+
+
+def _raw(extra: Tensor) -> Tensor:
+    """A contiguous ``[n, ...]`` as uint8 ``[n, bytes]``; the same memory."""
+    return extra.view(extra.shape[0], math.prod(extra.shape[1:])).view(torch.uint8)

@@ -1,0 +1,110 @@
+"""How kernels are launched: decided first, as a value to print and compare; ``launch`` acts on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from crossdock import cost
+from crossdock.backends.base import Wishes
+from crossdock.errors import ConfigError
+from crossdock.spec import Spec, Topology
+
+PROGRAMS_PER_SM = 16
+"""Of kernels whose number of rows only the device knows: each program takes its share of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How a kernel's programs share out rows: bytes that one moves at a time, its warps, how many there are."""
+
+    piece_bytes: int
+    num_warps: int
+    programs: int | None
+    """None: one for each piece."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How a buffer's kernels are launched; ``print(buffer.launch)`` shows it.
+
+    num_sms: multiprocessors that the kernels which move rows may use, of ``visible_sms`` that this process sees.
+    expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
+    topology: whose bandwidths that was decided from.
+
+    With all visible multiprocessors there is a program of one warp for each piece of 2 KiB. On an H200 under MPS, 8
+    ranks x 16 multiprocessors, 4096 tokens of 7168 bf16 values, top-8 of 256, a dispatch took 804 us so, and 826 to 839
+    with a fixed number of programs that take turns; 4 ranks x 32, 309 and 329 to 392. With fewer there is one program
+    of 16 warps, which moves whole rows, for each multiprocessor: 59 GB/s each.
+    """
+
+    num_sms: int
+    visible_sms: int
+    expand: Literal["sender", "receiver"]
+    engine: Literal["kernel", "copy"]
+    topology: Topology
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether kernels must leave multiprocessors free."""
+        return self.num_sms < self.visible_sms
+
+    def rows(self, row_bytes: int, *, is_counted: bool) -> Shape:
+        """For kernels that copy or sum rows.
+
+        Args:
+            row_bytes: of one row.
+            is_counted: whether the host knows how many rows there are.
+        """
+        if self.is_capped:
+            return Shape(piece_bytes=min(_power_of_two(row_bytes), 16384), num_warps=16, programs=self.num_sms)
+        programs = None if is_counted else self.num_sms * PROGRAMS_PER_SM
+        return Shape(piece_bytes=min(_power_of_two(row_bytes), 2048), num_warps=1, programs=programs)
+
+    def __str__(self) -> str:
+        return (
+            f"LaunchConfig(num_sms={self.num_sms} of {self.visible_sms}, expand={self.expand!r}, "
+            f"engine={self.engine!r}, link {self.topology.link_bandwidth / 1e9:.0f} GB/s, "
+            f"memory {self.topology.memory_bandwidth / 1e9:.0f} GB/s)"
+        )
+
+
+def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int) -> LaunchConfig:
+    """The configuration of a buffer: what was asked for, and the analytic default for the rest.
+
+    Twice as many multiprocessors as fill the link with stores, because a combine loads over it, which takes more in
+    flight; all that there are, where that is fewer.
+
+    >>> spec = Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=4)
+    >>> print(decide(spec, Topology(num_ranks=8), Wishes(), visible_sms=132))
+    LaunchConfig(num_sms=16 of 132, expand='sender', engine='kernel', link 450 GB/s, memory 4100 GB/s)
+    """
+    default = 2 * cost.sms_to_fill(topology.link_bandwidth)
+    return LaunchConfig(
+        num_sms=min(wishes.num_sms or default, visible_sms),
+        visible_sms=visible_sms,
+        expand=_expand(spec, topology, wishes.expand),
+        engine=wishes.engine,
+        topology=topology,
+    )
+
+
+def _expand(
+    spec: Spec, topology: Topology, wish: Literal["sender", "receiver"] | None
+) -> Literal["sender", "receiver"]:
+    """Landed rows need room where outputs are written: a row of data, behind it its scales, in an output row."""
+    out_bytes = spec.hidden * spec.combine_dtype.itemsize
+    data_bytes = spec.hidden * spec.wire.dtype.itemsize
+    fits = spec.row_bytes() <= out_bytes and data_bytes % 16 == 0 and out_bytes % 16 == 0
+    if not spec.layout.per_pick or not fits:
+        if wish == "receiver":
+            raise ConfigError(
+                f"expand='receiver' makes copies of landed rows; {spec.layout} has none, or rows of {spec.wire} do not "
+                f"fit where outputs of {spec.combine_dtype} are written, in multiples of 16 bytes: pass expand=None"
+            )
+        return "sender"
+    return wish or cost.cheaper_expand(spec, topology)
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length()

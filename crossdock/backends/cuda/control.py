@@ -1,0 +1,180 @@
+"""A rank's side of the protocol where kernels give and read the words; the host sees to what has failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+
+import torch
+
+from crossdock.backends.base import Event
+from crossdock.backends.cuda.kernels import sync
+from crossdock.backends.cuda.kernels.calls import ARRIVE, CURRENT, NEXT, NUM_ENDED, STATE_WORDS, STATUS
+from crossdock.backends.cuda.launch import Kernels
+from crossdock.consent import (
+    CALL_MASK,
+    KIND_SHIFT,
+    PAYLOAD_BITS,
+    REASON_HEADER,
+    SEQUENCE_MASK,
+    Consent,
+    Flag,
+    Missing,
+    Steps,
+    Waiting,
+    Word,
+    mismatch,
+    stamped,
+)
+from crossdock.errors import PeerFailed, PeerTimeout, TransportError
+from crossdock.transport.device import DeviceTransport
+
+_LOOK_S = 0.05
+"""How often a host that waits looks whether its peers still exist."""
+_GONE_S = 0.5
+"""A peer that is gone, and whose part of the call is missing still after this time, will not do it."""
+_REASON_S = 1.0
+"""How long a host looks for the reason of a peer whose word says that it refuses its own call."""
+
+
+class DeviceConsent(Consent):
+    """Consent whose words are posted and awaited by one-program kernels; ``state`` on the device counts the calls.
+
+    Sequence numbers here are those of the calls that this host has issued. The device has its own, which also count
+    what a replayed graph does; they are read when a call fails, and set for the next epoch.
+    """
+
+    def __init__(self, transport: DeviceTransport, kernels: Kernels, *, ring: int) -> None:
+        self._kernels = kernels
+        self._transport = transport
+        self._posts = False
+        super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=ring)
+
+    def start_from(self, sequence: int) -> None:
+        """See Consent. Nothing of this rank may be running."""
+        super().start_from(sequence)
+        self._restart()
+
+    def post(self, sequence: int, word: Word) -> None:
+        """The kernel that awaits the words gives this rank's first."""
+        self._last_posted = sequence
+
+    def words(self, sequence: int, own: Word) -> Steps[Sequence[Word]]:
+        """The words stay on the device, where the kernels that follow read them."""
+        self._posts = False
+        self._kernels.begin_call(own.payload())
+        yield from ()
+        return ()
+
+    def signal(self, sequence: int) -> None:
+        """The kernel that awaits the others' signals gives this rank's first."""
+        self._posts = True
+
+    def arrivals(self, sequence: int, words: Sequence[Word], *, from_all: bool) -> Waiting:
+        """See Consent; nothing is waited for on the host."""
+        self._kernels.finish_call(posts=self._posts, awaits_all=from_all)
+        yield from ()
+
+    def check(self, sequence: int) -> None:
+        """Ends the call, on the device, where a peer has given it up."""
+        self._kernels.check_call()
+
+    def until(self, event: Event, what: str) -> Generator[Missing, None, None]:
+        """Done when the event has passed: on the device everything has its deadline.
+
+        Raises:
+            PeerTimeout: a peer's process has ended, and its part of the call is missing.
+        """
+        looked = time.perf_counter()
+        gone_since: dict[int, float] = {}
+        while not event.query():
+            now = time.perf_counter()
+            if now - looked > _LOOK_S:
+                looked = now
+                for peer in self._peers:
+                    if self._transport.is_alive(peer):
+                        continue
+                    if now - gone_since.setdefault(peer, now) > _GONE_S and not self._has_done_its_part(peer):
+                        raise PeerTimeout(peer, f"rank {peer} did not {what} and is gone: its process ended, or its "
+                                          f"buffer was dropped; the call is void")  # fmt: skip
+            yield Missing((), what)
+
+    def failure(self) -> TransportError | None:
+        """What the device has found, from the record that it left in host memory."""
+        status, peer, phase, expected, seen = self._kernels.failure.tolist()
+        if status == sync.OK.value:
+            return None
+        call = (expected >> PAYLOAD_BITS) & SEQUENCE_MASK
+        if status == sync.TIMED_OUT.value:
+            did = "send its rows of" if phase == ARRIVE.value else "begin"
+            return PeerTimeout(peer, f"rank {peer} did not {did} this call before the deadline; the call is void")
+        if status == sync.ABORTED.value:
+            return self._void(peer, call) or PeerFailed(peer, "it gave up")
+        if seen >> KIND_SHIFT == 0:
+            return self._refusal(peer)
+        return mismatch(peer, Word.of(seen), self.rank, Word.of(expected))
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether this rank's own picks ended the epoch."""
+        status, peer, _, _, seen = self._kernels.failure.tolist()
+        return bool(status == sync.MISMATCHED.value and seen >> KIND_SHIFT == 0 and peer == self.rank)
+
+    def fail(self, error: Exception | str, *, first_void: int) -> None:
+        """See Consent. Ends the waits of this rank's kernels, and lets them run out, before the next epoch begins.
+
+        Which call is the first that is void, the device knows.
+        """
+        stream = self._kernels.stream
+        if not stream.query():
+            current = self._state()[CURRENT.value]
+            flag = Flag(epoch=self.num_ended, first_void=current & CALL_MASK, num_more=0)
+            self._mailbox.post(self.rank, "aborts", 0, flag.packed())
+        stream.synchronize()
+        state = self._state()
+        is_current = state[STATUS.value] != sync.OK.value
+        super().fail(error, first_void=state[CURRENT.value if is_current else NEXT.value] & CALL_MASK)
+        self._restart()
+
+    def leave(self) -> None:
+        """See Consent. A flag ends the waits of peers for calls that this rank does not take part in."""
+        if self._is_open and self.failure() is None:
+            flag = Flag(epoch=self.num_ended, first_void=self._state()[NEXT.value] & CALL_MASK, num_more=0)
+            reason = REASON_HEADER.pack(self.rank, False) + b"it has closed its buffer"
+            for peer in self._peers:
+                if peer != self.rank and self._transport.is_alive(peer):
+                    self._mailbox.write_reason(peer, reason)
+                    self._mailbox.post(peer, "aborts", 0, flag.packed())
+        super().leave()
+
+    def _refusal(self, peer: int) -> PeerFailed:
+        """The error of a peer whose picks are not allowed: in its own words, once its host has seen it."""
+        until = time.monotonic() + _REASON_S
+        while peer != self.rank and time.monotonic() < until:
+            if isinstance(error := self._void(peer, self._state()[CURRENT.value]), PeerFailed):
+                return error
+            time.sleep(1e-3)
+        return PeerFailed(peer, "its topk_idx has a value that is no expert, or one expert twice")
+
+    def _has_done_its_part(self, peer: int) -> bool:
+        """Whether a peer's word for the call under way is here, and its rows."""
+        current = self._state()[CURRENT.value]
+        entry, word = self.entry(current), stamped(current, 0) >> PAYLOAD_BITS
+        return all(self._mailbox.load(box, entry, peer) >> PAYLOAD_BITS == word for box in ("words", "arrived"))
+
+    def _state(self) -> list[int]:
+        with torch.cuda.stream(self._transport.stream):
+            state: list[int] = self._kernels.state.tolist()
+        return state
+
+    def _restart(self) -> None:
+        """The device begins the next call with its number; nothing of this rank is running."""
+        state = [0] * STATE_WORDS.value
+        state[NEXT.value], state[CURRENT.value] = self.next_sequence, self.next_sequence
+        state[NUM_ENDED.value], state[STATUS.value] = self.num_ended, sync.OK.value
+        with torch.cuda.stream(self._transport.stream):
+            self._kernels.state.copy_(torch.tensor(state))
+            self._kernels.record.zero_()
+            self._kernels.refused.zero_()
+        self._transport.stream.synchronize()
+        self._kernels.failure.zero_()

@@ -1,0 +1,207 @@
+"""The two ends of every call: words to all and from all, on the device. One program each; Triton only.
+
+What a buffer's kernels share is an int64 ``state``: the number of the next call and of the one under way, the epochs
+that have ended, and whether the call under way is OK. A call that is not OK ends the epoch: no kernel of this rank
+touches peer memory any more, none waits, until the host has begun the next epoch.
+
+Letters: P ranks, W counts of a rank.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossdock import consent
+from crossdock.backends.cuda.kernels.sync import (
+    ABORTED,
+    CALL_MASK,
+    MISMATCHED,
+    OK,
+    RECORD_WORDS,
+    find_abort,
+    next_call,
+    post_words,
+    stamped,
+    wait_words,
+    words_at,
+    write_record,
+)
+
+NEXT = tl.constexpr(0)
+CURRENT = tl.constexpr(1)
+NUM_ENDED = tl.constexpr(2)
+STATUS = tl.constexpr(3)
+STATE_WORDS = tl.constexpr(4)
+"""Entries of the state."""
+
+BEGIN = tl.constexpr(1)
+ARRIVE = tl.constexpr(2)
+"""Phases of a failure record."""
+
+KIND_SHIFT = tl.constexpr(consent.KIND_SHIFT)
+SLOT_SHIFT = tl.constexpr(consent.SLOT_SHIFT)
+OUTPUT_SHIFT = tl.constexpr(consent.OUTPUT_SHIFT)
+SLOT_MASK = tl.constexpr(consent.SLOT_MASK)
+SIGNATURE_MASK = tl.constexpr(consent.SIGNATURE_MASK)
+PUSHED = tl.constexpr(consent.PUSHED)
+PAYLOAD_MASK = tl.constexpr(consent.PAYLOAD_MASK)
+
+
+@triton.jit
+def is_ok(state):
+    """Whether the call under way may go on."""
+    return tl.load(state + STATUS) == OK
+
+
+@triton.jit
+def slot_of(seen, peer):
+    """Where a peer wants the rows of this call."""
+    return (tl.load(seen + peer) >> SLOT_SHIFT) & SLOT_MASK
+
+
+@triton.jit
+def output_slot_of(seen, peer):
+    """Where a peer's outputs lie, or PUSHED."""
+    return (tl.load(seen + peer) >> OUTPUT_SHIFT) & SLOT_MASK
+
+
+@triton.jit(do_not_specialize=["payload", "rank", "max_polls"])
+def begin_call(
+    segments,
+    state,
+    seen,
+    record,
+    report,
+    payload,
+    refused,
+    counts,
+    gathered,
+    rank,
+    max_polls,
+    words_offset,
+    aborts_offset,
+    counts_offset,
+    P: tl.constexpr,
+    RING: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Takes the next call's number, gives this rank's word for it, and waits for everybody's; leaves them in ``seen``.
+
+    In a fresh dispatch (W > 0) the counts go first, stamped like every word, and everybody's are left in ``gathered``.
+
+    Args:
+        payload: int64, this rank's word without its stamp.
+        refused: int32, not 0 where this rank's picks are not allowed: its word then has no kind. Set to 0 again.
+        counts, gathered: int64 ``[W]`` and ``[P, W]``.
+    """
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    is_rank = lanes < P
+    if is_ok(state):
+        sequence = tl.load(state + NEXT)
+        tl.debug_barrier()  # every warp has read it
+        tl.store(state + CURRENT, sequence)
+        tl.store(state + NEXT, next_call(sequence))
+        entry = (sequence & (RING - 1)) * P
+        given = tl.zeros_like(lanes).to(tl.int64) + payload
+        own = tl.load(segments + rank)
+        if W > 0:
+            if tl.load(refused) != 0:
+                given = given & ((1 << KIND_SHIFT) - 1)
+            tl.debug_barrier()  # every warp has read it
+            tl.store(refused, 0)
+            columns = tl.arange(0, triton.next_power_of_2(W))
+            mine = tl.load(counts + columns, mask=columns < W, other=0)
+            for peer in range(P):
+                there = words_at(tl.load(segments + peer), counts_offset) + (entry + rank) * W
+                tl.store(there + columns, stamped(sequence, mine), mask=columns < W)
+        post_words(segments, words_offset + 8 * (entry + rank), stamped(sequence, given), P)
+        words, aborts = words_at(own, words_offset) + entry, words_at(own, aborts_offset)
+        ended = tl.load(state + NUM_ENDED)
+        status, theirs = wait_words(words, aborts, stamped(sequence, 0), True, ended, max_polls, BEGIN, record, P)
+        theirs = theirs & PAYLOAD_MASK
+        if status == OK:
+            differs = is_rank & ((theirs >> KIND_SHIFT) != (payload >> KIND_SHIFT))
+            peer = tl.min(tl.where(differs, lanes, P), axis=0)
+            if peer == P:
+                differs = is_rank & ((theirs & SIGNATURE_MASK) != (payload & SIGNATURE_MASK))
+                peer = tl.min(tl.where(differs, lanes, P), axis=0)
+            if peer < P:
+                status = tl.full([], MISMATCHED, tl.int32)
+                write_record(record, status, peer, BEGIN, payload, tl.sum(tl.where(lanes == peer, theirs, 0), axis=0))
+        tl.store(seen + lanes, theirs, mask=is_rank)
+        if W > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
+            if status == OK:
+                columns = tl.arange(0, triton.next_power_of_2(W))
+                for peer in range(P):
+                    came = tl.load(words_at(own, counts_offset) + (entry + peer) * W + columns, mask=columns < W)
+                    tl.store(gathered + peer * W + columns, came & PAYLOAD_MASK, mask=columns < W)
+        tell_status(state, status, record, report)
+
+
+@triton.jit(do_not_specialize=["rank", "max_polls"])
+def finish_call(
+    segments,
+    state,
+    seen,
+    record,
+    report,
+    rank,
+    max_polls,
+    arrived_offset,
+    aborts_offset,
+    P: tl.constexpr,
+    RING: tl.constexpr,
+    POSTS: tl.constexpr,
+    AWAITS_ALL: tl.constexpr,
+):
+    """Tells every rank that this rank's rows are in place, and waits for theirs; ends the call where a rank gave it up.
+
+    Runs behind the kernels that wrote rows, so that its release covers them.
+
+    Args:
+        POSTS: whether this rank has written anything.
+        AWAITS_ALL: whether every rank has; else those whose word says that they push.
+    """
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    if is_ok(state):
+        sequence = tl.load(state + CURRENT)
+        entry = (sequence & (RING - 1)) * P
+        word = stamped(sequence, 0)
+        if POSTS:
+            post_words(segments, arrived_offset + 8 * (entry + rank), word, P)
+        is_awaited = lanes < P
+        if not AWAITS_ALL:
+            theirs = tl.load(seen + lanes, mask=lanes < P, other=0)
+            is_awaited = is_awaited & (((theirs >> OUTPUT_SHIFT) & SLOT_MASK) == PUSHED)
+        own = tl.load(segments + rank)
+        words, aborts = words_at(own, arrived_offset) + entry, words_at(own, aborts_offset)
+        ended = tl.load(state + NUM_ENDED)
+        status, _ = wait_words(words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P)
+        tell_status(state, status, record, report)
+
+
+@triton.jit
+def tell_status(state, status, record, report):
+    """Where a call is not OK, says so to the kernels that follow, and gives the host the record."""
+    tl.debug_barrier()  # every warp has read the state
+    if status != OK:
+        tl.store(state + STATUS, status.to(tl.int64))
+        words = tl.arange(0, triton.next_power_of_2(RECORD_WORDS))
+        is_word = words < RECORD_WORDS
+        tl.debug_barrier()
+        tl.store(report + words, tl.load(record + words, mask=is_word, volatile=True), mask=is_word)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def check_call(segments, state, record, report, rank, aborts_offset, P: tl.constexpr):
+    """Ends the call where a rank has given it up: what it let this rank read may have changed since."""
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    if is_ok(state):
+        sequence = tl.load(state + CURRENT)
+        aborts = words_at(tl.load(segments + rank), aborts_offset)
+        peer, flag = find_abort(aborts, lanes < P, tl.load(state + NUM_ENDED), sequence & CALL_MASK, P)
+        status = tl.where(peer == P, OK, ABORTED)
+        if status != OK:
+            write_record(record, status, peer, ARRIVE, stamped(sequence, 0), flag)
+        tell_status(state, status, record, report)

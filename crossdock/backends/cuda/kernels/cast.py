@@ -1,0 +1,109 @@
+"""Rows cast to FP8 on their way out, by the formula of ``crossdock.wire.Fp8``, to the same bits. Triton only.
+
+Launch with ``enable_fp_fusion=False``; the division is the correctly rounded one.
+
+Letters: T tokens here, J places of a token, H hidden, G scale groups of a row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
+from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.rows import wide
+
+E4M3_MAX = tl.constexpr(448.0)
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+E4M3_NAN = tl.constexpr(0x7F)
+BIAS_DIFFERENCE = tl.constexpr((127 - 7) << 3)
+"""Between the exponents' biases of float32 and e4m3, in units of e4m3's last bit."""
+FIRST_NORMAL = tl.constexpr(2.0**-6)
+SUBNORMAL_UNIT = tl.constexpr(2.0**14)
+"""Added to a float32 it rounds to multiples of 2**-9, the smallest e4m3; the last bits then count them."""
+SUBNORMAL_UNIT_BITS = tl.constexpr((127 + 14) << 23)
+
+
+@triton.jit
+def e4m3_bits(value):
+    """The bits of finite float32 values within +-448 as e4m3fn, to nearest, ties to even; as int32.
+
+    In integers, so that every target gives the same ones: gfx942's own FP8 is another kind.
+    """
+    bits = value.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - BIAS_DIFFERENCE
+    subnormal = (tl.abs(value) + SUBNORMAL_UNIT).to(tl.int32, bitcast=True) - SUBNORMAL_UNIT_BITS
+    return tl.where(tl.abs(value) < FIRST_NORMAL, subnormal, normal) | ((bits >> 24) & 0x80)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def push_cast(
+    x,
+    places,
+    segments,
+    seen,
+    state,
+    num_tokens,
+    stride,
+    data_region,
+    data_slot_bytes,
+    scale_region,
+    scale_slot_bytes,
+    J: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DATA_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
+    SCALES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    POW2: tl.constexpr,
+    EXPONENTS: tl.constexpr,
+):
+    """Casts each row ``x [T, H]`` and writes data and scales to all its places, in the slots that the peers named.
+
+    Args:
+        BLOCK: values per scale.
+        DATA_BYTES, SCALE_BYTES: between rows there.
+        SCALES: scales of a row there, padding included.
+        GROUPS: blocks of one piece, a power of two.
+        POW2: round scales up to powers of two; EXPONENTS: store their biased exponents.
+    """
+    G: tl.constexpr = H // BLOCK
+    PIECES: tl.constexpr = (SCALES + GROUPS - 1) // GROUPS
+    SCALE_TYPE: tl.constexpr = tl.uint8 if EXPONENTS else tl.float32
+    within = tl.arange(0, triton.next_power_of_2(BLOCK))
+    if is_ok(state):
+        for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
+            token = i // PIECES
+            group = i % PIECES * GROUPS + tl.arange(0, GROUPS)
+            at = group[:, None] * BLOCK + within[None, :]
+            is_value = (group < G)[:, None] & (within < BLOCK)[None, :]
+            value = tl.load(x + wide(token) * stride + at, mask=is_value, other=0.0).to(tl.float32)
+            size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            is_finite = size < 0x7F800000
+            value = tl.where(is_finite, value, 0.0)
+            # Sizes of finite floats are ordered as their bits are, and integers have no NaN to take care of.
+            amax = tl.max(tl.where(is_finite, size, 0), axis=1).to(tl.float32, bitcast=True)
+            scale = tl.maximum(tl.div_rn(amax, tl.full([GROUPS], E4M3_MAX, tl.float32)), SMALLEST_NORMAL)
+            if POW2:
+                scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+            ratio = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
+            ratio = tl.minimum(tl.maximum(ratio, -E4M3_MAX), E4M3_MAX)
+            data = tl.where(is_finite, e4m3_bits(ratio), E4M3_NAN).to(tl.uint8)
+            stored = (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8) if EXPONENTS else scale
+            stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
+            for j in tl.static_range(J):
+                place = tl.load(places + token * J + j)
+                if place >= 0:
+                    peer, row = place >> ROW_BITS, place & ROW_MASK
+                    slot = slot_of(seen, peer)
+                    base = tl.load(segments + peer)
+                    rows = base + data_region + slot * data_slot_bytes + row * DATA_BYTES
+                    if DATA_BYTES % 16 == 0:
+                        rows = tl.multiple_of(rows, 16)
+                    tl.store(rows.to(tl.pointer_type(tl.uint8), bitcast=True) + at, data, mask=is_value)
+                    scales = base + scale_region + slot * scale_slot_bytes + row * SCALE_BYTES
+                    scales = scales.to(tl.pointer_type(SCALE_TYPE), bitcast=True)
+                    tl.store(scales + group, stored, mask=group < SCALES)

@@ -1,0 +1,282 @@
+"""Where rows go, worked out on the device: counts of picks, prefix sums, places. Triton only.
+
+The same numbers as ``crossdock.plan`` has on the host. A *key* is what rows are sorted by where they land: the expert of
+a row that serves one pick, the rank of a row that serves all of a token's picks there. A place is ``rank << 32 | row``
+in an int64, -1 where there is none.
+
+Letters: T tokens here, K top-k, J places of a token, E experts, L local experts, P ranks, N keys of a rank,
+B = N * P keys, W = E + P counts, S tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossdock.backends.cuda.kernels.calls import is_ok
+
+NUM_ROWS = tl.constexpr(0)
+OVERFLOW = tl.constexpr(1)
+NUM_PAIRS = tl.constexpr(2)
+SCALARS = tl.constexpr(3)
+"""Entries of a plan's int32 scalars: rows here up to the end of the last segment, whether a rank's rows do not fit
+anywhere (then nobody has any), and (token, rank) pairs that come here."""
+
+REPORT_ROWS = tl.constexpr(0)
+REPORT_PAIRS = tl.constexpr(1)
+REPORT_WORST = tl.constexpr(2)
+REPORT_NEEDED = tl.constexpr(3)
+REPORT_WORDS = tl.constexpr(4)
+"""Entries of the report to the host, int64: how many rows and pairs; of an overflow (0 needed: none) the place (rank, or
+expert for fixed blocks) that needs most, and how many rows."""
+
+ROW_BITS = tl.constexpr(32)
+ROW_MASK = tl.constexpr(2**32 - 1)
+
+
+@triton.jit
+def load_picks(topk_idx, num_tokens, K: tl.constexpr, S: tl.constexpr):
+    """A chunk's picks, token by token, ``[S * next_power_of_2(K)]``: expert (-1: none), token, pick."""
+    KP: tl.constexpr = triton.next_power_of_2(K)
+    i = tl.arange(0, S * KP)
+    token, pick = tl.program_id(0) * S + i // KP, i % KP
+    is_here = (token < num_tokens) & (pick < K)
+    return tl.load(topk_idx + token * K + pick, mask=is_here, other=-1).to(tl.int32), token, pick
+
+
+@triton.jit
+def is_first_there(key, token):
+    """Of picks: whether no earlier pick of the token has the same key, -1 left out; ``[n]``."""
+    i = tl.arange(0, key.shape[0])
+    is_earlier = (token[:, None] == token[None, :]) & (i[None, :] < i[:, None])
+    is_repeat = tl.max((is_earlier & (key[:, None] == key[None, :])).to(tl.int32), axis=1)
+    return (key >= 0) & (is_repeat == 0)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def count_picks(
+    topk_idx, num_tokens, sums, refused, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, S: tl.constexpr
+):
+    """Counts a chunk's rows, per expert and per rank, into its row of ``sums`` int32 ``[chunks, E + P]``.
+
+    ``refused`` becomes 1 where a pick is no expert, or one expert is picked twice by a token.
+    """
+    L: tl.constexpr = E // P
+    expert, token, _ = load_picks(topk_idx, num_tokens, K, S)
+    is_pick = (expert >= 0) & (expert < E)
+    is_bad = (expert < -1) | (expert >= E) | (is_pick & ~is_first_there(expert, token))
+    if tl.max(is_bad.to(tl.int32), axis=0) > 0:
+        tl.store(refused, 1)
+    here = sums + tl.program_id(0) * (E + P)
+    BINS: tl.constexpr = triton.next_power_of_2(E)
+    experts = tl.arange(0, BINS)
+    of_experts = tl.histogram(tl.where(is_pick, expert, 0), BINS, mask=is_pick)
+    tl.store(here + experts, of_experts, mask=experts < E)
+    home = tl.where(is_pick, expert // L, -1)
+    is_row = is_first_there(home, token)
+    RANKS: tl.constexpr = triton.next_power_of_2(P)
+    ranks = tl.arange(0, RANKS)
+    of_ranks = tl.histogram(tl.where(is_row, home, 0), RANKS, mask=is_row)
+    tl.store(here + E + ranks, of_ranks, mask=ranks < P)
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def sum_chunks(sums, counts, num_chunks, W: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Each chunk's counts become those of all chunks before it; the totals go to ``counts``, int64 ``[W]``."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.int32)
+    for start in range(0, num_chunks, TILE):
+        chunk = start + tl.arange(0, TILE)
+        at = sums + chunk[:, None] * W + column[None, :]
+        is_there = (chunk[:, None] < num_chunks) & (column[None, :] < W)
+        tile = tl.load(at, mask=is_there, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(tile, axis=0) - tile, mask=is_there)
+        total += tl.sum(tile, axis=0)
+    tl.store(counts + column, total.to(tl.int64), mask=column < W)
+
+
+@triton.jit(do_not_specialize=["capacity", "rank"])
+def derive_blocks(
+    counts,
+    state,
+    scalars,
+    report,
+    outgoing,
+    incoming,
+    starts,
+    tokens,
+    capacity,
+    rank,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    FIRST: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    IS_PAIRS: tl.constexpr,
+    KEEPS_COUNTS: tl.constexpr,
+):
+    """From everybody's counts: where this rank's blocks of rows begin, and where others' begin here. One program.
+
+    Where rows do not fit on some rank, or the call is not OK, nobody has any, and counts become 0.
+
+    Args:
+        counts: int64 ``[P, W]``; keys are its columns from FIRST on.
+        outgoing: int32 ``[2, B]``: where each of this rank's blocks begins at its receiver, and in its own order.
+        incoming: int32 ``[3, N * P]``, block (key, source): where it begins here, its rows, where it begins there.
+        starts: int32 ``[N + 1]``, first row of each segment here, and the end.
+        tokens: int32 ``[L]``, picks of each local expert.
+        ALIGNMENT: of segments; 0: each has ``capacity`` rows.
+        IS_PAIRS: (token, rank) pairs are counted; capacity, starts and tokens are not looked at.
+    """
+    B: tl.constexpr = N * P
+    W: tl.constexpr = (L + 1) * P
+    key = tl.arange(0, triton.next_power_of_2(B))
+    is_key = key < B
+    good = is_ok(state)
+    if IS_PAIRS:
+        good = good & (tl.load(scalars + OVERFLOW) == 0)
+    total = tl.zeros_like(key)
+    before = tl.zeros_like(key)
+    for source in range(P):
+        sent = tl.load(counts + source * W + FIRST + key, mask=is_key & good, other=0).to(tl.int32)
+        total += sent
+        before += tl.where(source < rank, sent, 0)
+    if ALIGNMENT == 0:
+        base = key % N * capacity
+        size = total
+        needed = total
+    else:
+        size = (total + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+        ends = tl.cumsum(size, axis=0)
+        tl.store(outgoing + key, ends - size, mask=is_key)
+        tl.debug_barrier()
+        of_rank = tl.load(outgoing + key // N * N, mask=is_key, other=0)
+        tl.debug_barrier()
+        base = ends - size - of_rank
+        needed = tl.where(key % N == N - 1, base + size, 0)
+    is_mine = is_key & (key // N == rank)
+    if not IS_PAIRS:
+        most = tl.max(tl.where(is_key, needed, 0), axis=0)
+        worst = tl.min(tl.where(is_key & (needed == most), key, B), axis=0)
+        fits = most <= capacity
+        tl.store(scalars + OVERFLOW, (fits == 0).to(tl.int32))
+        tl.store(report + REPORT_NEEDED, tl.where(fits, 0, most).to(tl.int64))
+        tl.store(report + REPORT_WORST, (worst if ALIGNMENT == 0 else worst // N).to(tl.int64))
+        good = good & fits
+        base = tl.where(good, base, key % N * capacity if ALIGNMENT == 0 else 0)
+    end = tl.max(tl.where(is_mine & good, base + size, 0), axis=0)
+    if IS_PAIRS:
+        tl.store(scalars + NUM_PAIRS, end)
+        tl.store(report + REPORT_PAIRS, end.to(tl.int64))
+    else:
+        end = N * capacity if ALIGNMENT == 0 else end
+        tl.store(scalars + NUM_ROWS, end)
+        tl.store(report + REPORT_ROWS, tl.zeros([], tl.int64) + end)
+        tl.store(starts + key - rank * N, base, mask=is_mine)
+        tl.store(starts + N, end)
+    sent = tl.load(counts + rank * W + FIRST + key, mask=is_key & good, other=0).to(tl.int32)
+    tl.store(outgoing + key, base + before, mask=is_key)
+    tl.store(outgoing + B + key, tl.cumsum(sent, axis=0) - sent, mask=is_key)
+    here = base
+    for source in range(P):
+        sent = tl.load(counts + source * W + FIRST + key, mask=is_key & good, other=0).to(tl.int32)
+        at = incoming + (key - rank * N) * P + source
+        tl.store(at, here, mask=is_mine)
+        tl.store(at + N * P, sent, mask=is_mine)
+        tl.store(at + 2 * N * P, tl.cumsum(sent, axis=0) - sent, mask=is_mine)
+        here += sent
+    if not IS_PAIRS:
+        local = tl.arange(0, triton.next_power_of_2(L))
+        picks = tl.zeros_like(local)
+        for source in range(P):
+            at = counts + source * W + rank * L + local
+            picks += tl.load(at, mask=(local < L) & good, other=0).to(tl.int32)
+        tl.store(tokens + local, picks, mask=local < L)
+        if (good == 0) & (not KEEPS_COUNTS):
+            tl.debug_barrier()
+            column = tl.arange(0, triton.next_power_of_2(W))
+            for source in range(P):
+                tl.store(counts + source * W + column, tl.zeros_like(column).to(tl.int64), mask=column < W)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def place_rows(
+    topk_idx,
+    num_tokens,
+    sums,
+    outgoing,
+    scalars,
+    state,
+    places,
+    homes,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    J: tl.constexpr,
+    S: tl.constexpr,
+    BY_RANK: tl.constexpr,
+    IN_ORDER_OF_RANKS: tl.constexpr,
+):
+    """For each token of a chunk, in the order in which its rows are summed: where each row lands, and its home.
+
+    Its home is the row's place in this rank's sending order, where it lands when it is pushed back. One row per pick,
+    in a column of its own; or per rank that any pick of the token is at (``BY_RANK``), in the first columns, in the
+    order of first picks or of ranks.
+
+    Args:
+        places: int64 ``[T, J]``; homes: int32 ``[T, J]``.
+    """
+    W: tl.constexpr = (L + 1) * P
+    N: tl.constexpr = 1 if BY_RANK else L
+    FIRST: tl.constexpr = L * P if BY_RANK else 0
+    expert, token, pick = load_picks(topk_idx, num_tokens, K, S)
+    good = is_ok(state) & (tl.load(scalars + OVERFLOW) == 0)
+    is_row = (expert >= 0) & (expert < L * P) & good
+    key = tl.where(is_row, expert // L if BY_RANK else expert, -1)
+    column = pick
+    i = tl.arange(0, key.shape[0])
+    if BY_RANK:
+        is_row = is_first_there(key, token)
+        is_before = key[None, :] < key[:, None] if IN_ORDER_OF_RANKS else i[None, :] < i[:, None]
+        is_before = is_before & is_row[None, :] & (token[None, :] == token[:, None])
+        column = tl.sum(is_before.to(tl.int32), axis=1)
+        slots = tl.program_id(0) * S * J + tl.arange(0, S * triton.next_power_of_2(J))
+        is_slot = slots < tl.minimum((tl.program_id(0) + 1) * S, num_tokens) * J
+        tl.store(places + slots, tl.full([slots.shape[0]], -1, tl.int64), mask=is_slot)
+        tl.store(homes + slots, tl.full([slots.shape[0]], -1, tl.int32), mask=is_slot)
+        tl.debug_barrier()
+    is_same = (key[None, :] == key[:, None]) & is_row[None, :] & (i[None, :] < i[:, None])
+    nth = tl.sum(is_same.to(tl.int32), axis=1)
+    nth += tl.load(sums + tl.program_id(0) * W + FIRST + key, mask=is_row, other=0)
+    row = tl.load(outgoing + key, mask=is_row, other=0) + nth
+    home = tl.load(outgoing + N * P + key, mask=is_row, other=0) + nth
+    place = ((key // N).to(tl.int64) << ROW_BITS) | row
+    at = token * J + column
+    is_written = is_row if BY_RANK else (token < num_tokens) & (pick < K)
+    tl.store(places + at, tl.where(is_row, place, -1), mask=is_written)
+    tl.store(homes + at, tl.where(is_row, home, -1), mask=is_written)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def find_origins(incoming, scalars, origins, num_slots, NUM: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
+    """For each row here: ``rank << 32 | place in that rank's sending order``, int64; -1 where none is.
+
+    Args:
+        NUM: which of the scalars says how many rows there are.
+        BLOCKS: blocks that come here, in the order of rows.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    num_rows = tl.load(scalars + NUM)
+    is_row = row < num_rows
+    block = tl.zeros_like(row) - 1
+    if tl.program_id(0) * ROWS < num_rows:
+        blocks = tl.arange(0, triton.next_power_of_2(BLOCKS))
+        starts = tl.load(incoming + blocks, mask=blocks < BLOCKS, other=2**31 - 1)
+        block += tl.sum((starts[None, :] <= row[:, None]).to(tl.int32), axis=1)
+    is_row = is_row & (block >= 0)
+    nth = row - tl.load(incoming + block, mask=is_row, other=0)
+    is_row = is_row & (nth < tl.load(incoming + BLOCKS + block, mask=is_row, other=0))
+    there = tl.load(incoming + 2 * BLOCKS + block, mask=is_row, other=0) + nth
+    origin = ((block % P).to(tl.int64) << ROW_BITS) | there
+    tl.store(origins + row, tl.where(is_row, origin, -1), mask=row < num_slots)

@@ -1,0 +1,152 @@
+"""The small things that travel with a row: source, ids, weights, extras; and which rows make up a pair. Triton only.
+
+A record is int32 words: source, then the token's picks and their weights, or the weight of the row's one pick, then
+extras; ``crossdock.arena`` has the sizes.
+
+Letters: T tokens here, K top-k, J places of a token, M max_tokens, L local experts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
+from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.sync import words_at
+
+
+@triton.jit(do_not_specialize=["num_tokens", "source"])
+def push_records(
+    topk_idx,
+    weights,
+    extras,
+    places,
+    segments,
+    seen,
+    state,
+    num_tokens,
+    source,
+    region,
+    slot_bytes,
+    K: tl.constexpr,
+    J: tl.constexpr,
+    PER_PICK: tl.constexpr,
+    RECORD: tl.constexpr,
+    EXTRA: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Writes the record of each row beside it.
+
+    Args:
+        weights: int32 ``[T, K]``, the bits of float32; extras: int32 ``[T, EXTRA]``.
+        source: of this rank's token 0.
+        RECORD: words between records.
+    """
+    PICKS: tl.constexpr = 1 if PER_PICK else 2 * K
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    is_token = token < num_tokens
+    word = tl.arange(0, triton.next_power_of_2(1 + PICKS + EXTRA))
+    at = word[None, :]
+    record = tl.where(at == 0, (source + token)[:, None], 0)
+    if not PER_PICK:
+        is_id = is_token[:, None] & (at >= 1) & (at <= K)
+        ids = tl.load(topk_idx + token[:, None] * K + at - 1, mask=is_id, other=0).to(tl.int32)
+        record = tl.where(is_id, ids, record)
+        if HAS_WEIGHTS:
+            is_weight = is_token[:, None] & (at > K) & (at <= 2 * K)
+            record = tl.where(
+                is_weight, tl.load(weights + token[:, None] * K + at - 1 - K, mask=is_weight, other=0), record
+            )
+    if EXTRA > 0:
+        is_extra = is_token[:, None] & (at > PICKS) & (at <= PICKS + EXTRA)
+        more = tl.load(extras + token[:, None] * EXTRA + at - 1 - PICKS, mask=is_extra, other=0)
+        record = tl.where(is_extra, more, record)
+    if is_ok(state):
+        for j in tl.static_range(J):
+            place = tl.load(places + token * J + j, mask=is_token, other=-1)
+            peer = tl.where(place >= 0, place >> ROW_BITS, 0)
+            base = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
+            base += (place & ROW_MASK) * (4 * RECORD)
+            if PER_PICK:
+                if HAS_WEIGHTS:
+                    weight = tl.load(weights + token * K + j, mask=is_token, other=0)
+                    record = tl.where(at == 1, weight[:, None], record)
+            there = base.to(tl.pointer_type(tl.int32), bitcast=True)[:, None] + at
+            tl.store(there, record, mask=(place >= 0)[:, None] & (at < 1 + PICKS + EXTRA))
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_expert"])
+def unpack_records(
+    records,
+    origins,
+    src_idx,
+    topk_idx,
+    weights,
+    state,
+    num_rows,
+    first_expert,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    PER_PICK: tl.constexpr,
+    RECORD: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sources int32 ``[R]``, local experts int32 ``[R, K]`` (rows that serve several), weights ``[R]`` or ``[R, K]``.
+
+    -1 and 0 where no row is, and where a pick is another rank's.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_here = row < num_rows
+    is_row = is_here & (tl.load(origins + row, mask=is_here, other=-1) >= 0) & is_ok(state)
+    at = records + row.to(tl.int64) * RECORD
+    tl.store(src_idx + row, tl.load(at, mask=is_row, other=-1), mask=is_here)
+    if PER_PICK:
+        if HAS_WEIGHTS:
+            tl.store(weights + row, tl.load(at + 1, mask=is_row, other=0), mask=is_here)
+    else:
+        pick = tl.arange(0, triton.next_power_of_2(K))
+        is_pick = (pick < K)[None, :]
+        expert = tl.load(at[:, None] + 1 + pick[None, :], mask=is_row[:, None] & is_pick, other=-1) - first_expert
+        is_local = is_row[:, None] & is_pick & (expert >= 0) & (expert < L)
+        out = row[:, None] * K + pick[None, :]
+        tl.store(topk_idx + out, tl.where(is_local, expert, -1), mask=is_here[:, None] & is_pick)
+        if HAS_WEIGHTS:
+            weight = tl.load(at[:, None] + 1 + K + pick[None, :], mask=is_local, other=0)
+            tl.store(weights + out, weight, mask=is_here[:, None] & is_pick)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def push_partial_rows(
+    places,
+    pair_places,
+    segments,
+    seen,
+    state,
+    num_tokens,
+    region,
+    slot_bytes,
+    K: tl.constexpr,
+    J: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Tells each rank which of its rows belong to one token: int32 ``[K]`` a pair, -1 for picks of other ranks.
+
+    Args:
+        places: int64 ``[T, K]`` of rows; pair_places: int64 ``[T, J]``.
+    """
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    pick = tl.arange(0, triton.next_power_of_2(K))
+    is_pick = (token < num_tokens)[:, None] & (pick < K)[None, :]
+    place = tl.load(places + token[:, None] * K + pick[None, :], mask=is_pick, other=-1)
+    if is_ok(state):
+        for j in tl.static_range(J):
+            pair = tl.load(pair_places + token * J + j, mask=token < num_tokens, other=-1)
+            peer = tl.where(pair >= 0, pair >> ROW_BITS, 0)
+            base = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
+            there = words_at(base, (pair & ROW_MASK) * (4 * K)).to(tl.pointer_type(tl.int32), bitcast=True)
+            is_its = is_pick & (place >= 0) & ((place >> ROW_BITS) == peer[:, None])
+            rows = tl.where(is_its, place & ROW_MASK, -1).to(tl.int32)
+            tl.store(there[:, None] + pick[None, :], rows, mask=is_pick & (pair >= 0)[:, None])

@@ -1,0 +1,169 @@
+"""Copies of rows: out to their places, home to their owners, and from landed rows into their places. Triton only.
+
+A row is moved as words of the widest type that divides it, in pieces; a program moves one piece, then the next of its
+share. Wide kernels wait for nobody, and touch peer memory only in a call that is OK.
+
+Letters: T tokens here, J places of a token, K top-k, P ranks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
+from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
+
+
+@triton.jit
+def wide(index):
+    """An index as int64, so that its product with a row's size does not wrap around."""
+    return tl.zeros([], tl.int64) + index
+
+
+@triton.jit
+def row_at(address, row, like, ROW_BYTES: tl.constexpr):
+    """A pointer of the type of ``like`` to a row behind an address (int64, a multiple of 16 bytes)."""
+    at = address + row.to(tl.int64) * ROW_BYTES
+    if ROW_BYTES % 16 == 0:
+        at = tl.multiple_of(at, 16)
+    return at.to(like.dtype, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def push_rows(
+    x,
+    places,
+    segments,
+    seen,
+    state,
+    num_tokens,
+    stride,
+    region,
+    slot_bytes,
+    J: tl.constexpr,
+    ROW: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Writes each row ``x [T, ROW]`` to all its places, in the slot that each peer named.
+
+    Args:
+        stride: words between rows of x.
+        region, slot_bytes: where in a segment the rows of slot 0 begin, and bytes of a slot.
+        ROW_BYTES: between rows there; at least those of ROW words.
+    """
+    PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
+    if is_ok(state):
+        for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
+            token = i // PIECES
+            at = i % PIECES * PIECE + tl.arange(0, PIECE)
+            row = tl.load(x + wide(token) * stride + at, mask=at < ROW)
+            for j in tl.static_range(J):
+                place = tl.load(places + token * J + j)
+                if place >= 0:
+                    peer = place >> ROW_BITS
+                    there = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
+                    tl.store(row_at(there, place & ROW_MASK, x, ROW_BYTES) + at, row, mask=at < ROW)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def pack_rows(
+    x,
+    places,
+    homes,
+    packed,
+    state,
+    num_tokens,
+    stride,
+    J: tl.constexpr,
+    ROW: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Copies each row ``x [T, ROW]`` to its places in the order in which this rank sends, ``packed [Q, ROW]``."""
+    PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
+    if is_ok(state):
+        for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
+            token = i // PIECES
+            at = i % PIECES * PIECE + tl.arange(0, PIECE)
+            row = tl.load(x + wide(token) * stride + at, mask=at < ROW)
+            for j in tl.static_range(J):
+                if tl.load(places + token * J + j) >= 0:
+                    home = tl.load(homes + token * J + j).to(tl.int64)
+                    tl.store(packed + home * ROW + at, row, mask=at < ROW)
+
+
+@triton.jit
+def push_home(
+    y,
+    origins,
+    scalars,
+    segments,
+    seen,
+    state,
+    stride,
+    region,
+    slot_bytes,
+    NUM: tl.constexpr,
+    ROW: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Writes each row of ``y [R, ROW]`` that has an origin to its home there, in the landing slot that the peer named.
+
+    Args:
+        NUM: which of the scalars is R.
+    """
+    PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
+    if is_ok(state):
+        for i in range(tl.program_id(0), tl.load(scalars + NUM) * PIECES, tl.num_programs(0)):
+            origin = tl.load(origins + i // PIECES)
+            if origin >= 0:
+                at = i % PIECES * PIECE + tl.arange(0, PIECE)
+                row = tl.load(y + wide(i // PIECES) * stride + at, mask=at < ROW)
+                peer = origin >> ROW_BITS
+                there = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
+                tl.store(row_at(there, origin & ROW_MASK, y, ROW_BYTES) + at, row, mask=at < ROW)
+
+
+@triton.jit
+def expand_rows(
+    landed,
+    rows,
+    partial_rows,
+    scalars,
+    state,
+    landed_stride,
+    NUM: tl.constexpr,
+    K: tl.constexpr,
+    ROW: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    """Copies each landed row, one for all picks of its token here, to the places of those picks in ``rows [R, ROW]``.
+
+    Args:
+        landed_stride: words between landed rows.
+        partial_rows: int32 ``[pairs, K]``, places, -1 for picks of other ranks.
+    """
+    PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
+    if is_ok(state):
+        for i in range(tl.program_id(0), tl.load(scalars + NUM) * PIECES, tl.num_programs(0)):
+            pair = i // PIECES
+            at = i % PIECES * PIECE + tl.arange(0, PIECE)
+            row = tl.load(landed + wide(pair) * landed_stride + at, mask=at < ROW)
+            for k in tl.static_range(K):
+                there = tl.load(partial_rows + pair * K + k)
+                if there >= 0:
+                    tl.store(rows + there.to(tl.int64) * ROW + at, row, mask=at < ROW)
+
+
+@triton.jit
+def zero_gaps(rows, incoming, starts, state, P: tl.constexpr, N: tl.constexpr, ROW: tl.constexpr, PIECE: tl.constexpr):
+    """Zeroes the rows that alignment leaves behind the last row of each segment. Grid: segments, pieces of a row."""
+    segment = tl.program_id(0)
+    at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    last = incoming + segment * P + P - 1
+    zero = tl.zeros([PIECE], rows.dtype.element_ty)
+    if is_ok(state):
+        for i in range(tl.load(last) + tl.load(last + N * P), tl.load(starts + segment + 1)):
+            tl.store(rows + wide(i) * ROW + at, zero, mask=at < ROW)

@@ -1,0 +1,208 @@
+"""Makes plans on the device: counts of picks, everybody's counts, and from both where each row goes.
+
+Letters: T tokens here, K top-k, J places of a token, C rows of a receive slot, P ranks, N segments, B blocks, W counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossdock.arena import Arena
+from crossdock.backends.base import PlanTensors
+from crossdock.backends.cuda.kernels.places import (
+    REPORT_NEEDED,
+    REPORT_PAIRS,
+    REPORT_ROWS,
+    REPORT_WORDS,
+    REPORT_WORST,
+    SCALARS,
+)
+from crossdock.backends.cuda.launch import Kernels
+from crossdock.backends.cuda.plan import DevicePlan, Report, Table
+from crossdock.errors import CapacityError
+from crossdock.layout import Padded
+from crossdock.plan import overflow
+
+_NUM_REPORTS = 64
+REMADE = 1
+"""The stamp of plans that are made again: no dispatch has such a number."""
+
+
+class Counted(NamedTuple):
+    """Picks that have been counted, until everybody's counts are here."""
+
+    topk_idx: Tensor
+    partial_sums: Tensor  # [chunks, W] int32: of the chunks before each
+    gathered: Tensor  # [P, W] int64
+
+
+class Planner:
+    """A rank's plans.
+
+    Args:
+        has_pairs: whether plans say which rows of a rank are of one token.
+    """
+
+    def __init__(self, arena: Arena, kernels: Kernels, *, rank: int, buffer_id: int, has_pairs: bool) -> None:
+        self._arena = arena
+        self._kernels = kernels
+        self._rank = rank
+        self._buffer_id = buffer_id
+        self._has_pairs = has_pairs
+        self._num_ranks = arena.topology.num_ranks
+        self._num_local = arena.spec.num_local_experts(self._num_ranks)
+        self._slot_rows = arena.spec.num_slot_rows(self._num_ranks)
+        self._rows = torch.zeros(_NUM_REPORTS + 1, REPORT_WORDS.value, dtype=torch.int64, pin_memory=True)
+        self._reports: list[Report | None] = [None] * _NUM_REPORTS
+        self._num_reports = 0
+        self._captured: list[Report] = []
+        self._nobody = self._rows[_NUM_REPORTS]
+
+    def count(self, topk_idx: Tensor) -> Counted:
+        """Counts this rank's picks, for the words that come next to tell."""
+        gathered = self._ints(self._num_ranks, self._kernels.num_counts, dtype=torch.int64)
+        with torch.cuda.stream(self._kernels.stream):
+            partial_sums = self._partial_sums(topk_idx)
+            counts = self._ints(self._kernels.num_counts, dtype=torch.int64)
+            self._kernels.count_picks(topk_idx, partial_sums, counts, gathered)
+        return Counted(topk_idx, partial_sums, gathered)
+
+    def make(self, counted: Counted, *, stamp: int) -> DevicePlan:
+        """The plan of picks that were counted, once everybody's counts are here."""
+        report = self._report()
+        plan = self._plan(counted, stamp=stamp, report=report)
+        if isinstance(self._arena.spec.layout, Padded):
+            plan = replace(plan, num_rows=self._slot_rows)
+        if not report.is_captured:
+            report.event.record(self._kernels.stream)
+        return plan
+
+    def remake(self, tensors: PlanTensors) -> DevicePlan:
+        """The plan again, from the tensors that decide it."""
+        topk_idx, counts, partial_rows, src_idx, local_idx = tensors
+        with torch.cuda.stream(self._kernels.stream):
+            partial_sums = self._partial_sums(topk_idx)
+            self._kernels.sum_chunks(topk_idx, partial_sums, self._ints(counts.shape[1], dtype=torch.int64))
+        plan = self._plan(Counted(topk_idx, partial_sums, counts), stamp=REMADE, report=None)
+        return replace(
+            plan,
+            num_rows=src_idx.numel(),
+            partial_rows=partial_rows if self._has_pairs else None,
+            src_idx=src_idx.reshape(-1),
+            local_idx=None if self._arena.spec.layout.per_pick else local_idx,
+        )
+
+    def told(self, plan: DevicePlan) -> DevicePlan:
+        """The plan with what its report says, which has come.
+
+        Raises:
+            CapacityError: rows did not fit; on all ranks.
+        """
+        report = plan.report
+        if report is None:
+            return plan
+        if (error := self.overflow_of(report)) is not None:
+            raise error
+        num_rows, num_pairs = int(report.row[REPORT_ROWS.value]), int(report.row[REPORT_PAIRS.value])
+
+        def cut(rows: Tensor | None, num: int) -> Tensor | None:
+            return None if rows is None else rows[:num]
+
+        return replace(
+            plan,
+            num_rows=num_rows,
+            report=None,
+            partial_rows=cut(plan.partial_rows, num_pairs),
+            src_idx=cut(plan.src_idx, num_rows),
+            local_idx=cut(plan.local_idx, num_rows),
+        )
+
+    def overflow_of(self, report: Report) -> CapacityError | None:
+        """What a report that has come says of rows that did not fit; once."""
+        needed = int(report.row[REPORT_NEEDED.value])
+        report.row[REPORT_NEEDED.value] = 0
+        if not needed:
+            return None
+        worst = int(report.row[REPORT_WORST.value])
+        return overflow(self._arena.spec, self._arena.topology, worst=worst, needed=needed)
+
+    @property
+    def captured(self) -> list[Report]:
+        """Reports that graphs write, whenever they are replayed."""
+        return self._captured
+
+    def _plan(self, counted: Counted, *, stamp: int, report: Report | None) -> DevicePlan:
+        topk_idx, partial_sums, counts = counted
+        spec, kernels = self._arena.spec, self._kernels
+        num_segments = self._num_local if spec.layout.per_pick else 1
+        num_tokens, columns = topk_idx.shape[0], min(spec.num_topk, self._num_ranks)
+        rows = self._table(
+            num_tokens, spec.num_topk if spec.layout.per_pick else columns, num_segments, self._slot_rows
+        )
+        pairs = self._table(num_tokens, columns, 1, self._num_ranks * spec.max_tokens) if self._has_pairs else None
+        scalars, starts = self._ints(SCALARS.value), self._ints(num_segments + 1)
+        tokens = self._ints(self._num_local)
+        told = self._nobody if report is None else report.row
+        with torch.cuda.stream(kernels.stream):
+            outgoing = self._ints(2, num_segments * self._num_ranks)
+            kernels.derive_blocks(
+                counts, scalars, told, outgoing, rows.incoming, starts, tokens, is_pairs=False, keeps=report is None
+            )
+            kernels.place_rows(topk_idx, partial_sums, outgoing, scalars, rows, is_pairs=False)
+            if pairs is not None:
+                outgoing = self._ints(2, self._num_ranks)
+                kernels.derive_blocks(
+                    counts, scalars, told, outgoing, pairs.incoming, starts, tokens, is_pairs=True, keeps=True
+                )
+                kernels.place_rows(topk_idx, partial_sums, outgoing, scalars, pairs, is_pairs=True)
+        return DevicePlan(
+            rank=self._rank,
+            buffer_id=self._buffer_id,
+            stamp=stamp,
+            topk_idx=topk_idx,
+            counts=counts,
+            num_rows=None,
+            num_tokens_per_expert=tokens,
+            segment_starts=starts,
+            rows=rows,
+            pairs=pairs,
+            sums_pairs=spec.ranks_sum_picks,
+            scalars=scalars,
+            report=report,
+        )
+
+    def _table(self, num_tokens: int, num_columns: int, num_segments: int, num_slots: int) -> Table:
+        return Table(
+            places=self._ints(num_tokens, num_columns, dtype=torch.int64),
+            homes=self._ints(num_tokens, num_columns),
+            incoming=self._ints(3, num_segments * self._num_ranks),
+            origins=self._ints(num_slots, dtype=torch.int64),
+        )
+
+    def _partial_sums(self, topk_idx: Tensor) -> Tensor:
+        return self._ints(-(-topk_idx.shape[0] // self._kernels.chunk_tokens), self._kernels.num_counts)
+
+    def _report(self) -> Report:
+        """Room in host memory for what the host is told; a graph's is its own for good."""
+        if torch.cuda.is_current_stream_capturing():
+            row = torch.zeros(REPORT_WORDS.value, dtype=torch.int64, pin_memory=True)
+            self._captured.append(Report(row, _event(), is_captured=True))
+            return self._captured[-1]
+        at = self._num_reports % _NUM_REPORTS
+        self._num_reports += 1
+        if (earlier := self._reports[at]) is not None:
+            earlier.event.synchronize()
+        self._reports[at] = report = Report(self._rows[at], _event(), is_captured=False)
+        return report
+
+    def _ints(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._kernels.device)
+
+
+def _event() -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    return event

@@ -1,0 +1,99 @@
+"""What the CUDA backend launches, compiled for a GPU that need not be there: the code of every kernel, as it is asked for.
+
+A buffer's warm-up goes through all launches; here each is compiled instead of run, with the types, alignments and
+constants that it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from crossdock import Spec, Topology
+from crossdock.arena import Arena
+from crossdock.backends.base import Wishes
+from tests.interpreted import without_a_gpu
+
+CUDA = GPUTarget("cuda", 90, 32)
+AMD = GPUTarget("hip", "gfx942", 64)
+
+_POINTERS = {
+    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8", torch.float32: "*fp32",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as it is launched, and its code."""
+
+    name: str
+    constants: dict[str, Any]
+    code: str
+    """PTX, or amdgcn."""
+
+
+def compile_launches(spec: Spec, num_ranks: int, target: GPUTarget, **wishes: Any) -> list[Launch]:
+    """Every different launch of a rank's buffer."""
+    from crossdock.backends.cuda import backend as cuda
+    from crossdock.transport.device import DeviceTransport
+
+    without_a_gpu()
+    arena = Arena(spec, Topology(num_ranks=num_ranks))
+    segment = torch.zeros(arena.num_bytes, dtype=torch.uint8)
+    transport = DeviceTransport(
+        [segment] * num_ranks, arena, rank=0, ranks_here=num_ranks, is_alive=lambda _: True, close=lambda: None
+    )
+    launches: dict[object, Launch] = {}
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        signature, constants, attributes, compile_options = _specialized(kernel, args, options)
+        key = (kernel.fn.__name__, *map(str, (signature, constants, attributes, compile_options)))
+        if key not in launches:
+            source = ASTSource(kernel, signature, constants, attributes)
+            compiled = triton.compile(source, target=target, options=compile_options)
+            code = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+            launches[key] = Launch(kernel.fn.__name__, constants, code)
+
+    with _driver_for(target), mock.patch.object(JITFunction, "run", run):
+        cuda.connect(transport, arena, Wishes(**wishes), buffer_id=1, timeout_s=1)
+    return list(launches.values())
+
+
+def _specialized(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """As Triton would see the arguments: pointers and whole numbers that are multiples of 16 are known to be."""
+    names = [param.name for param in kernel.params]
+    given = dict(zip(names, args, strict=False)) | {name: options.pop(name) for name in names if name in options}
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = given[param.name]
+        if param.is_constexpr:
+            signature[param.name], constants[param.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[param.name], size = _POINTERS[value.dtype], value.data_ptr()
+        else:
+            signature[param.name], size = ("i32" if -(2**31) <= value < 2**31 else "i64"), value
+        if size % 16 == 0 and not param.do_not_specialize:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes, options
+
+
+@contextlib.contextmanager
+def _driver_for(target: GPUTarget) -> Iterator[None]:
+    """Library functions ask the active driver what they are compiled for."""
+    from triton.runtime import driver
+
+    fake = mock.Mock()
+    fake.get_current_target.return_value = target
+    with mock.patch.object(type(driver), "active", fake):
+        yield

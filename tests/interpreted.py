@@ -1,0 +1,80 @@
+"""The CUDA backend on a machine without a GPU: its kernels in Triton's interpreter, on memory that processes share.
+
+All is real but the device: launches, plans, words, consent, failures. Streams and events do nothing, because a launch
+has run when it returns. For ranks that are processes; the interpreter is not made for threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+from unittest import mock
+
+import torch
+
+from crossdock import Buffer, Spec, engine
+from crossdock.backends.base import Wishes
+from crossdock.transport import shm
+
+
+class _Nothing:
+    """A stream, or an event: all that was issued is done."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self, *_: object) -> None:
+        pass
+
+    record = wait = wait_stream = wait_event = synchronize
+
+
+def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
+    """A Buffer of a process of ``tests.world``, on the CUDA backend. Collective."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    without_a_gpu()
+    wishes = Wishes(**{name: options.pop(name) for name in ("expand", "num_sms", "engine") if name in options})
+
+    def connect(members: Any, arena: Any, device: Any, _: Wishes, *, number: int, timeout_s: float) -> engine.Engine:
+        from crossdock.backends.cuda import backend as cuda
+        from crossdock.transport.device import DeviceTransport
+
+        host = shm.connect(members, arena, name=f"crossdock-test-{number:016x}")
+        views = [host.memory[rank * arena.stride :][: arena.num_bytes] for rank in range(members.size)]
+        transport = DeviceTransport(
+            views, arena, rank=members.rank, ranks_here=members.size, is_alive=host.is_alive, close=host.close
+        )
+        parts = cuda.connect(transport, arena, wishes, buffer_id=number, timeout_s=timeout_s)
+        members.all_gather(None)
+        return engine.Engine(
+            transport=transport, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch
+        )
+
+    with mock.patch("crossdock.buffer.connect", connect):
+        return Buffer(group, spec, **options)
+
+
+def without_a_gpu() -> None:
+    """torch.cuda as the backend uses it, for a machine that has none; in a process that is made for that."""
+    if isinstance(torch.cuda.Stream, type) and issubclass(torch.cuda.Stream, _Nothing):
+        return
+    nothing = _Nothing()
+    torch.cuda.Stream = torch.cuda.Event = _Nothing
+    torch.cuda.stream = lambda _: contextlib.nullcontext()
+    torch.cuda.current_stream = lambda *_: nothing
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.get_device_properties = lambda _: mock.Mock(multi_processor_count=2)
+    for name in ("empty", "zeros"):
+        setattr(torch, name, _unpinned(getattr(torch, name)))
+
+
+def _unpinned(make: Any) -> Any:
+    def made(*args: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return make(*args, **options)
+
+    return made
