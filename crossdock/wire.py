@@ -134,11 +134,12 @@ class Fp8(Wire):
             )
 
     def quantize(self, x: Shaped[Tensor, "T H"]) -> Quantized:
-        """Casts rows to this format by the formula above; x is any floating-point tensor."""
-        data = torch.empty(x.shape, dtype=self.dtype)
-        scale = torch.empty(x.shape[0], self.num_scales(x.shape[1]), dtype=self.scale_dtype)
-        for start in range(0, x.shape[0], _CAST_ROWS):
-            rows = slice(start, start + _CAST_ROWS)
+        """Casts rows to this format by the formula above; x is any floating-point tensor, on any device."""
+        data = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+        scale = torch.empty(x.shape[0], self.num_scales(x.shape[1]), dtype=self.scale_dtype, device=x.device)
+        num_rows = _CAST_ROWS if x.device.type == "cpu" else max(1, x.shape[0])
+        for start in range(0, x.shape[0], num_rows):
+            rows = slice(start, start + num_rows)
             data[rows], scale[rows] = self._quantize_few(x[rows])
         return Quantized(data, scale)
 

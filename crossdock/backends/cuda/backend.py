@@ -74,7 +74,7 @@ class CudaBackend:
 
     def enter(self) -> None:
         """See Backend."""
-        self._kernels.stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._kernels.enter()
 
     def use_sms(self, num_sms: int | None) -> None:
         """See Backend."""
@@ -318,7 +318,7 @@ class CudaBackend:
                     )
 
     def _pack(self, rows: Tensor, table: Table, *, num_rows: int) -> Tensor:
-        packed = torch.empty(num_rows, *rows.shape[1:], dtype=rows.dtype, device=self._device)
+        packed = self._empty(num_rows, *rows.shape[1:], dtype=rows.dtype)
         self._kernels.pack_rows(rows, table, packed)
         return packed
 
@@ -350,7 +350,7 @@ class CudaBackend:
         return torch.cat([rows, more])
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._device)
+        return self._kernels.empty(*shape, dtype=dtype)
 
 
 class _Way(NamedTuple):

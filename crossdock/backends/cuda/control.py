@@ -62,7 +62,8 @@ class DeviceConsent(Consent):
     def words(self, sequence: int, own: Word) -> Steps[Sequence[Word]]:
         """The words stay on the device, where the kernels that follow read them."""
         self._posts = False
-        self._kernels.begin_call(own.payload())
+        with torch.cuda.stream(self._kernels.stream):
+            self._kernels.begin_call(own.payload())
         yield from ()
         return ()
 
@@ -72,12 +73,14 @@ class DeviceConsent(Consent):
 
     def arrivals(self, sequence: int, words: Sequence[Word], *, from_all: bool) -> Waiting:
         """See Consent; nothing is waited for on the host."""
-        self._kernels.finish_call(posts=self._posts, awaits_all=from_all)
+        with torch.cuda.stream(self._kernels.stream):
+            self._kernels.finish_call(posts=self._posts, awaits_all=from_all)
         yield from ()
 
     def check(self, sequence: int) -> None:
         """Ends the call, on the device, where a peer has given it up."""
-        self._kernels.check_call()
+        with torch.cuda.stream(self._kernels.stream):
+            self._kernels.check_call()
 
     def until(self, event: Event, what: str) -> Generator[Missing, None, None]:
         """Done when the event has passed: on the device everything has its deadline.

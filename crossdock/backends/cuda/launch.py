@@ -59,6 +59,7 @@ class Kernels:
         """The record of the call that has failed, in host memory; zero while none has."""
         self.seen = torch.zeros(self._num_ranks, dtype=torch.int64, device=self.device)
         self._counts: tuple[Tensor, Tensor] | None = None
+        torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
 
     @property
     def num_counts(self) -> int:
@@ -533,6 +534,17 @@ class Kernels:
         with torch.cuda.stream(self.stream):
             self.state[calls.STATUS.value] = OK.value
         self.stream.synchronize()
+
+    def enter(self) -> None:
+        """What the caller has issued on its current stream comes before what is launched from now on."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory that belongs to the current stream, for kernels to write at once."""
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        if torch.are_deterministic_algorithms_enabled():  # torch may have filled it, on the current stream
+            self.enter()
+        return tensor
 
     def view(self, region: str, slot: int) -> Tensor:
         """A slot of a region of this rank's own segment."""

@@ -200,7 +200,7 @@ class Planner:
         return report
 
     def _ints(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._kernels.device)
+        return self._kernels.empty(*shape, dtype=dtype)
 
 
 def _event() -> torch.cuda.Event:

@@ -138,6 +138,6 @@ def weigh_places(
     for k in range(K):
         expert = tl.load(topk_idx + token * K + k, mask=token < num_tokens, other=-1).to(tl.int64)
         weight = tl.load(weights + token * K + k, mask=token < num_tokens, other=0.0)
-        is_its = (expert >= 0)[:, None] & (expert // L)[:, None] == peer
+        is_its = (expert >= 0)[:, None] & ((expert // L)[:, None] == peer)
         total += tl.where(is_its, weight[:, None], 0.0)
     tl.store(out + at, total, mask=is_here)
