@@ -2,6 +2,9 @@
 
 Every rank derives every rank's inputs from (seed, round), so each knows what it must get. A round is a value: it is
 decided first, printed when something is wrong, and done again by ``--only ROUND``.
+
+``--device cuda`` plays the same rounds on GPUs. Inputs then also come late on the caller's stream, and a call that no
+host sync belongs to tells what went wrong in ``buffer.check()``.
 """
 
 # Printing is what it is for.
@@ -44,11 +47,12 @@ from crossdock import (
     Spec,
     run_local,
 )
+from tests.gpu import late
+from tests.gpu.ranks import own_stream, take_all, take_share
 from tests.soak_batch import EXTRA_BYTES, Batch
 
-WATCHDOG_S = 60
-TROUBLES = ("bad dispatch", "bad combine", "abort", "abort in flight", "abort overlapped", "mismatch")
-REASONS = ("hidden=", "outputs go home", "had enough", "the same on all ranks")
+TROUBLES = ("bad dispatch", "bad combine", "abort", "abort in flight", "abort overlapped", "mismatch", "bad picks")
+REASONS = ("hidden=", "outputs go home", "had enough", "the same on all ranks", "topk_idx")
 """What the ranks that cause trouble say."""
 
 
@@ -131,13 +135,18 @@ def make_round(
 class Player:
     """One rank's part in rounds."""
 
-    def __init__(self, group: Any, *, num_ranks: int, seed: int, troubles: tuple[str, ...]) -> None:
-        self.specs = make_specs(num_ranks)
+    def __init__(self, group: Any, options: argparse.Namespace, device: torch.device) -> None:
+        self.specs = make_specs(options.ranks)
+        if options.spec is not None:
+            self.specs = [self.specs[options.spec]] * 2
         # debug=True finishes the calls in flight before it poisons a slot, so half of the buffers overlap for real.
         self.buffers = [
-            Buffer(group, spec, timeout_s=2 * WATCHDOG_S, debug=i % 2 == 0) for i, spec in enumerate(self.specs)
+            Buffer(group, spec, debug=i % 2 == 0, **_buffer_options(options, device, spec, i))
+            for i, spec in enumerate(self.specs)
         ]
-        self.rank, self.num_ranks, self._seed, self._troubles = self.buffers[0].rank, num_ranks, seed, troubles
+        self.rank, self.num_ranks, self._seed = self.buffers[0].rank, options.ranks, options.seed
+        self._troubles = tuple(trouble for trouble in TROUBLES if trouble not in options.without)
+        self._device = device
         self._kept: dict[int, tuple[Received, Tensor]] = {}
         """By spec: rows of an earlier round, and a copy."""
 
@@ -176,6 +185,8 @@ class Player:
         self._check_combined(batch, out)
         if self.round.goes_back:
             recv = self._go_back(batch, recv)
+        if self._naps.random() < 0.5:
+            self._surface()
         self._kept[self.round.spec] = (recv, _bits(_data(recv.x)).clone())
 
     def _go_back(self, batch: Batch, recv: Received) -> Received:
@@ -184,7 +195,7 @@ class Player:
         gradients = self._dispatch(batch, wide, recv.plan, wide=True).wait()
         self._check_received(batch, wide, gradients, wide=True)
         self._nap()
-        (home,) = self.buffer.return_extras(recv.plan, [self._home(batch)])
+        (home,) = self.buffer.return_extras(recv.plan, self._bring(self._home(batch)))
         _same("extras that came home alone", home, batch.came_home(self.rank))
         return gradients
 
@@ -220,11 +231,11 @@ class Player:
         tokens, trouble = batch.tokens(), self.round.trouble
         is_culprit = self.rank == self.round.culprit
         if trouble == "mismatch":
-            with _expect(PeerFailed, "the same on all ranks"):
+            with _expect(PeerFailed):
                 self._dispatch(batch, tokens, rows="capacity" if is_culprit else "exact").wait()
-        elif trouble == "bad dispatch" and is_culprit:
-            with _expect(ConfigError, "hidden="):
-                self.buffer.dispatch(torch.zeros(1, 3), torch.zeros(1, 1, dtype=torch.int64))
+                self._surface()
+        elif trouble in ("bad dispatch", "bad picks") and is_culprit:
+            self._dispatch_badly(batch, tokens)
         elif trouble == "abort in flight" and is_culprit:
             self._dispatch(batch, tokens)
             self._nap()
@@ -235,43 +246,82 @@ class Player:
             if is_culprit:
                 self.buffer.abort("had enough")
                 return
-            with _expect(PeerFailed, "had enough"):
+            with _expect(PeerFailed):
                 if self.buffer.spec.num_slots > 1:
                     pending.append(self._dispatch(batch, tokens, rows="exact"))
                 for call in pending:
                     call.wait()
-        elif trouble in ("bad dispatch", "abort in flight"):
-            with _expect(PeerFailed, "hidden=" if trouble == "bad dispatch" else "had enough"):
+                self._surface()
+        elif trouble in ("bad dispatch", "bad picks", "abort in flight"):
+            with _expect(PeerFailed):
                 recv = self._dispatch(batch, tokens).wait()
                 self._combine(batch, recv).wait()
+                self._surface()
         else:
             recv = self._dispatch(batch, tokens).wait()
             self._check_received(batch, tokens, recv)
             self._nap()
             if not is_culprit:
-                with _expect(PeerFailed, "had enough" if trouble == "abort" else "outputs go home"):
+                with _expect(PeerFailed):
                     self._combine(batch, recv).wait()
+                    self._surface()
             elif trouble == "abort":
                 self.buffer.abort("had enough")
             else:
                 with _expect(ConfigError, "outputs go home"):
-                    self.buffer.combine(torch.zeros(1, dtype=torch.float64), recv.plan)
+                    self.buffer.combine(*self._bring(torch.zeros(1, dtype=torch.float64)), recv.plan)
             self._check_received(batch, tokens, recv)
 
+    def _dispatch_badly(self, batch: Batch, tokens: Tensor) -> None:
+        if self.round.trouble == "bad dispatch":
+            with _expect(ConfigError, "hidden="):
+                self.buffer.dispatch(*self._bring(torch.zeros(1, 3), torch.zeros(1, 1, dtype=torch.int64)))
+        else:
+            with _expect(ConfigError, "topk_idx"):
+                self._dispatch(batch, tokens, topk=self._bad_picks(batch)).wait()
+                self._surface()
+
+    def _bad_picks(self, batch: Batch) -> np.ndarray:
+        """[T, K] with one expert that there is not, or twice; at least one token."""
+        topk = batch.topk[self.rank, : max(1, batch.num_tokens[self.rank])].copy()
+        row = topk[self.round.number % len(topk)]
+        row[-1] = [batch.spec.num_experts, -2, row[0]][self.round.number % 3]
+        if row[-1] == -1:
+            row[:] = 0
+        return topk
+
     def _dispatch(
-        self, batch: Batch, tokens: Tensor, plan: Plan | None = None, *, rows: str | None = None, wide: bool = False
+        self,
+        batch: Batch,
+        tokens: Tensor,
+        plan: Plan | None = None,
+        *,
+        rows: str | None = None,
+        wide: bool = False,
+        topk: np.ndarray | None = None,
     ) -> Any:
         self._nap()
-        n = int(batch.num_tokens[self.rank])
-        return self.buffer.dispatch_start(
+        if topk is None:
+            topk = batch.topk[self.rank, : batch.num_tokens[self.rank]]
+        n = len(topk)
+        inputs = self._bring(
             tokens[self.rank, :n],
-            torch.from_numpy(batch.topk[self.rank, :n]) if plan is None else plan,
-            weights=batch.weights[self.rank, :n] if self.round.has_weights else None,
-            extras=(batch.extras[self.rank, :n],) if self.round.has_extras else (),
+            torch.from_numpy(topk),
+            batch.weights[self.rank, :n] if self.round.has_weights else None,
+            batch.extras[self.rank, :n] if self.round.has_extras else None,
+        )
+        x, topk_idx, weights, extras = inputs
+        pending = self.buffer.dispatch_start(
+            x,
+            topk_idx if plan is None else plan,
+            weights=weights,
+            extras=() if extras is None else (extras,),
             rows=rows or self.round.rows,
             wide=wide,
             copy=self.round.copies[self.rank],
+            **self._launch(),
         )
+        return self._started(pending, inputs)
 
     def _combine(self, batch: Batch, recv: Received) -> Any:
         rank, spec = self.rank, batch.spec
@@ -284,14 +334,15 @@ class Player:
             n = int(batch.num_tokens[rank])
             by_row = batch.row_weights[rank, :num_rows].view(y.shape[:-1])
             weights = batch.weights[rank, :n] if spec.reduce == "token" else by_row
+        bias = batch.bias[rank, : batch.num_tokens[rank]] if self.round.is_biased else None
+        inputs = self._bring(y, weights, bias, self._home(batch) if self.round.brings_home else None)
+        y, weights, bias, home = inputs
         if self.round.pulls[rank]:
             outputs = recv.output_rows()
             outputs = outputs if isinstance(spec.layout, Padded) else outputs[:num_rows]
             y = outputs.copy_(y)
-        bias = batch.bias[rank, : batch.num_tokens[rank]] if self.round.is_biased else None
-        if not self.round.brings_home:
-            return self.buffer.combine_start(y, recv.plan, weights=weights, bias=bias)
-        return self.buffer.combine_start(y, recv.plan, weights=weights, bias=bias, extras=[self._home(batch)])
+        more = self._launch() if home is None else {"extras": [home], **self._launch()}
+        return self._started(self.buffer.combine_start(y, recv.plan, weights=weights, bias=bias, **more), inputs)
 
     def _home(self, batch: Batch) -> Tensor:
         home = batch.home[self.rank, : len(batch.routes.sources[self.rank])]
@@ -313,7 +364,7 @@ class Player:
         for name, tensor in got.items():
             mine, theirs = tensor, want[name]
             if name != "counts":
-                mine = tensor.reshape(-1, *tensor.shape[lead:])[:num_rows]
+                mine = tensor.cpu().reshape(-1, *tensor.shape[lead:])[:num_rows]
             if name in ("data", "scale") and isinstance(batch.spec.layout, Padded):
                 is_row = want["src_idx"] >= 0
                 mine, theirs = mine[is_row], theirs[is_row]
@@ -335,17 +386,46 @@ class Player:
         """Other ranks get ahead, sometimes."""
         if self._naps.random() < 0.05:
             time.sleep(self._naps.exponential(0.002))
+        if self._device.type == "cuda" and self._naps.random() < 0.1:
+            late.sleep(self._naps)
+
+    def _bring(self, *tensors: Tensor | None) -> list[Any]:
+        """Inputs, on the buffers' device."""
+        return list(tensors) if self._device.type == "cpu" else late.bring(tensors, self._device, self._naps)
+
+    def _started(self, pending: Any, inputs: list[Tensor | None]) -> Any:
+        return pending if self._device.type == "cpu" else late.Call(pending, inputs)
+
+    def _launch(self) -> dict[str, Any]:
+        """What a call may say of its kernels; ranks need not agree."""
+        if self._device.type == "cpu":
+            return {}
+        return {"num_sms": [None, None, 1, 2][self._naps.integers(4)]}
+
+    def _surface(self) -> None:
+        """On CUDA the failure of a call without a host sync shows in the next one or here; on CPU, in ``wait()``."""
+        if self._device.type == "cuda":
+            self.buffer.check()
+
+
+def _buffer_options(options: argparse.Namespace, device: torch.device, spec: Spec, number: int) -> dict[str, Any]:
+    """How the buffer of that number is made."""
+    timeout = {"timeout_s": 2 * options.watchdog}
+    if device.type == "cpu":
+        return timeout
+    expand = (options.expand or ("sender", "receiver")[number % 2]) if spec.layout.per_pick else None
+    engine = options.engine if not spec.layout.per_pick else "kernel"
+    return timeout | {"device": device, "num_sms": options.num_sms, "expand": expand, "engine": engine}
 
 
 @contextlib.contextmanager
-def _expect(kind: type[Exception], text: str) -> Iterator[None]:
+def _expect(kind: type[Exception], *texts: str) -> Iterator[None]:
     try:
         yield
     except kind as error:
         # A rank that is behind may read what a peer has given up for since: any reason, but a reason.
-        texts = REASONS if kind is PeerFailed else (text,)
-        if not any(text in str(error) for text in texts):
-            raise Wrong(f"expected {text!r} in {error!r}") from error
+        if not any(text in str(error) for text in texts or REASONS):
+            raise Wrong(f"expected one of {texts or REASONS} in {error!r}") from error
     else:
         raise Wrong(f"expected {kind.__name__}")
 
@@ -359,20 +439,20 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _same(what: str, got: Tensor, want: Tensor) -> None:
+    got = got.cpu()
     if got.shape != want.shape or got.dtype != want.dtype or (got.numel() and not torch.equal(_bits(got), _bits(want))):
         raise Wrong(f"{what}: got {got.dtype} {list(got.shape)}\n{got}\nwant {want.dtype} {list(want.shape)}\n{want}")
 
 
-def play_rounds(group: Any, options: argparse.Namespace, at: Any) -> None:
+def play_rounds(group: Any, options: argparse.Namespace, at: Any, device: torch.device) -> None:
     """One rank's part in all rounds; ``at[rank]`` says in which round it is."""
     torch.set_num_threads(1)
-    troubles = tuple(trouble for trouble in TROUBLES if trouble not in options.without)
-    player = Player(group, num_ranks=options.ranks, seed=options.seed, troubles=troubles)
+    player = Player(group, options, device)
     first, last = options.first, options.first + options.rounds
     if options.only is not None:
         first, last = options.only, options.only + 1
     began = armed = told = time.monotonic()
-    faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
+    faulthandler.dump_traceback_later(options.watchdog, exit=True)
     for number in range(first, last):
         at[player.rank] = number
         try:
@@ -384,9 +464,9 @@ def play_rounds(group: Any, options: argparse.Namespace, at: Any) -> None:
             )
             raise
         now = time.monotonic()
-        if now - armed > WATCHDOG_S / 6:
+        if now - armed > options.watchdog / 6:
             armed = now
-            faulthandler.dump_traceback_later(WATCHDOG_S, exit=True)
+            faulthandler.dump_traceback_later(options.watchdog, exit=True)
         if player.rank == 0 and now - told > options.every:
             told = now
             print(f"{number + 1} rounds, {(number + 1 - first) / (now - began):.0f}/s", flush=True)
@@ -395,18 +475,33 @@ def play_rounds(group: Any, options: argparse.Namespace, at: Any) -> None:
         buffer.close()
 
 
-def _process(rank: int, options: argparse.Namespace, store: str, at: Any) -> None:
+def _process(rank: int, options: argparse.Namespace, store: str, at: Any, num_devices: int) -> None:
+    device = take_share(rank, options.ranks, num_devices) if num_devices else torch.device("cpu")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.ranks)
-    play_rounds(None, options, at)
+    play_rounds(None, options, at, device)
     dist.destroy_process_group()
+
+
+def _in_threads(options: argparse.Namespace) -> None:
+    at = [0] * options.ranks
+    device = take_all() if options.device == "cuda" else torch.device("cpu")
+
+    def play(group: Any) -> None:
+        with own_stream(device) if device.type == "cuda" else contextlib.nullcontext():
+            play_rounds(group, options, at, device)
+
+    run_local(play, options.ranks)
 
 
 def _in_processes(options: argparse.Namespace) -> bool:
     context = multiprocessing.get_context("spawn")
     at = context.Array("q", options.ranks, lock=False)
+    num_devices = torch.cuda.device_count() if options.device == "cuda" else 0
     with tempfile.TemporaryDirectory(prefix="crossdock-soak-") as folder:
         store = str(Path(folder) / "store")
-        ranks = [context.Process(target=_process, args=(r, options, store, at)) for r in range(options.ranks)]
+        ranks = [
+            context.Process(target=_process, args=(r, options, store, at, num_devices)) for r in range(options.ranks)
+        ]
         for process in ranks:
             process.start()
         failed_at = None
@@ -432,18 +527,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", action="store_true", help="ranks are threads of one process")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--spec", type=int, choices=range(8), help="play this one of the Specs alone")
+    parser.add_argument("--num-sms", type=int, help="on CUDA, of every buffer; calls choose others at times")
+    parser.add_argument("--expand", choices=["sender", "receiver"], help="on CUDA; else every other buffer has either")
+    parser.add_argument("--engine", choices=["kernel", "copy"], default="kernel", help="on CUDA")
     parser.add_argument("--only", type=int, help="play this round alone")
     parser.add_argument("--first", type=int, default=0, help="the first round, to see what led to a later one")
     parser.add_argument("--without", choices=TROUBLES, action="append", default=[], help="leave a kind of trouble out")
     parser.add_argument("--every", type=float, default=10, help="seconds between lines")
+    parser.add_argument("--watchdog", type=float, default=60, help="seconds after which a rank that is stuck says so")
     parser.add_argument("--grace", type=float, default=15, help="seconds that others get when a rank has failed")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.device_count():
+        parser.error("--device cuda: this machine has no CUDA device that torch could use")
     configuration = f"{options.ranks} {'threads' if options.threads else 'processes'}, seed {options.seed}"
+    if options.device != "cpu":
+        configuration += f", {options.device}"
+    if options.spec is not None:
+        configuration += f", spec {options.spec}"
     if options.without:
         configuration += f", without {', '.join(options.without)}"
     began = time.monotonic()
     if options.threads:
-        run_local(lambda group: play_rounds(group, options, [0] * options.ranks), options.ranks)
+        _in_threads(options)
     elif not _in_processes(options):
         print(f"FAILED ({configuration}, torch {torch.__version__})", flush=True)
         return 1

@@ -1,4 +1,8 @@
-"""Worlds: the same program on threads (``inproc-4``) or on processes (``processes-4``), results and errors by rank."""
+"""Worlds: one program on threads (``inproc-4``) or processes (``processes-4``), with results and errors by rank.
+
+``interpreted-2`` are processes whose buffers run the CUDA backend, its kernels in Triton's interpreter. ``cuda-4`` are processes that share GPUs, ``cudathreads-4`` threads with a stream each, in a process of their own. What
+a program is given lies on its rank's device there, and what it gives comes back to the CPU.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import multiprocessing.connection
 import os
 import pickle
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -15,15 +20,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from crossdock import PeerFailed, PeerTimeout, ThreadGroup, run_local
+from crossdock import Buffer, PeerFailed, PeerTimeout, Spec, ThreadGroup, run_local
+from tests.gpu.ranks import own_stream, take_all, take_share
 
-LIMIT_S = 60
-"""A program that has not ended by then is a failed test."""
+LIMIT_S = {"processes": 60, "interpreted": 60, "cuda": 200, "cudathreads": 200}
+"""A program that has not ended by then is a failed test. On CUDA it may have kernels to compile."""
 _GROUP_LIMIT_S = 30
 
 Program = Callable[..., Any]
@@ -36,15 +43,20 @@ class WorkerLost(Exception):
 class World:
     """Ranks to run programs on.
 
-    A program is a function of a module, ``program(group, *args)``; its ``group`` goes into ``crossdock.Buffer``.
+    A program is a function of a module, ``program(group, *args)``; it makes its buffers by ``open_buffer``.
     """
 
-    def __init__(self, name: str, pools: Pools) -> None:
+    def __init__(self, name: str, pools: Pools, **options: Any) -> None:
         kind, num_ranks = name.split("-")
         self.name = name
         self.kind = kind
         self.num_ranks = int(num_ranks)
         self._pools = pools
+        self._options = options
+
+    def opening(self, **options: Any) -> World:
+        """The same ranks; their programs' buffers are made with these options, whatever the program says."""
+        return World(self.name, self._pools, **self._options | options)
 
     def run(self, program: Program, *args: Any) -> list[Any]:
         """The results by rank. Raises what the lowest rank raised that failed by itself, not because of a peer."""
@@ -56,9 +68,34 @@ class World:
 
     def outcomes(self, program: Program, *args: Any) -> list[Any]:
         """What each rank returned, or the exception that it raised."""
-        if self.kind == "processes":
-            return self._pools.outcomes(self.num_ranks, program, args)
-        return run_local(lambda group: _outcome(program, group, args).value, self.num_ranks)
+        job = _Job(program, args, self._options)
+        if self.kind != "inproc":
+            return self._pools.outcomes(self.kind, self.num_ranks, job)
+        return run_local(lambda group: _outcome(job, group).value, self.num_ranks)
+
+
+class _Place(threading.local):
+    """Where this thread's program runs, and what its test wants of its buffers."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.make_buffer: Callable[..., Buffer] = Buffer
+        self.options: dict[str, Any] = {}
+
+
+_place = _Place()
+
+
+def device() -> torch.device:
+    """Where a program's tensors lie in this world; cpu outside of programs."""
+    return _place.device
+
+
+def open_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
+    """A buffer on this world's device, made with the test's options (``World.opening``) over the program's."""
+    if _place.device.type != "cpu":
+        options["device"] = _place.device
+    return _place.make_buffer(group, spec, **options | _place.options)
 
 
 def meet(group: Any) -> None:
@@ -73,15 +110,16 @@ class Pools:
     """Sets of processes, made when first asked for and again when one of them was lost."""
 
     def __init__(self) -> None:
-        self._pools: dict[int, _Pool] = {}
+        self._pools: dict[tuple[str, int], _Pool] = {}
 
-    def outcomes(self, num_ranks: int, program: Program, args: tuple[Any, ...]) -> list[Any]:
-        if num_ranks not in self._pools:
-            self._pools[num_ranks] = _Pool(num_ranks)
-        pool = self._pools[num_ranks]
-        outcomes = pool.run(program, args)
+    def outcomes(self, kind: str, num_ranks: int, job: _Job) -> list[Any]:
+        key = (kind, num_ranks)
+        if key not in self._pools:
+            self._pools[key] = _Pool(kind, num_ranks)
+        pool = self._pools[key]
+        outcomes = pool.run(job)
         if any(isinstance(outcome, WorkerLost) for outcome in outcomes):
-            del self._pools[num_ranks]
+            del self._pools[key]
             pool.close()
         return outcomes
 
@@ -89,6 +127,12 @@ class Pools:
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
+
+
+class _Job(NamedTuple):
+    program: Program
+    args: tuple[Any, ...]
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,42 +143,55 @@ class _Outcome:
     """The exception's traceback, as the other process printed it."""
 
 
-def _outcome(program: Program, group: Any, args: tuple[Any, ...]) -> _Outcome:
+def _outcome(job: _Job, group: Any) -> _Outcome:
+    _place.options = job.options
     try:
-        return _Outcome(program(group, *args))
+        return _Outcome(job.program(group, *job.args))
     except BaseException as error:  # noqa: BLE001 - how a rank leaves its program is an outcome too
         return _Outcome(error, traceback.format_exc())
 
 
 class _Pool:
-    """Processes that run one program after another, each in a process group of its own."""
+    """Processes that run one program after another, each time in a new group: a rank each, or all ranks in one."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, kind: str, num_ranks: int) -> None:
         context = multiprocessing.get_context("spawn")
+        self._limit_s = LIMIT_S[kind]
+        self._num_ranks = num_ranks
         self._folder = tempfile.TemporaryDirectory(prefix="crossdock-test-")
         self._connections, self._processes = [], []
-        for rank in range(num_ranks):
+        store = str(Path(self._folder.name) / "store")
+        num_devices = torch.cuda.device_count() if kind.startswith("cuda") else 0
+        if kind.startswith("cuda") and not num_devices:
+            raise RuntimeError(f"{kind}-{num_ranks}: this machine has no CUDA device")
+        starts: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
+            (_serve_interpreted if kind == "interpreted" else _serve, (rank, num_ranks, num_devices, store))
+            for rank in range(num_ranks)
+        ]
+        if kind == "cudathreads":
+            starts = [(_serve_threads, (num_ranks,))]
+        for serve, args in starts:
             ours, theirs = context.Pipe()
-            store = str(Path(self._folder.name) / "store")
-            process = context.Process(target=_serve, args=(rank, num_ranks, store, theirs), daemon=True)
-            process.start()
+            process = context.Process(target=serve, args=(theirs, *args), daemon=True)
+            with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if kind == "interpreted" else {}):
+                process.start()  # Triton looks when it is imported
             theirs.close()  # so that the end of the process is the end of the pipe
             self._connections.append(ours)
             self._processes.append(process)
 
-    def run(self, program: Program, args: tuple[Any, ...]) -> list[Any]:
-        message = _dumps((program, args))
+    def run(self, job: _Job) -> list[Any]:
+        """What became of the job, by rank."""
+        message = _dumps(job)
         for connection in self._connections:
             connection.send_bytes(message)
-        lost = [WorkerLost(f"rank {rank} did not end within {LIMIT_S} s") for rank in range(len(self._connections))]
-        outcomes: list[Any] = list(lost)
-        waiting = {connection: rank for rank, connection in enumerate(self._connections)}
-        deadline = time.monotonic() + LIMIT_S
+        replies: dict[int, list[Any]] = {}
+        waiting = {connection: i for i, connection in enumerate(self._connections)}
+        deadline = time.monotonic() + self._limit_s
         while waiting and (left := deadline - time.monotonic()) > 0:
             for ready in multiprocessing.connection.wait(list(waiting), left):
-                rank = waiting.pop(ready)
-                outcomes[rank] = self._receive(rank)
-        return outcomes
+                i = waiting.pop(ready)
+                replies[i] = self._receive(i)
+        return [outcome for i in range(len(self._connections)) for outcome in replies.get(i) or self._late(i)]
 
     def close(self) -> None:
         for connection in self._connections:
@@ -146,60 +203,129 @@ class _Pool:
             process.close()
         self._folder.cleanup()
 
-    def _receive(self, rank: int) -> Any:
+    def _ranks(self, i: int) -> range:
+        """Those that process i is."""
+        return range(self._num_ranks) if len(self._processes) < self._num_ranks else range(i, i + 1)
+
+    def _late(self, i: int) -> list[Any]:
+        return [WorkerLost(f"rank {rank} did not end within {self._limit_s} s") for rank in self._ranks(i)]
+
+    def _receive(self, i: int) -> list[Any]:
+        """A process's outcomes, of each rank that it is."""
         try:
-            outcome = pickle.loads(self._connections[rank].recv_bytes())  # noqa: S301 - our own process
+            replies = pickle.loads(self._connections[i].recv_bytes())  # noqa: S301 - our own process
         except (EOFError, ConnectionResetError):
-            self._processes[rank].join(5)
-            return WorkerLost(f"the process of rank {rank} ended with exit code {self._processes[rank].exitcode}")
-        if outcome.text and hasattr(outcome.value, "add_note"):
-            outcome.value.add_note(f"Raised on rank {rank}:\n{outcome.text}")
-        return outcome.value
+            self._processes[i].join(5)
+            code = self._processes[i].exitcode
+            return [WorkerLost(f"the process of rank {rank} ended with exit code {code}") for rank in self._ranks(i)]
+        outcomes = []
+        for rank, reply in zip(self._ranks(i), replies, strict=True):
+            outcome = pickle.loads(reply)  # noqa: S301 - our own process
+            if outcome.text and hasattr(outcome.value, "add_note"):
+                outcome.value.add_note(f"Raised on rank {rank}:\n{outcome.text}")
+            outcomes.append(outcome.value)
+        return outcomes
 
 
-def _serve(rank: int, num_ranks: int, store: str, connection: multiprocessing.connection.Connection) -> None:
-    """What a process does: programs in, outcomes out, until the pipe is closed."""
+def _serve(
+    connection: multiprocessing.connection.Connection, rank: int, num_ranks: int, num_devices: int, store: str
+) -> None:
+    """What a process does that is one rank: programs in, outcomes out, until the pipe is closed."""
     warnings.simplefilter("error")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if num_devices:
+        _place.device = take_share(rank, num_ranks, num_devices)
     limit = timedelta(seconds=_GROUP_LIMIT_S)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=limit)
     while True:
-        try:
-            message = connection.recv_bytes()
-        except (EOFError, ConnectionResetError):
-            os._exit(0)
+        message = _next_message(connection)
         # A group of its own, so that a program that left its collectives half done does not disturb the next.
         group = dist.new_group(timeout=limit)
         try:
-            program, args = pickle.loads(message)  # noqa: S301 - our own process
-            outcome = _outcome(program, group, args)
+            outcome = _outcome(pickle.loads(message), group)  # noqa: S301 - our own process
         except BaseException as error:  # noqa: BLE001 - whatever goes wrong is for the test to see
             outcome = _Outcome(error, traceback.format_exc())
-        try:
-            reply = _dumps(outcome)
-            if outcome.text:
-                pickle.loads(reply)  # noqa: S301 - our own
-        except BaseException:  # noqa: BLE001 - an exception that cannot be sent is told in words
-            error = RuntimeError(f"rank {rank} gave {outcome.value!r}, which cannot be sent\n{traceback.format_exc()}")
-            reply = _dumps(_Outcome(error, outcome.text))
-        connection.send_bytes(reply)
+        connection.send_bytes(pickle.dumps([_reply(_settled(outcome), rank)]))
         dist.destroy_process_group(group)
 
 
+def _serve_interpreted(*args: Any) -> None:
+    """The same, on the CUDA backend without a GPU."""
+    from tests.interpreted import make_buffer
+
+    _place.make_buffer = make_buffer
+    _serve(*args)
+
+
+def _serve_threads(connection: multiprocessing.connection.Connection, num_ranks: int) -> None:
+    """What a process does whose threads are the ranks, each with a stream of its own."""
+    warnings.simplefilter("error")
+    _place.device = place = take_all()
+
+    def run(job: _Job, group: ThreadGroup) -> _Outcome:
+        _place.device = place
+        with own_stream(place):
+            return _outcome(job, group)
+
+    while True:
+        message = _next_message(connection)
+        try:
+            job = pickle.loads(message)  # noqa: S301 - our own process
+            torch.cuda.synchronize()  # its tensors came by another stream than the ranks'
+            outcomes = run_local(lambda group, job=job: run(job, group), num_ranks)
+        except BaseException as error:  # noqa: BLE001 - whatever goes wrong is for the test to see
+            outcomes = [_Outcome(error, traceback.format_exc())] * num_ranks
+        replies = [_reply(_settled(outcome), rank) for rank, outcome in enumerate(outcomes)]
+        connection.send_bytes(pickle.dumps(replies))
+
+
+def _next_message(connection: multiprocessing.connection.Connection) -> bytes:
+    try:
+        return connection.recv_bytes()
+    except (EOFError, ConnectionResetError):
+        os._exit(0)
+
+
+def _settled(outcome: _Outcome) -> _Outcome:
+    """The same, once the device has nothing more to do; a device that failed has lost this process."""
+    if _place.device.type == "cpu":
+        return outcome
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return _Outcome(WorkerLost(f"the device failed: {error}; the program gave {outcome.value!r}"), outcome.text)
+    return outcome
+
+
+def _reply(outcome: _Outcome, rank: int) -> bytes:
+    """The outcome to be sent; an exception that cannot be is told in words."""
+    try:
+        reply = _dumps(outcome)
+        if outcome.text:
+            pickle.loads(reply)  # noqa: S301 - our own
+    except BaseException:  # noqa: BLE001 - whatever pickle says
+        error = RuntimeError(f"rank {rank} gave {outcome.value!r}, which cannot be sent\n{traceback.format_exc()}")
+        reply = _dumps(_Outcome(error, outcome.text))
+    return reply
+
+
 class _Pickler(pickle.Pickler):
-    """Sends a tensor as its bytes. Pickle would send all memory behind a view, a whole arena, and no FP8 at all."""
+    """Sends a tensor as its bytes, from any device to the receiver's.
+
+    Pickle would send all memory behind a view, a whole arena, and no FP8 at all.
+    """
 
     def reducer_override(self, obj: object) -> Any:
         if type(obj) is not torch.Tensor:
             return NotImplemented
-        flat = obj.detach().contiguous().reshape(-1)
+        flat = obj.detach().cpu().contiguous().reshape(-1)
         raw = flat.view(torch.uint8).numpy().tobytes() if obj.numel() else b""
         return _tensor, (raw, obj.dtype, obj.shape, obj.requires_grad)
 
 
 def _tensor(raw: bytes, dtype: torch.dtype, shape: torch.Size, requires_grad: bool) -> torch.Tensor:
     flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-    return flat.view(shape).requires_grad_(requires_grad)
+    return flat.view(shape).to(_place.device).requires_grad_(requires_grad)
 
 
 def _dumps(value: object) -> bytes:

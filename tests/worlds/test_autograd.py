@@ -6,7 +6,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from crossdock import (
     Bf16,
-    Buffer,
     CapacityError,
     Compact,
     ConfigError,
@@ -20,7 +19,7 @@ from crossdock import (
 )
 from crossdock import autograd as ag
 from tests.cases import same_bits
-from tests.world import meet
+from tests.world import device, meet, open_buffer
 
 E, K, H, M = 8, 3, 16, 7
 LAYOUTS = [Compact(), Expanded(), Expanded(alignment=4), Padded()]
@@ -40,15 +39,17 @@ def make_inputs(rank, *, num_tokens=None, dtype=torch.float32):
     t = (5 * rank + 4) % (M + 1) if num_tokens is None else num_tokens
     topk_idx = torch.rand(t, E, generator=g).topk(K).indices
     topk_idx[torch.rand(t, K, generator=g) < 0.2] = -1
-    x = torch.randn(t, H, generator=g).to(dtype).requires_grad_()
-    weights = (torch.rand(t, K, generator=g) + 0.1).requires_grad_()
-    return x, topk_idx, weights, torch.randn(t, H, generator=g).to(dtype)
+    x = torch.randn(t, H, generator=g).to(dtype)
+    weights = torch.rand(t, K, generator=g) + 0.1
+    direction = torch.randn(t, H, generator=g).to(dtype)
+    x, topk_idx, weights, direction = (tensor.to(device()) for tensor in (x, topk_idx, weights, direction))
+    return x.requires_grad_(), topk_idx, weights.requires_grad_(), direction
 
 
 def make_experts(dtype=torch.float32):
     """[E, H, H]."""
     g = torch.Generator().manual_seed(99)
-    return (torch.randn(E, H, H, generator=g) / 4).to(dtype)
+    return (torch.randn(E, H, H, generator=g) / 4).to(dtype).to(device())
 
 
 def expert_rows(x, matrices, counts, *, alignment=1):
@@ -69,7 +70,7 @@ def run_layer(buffer, tokens, matrices, *, weights_travel, bias=None, rows=None)
         # A row serves all picks of its rank: the rank's experts are summed here, weighted when weights travel.
         row_weights = (recv.topk_idx >= 0).float() if recv.weights is None else recv.weights
         outputs = torch.tanh(torch.einsum("rh,lho->rlo", recv.x, matrices))
-        picked = outputs[torch.arange(outputs.shape[0])[:, None], recv.topk_idx.clamp_min(0).long()]
+        picked = outputs[torch.arange(outputs.shape[0], device=device())[:, None], recv.topk_idx.clamp_min(0).long()]
         y = (picked * row_weights.unsqueeze(-1)).sum(1)
         return ag.combine(buffer, y, recv.plan, weights=None if weights_travel else weights, bias=bias)
     alignment = spec.layout.alignment if isinstance(spec.layout, Expanded) else 1
@@ -110,9 +111,9 @@ def dense(num_ranks, *, num_tokens=None, sums_weights_of_rank=False):
 
 
 def train_once(group, spec, weights_travel, rows):
-    with Buffer(group, spec, timeout_s=20) as buffer:
+    with open_buffer(group, spec, timeout_s=20) as buffer:
         x, topk_idx, weights, direction = make_inputs(buffer.rank)
-        bias = torch.full((H,), 0.5, requires_grad=True)
+        bias = torch.full((H,), 0.5, device=device(), requires_grad=True)
         num_local = E // buffer.topology.num_ranks
         matrices = make_experts()[buffer.rank * num_local :][:num_local].clone().requires_grad_()
         out = run_layer(buffer, (x, topk_idx, weights), matrices, bias=bias, weights_travel=weights_travel, rows=rows)
@@ -145,12 +146,12 @@ def test_all_gradients_are_those_of_the_dense_sum(world, layout, reduce, way):
 
 def rows_and_gradients(group, spec):
     """With outputs that are leaves: what their gradients are, and the rows."""
-    with Buffer(group, spec, timeout_s=20) as buffer:
+    with open_buffer(group, spec, timeout_s=20) as buffer:
         x, topk_idx, _, direction = make_inputs(buffer.rank, dtype=torch.bfloat16)
         recv = ag.dispatch(buffer, x, topk_idx)
         y = torch.ones_like(recv.x, dtype=spec.combine_dtype, requires_grad=True)
         ag.combine(buffer, y, recv.plan).backward(direction.to(spec.combine_dtype))
-        row_grad = torch.randn(recv.x.shape, generator=torch.Generator().manual_seed(5)).to(recv.x.dtype)
+        row_grad = torch.randn(recv.x.shape, generator=torch.Generator().manual_seed(5)).to(recv.x)
         again = ag.dispatch(buffer, x, recv.plan)
         again.x.backward(row_grad)
     return recv.x.detach(), again.x.detach(), y.grad, recv.src_idx
@@ -178,7 +179,7 @@ def test_gradients_of_outputs_travel_bit_for_bit_whatever_the_wire(world, layout
 
 def train_without_tokens(group, spec, empty_rank):
     """One rank has no tokens, in a tensor that wants no gradient; its outputs come from rows of others."""
-    with Buffer(group, spec, timeout_s=20) as buffer:
+    with open_buffer(group, spec, timeout_s=20) as buffer:
         is_empty = buffer.rank == empty_rank
         x, topk_idx, weights, direction = make_inputs(buffer.rank, num_tokens=0 if is_empty else 4)
         num_local = E // buffer.topology.num_ranks
@@ -203,7 +204,7 @@ def test_a_rank_without_tokens_takes_part(world, layout):
 
 def train_with_outputs_of_nothing(group, spec):
     """An expert that ignores its rows, on one rank: a constant."""
-    with Buffer(group, spec, timeout_s=20) as buffer:
+    with open_buffer(group, spec, timeout_s=20) as buffer:
         x, topk_idx, weights, direction = make_inputs(buffer.rank, num_tokens=4)
         recv = ag.dispatch(buffer, x, topk_idx)
         y = torch.ones_like(recv.x).detach() if buffer.rank == 0 else 2 * recv.x
@@ -222,9 +223,9 @@ def test_outputs_that_do_not_depend_on_rows_hang_nobody(world):
 
 
 def leave_the_layer_out(group, spec, touches):
-    with Buffer(group, spec, timeout_s=3) as buffer:
+    with open_buffer(group, spec, timeout_s=3) as buffer:
         x, topk_idx, weights, direction = make_inputs(buffer.rank, num_tokens=4)
-        own = torch.ones((), requires_grad=True)
+        own = torch.ones((), device=device(), requires_grad=True)
         out = run_layer(
             buffer, (x, topk_idx, weights), make_experts()[: E // buffer.topology.num_ranks], weights_travel=False
         )
@@ -252,7 +253,7 @@ def test_a_loss_that_leaves_the_layer_out_is_an_error_that_says_what_to_do(world
 
 
 def fail_in_backward(group, spec):
-    with Buffer(group, spec, timeout_s=20) as buffer:
+    with open_buffer(group, spec, timeout_s=20) as buffer:
         x, topk_idx, _, direction = make_inputs(buffer.rank, num_tokens=4)
         recv = ag.dispatch(buffer, x, topk_idx)
         out = ag.combine(buffer, 2 * recv.x, recv.plan)
@@ -285,7 +286,7 @@ def keep_what_travelled(_ctx, op, *_args, **_kwargs):
 
 
 def train_checkpointed(group, spec, kind):
-    with Buffer(group, spec, timeout_s=20) as buffer:
+    with open_buffer(group, spec, timeout_s=20) as buffer:
         x, topk_idx, weights, direction = make_inputs(buffer.rank)
         num_local = E // buffer.topology.num_ranks
         matrices = make_experts()[buffer.rank * num_local :][:num_local].clone().requires_grad_()
@@ -330,7 +331,7 @@ def test_checkpoints_give_the_same_bits_and_a_selective_one_repeats_no_call(worl
 
 
 def train_compiled(group, spec):
-    with Buffer(group, spec, timeout_s=20) as buffer:
+    with open_buffer(group, spec, timeout_s=20) as buffer:
         num_local = E // buffer.topology.num_ranks
         matrices = make_experts()[buffer.rank * num_local :][:num_local].clone().requires_grad_()
 
@@ -366,16 +367,16 @@ def test_a_compiled_layer_gives_the_same_bits(world, layout, reduce):
 
 def check_ops(group, spec):
     """torch's own checks of every op: schema, fake kernel, gradient, compiled with dynamic shapes."""
-    with Buffer(group, spec, timeout_s=20) as buffer:
+    with open_buffer(group, spec, timeout_s=20) as buffer:
         x, topk_idx, weights, _ = make_inputs(buffer.rank, num_tokens=5)
         mode = "capacity" if isinstance(spec.layout, Padded) else "exact"
-        ops, anchor = torch.ops.crossdock, torch.zeros(0, requires_grad=True)
+        ops, anchor = torch.ops.crossdock, torch.zeros(0, device=device(), requires_grad=True)
         rows, row_weights, link, *plan = (
             t.detach() for t in ops.dispatch(x, topk_idx, weights, anchor, buffer.handle, mode)
         )
         y = rows.to(spec.combine_dtype).requires_grad_()
-        by_row = torch.rand(y.shape[:-1], requires_grad=True)
-        bias = torch.rand(H, requires_grad=True)
+        by_row = torch.rand(y.shape[:-1], device=device(), requires_grad=True)
+        bias = torch.rand(H, device=device(), requires_grad=True)
         calls = [
             (ops.dispatch, (x, topk_idx, weights, anchor, buffer.handle, mode)),
             (ops.dispatch, (x, topk_idx, None, anchor, buffer.handle, "capacity")),
@@ -403,14 +404,19 @@ def test_torch_finds_nothing_wrong_with_the_ops_among_processes(world):
         assert outcomes == [{"SUCCESS"}] * 7
 
 
+def combine_and_check(buffer, recv):
+    ag.combine(buffer, 2 * recv.x, recv.plan)
+    buffer.check()  # on CUDA the next call need not know yet
+
+
 def overflow(group, spec):
-    with Buffer(group, spec, timeout_s=20) as buffer:
-        x = torch.ones(4, H, requires_grad=True)
-        picks = torch.zeros(4, K, dtype=torch.int64) - 1
+    with open_buffer(group, spec, timeout_s=20) as buffer:
+        x = torch.ones(4, H, device=device(), requires_grad=True)
+        picks = torch.zeros(4, K, dtype=torch.int64, device=device()) - 1
         picks[:, 0] = 0  # all to one expert
         recv = ag.dispatch(buffer, x, picks, rows="capacity")
         with pytest.raises(CapacityError):
-            ag.combine(buffer, 2 * recv.x, recv.plan)
+            combine_and_check(buffer, recv)
         return int(recv.num_tokens_per_expert.sum()), int((recv.src_idx >= 0).sum()), bool(recv.x.any())
 
 
@@ -429,7 +435,7 @@ def test_touch_is_the_loss_and_gives_zeros():
 
 
 def mix_plans(group, spec):
-    with Buffer(group, spec) as buffer:
+    with open_buffer(group, spec) as buffer:
         x, topk_idx = torch.ones(2, H), torch.zeros(2, K, dtype=torch.int64) - 1
         plain = buffer.dispatch(x, topk_idx)
         with pytest.raises(ConfigError, match=r"pass recv\.plan of an autograd\.dispatch"):
@@ -448,7 +454,7 @@ def test_plans_of_plain_verbs_are_not_those_of_differentiable_ones(world):
 
 def train_on_one_plan(group, spec):
     """Steps whose rows travel along the plan of the first; each gives the same gradient."""
-    with Buffer(group, spec, timeout_s=20) as buffer:
+    with open_buffer(group, spec, timeout_s=20) as buffer:
         x, topk_idx, weights, direction = make_inputs(buffer.rank)
         plan, grads = None, []
         for _ in range(3):

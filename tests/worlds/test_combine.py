@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from crossdock import Bf16, Buffer, Compact, Expanded, Fp8, Fp16, Fp32, Padded, Spec
+from crossdock import Bf16, Compact, Expanded, Fp8, Fp16, Fp32, Padded, Spec
 from tests import oracle
 from tests.cases import EXTRA_BYTES, loads, make_case, same_bits
+from tests.world import device, open_buffer
 
 LAYOUTS = [Compact(), Expanded(), Expanded(alignment=8), Padded()]
 WIRES = [Bf16(), Fp32(), Fp8(block=8)]
@@ -22,12 +23,13 @@ def biases(case, rank):
     """None, one for all tokens, one for each."""
     g = torch.Generator().manual_seed(rank)
     num_tokens = case.x[rank].shape[0]
-    return [None, torch.randn(case.spec.hidden, generator=g), torch.randn(num_tokens, case.spec.hidden, generator=g)]
+    drawn = [torch.randn(case.spec.hidden, generator=g), torch.randn(num_tokens, case.spec.hidden, generator=g)]
+    return [None, *(bias.to(device()) for bias in drawn)]
 
 
 def combine_each(group, cases):
     """For each case: pushed and pulled, without and with weights, each kind of bias; and extras both ways."""
-    with Buffer(group, cases[0].spec, debug=True) as buffer:
+    with open_buffer(group, cases[0].spec, debug=True) as buffer:
         r, outs = buffer.rank, []
         for case in cases:
             recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r])
@@ -46,12 +48,20 @@ def combine_each(group, cases):
 
 def row_weights(recv):
     """One weight per row that came; of a row that serves several picks (Compact), their sum."""
-    return recv.weights if recv.topk_idx is None else recv.weights.sum(1)
+    return recv.weights if recv.topk_idx is None else summed(recv.weights)
+
+
+def summed(weights):
+    """Over picks, from left to right on any device, as torch's own sum is not."""
+    total = weights[:, 0]
+    for k in range(1, weights.shape[1]):
+        total = total + weights[:, k]
+    return total
 
 
 def weights_of_rows(case):
     weights = [want["weights"] for want in oracle.received(case.spec, case.topk, case.x, case.weights)]
-    return [w.sum(1) for w in weights] if isinstance(case.spec.layout, Compact) else weights
+    return [summed(w) for w in weights] if isinstance(case.spec.layout, Compact) else weights
 
 
 def check_each(world, cases):
@@ -110,7 +120,7 @@ def test_extras_of_several_values_come_home_to_a_rank_that_sent_nothing(world, l
 
 def combine_in_mixed_ways(group, case):
     """Even ranks leave their outputs to be pulled, odd ones push them."""
-    with Buffer(group, case.spec, debug=True) as buffer:
+    with open_buffer(group, case.spec, debug=True) as buffer:
         r = buffer.rank
         recv = buffer.dispatch(case.x[r], case.topk[r])
         y = recv.output_rows().copy_(case.y[r]) if r % 2 == 0 else case.y[r]
@@ -129,11 +139,11 @@ def test_some_ranks_push_while_others_are_pulled_from(world, layout, reduce):
 
 def combine_at_capacity(group, case):
     """The rows of the whole slot go back, those that nothing came in are NaN."""
-    with Buffer(group, case.spec, debug=True) as buffer:
+    with open_buffer(group, case.spec, debug=True) as buffer:
         r = buffer.rank
         recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity")
         y = torch.full_like(recv.output_rows(), float("nan"))
-        y[: recv.num_rows] = case.y[r]
+        y[: len(case.y[r])] = case.y[r]
         weights = case.weights[r]
         if case.spec.reduce == "rank":
             weights = row_weights(recv)
@@ -156,15 +166,15 @@ def test_rows_behind_the_last_count_for_nothing(world, layout, reduce):
 def combine_literal(group, layout, reduce):
     """2**24 + 1 is no float32: which sum comes first shows. Token 0 picks experts on ranks 1, 0, 1, in that order."""
     spec = Spec(num_experts=4, num_topk=3, hidden=1, max_tokens=1, wire=Fp32(), layout=layout, reduce=reduce)
-    with Buffer(group, spec) as buffer:
+    with open_buffer(group, spec) as buffer:
         mine = [[2, 0, 3]] if buffer.rank == 0 else [[-1, -1, -1]]
-        recv = buffer.dispatch(torch.zeros(1, 1), torch.tensor(mine))
+        recv = buffer.dispatch(torch.zeros(1, 1, device=device()), torch.tensor(mine, device=device()))
         values = {0: 1.0, 2: 2.0**24, 3: -(2.0**24)}
         starts = recv.expert_offsets.tolist()
-        y = torch.zeros(recv.num_rows, 1)
+        y = torch.zeros(recv.num_rows, 1, device=device())
         for local in range(2):
             y[starts[local] : starts[local + 1]] = values.get(2 * buffer.rank + local, 0.0)
-        return buffer.combine(y, recv.plan, bias=torch.tensor([0.5])).item()
+        return buffer.combine(y, recv.plan, bias=torch.tensor([0.5], device=device())).item()
 
 
 @pytest.mark.worlds("inproc-2", "processes-2")
@@ -175,7 +185,7 @@ def test_the_order_of_a_sum_is_that_of_picks_or_of_ranks(world, reduce, want):
 
 
 def combine_not_finite(group, case):
-    with Buffer(group, case.spec) as buffer:
+    with open_buffer(group, case.spec) as buffer:
         r = buffer.rank
         recv = buffer.dispatch(case.x[r], case.topk[r])
         return buffer.combine(case.y[r], recv.plan)

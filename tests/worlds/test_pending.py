@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from crossdock import Buffer, Compact, ConfigError, Expanded, Padded, PeerFailed, Spec
+from crossdock import Compact, ConfigError, Expanded, Padded, PeerFailed, Spec
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, make_case, observed, same_bits
-from tests.world import meet
+from tests.world import meet, open_buffer
 
 LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
 
@@ -22,7 +22,7 @@ def cases_of(world, layout, count, reduce="token", num_slots=2):
 
 def two_batches_at_once(group, cases, repeats):
     """Two micro-batches, each one's experts while the other travels, again and again."""
-    with Buffer(group, cases[0].spec, debug=True) as buffer:
+    with open_buffer(group, cases[0].spec, debug=True) as buffer:
         r = buffer.rank
         seen = []
         for _ in range(repeats):
@@ -53,7 +53,7 @@ def test_two_micro_batches_overlap(world, layout, reduce):
 
 
 def wait_in_reverse(group, cases):
-    with Buffer(group, cases[0].spec, debug=True) as buffer:
+    with open_buffer(group, cases[0].spec, debug=True) as buffer:
         r = buffer.rank
         started = [buffer.dispatch_start(c.x[r], c.topk[r], weights=c.weights[r], extras=c.extras[r]) for c in cases]
         received = [pending.wait() for pending in reversed(started)][::-1]
@@ -77,7 +77,7 @@ def test_waits_may_come_in_any_order(world, layout):
 
 def start_one_too_many(group, cases):
     """On rank 0 only: the others notice nothing."""
-    with Buffer(group, cases[0].spec, debug=True) as buffer:
+    with open_buffer(group, cases[0].spec, debug=True) as buffer:
         r = buffer.rank
         started = [
             buffer.dispatch_start(c.x[r], c.topk[r], weights=c.weights[r], extras=c.extras[r]) for c in cases[:2]
@@ -107,7 +107,7 @@ def test_one_start_too_many_is_refused_and_harms_nothing(world):
 
 def start_early(group, cases, early):
     """One rank starts its calls long before the others, then does something else for as long."""
-    with Buffer(group, cases[0].spec, debug=True) as buffer:
+    with open_buffer(group, cases[0].spec, debug=True) as buffer:
         r = buffer.rank
         seen = []
         for case in cases:
@@ -135,7 +135,7 @@ def test_a_rank_may_start_long_before_the_others(world, early):
 
 def change_picks_after_the_start(group, case):
     """The picks of a started call are the buffer's own; x is not read before it may be written to peers."""
-    with Buffer(group, case.spec) as buffer:
+    with open_buffer(group, case.spec) as buffer:
         r = buffer.rank
         picks = case.topk[r].clone()
         pending = buffer.dispatch_start(case.x[r], picks, weights=case.weights[r], extras=case.extras[r])
@@ -150,7 +150,7 @@ def test_picks_may_change_once_a_dispatch_has_started(world):
 
 
 def near_the_end(group, cases, first):
-    with Buffer(group, cases[0].spec, debug=True) as buffer:
+    with open_buffer(group, cases[0].spec, debug=True) as buffer:
         buffer._consent.start_from(first)
         r, seen = buffer.rank, []
         for _ in range(2):
@@ -174,7 +174,7 @@ def test_sequence_numbers_come_round(world, first):
 
 def abort_near_the_end(group, case, first):
     """A call given up in the last epoch: all go on in epoch 0."""
-    with Buffer(group, case.spec, debug=True) as buffer:
+    with open_buffer(group, case.spec, debug=True) as buffer:
         r = buffer.rank
         buffer._consent.start_from(first)
         text = None
@@ -201,7 +201,7 @@ def test_epochs_come_round(world):
 
 def give_up_after_a_call(group, case, num_calls):
     """Rank 0 ends a combine, gives up, and begins anew, before the others have looked at its word for that combine."""
-    with Buffer(group, case.spec, timeout_s=10) as buffer:
+    with open_buffer(group, case.spec, timeout_s=10) as buffer:
         r = buffer.rank
         recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r])
         y = recv.output_rows().copy_(case.y[r])

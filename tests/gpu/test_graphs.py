@@ -1,0 +1,164 @@
+"""Calls that are captured once and replayed, with other inputs in the same places, and other calls in between."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from crossdock import Bf16, CapacityError, Compact, Expanded, Fp8, Padded, Spec
+from tests import oracle
+from tests.cases import check_received, make_case, raw_rows, same_bits
+from tests.world import open_buffer
+
+LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
+NUM_REPLAYS = 100
+
+
+def spec_of(layout, **kwargs):
+    return Spec(num_experts=16, num_topk=4, hidden=40, max_tokens=9, layout=layout, **kwargs)
+
+
+class Step:
+    """One layer's calls on inputs that stay where they are: captured once, replayed with what ``give`` puts there."""
+
+    def __init__(self, buffer, case, *, is_cached, pulls):
+        r, self.buffer = buffer.rank, buffer
+        self.inputs = [case.x[r].clone(), case.topk[r].clone(), case.weights[r].clone()]
+        self._routing = buffer.dispatch(self.inputs[0], self.inputs[1]).plan if is_cached else self.inputs[1]
+        self._rows = None if is_cached else "capacity"
+        self._pulls = pulls
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._results = self.run()
+
+    def run(self):
+        """Rows as they came, where from, picks of each expert, and the sums of twice the rows."""
+        x, _, weights = self.inputs
+        recv = self.buffer.dispatch(x, self._routing, rows=self._rows)
+        rows = recv.x if isinstance(recv.x, torch.Tensor) else recv.x.data
+        y = 2 * rows.to(self.buffer.spec.combine_dtype)
+        if self._pulls:
+            y = recv.output_rows().copy_(y)
+        weights = weights if self.buffer.spec.reduce == "token" else None
+        out = self.buffer.combine(y, recv.plan, weights=weights)
+        return rows.clone(), recv.src_idx.clone(), recv.num_tokens_per_expert.clone(), out
+
+    def give(self, case):
+        r = self.buffer.rank
+        for here, there in zip(self.inputs, (case.x[r], case.topk[r], case.weights[r]), strict=True):
+            here.copy_(there)
+
+    def replay(self):
+        """Copies of what ``run`` gave."""
+        self._graph.replay()
+        return [tensor.clone() for tensor in self._results]
+
+
+def same_results(a, b):
+    """In all rows that came."""
+    is_row = (a[1] >= 0).flatten()
+    rows = [raw_rows(results[0].reshape(is_row.numel(), -1))[is_row] for results in (a, b)]
+    return torch.equal(*rows) and all(same_bits(x, y) for x, y in zip(a[1:], b[1:], strict=True))
+
+
+def replay_many(group, cases, is_cached, pulls):
+    """What each case gives, in replays that all agree, and whether calls in between always gave the same."""
+    with open_buffer(group, cases[0].spec) as buffer:
+        r = buffer.rank
+        step = Step(buffer, cases[0], is_cached=is_cached, pulls=pulls)
+        seen, eager = [], []
+        for number in range(NUM_REPLAYS):
+            case = cases[number % len(cases)]
+            step.give(case)
+            results = step.replay()
+            if number < len(cases):
+                seen.append(results)
+            assert same_results(results, seen[number % len(cases)]), number
+            if number % 7 == 3:
+                recv = buffer.dispatch(cases[1].x[r], cases[1].topk[r])
+                eager.append(buffer.combine(cases[1].y[r], recv.plan))
+        buffer.check()
+        assert all(same_bits(out, eager[0]) for out in eager)
+        return seen, eager[0]
+
+
+@pytest.mark.worlds("cuda-4")
+@pytest.mark.parametrize("pulls", [False, True], ids=["pushed", "pulled"])
+@pytest.mark.parametrize("reduce", ["token", "rank"])
+@pytest.mark.parametrize("way", ["cached", "capacity"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_replays_give_what_their_inputs_mean_now(world, layout, way, reduce, pulls):
+    spec = spec_of(layout, reduce=reduce)
+    cases = [make_case(spec, [9] * world.num_ranks, seed=seed) for seed in range(3)]
+    got = world.run(replay_many, cases, way == "cached", pulls)
+    check_replays(cases, got, is_cached=way == "cached")
+
+
+@pytest.mark.worlds("cuda-2")
+@pytest.mark.parametrize("wire", [Fp8(block=8), Bf16()], ids=repr)
+@pytest.mark.parametrize("expand", ["sender", "receiver"])
+def test_replays_give_what_their_inputs_mean_now_however_rows_are_expanded(world, expand, wire):
+    cases = [make_case(spec_of(Expanded(), wire=wire), [9, 9], seed=seed) for seed in range(3)]
+    got = world.opening(expand=expand, num_sms=1).run(replay_many, cases, False, False)
+    check_replays(cases, got, is_cached=False)
+
+
+def check_replays(cases, got, *, is_cached):
+    for i, given in enumerate(cases):
+        case = replace(given, topk=cases[0].topk) if is_cached else given
+        spec, results = case.spec, [seen[i] for seen, _ in got]
+        came = [
+            {"data": rows.reshape(-1, spec.hidden), "src_idx": src_idx.flatten(), "counts": counts}
+            for rows, src_idx, counts, _ in results
+        ]
+        wants = oracle.received(spec, case.topk, case.x)
+        for mine, want in zip(came, wants, strict=True):
+            mine |= {name: want[name] for name in want.keys() - mine.keys()}  # scales and picks are test_dispatch's
+        check_received(case, came, weights=False, extras=False)
+        ys = [2 * want["data"].to(spec.combine_dtype) for want in wants]
+        sums = oracle.combined(spec, case.topk, ys, case.weights if spec.reduce == "token" else None)
+        assert all(same_bits(mine[3], want) for mine, want in zip(results, sums, strict=True))
+    for (_, eager), want in zip(got, oracle.combined(cases[1].spec, cases[1].topk, cases[1].flat_y()), strict=True):
+        assert same_bits(eager, want)
+
+
+def overflow_in_a_replay(group, fits, overflows):
+    """A replay that fits, one that does not, what ``check`` says, and one that fits."""
+    with open_buffer(group, fits.spec) as buffer:
+        step = Step(buffer, fits, is_cached=False, pulls=False)
+        first = step.replay()
+        buffer.check()
+        step.give(overflows)
+        nothing = step.replay()
+        with pytest.raises(CapacityError) as caught:
+            buffer.check()
+        buffer.check()
+        step.give(fits)
+        return same_results(first, step.replay()), nothing[1:], str(caught.value)
+
+
+@pytest.mark.worlds("cuda-2")
+@pytest.mark.parametrize("layout", [Compact(capacity=11), Expanded(capacity=12), Padded(capacity=5)], ids=repr)
+def test_an_overflow_in_a_replay_gives_nothing_and_is_told_by_check(world, layout):
+    spec = spec_of(layout)
+    roomy = spec_of(type(layout)())
+    num_tokens = [9] + [8] * (world.num_ranks - 1)
+    overflows = replace(make_case(roomy, num_tokens, picks="one"), spec=spec)
+    fits = replace(make_case(roomy, num_tokens, picks="none"), spec=spec)
+    for source, topk in enumerate(fits.topk):
+        topk[0, 0] = source
+    got = world.run(overflow_in_a_replay, fits, overflows)
+    for is_same, (src_idx, counts, out), message in got:
+        assert is_same
+        assert (src_idx == -1).all()
+        assert not counts.any()
+        assert not out.any()
+        assert message == got[0][2]
+        assert message.startswith(f"{sum(num_tokens)} rows were routed to rank 0")

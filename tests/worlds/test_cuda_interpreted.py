@@ -1,0 +1,146 @@
+"""The CUDA backend against the oracle without a GPU: the programs of the CPU tests, kernels in Triton's interpreter.
+
+Tiny shapes; sums in float32, because the interpreter cuts float32 off where it makes bfloat16 of it.
+"""
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels are written in Triton: pip install triton")
+
+import torch
+
+from crossdock import (
+    CapacityError,
+    Compact,
+    ConfigError,
+    Expanded,
+    Fp8,
+    Fp32,
+    Padded,
+    PeerFailed,
+    PeerTimeout,
+    Spec,
+)
+from tests.cases import EXTRA_BYTES, check_received, loads, make_case
+from tests.world import meet, open_buffer
+from tests.worlds import test_combine as combine
+from tests.worlds import test_dispatch as dispatch
+
+LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+reduces = pytest.mark.parametrize("reduce", ["token", "rank"])
+two_ranks = pytest.mark.worlds("interpreted-2")
+
+
+def spec_of(layout, num_ranks=2, wire=None, **options):
+    options = {"num_topk": 3, "hidden": 16, "max_tokens": 4, "extra_bytes": EXTRA_BYTES} | options
+    return Spec(num_experts=2 * num_ranks, layout=layout, wire=wire or Fp32(), combine_wire=Fp32(), **options)
+
+
+@two_ranks
+@pytest.mark.parametrize("expand", ["sender", "receiver"])
+@pytest.mark.parametrize("wire", [Fp32(), Fp8(block=8), Fp8(block=4, scale="ue8m0", packed=True)], ids=repr)
+@layouts
+def test_brings_every_row_to_its_place(world, layout, wire, expand):
+    if layout.per_pick:
+        world = world.opening(expand=expand)
+    elif expand == "receiver":
+        pytest.skip("a rank gets a row once here: there is nothing to expand")
+    dispatch.check_each(world, loads(spec_of(layout, wire=wire), 2)[1:6])
+
+
+@pytest.mark.worlds("interpreted-3")
+@layouts
+def test_brings_every_row_to_its_place_among_three_ranks(world, layout):
+    dispatch.check_each(world, loads(spec_of(layout, 3), 3)[:2])
+
+
+@two_ranks
+@layouts
+def test_has_room_for_as_many_rows_as_the_slot(world, layout):
+    dispatch.check_each(world, loads(spec_of(layout), 2)[:2], "capacity")
+
+
+@two_ranks
+def test_copies_whole_blocks(world):
+    dispatch.check_each(world.opening(engine="copy"), loads(spec_of(Compact(), wire=Fp8(block=8)), 2)[:4])
+
+
+@two_ranks
+@layouts
+def test_a_plan_sends_other_rows_the_same_way(world, layout):
+    cases = [make_case(spec_of(layout, wire=Fp8(block=8)), [4, 2], seed=seed) for seed in range(3)]
+    got = world.run(dispatch.dispatch_cached, cases)
+    for i, case in enumerate(cases):
+        object.__setattr__(case, "topk", cases[0].topk)
+        check_received(case, [mine[i] for mine in got])
+
+
+@two_ranks
+@reduces
+@layouts
+def test_sums_every_row_in_its_order(world, layout, reduce):
+    combine.check_each(world, loads(spec_of(layout, reduce=reduce), 2)[1:2])
+
+
+@pytest.mark.worlds("interpreted-3")
+@reduces
+@layouts
+def test_sums_every_row_in_its_order_among_three_ranks(world, layout, reduce):
+    combine.check_each(world, [make_case(spec_of(layout, 3, reduce=reduce), [4, 0, 3])])
+
+
+def misbehave(group, trouble):
+    """What each rank raises of a call that goes wrong, and whether the next one works."""
+    spec = spec_of(Expanded(capacity=8))
+    case = make_case(spec, [4, 4], seed=3)
+    with open_buffer(group, spec, timeout_s=3e-4 if trouble == "absent" else 20) as buffer:
+        r = buffer.rank
+        x, topk_idx = case.x[r], case.topk[r].clone()
+        rows, error = None, None
+        if trouble == "bad picks" and r == 1:
+            topk_idx[2, 1] = 4
+        if trouble == "twice" and r == 0:
+            topk_idx[3, :2] = 1
+        if trouble == "mismatch" and r == 0:
+            rows = "capacity"
+        if trouble == "overflow":
+            topk_idx = torch.tensor([[0, 1, -1]] * 4)
+        try:
+            if trouble == "abort" and r == 1:
+                buffer.abort("had enough")
+            elif trouble == "bad input" and r == 1:
+                buffer.dispatch(x[:, :3], topk_idx)
+            elif trouble != "absent" or r == 0:
+                buffer.dispatch(x, topk_idx, rows=rows)
+                buffer.check()
+        except (ConfigError, PeerFailed, PeerTimeout) as raised:
+            error = raised
+        meet(group)
+        if trouble == "absent":
+            buffer.reset()
+            meet(group)
+            return error, True
+        recv = buffer.dispatch(x[:2], torch.tensor([[3, 0, -1], [1, -1, 2]]))
+        return error, int(recv.num_tokens_per_expert.sum()) == 4
+
+
+@two_ranks
+@pytest.mark.parametrize(
+    ("trouble", "kinds", "words"),
+    [
+        ("bad picks", (PeerFailed, ConfigError), ("topk_idx[2, 1] = 4", "topk_idx[2, 1] = 4")),
+        ("twice", (ConfigError, PeerFailed), ("expert 1 more than once", "expert 1 more than once")),
+        ("mismatch", (PeerFailed, PeerFailed), ("the same on all ranks", "the same on all ranks")),
+        ("overflow", (CapacityError, CapacityError), ("16 rows were routed to rank 0",) * 2),
+        ("abort", (PeerFailed, None), ("had enough", "")),
+        ("bad input", (PeerFailed, ConfigError), ("hidden=16", "hidden=16")),
+        ("absent", (PeerTimeout, None), ("rank 1 did not begin", "")),
+    ],
+)
+def test_trouble_is_told_to_all_and_the_next_call_works(world, trouble, kinds, words):
+    outcomes = world.run(misbehave, trouble)
+    for (error, is_well), kind, text in zip(outcomes, kinds, words, strict=True):
+        assert type(error) is (kind or type(None)), error
+        assert text in str(error)
+        assert is_well
