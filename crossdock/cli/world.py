@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import Array, c_double
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from crossdock.cli.device import Gpus
 from crossdock.cli.line import StartingLine, shared_moments
 from crossdock.cli.machine import num_cores
 from crossdock.errors import CrossdockError, PeerFailed, PeerTimeout
@@ -43,6 +44,21 @@ class Member:
     line: StartingLine
     tell: Callable[..., None]
     """``tell(...)`` calls the world's ``on_progress`` with the same arguments; only rank 0's comes through."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where the rank's tensors belong; the current one, if it is a GPU."""
+    has_nccl: bool = False
+    """Whether the default group also takes CUDA tensors, through NCCL. It refuses ranks that share a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seat:
+    """What a rank's process is told about itself and the others."""
+
+    rank: int
+    num_ranks: int
+    port: int
+    moments: Array[c_double]
+    gpus: Gpus | None
 
 
 class RankDied(CrossdockError, RuntimeError):
@@ -55,12 +71,13 @@ def run_world(
     *,
     num_ranks: int,
     on_progress: Callable[..., None],
+    gpus: Gpus | None = None,
 ) -> list[Result]:
     """Runs ``program(member, job)`` in ``num_ranks`` new processes; gives the results by rank.
 
-    Each process has its share of the cores as torch threads. Program, job and results travel by pickle, so the program
-    is a module's function. When a rank fails or dies, or this process is interrupted, all are killed at once; they also
-    end by themselves when this process is gone.
+    Each process has its share of the cores as torch threads, and a GPU if there are ``gpus``. Program, job and results
+    travel by pickle, so the program is a module's function. When a rank fails or dies, or this process is interrupted,
+    all are killed at once; they also end by themselves when this process is gone.
 
     Raises:
         CrossdockError: what a rank raised; of several the one that is not only about a peer.
@@ -76,7 +93,8 @@ def run_world(
         with _interrupts_ignored():
             for rank in range(num_ranks):
                 receiver, sender = context.Pipe(duplex=False)
-                args = (program, job, rank, num_ranks, store.port, moments, sender)
+                seat = _Seat(rank=rank, num_ranks=num_ranks, port=store.port, moments=moments, gpus=gpus)
+                args = (program, job, seat, sender)
                 process: BaseProcess = context.Process(target=_serve, args=args, daemon=True, name=f"rank {rank}")
                 process.start()
                 sender.close()  # or the end of the process would not end the pipe
@@ -154,33 +172,38 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _serve(
-    program: Callable[[Member, Any], Any],
-    job: object,
-    rank: int,
-    num_ranks: int,
-    port: int,
-    moments: Array[c_double],
-    sender: Connection,
-) -> None:
+def _serve(program: Callable[[Member, Any], Any], job: object, seat: _Seat, sender: Connection) -> None:
     """A rank's process, from its first to its last line."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(max(1, num_cores() // num_ranks))
+    torch.set_num_threads(max(1, num_cores() // seat.num_ranks))
 
     def tell(*progress: object) -> None:
-        if rank == 0:
+        if seat.rank == 0:
             sender.send(("progress", progress))
 
     try:
-        store = TCPStore(_HOST, port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
-        result = program(Member(rank, num_ranks, StartingLine(moments, rank), tell), job)
+        device, backend = _take_device(seat)
+        store = TCPStore(_HOST, seat.port, is_master=False)
+        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.num_ranks)
+        line = StartingLine(seat.moments, seat.rank)
+        result = program(Member(seat.rank, seat.num_ranks, line, tell, device, "nccl" in backend), job)
         dist.destroy_process_group()
         sender.send(("result", result))
     except CrossdockError as error:
         sender.send(("error", error))
     except Exception:  # noqa: BLE001 - whatever it is, the process that started this one must show it
-        sender.send(("error", CrossdockError(f"rank {rank} failed:\n{traceback.format_exc()}")))
+        sender.send(("error", CrossdockError(f"rank {seat.rank} failed:\n{traceback.format_exc()}")))
+
+
+def _take_device(seat: _Seat) -> tuple[torch.device, str]:
+    """The rank's device, made current, and the backend of its process group. Nothing has touched CUDA before."""
+    if seat.gpus is None:
+        return torch.device("cpu"), "gloo"
+    os.environ.update(seat.gpus.variables)
+    sharing = seat.gpus.sharing
+    device = torch.device("cuda", seat.rank % sharing.num_gpus)
+    torch.cuda.set_device(device)
+    return device, "cpu:gloo,cuda:nccl" if sharing.kind == "own" and dist.is_nccl_available() else "gloo"
 
 
 def _end_with_parent() -> None:

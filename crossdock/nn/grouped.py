@@ -16,7 +16,10 @@ from torch import Tensor
 from crossdock.errors import ConfigError
 
 _NATIVE: Callable[..., Tensor] | None = getattr(torch.nn.functional, "grouped_mm", None)  # torch >= 2.10
-_NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NATIVE_DTYPES = {"cpu": (torch.bfloat16, torch.float16, torch.float32), "cuda": (torch.bfloat16,)}
+"""By the type of the device; on GPUs the one for which torch has a kernel, where others are a loop of its own."""
+_NATIVE_CAPABILITY = (9, 0)
+"""The oldest GPU with that kernel."""
 _TRACED_DTYPES = (torch.bfloat16,)
 """torch.compile's view of that function, in torch 2.13, knows no other; a loop breaks the graph."""
 _STRIDE_BYTES = 16
@@ -47,9 +50,7 @@ def grouped_mm(
     # torch 2.13's own kernel against the loop, one thread, forward and backward, 8 experts, [128, 64] rows, N=128: 268
     # and 496 us in float32, 497 and 642 in bfloat16; level from 256 rows an expert on; same bits; no host sync. It
     # refuses float64, strides that are no multiple of 16 bytes, and expanded gradients, such as those of a sum.
-    strides = (x.shape[1] * x.element_size(), weights.shape[1] * x.element_size())
-    dtypes = _TRACED_DTYPES if torch.compiler.is_compiling() else _NATIVE_DTYPES
-    if _NATIVE is None or x.dtype not in dtypes or any(stride % _STRIDE_BYTES for stride in strides):
+    if _NATIVE is None or not _is_native(x, weights):
         return _loop(x, weights, num_tokens_per_expert)
     ends = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
     out = _NATIVE(x.contiguous(), weights.contiguous().transpose(-2, -1), offs=ends)
@@ -110,6 +111,21 @@ class _ContiguousGradient(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
+
+
+def _is_native(x: Tensor, weights: Tensor) -> bool:
+    """Whether torch's own function takes these."""
+    strides = (x.shape[1] * x.element_size(), weights.shape[1] * x.element_size())
+    is_compiling = torch.compiler.is_compiling()
+    dtypes = _TRACED_DTYPES if is_compiling else _NATIVE_DTYPES.get(x.device.type, ())
+    if x.dtype not in dtypes or any(stride % _STRIDE_BYTES for stride in strides):
+        return False
+    if not x.is_cuda:
+        return True
+    # A rank that got no rows: nothing to multiply, and nothing for a kernel's descriptors to describe. While tracing,
+    # the number of rows is not known.
+    has_rows = is_compiling or x.shape[0] > 0
+    return has_rows and torch.cuda.get_device_capability(x.device) >= _NATIVE_CAPABILITY
 
 
 def _loop(x: Tensor, weights: Tensor, num_tokens_per_expert: Tensor) -> Tensor:

@@ -59,18 +59,26 @@ def sum_replica_gradients(
                 f"{members.size} ranks {num_local}; pass the parameters of the layer's experts"
             )
         dtype = torch.promote_types(grad.dtype, torch.float32)
+        its_rows, its_places = rows.to(grad.device), places.to(grad.device)
         own = grad.new_zeros(num_copied, *grad.shape[1:], dtype=dtype)
-        own.index_add_(0, places, grad[rows].to(dtype))
-        grad[rows] = _summed(own, group)[places].to(grad.dtype)
+        own.index_add_(0, its_places, grad[its_rows].to(dtype))
+        grad[its_rows] = _summed(own, group)[its_places].to(grad.dtype)
 
 
 def _summed(own: Tensor, group: dist.ProcessGroup | DeviceMesh | Group | None) -> Tensor:
     """The ranks' tensors added up; of a group that gathers values, in the order of ranks."""
     if isinstance(group, Group):
+        if own.is_cuda:
+            torch.cuda.current_stream(own.device).synchronize()  # the others read it on streams of their own
         first, *others = group.all_gather(own)
         total = first.clone()
         for other in others:
             total += other
         return total
-    dist.all_reduce(own, group=group.get_group() if isinstance(group, DeviceMesh) else group)
+    process_group = group.get_group() if isinstance(group, DeviceMesh) else group
+    if own.is_cuda and "nccl" not in str(dist.get_backend_config(process_group)):  # as where ranks share a GPU
+        on_host = own.cpu()
+        dist.all_reduce(on_host, group=process_group)
+        return own.copy_(on_host)
+    dist.all_reduce(own, group=process_group)
     return own

@@ -40,6 +40,7 @@ def outcome(num_ranks, steps):
         shape=SHAPE,
         recipe=Recipe(steps=steps, seed=0),
         machine=this_machine(),
+        sharing=None,
         num_files=1,
         text_bytes=1000,
         num_parameters=1000,

@@ -26,7 +26,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ran(folder):
-    command = [sys.executable, "-m", "crossdock", "demo", f"--ranks={RANKS}", f"--steps={STEPS}", f"--out={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "crossdock",
+        "demo",
+        "--device=cpu",
+        f"--ranks={RANKS}",
+        f"--steps={STEPS}",
+        f"--out={folder}",
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
@@ -95,7 +104,7 @@ def test_the_trace_shows_all_ranks_and_its_spans_nest(folder):
     ],
 )
 def test_says_which_argument_is_not_allowed(tmp_path, capsys, arguments, message):
-    assert main(["demo", f"--out={tmp_path / 'out'}", *arguments]) == 2
+    assert main(["demo", "--device=cpu", f"--out={tmp_path / 'out'}", *arguments]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("crossdock demo: error: ")
     assert message in err
@@ -106,7 +115,7 @@ def test_says_which_argument_is_not_allowed(tmp_path, capsys, arguments, message
 def test_a_folder_that_cannot_be_written_is_an_error_before_anything_starts(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(demo, "run_world", None)
-    assert main(["demo", f"--out={tmp_path / 'file' / 'folder'}"]) == 2
+    assert main(["demo", "--device=cpu", f"--out={tmp_path / 'file' / 'folder'}"]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
@@ -125,7 +134,7 @@ def die(member, _job):
 
 def test_a_rank_that_dies_ends_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "run_rank", die)
-    assert main(["demo", "--ranks=2", f"--out={tmp_path}"]) == 1
+    assert main(["demo", "--device=cpu", "--ranks=2", f"--out={tmp_path}"]) == 1
     assert "the process of rank 1 was killed by SIGKILL" in capsys.readouterr().err
 
 
@@ -139,7 +148,7 @@ def test_ctrl_c_ends_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "run_rank", interrupt_the_command)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
-        assert main(["demo", "--ranks=2", f"--out={tmp_path}"]) == 130
+        assert main(["demo", "--device=cpu", "--ranks=2", f"--out={tmp_path}"]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
     assert "interrupted" in capsys.readouterr().err

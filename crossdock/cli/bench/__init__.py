@@ -1,56 +1,22 @@
-"""``crossdock bench``: dispatch and combine among processes of this host, beside gloo and beside a plain copy."""
+"""``crossdock bench``: dispatch and combine among ranks of this host, beside an all-to-all and beside the limit."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
-from torch import Tensor
 
-from crossdock.cli.bench.figures import Figure, copy_bandwidth, figures
-from crossdock.cli.bench.measure import WARM_UPS, Job, measure
-from crossdock.cli.machine import Machine, this_machine
+from crossdock.cli.bench.config import LAYOUTS, WIRES, Config, make_job
+from crossdock.cli.bench.cuda_measure import measure_on_gpus
+from crossdock.cli.bench.figures import figures, limits_of
+from crossdock.cli.bench.measure import measure
+from crossdock.cli.bench.outcome import BASELINES, Outcome, open_to_write
+from crossdock.cli.device import add_device_option, choose_device, gpus_for
+from crossdock.cli.machine import this_machine
 from crossdock.cli.world import run_world
 from crossdock.errors import BackendUnavailable, ConfigError
-from crossdock.layout import Compact, Expanded, Layout, Padded
-from crossdock.plan import local_counts
-from crossdock.routing import hot_expert_load, recorded_load, uniform_load, zipf_load
-from crossdock.spec import Spec, Topology
-from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Wire
-
-_WIRES: dict[str, Wire] = {"bf16": Bf16(), "fp16": Fp16(), "fp32": Fp32(), "fp8": Fp8()}
-_LAYOUTS: dict[str, Layout] = {"compact": Compact(), "expanded": Expanded(), "padded": Padded()}
-_BASELINES = {"fresh": "gloo all_to_all_single", "kept": "gloo all_to_all_single, buffers kept"}
-_LOADS = {"uniform": uniform_load, "zipf": zipf_load, "hot": hot_expert_load}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """One run, as the command line names it; tokens are those of each rank."""
-
-    ranks: int
-    tokens: int
-    hidden: int
-    experts: int
-    topk: int
-    wire: str
-    layout: str
-    load: str
-    seed: int
-    repeats: int
-    baseline: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.ranks} ranks × {self.tokens} tokens, hidden {self.hidden}, top-{self.topk} of {self.experts} "
-            f"experts, {self.wire}, {self.layout}, {self.load} load"
-        )
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,24 +24,37 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "bench",
         help="time dispatch and combine on this machine",
-        description="Times dispatch and combine among processes of this host, beside the same exchange on gloo and the "
-        "machine's copy bandwidth. Rows are compared with gloo's, bit for bit, before anything is timed.",
+        description="Times dispatch and combine among ranks of this host, on its GPUs or on CPUs, beside the same "
+        "exchange by all_to_all_single and beside the machine's own bandwidth. Rows are compared with those of an "
+        "exchange over gloo, bit for bit, before anything is timed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_device_option(parser)
     parser.add_argument("--ranks", type=int, default=4, help="processes to start")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of each rank")
     parser.add_argument("--hidden", type=int, default=7168, help="values per token")
     parser.add_argument("--experts", type=int, default=64, help="experts of all ranks together")
     parser.add_argument("--topk", type=int, default=8, help="experts per token")
-    parser.add_argument("--wire", choices=_WIRES, default="bf16", help="format of dispatched rows")
-    parser.add_argument("--layout", choices=_LAYOUTS, default="compact", help="layout of received rows")
+    parser.add_argument("--wire", choices=WIRES, default="bf16", help="format of dispatched rows")
+    parser.add_argument("--layout", choices=LAYOUTS, default="compact", help="layout of received rows")
+    parser.add_argument("--alignment", type=int, default=1, help="of each expert's rows, for --layout expanded")
+    parser.add_argument("--reduce", choices=("token", "rank"), default="token", help="where picks are summed first")
     parser.add_argument("--load", default="uniform", help="uniform, zipf, hot, or an .npy FILE of recorded picks")
     parser.add_argument("--seed", type=int, default=0, help="of picks and values")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each operation")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each operation; on CUDA batches of ten")
     parser.add_argument(
-        "--baseline", choices=_BASELINES, default="fresh", help="gloo into new tensors, or into buffers that are kept"
+        "--baseline", choices=BASELINES, default="fresh", help="gloo into new tensors, or into buffers that are kept"
     )
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="append one JSON line per operation")
+    cuda = parser.add_argument_group("on CUDA")
+    cuda.add_argument("--num-sms", type=int, default=None, help="SMs that each rank's calls use")
+    cuda.add_argument("--expand", choices=("sender", "receiver"), default=None, help="who makes a row per pick")
+    cuda.add_argument("--engine", choices=("kernel", "copy"), default=None, help="what moves compact rows")
+    cuda.add_argument("--mps-percentage", type=float, default=None, help="of a shared GPU's SMs, what each rank sees")
+    cuda.add_argument(
+        "--sweep-sms", type=_numbers, default=(), metavar="N,N,...", help="also time other numbers of SMs, a line each"
+    )
+    cuda.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw the sweep into an HTML file")
     parser.set_defaults(run=run)
 
 
@@ -84,108 +63,67 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: the arguments do not fit together.
-        BackendUnavailable: rich is not installed.
+        BackendUnavailable: rich (or, for a plot, plotly) is not installed, or there is no GPU.
         CrossdockError: a rank failed, or its rows were wrong.
     """
-    if importlib.util.find_spec("rich") is None:
-        raise BackendUnavailable("the command line needs rich, which is not installed; pip install 'crossdock[cli]'")
+    needed = ["rich"] if args.plot is None else ["rich", "plotly"]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise BackendUnavailable(
+            f"the command line needs {' and '.join(missing)}, not installed here; pip install 'crossdock[cli]'"
+        )
     from crossdock.cli.bench import report  # noqa: PLC0415 - it imports rich, which is an extra
 
-    config = Config(**{name: getattr(args, name) for name in Config.__dataclass_fields__})
+    config = make_config(args)
     job = make_job(config)
+    for path, option in ((args.json, "json"), (args.plot, "plot")):
+        if path is not None:
+            open_to_write(path, option).close()
+    device = torch.device(config.device)
+    with (
+        report.progress_bar() as show,
+        gpus_for(device, config.ranks, percentage=config.mps_percentage) as gpus,
+    ):
+        program = measure if gpus is None else measure_on_gpus
+        ranks = run_world(program, job, num_ranks=config.ranks, on_progress=show, gpus=gpus)
+    limit = limits_of(ranks)
+    outcome = Outcome(
+        config=config,
+        figures=figures([rank.samples for rank in ranks], limit),
+        sweep=figures([rank.sweep for rank in ranks], limit),
+        limits=limit,
+        machine=this_machine(with_gpu=config.device == "cuda"),
+        gpu=ranks[0].gpu,
+        sharing=None if gpus is None else gpus.sharing,
+    )
+    report.print_outcome(outcome)
     if args.json is not None:
-        _open_to_append(args.json).close()
-    with report.progress_bar() as show:
-        ranks = run_world(measure, job, num_ranks=config.ranks, on_progress=show)
-    machine, results = this_machine(), figures(ranks)
-    report.print_table(str(config), results, _footer(config, results, copy_bandwidth(ranks), machine))
-    if args.json is not None:
-        with _open_to_append(args.json) as file:
-            file.writelines(json_line(config, figure, machine) + "\n" for figure in results)
+        with open_to_write(args.json, "json") as file:
+            file.writelines(line + "\n" for line in outcome.json_lines())
+    if args.plot is not None:
+        from crossdock.cli.bench.chart import sweep_page  # noqa: PLC0415 - it imports plotly, which is an extra
+
+        args.plot.write_text(sweep_page(outcome), encoding="utf-8")
 
 
-def make_job(config: Config) -> Job:
-    """What the ranks are told: the picks of all tokens, and the Spec.
-
-    Layouts with a row per pick get room for just these picks, because the worst case of a layout is for picks that
-    nobody knows.
+def make_config(args: argparse.Namespace) -> Config:
+    """The run that the arguments name, with the device decided.
 
     Raises:
-        ConfigError: the arguments do not fit together.
+        ConfigError: a plot is to show nothing.
     """
-    if config.repeats < 1:
-        raise ConfigError(f"repeats={config.repeats}; pass a positive number")
-    topology = Topology(num_ranks=config.ranks)
-    spec = Spec(
-        num_experts=config.experts,
-        num_topk=config.topk,
-        hidden=config.hidden,
-        max_tokens=config.tokens,
-        wire=_WIRES[config.wire],
-        layout=_LAYOUTS[config.layout],
-    )
-    num_local = spec.num_local_experts(config.ranks)
-    topk_idx = draw_load(config)
-    if spec.layout.per_pick:
-        per_expert = local_counts(spec, topology, topk_idx)[: config.experts].view(-1, num_local)
-        needed = per_expert.max() if isinstance(spec.layout, Padded) else per_expert.sum(1).max()
-        spec = replace(spec, layout=replace(spec.layout, capacity=max(1, int(needed))))
-    spec.capacity(config.ranks)
-    return Job(
-        spec=spec,
-        topk_idx=topk_idx.numpy(),
-        seed=config.seed,
-        repeats=config.repeats,
-        keeps_buffers=config.baseline == "kept",
-    )
+    if args.plot is not None and not args.sweep_sms:
+        raise ConfigError(f"plot={args.plot} shows a sweep; pass --sweep-sms 2,4,8,16 with it")
+    values = {name: getattr(args, name) for name in Config.__dataclass_fields__}
+    return Config(**{**values, "device": choose_device(args.device).type})
 
 
-def draw_load(config: Config) -> Tensor:
-    """The picks of all ranks' tokens, int64 [P * T, K]; the same seed gives the same picks."""
-    num_tokens = config.ranks * config.tokens
-    if draw := _LOADS.get(config.load):
-        generator = torch.Generator().manual_seed(config.seed)
-        return draw(num_tokens, config.experts, num_topk=config.topk, generator=generator)
-    try:
-        return recorded_load(config.load, num_tokens, num_experts=config.experts, num_topk=config.topk)
-    except OSError as error:
-        raise ConfigError(
-            f"load={config.load} cannot be opened ({error.strerror}); pass {', '.join(_LOADS)}, or an .npy file that "
-            f"crossdock.record_load wrote"
-        ) from error
+def _numbers(text: str) -> tuple[int, ...]:
+    """Positive numbers, for argparse.
 
-
-def json_line(config: Config, figure: Figure, machine: Machine) -> str:
-    """One line of results: the run, the figure, and what it was measured on."""
-    return json.dumps(
-        {**asdict(config), **asdict(figure), "baseline": _BASELINES[config.baseline], "machine": asdict(machine)}
-    )
-
-
-def _footer(config: Config, results: Sequence[Figure], bandwidth: float, machine: Machine) -> list[str]:
-    return [
-        *_about_fp8(results),
-        f"Slowest rank's median of {config.repeats} calls after {WARM_UPS} to warm up; rows equal gloo's, bit for bit.",
-        f"Limit: each row read once and written once at {bandwidth / 1e9:.1f} GB/s, what {config.ranks} ranks copy.",
-        f"Baseline: {_BASELINES[config.baseline]}.",
-        str(machine),
-    ]
-
-
-def _about_fp8(results: Sequence[Figure]) -> list[str]:
-    """What a narrow wire gains and what casting costs, where both were measured."""
-    by_name = {(figure.op, figure.wire): figure.median_us for figure in results}
-    if ("dispatch (fused cast)", "fp8") not in by_name:
-        return []
-    quantised, cast = by_name["dispatch", "fp8"], by_name["dispatch (fused cast)", "fp8"]
-    gain = f"Quantised rows travel {by_name['dispatch', 'bf16'] / quantised:.2f} × as fast as bf16"
-    return [f"{gain}; the cast on the way costs {cast - quantised:.0f} us ({cast / quantised - 1:+.0%})."]
-
-
-def _open_to_append(path: Path) -> TextIO:
-    try:
-        return path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"json={path} cannot be written ({error.strerror}); pass a file in a folder that exists"
-        ) from error
+    >>> _numbers("2,4,8")
+    (2, 4, 8)
+    """
+    numbers = tuple(int(part) for part in text.split(","))
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
+    return numbers

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crossdock.buffer import Buffer
-from crossdock.cli.bench.exchange import Arrived, GlooExchange
+from crossdock.cli.bench.config import Job
+from crossdock.cli.bench.exchange import AllToAll, Arrived
+from crossdock.cli.bench.traffic import Traffic, traffic
 from crossdock.layout import Padded
 from crossdock.received import Received
 from crossdock.spec import Spec
@@ -49,44 +51,44 @@ class Case:
 
 
 @contextmanager
-def open_cases(spec: Spec, topk_idx: Tensor, *, seed: int, keeps_buffers: bool) -> Iterator[list[Case]]:
+def open_cases(job: Job) -> Iterator[list[Case]]:
     """The cases of one rank. Buffers are open until the block ends. Collective.
 
     A combine is timed on a plan that has not been combined with before, as in training: what Crossdock or the baseline
     works out from a plan when it is first combined with is part of the figure.
     """
     with ExitStack() as stack:
-        side = stack.enter_context(_side(spec, topk_idx, seed=seed, keeps_buffers=keeps_buffers))
+        side = stack.enter_context(_side(job.spec, job))
         cases = [side.dispatch(), side.cached_dispatch(), side.pull(), side.push()]
-        if isinstance(spec.wire, Fp8):
-            spec = replace(spec, wire=Bf16())
-            wide = stack.enter_context(_side(spec, topk_idx, seed=seed, keeps_buffers=keeps_buffers))
+        if job.spec.ranks_sum_picks:
+            del cases[2]  # ranks sum before anything is fetched, so outputs are pushed wherever they lie
+        if isinstance(job.spec.wire, Fp8):
+            wide = stack.enter_context(_side(replace(job.spec, wire=Bf16()), job))
             cases[1:1] = [side.fused_cast(), wide.dispatch()]
         yield cases
 
 
 @contextmanager
-def _side(spec: Spec, topk_idx: Tensor, *, seed: int, keeps_buffers: bool) -> Iterator[_Side]:
-    exchange = GlooExchange(spec, dist.get_world_size(), keeps_buffers)
+def _side(spec: Spec, job: Job) -> Iterator[_Side]:
+    exchange = AllToAll(spec, dist.get_world_size(), job.keeps_buffers)
     with Buffer(None, spec) as buffer:
-        yield _Side(buffer, exchange, topk_idx, seed=seed)
+        yield _Side(buffer, exchange, job)
 
 
 class _Side:
     """One Spec's buffer and baseline with the rows that both move."""
 
-    def __init__(self, buffer: Buffer, exchange: GlooExchange, topk_idx: Tensor, *, seed: int) -> None:
+    def __init__(self, buffer: Buffer, exchange: AllToAll, job: Job) -> None:
         self.buffer = buffer
         self.exchange = exchange
-        self.topk_idx = topk_idx
-        spec, generator = buffer.spec, torch.Generator().manual_seed(seed + buffer.rank)
-        values = torch.randn(topk_idx.shape[0], spec.hidden, generator=generator)
-        self.unquantised = values.to(spec.combine_dtype if isinstance(spec.wire, Fp8) else spec.wire.dtype)
-        self.x = spec.wire.quantize(self.unquantised) if isinstance(spec.wire, Fp8) else self.unquantised
-        recv = buffer.dispatch(self.x, topk_idx)
+        picks = torch.from_numpy(job.topk_idx).view(exchange.num_ranks, -1, buffer.spec.num_topk)
+        self.topk_idx = picks[buffer.rank]
+        self.traffic: Traffic = traffic(buffer.spec, picks, buffer.rank)
+        self.unquantised, self.x = draw_rows(buffer.spec, len(self.topk_idx), seed=job.seed + buffer.rank)
+        recv = buffer.dispatch(self.x, self.topk_idx)
         self.plan = recv.plan
-        self.route = exchange.route(topk_idx)
-        self.y = torch.randn(recv.output_rows().shape, generator=generator).to(spec.combine_dtype)
+        self.route = exchange.route(self.topk_idx)
+        self.y = draw_outputs(buffer.spec, recv.output_rows().shape, seed=job.seed + buffer.rank)
 
     def dispatch(self) -> Case:
         """Fresh: from picks to rows."""
@@ -97,7 +99,7 @@ class _Side:
         return self._out(
             "dispatch (cached plan)",
             lambda: self.buffer.dispatch(self.x, self.plan),
-            lambda: self.exchange.send(_parts(self.x), self.route),
+            lambda: self.exchange.send(parts_of(self.x), self.route),
         )
 
     def fused_cast(self) -> Case:
@@ -107,7 +109,7 @@ class _Side:
         return self._out(
             "dispatch (fused cast)",
             lambda: self.buffer.dispatch(self.unquantised, self.topk_idx),
-            lambda: self.exchange.dispatch(_parts(wire.quantize(self.unquantised)), self.topk_idx),
+            lambda: self.exchange.dispatch(parts_of(wire.quantize(self.unquantised)), self.topk_idx),
         )
 
     def pull(self) -> Case:
@@ -130,17 +132,16 @@ class _Side:
         return self._home("combine (push)", ready)
 
     def _send_fresh(self) -> Rows:
-        return self.exchange.dispatch(_parts(self.x), self.topk_idx)
+        return self.exchange.dispatch(parts_of(self.x), self.topk_idx)
 
     def _out(self, op: str, ours: Callable[[], Rows], baseline: Callable[[], Rows]) -> Case:
-        spec = self.buffer.spec
-        row_bytes, received, from_others = spec.row_bytes(), sum(self.route.recv_splits), self._from_others()
+        spec, row_bytes = self.buffer.spec, self.buffer.spec.row_bytes()
         return Case(
             op=op,
-            wire=_name(spec.wire.dtype),
-            num_bytes=received * row_bytes,
-            link_bytes=from_others * row_bytes,
-            copy_bytes=sum(self.route.send_splits) * row_bytes,
+            wire=name_of(spec.wire.dtype),
+            num_bytes=self.traffic.out_received * row_bytes,
+            link_bytes=self.traffic.out_from_others * row_bytes,
+            copy_bytes=self.traffic.out_sent * row_bytes,
             ours=lambda: ours,
             baseline=lambda: baseline,
         )
@@ -148,19 +149,30 @@ class _Side:
     def _home(self, op: str, ours: Ready) -> Case:
         spec = self.buffer.spec
         row_bytes = spec.hidden * spec.combine_dtype.itemsize
-        num_back, num_sums = sum(self.route.send_splits), self.topk_idx.shape[0]
         return Case(
             op=op,
-            wire=_name(spec.combine_dtype),
-            num_bytes=sum(self.route.recv_splits) * row_bytes,
-            link_bytes=self._from_others() * row_bytes,
-            copy_bytes=(num_back + num_sums) * row_bytes // 2,
+            wire=name_of(spec.combine_dtype),
+            num_bytes=self.traffic.home_sent * row_bytes,
+            link_bytes=self.traffic.home_to_others * row_bytes,
+            copy_bytes=(self.traffic.home_received + self.traffic.num_tokens) * row_bytes // 2,
             ours=ours,
             baseline=lambda: lambda: self.exchange.combine(self.y, self.route),
         )
 
-    def _from_others(self) -> int:
-        return sum(self.route.recv_splits) - self.route.recv_splits[self.buffer.rank]
+
+def draw_rows(spec: Spec, num_tokens: int, *, seed: int) -> tuple[Tensor, Tensor | Quantized]:
+    """Rows as a model has them, and as a caller who casts them himself hands them in; the same for a wide wire."""
+    values = torch.randn(num_tokens, spec.hidden, generator=torch.Generator().manual_seed(seed))
+    if isinstance(spec.wire, Fp8):
+        rows = values.to(spec.combine_dtype)
+        return rows, spec.wire.quantize(rows)
+    rows = values.to(spec.wire.dtype)
+    return rows, rows
+
+
+def draw_outputs(spec: Spec, shape: torch.Size, *, seed: int) -> Tensor:
+    """What experts might give."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(~seed)).to(spec.combine_dtype)
 
 
 def bits(rows: Rows, spec: Spec) -> list[Tensor]:
@@ -168,19 +180,22 @@ def bits(rows: Rows, spec: Spec) -> list[Tensor]:
     if isinstance(rows, Tensor):
         return [rows.view(torch.uint8)]
     if isinstance(rows, Received):
-        parts, counts = _parts(rows.x), rows.num_tokens_per_expert
+        parts, counts = parts_of(rows.x), rows.num_tokens_per_expert
     else:
         parts, counts = rows.parts, torch.tensor(rows.route.num_tokens_per_expert)
     as_bytes = [part.view(torch.uint8) for part in parts]
     if not isinstance(spec.layout, Padded):
         return as_bytes
-    is_real = torch.arange(as_bytes[0].shape[1]) < counts.unsqueeze(1)  # [L, C]
+    slots = torch.arange(as_bytes[0].shape[1], device=counts.device)
+    is_real = (slots < counts.unsqueeze(1)).to(as_bytes[0].device)  # [L, C]
     return [part[is_real] for part in as_bytes]
 
 
-def _parts(rows: Tensor | Quantized) -> tuple[Tensor, ...]:
+def parts_of(rows: Tensor | Quantized) -> tuple[Tensor, ...]:
+    """Data, and scales if there are any."""
     return tuple(rows) if isinstance(rows, Quantized) else (rows,)
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """As the command line names a format."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8"}[dtype]

@@ -4,19 +4,22 @@ Counts are exchanged first, rows are packed by one gather, one ``all_to_all_sing
 one more gather orders them by expert where the layout wants that. Combine is the way back and the same sum. Rows come
 in new tensors, as in most code; keeping the buffers between calls saves their page faults, and can be chosen.
 
-Letters: T tokens here, K top-k, H hidden, L local experts, P ranks, Q rows sent, R rows received, C capacity.
+On CPUs it goes through gloo, and is also what every result is compared with, bit for bit; on GPUs through NCCL.
+
+Letters: T tokens here, K top-k, H hidden, E experts, L local ones, P ranks, Q rows sent, R rows received, C capacity.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from crossdock.backends.sums import sum_rows
-from crossdock.layout import Compact, Padded
+from crossdock.layout import Compact, Expanded, Padded
 from crossdock.plan import Terms
 from crossdock.spec import Spec
 
@@ -34,6 +37,8 @@ class Route:
     num_tokens_per_expert: list[int]
     pos: Tensor
     """[T, K] the sent row that serves each pick; -1: none, or one that serves an earlier pick of the token."""
+    places: Tensor
+    """[T, K] the rank of each pick; -1 for none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,15 +50,15 @@ class Arrived:
 
 
 @dataclass
-class GlooExchange:
-    """Both directions over the default process group.
+class AllToAll:
+    """Both directions over the default process group, for tensors of one device.
 
     Args:
         spec: what travels.
         num_ranks: P, the size of the group.
         keeps_buffers: packs and receives in memory that is used again by the next call; else in new tensors.
 
-    >>> exchange = GlooExchange(spec, num_ranks=4)  # doctest: +SKIP
+    >>> exchange = AllToAll(spec, num_ranks=4)  # doctest: +SKIP
     >>> arrived = exchange.dispatch((x,), topk_idx)  # doctest: +SKIP
     >>> out = exchange.combine(arrived.parts[0], arrived.route)  # doctest: +SKIP
     """
@@ -70,8 +75,9 @@ class GlooExchange:
     def route(self, topk_idx: Tensor) -> Route:
         """Decides which row goes where, and tells every rank how many rows it will get."""
         num_local = self.spec.num_local_experts(self.num_ranks)
+        places = topk_idx // num_local
         if isinstance(self.spec.layout, Compact):
-            send_idx, counts, pos = _rows_by_rank(topk_idx // num_local, self.num_ranks)
+            send_idx, counts, pos = _rows_by_rank(places, self.num_ranks)
         else:
             send_idx, counts, pos = _rows_by_expert(topk_idx, self.spec.num_experts)
         counts = counts.view(self.num_ranks, -1)  # [P, 1] or [P, L]
@@ -79,8 +85,8 @@ class GlooExchange:
         dist.all_to_all_single(incoming, counts)
         by_expert = None
         if incoming.shape[1] > 1 or not isinstance(self.spec.layout, Compact):
-            experts = torch.arange(num_local).repeat(self.num_ranks).repeat_interleave(incoming.flatten())
-            by_expert = torch.argsort(experts, stable=True)
+            experts = torch.arange(num_local, device=counts.device).repeat(self.num_ranks)
+            by_expert = torch.argsort(experts.repeat_interleave(incoming.flatten()), stable=True)
         return Route(
             send_idx=send_idx,
             send_splits=counts.sum(1).tolist(),
@@ -88,33 +94,46 @@ class GlooExchange:
             by_expert=by_expert,
             num_tokens_per_expert=incoming.sum(0).tolist(),
             pos=pos,
+            places=places,
         )
 
     def send(self, parts: tuple[Tensor, ...], route: Route) -> Arrived:
         """Rows alone, with counts that are known."""
-        packed = []
-        for i, part in enumerate(parts):
-            rows = part.view(torch.uint8)
-            room = self._room(f"send {i}", len(route.send_idx), rows.shape[1], torch.uint8)
-            packed.append(torch.index_select(rows, 0, route.send_idx, out=room))
+        packed = [self._gathered(f"send {i}", part.view(torch.uint8), route.send_idx) for i, part in enumerate(parts)]
         landed = self._exchange("recv", packed, route.recv_splits, route.send_splits)
         final = [self._arranged(f"final {i}", rows, route) for i, rows in enumerate(landed)]
         return Arrived(parts=tuple(rows.view(part.dtype) for rows, part in zip(final, parts, strict=True)), route=route)
 
     def combine(self, y: Tensor, route: Route) -> Tensor:
-        """Outputs [R, H] or [L, C, H] back to their tokens, summed [T, H] in the order of picks."""
-        rows = y.view(-1, self.spec.hidden)
+        """Outputs [R, H] or [L, C, H] back to their tokens, summed [T, H] in the order that the Spec says."""
+        rows = y.view(-1, self.spec.hidden).view(torch.uint8)
         if route.by_expert is not None:
             back = torch.empty_like(route.by_expert)
             back[route.by_expert] = self._final_rows(route)
-            room = self._room("back", len(back), rows.shape[1], rows.dtype)
-            rows = torch.index_select(rows, 0, back, out=room)
-        (home,) = self._exchange("home", [rows.view(torch.uint8)], route.send_splits, route.recv_splits)
-        return sum_rows(home.view(y.dtype), Terms.of(route.pos.numpy()), dtype=self.spec.combine_dtype)
+            rows = self._gathered("back", rows, back)
+        (home,) = self._exchange("home", [rows], route.send_splits, route.recv_splits)
+        return self._summed(home.view(y.dtype), route)
+
+    def _summed(self, home: Tensor, route: Route) -> Tensor:
+        """Where ranks are to sum first, their sums are made here as they would have made them, from all their rows."""
+        dtype = self.spec.combine_dtype
+        if self.spec.reduce == "token":
+            return _sums(home, route.pos, dtype)
+        if not self.spec.layout.per_pick:
+            last = torch.iinfo(route.pos.dtype).max
+            by_rank = route.pos.masked_fill(route.pos < 0, last).sort(dim=1).values  # rows lie in the order of ranks
+            return _sums(home, by_rank.masked_fill(by_rank == last, -1), dtype)
+        ranks = range(self.num_ranks)
+        partial = [_sums(home, route.pos.masked_fill(route.places != rank, -1), dtype) for rank in ranks]
+        tokens = torch.arange(len(route.pos), device=home.device)
+        table = torch.stack(
+            [(tokens + rank * len(tokens)).masked_fill((route.places != rank).all(dim=1), -1) for rank in ranks], dim=1
+        )
+        return _sums(torch.cat(partial), table, dtype)
 
     def _exchange(self, name: str, parts: list[Tensor], there: list[int], here: list[int]) -> list[Tensor]:
         """One ``all_to_all_single`` of bytes per part, all in flight together."""
-        rooms = [self._room(f"{name} {i}", sum(there), p.shape[1], torch.uint8) for i, p in enumerate(parts)]
+        rooms = [self._room(f"{name} {i}", sum(there), p.shape[1], torch.uint8, p.device) for i, p in enumerate(parts)]
         works = [
             dist.all_to_all_single(room, part, there, here, async_op=True)
             for room, part in zip(rooms, parts, strict=True)
@@ -123,35 +142,62 @@ class GlooExchange:
             work.wait()
         return rooms
 
+    def _gathered(self, name: str, rows: Tensor, idx: Tensor) -> Tensor:
+        """Rows of bytes; a GPU moves them eight at a time."""
+        room = self._room(name, len(idx), rows.shape[1], torch.uint8, rows.device)
+        if rows.is_cuda and rows.shape[1] % 8 == 0:
+            torch.index_select(rows.view(torch.int64), 0, idx, out=room.view(torch.int64))
+            return room
+        return torch.index_select(rows, 0, idx, out=room)
+
     def _arranged(self, name: str, rows: Tensor, route: Route) -> Tensor:
         """Received rows in the layout's places."""
         if route.by_expert is None:
             return rows
-        if not isinstance(self.spec.layout, Padded):
-            return torch.index_select(
-                rows, 0, route.by_expert, out=self._room(name, len(rows), rows.shape[1], torch.uint8)
-            )
+        layout = self.spec.layout
+        if isinstance(layout, Expanded) and layout.alignment > 1:
+            final = self._room(name, int(self._starts(route)[-1]), rows.shape[1], torch.uint8, rows.device).zero_()
+            final[self._final_rows(route)] = rows[route.by_expert]
+            return final
+        if not isinstance(layout, Padded):
+            return self._gathered(name, rows, route.by_expert)
         capacity, num_experts = self.spec.capacity(self.num_ranks), len(route.num_tokens_per_expert)
-        blocks = self._room(name, num_experts * capacity, rows.shape[1], torch.uint8).view(num_experts, capacity, -1)
+        room = self._room(name, num_experts * capacity, rows.shape[1], torch.uint8, rows.device)
+        blocks = room.view(num_experts, capacity, -1)
         for block, idx in zip(blocks, torch.split(route.by_expert, route.num_tokens_per_expert), strict=True):
             torch.index_select(rows, 0, idx, out=block[: len(idx)])
         return blocks
 
     def _final_rows(self, route: Route) -> Tensor:
         """[R] the row of the layout that each row in the order of experts has."""
-        if not isinstance(self.spec.layout, Padded):
-            return torch.arange(sum(route.recv_splits))
-        capacity = self.spec.capacity(self.num_ranks)
-        return torch.cat([e * capacity + torch.arange(n) for e, n in enumerate(route.num_tokens_per_expert)])
+        starts = self._starts(route).tolist()
+        places = [start + torch.arange(n) for start, n in zip(starts, route.num_tokens_per_expert, strict=False)]
+        return torch.cat(places).to(route.send_idx.device)
 
-    def _room(self, name: str, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    def _starts(self, route: Route) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+        """[L + 1] the first row of each expert, and the end."""
+        counts = np.array(route.num_tokens_per_expert, dtype=np.int64)
+        return self.spec.layout.segment_starts(counts, self.spec.capacity(self.num_ranks))
+
+    def _room(self, name: str, num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer [num_rows, width]; one that is kept grows when it must."""
         if not self.keeps_buffers:
-            return torch.empty(num_rows, width, dtype=dtype)
+            return torch.empty(num_rows, width, dtype=dtype, device=device)
         kept = self._kept.get(name)
         if kept is None or kept.numel() < num_rows * width:
-            kept = self._kept[name] = torch.empty(num_rows * width, dtype=dtype)
+            kept = self._kept[name] = torch.empty(num_rows * width, dtype=dtype, device=device)
         return kept[: num_rows * width].view(num_rows, width)
+
+
+def _sums(source: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 sums of rows [N, H], those of a table [T, J] from left to right, negative where there is none."""
+    if not source.is_cuda:
+        return sum_rows(source, Terms.of(table.numpy()), dtype=dtype)
+    sums = torch.zeros(len(table), source.shape[1], device=source.device)
+    if len(source):
+        for rows in table.unbind(dim=1):
+            sums += source.index_select(0, rows.clamp_min(0)).masked_fill_((rows < 0).unsqueeze(1), 0)
+    return sums.to(dtype)
 
 
 def _rows_by_rank(places: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,12 +207,13 @@ def _rows_by_rank(places: Tensor, num_ranks: int) -> tuple[Tensor, Tensor, Tenso
     (tensor([0, 0, 1]), tensor([1, 2]), tensor([[ 1,  0],
             [ 2, -1]]))
     """
-    num_tokens = places.shape[0]
-    hits = torch.zeros(num_ranks + 1, num_tokens, dtype=torch.bool)
-    hits[places, torch.arange(num_tokens).unsqueeze(1)] = True  # -1 marks the row that is cut off
+    num_tokens, device = places.shape[0], places.device
+    tokens = torch.arange(num_tokens, device=device).unsqueeze(1)
+    hits = torch.zeros(num_ranks + 1, num_tokens, dtype=torch.bool, device=device)
+    hits[places, tokens] = True  # -1 marks the row that is cut off
     hits = hits[:num_ranks]
     rows = (hits.flatten().cumsum(0) - 1).view(num_ranks, num_tokens)
-    pos = rows[places, torch.arange(num_tokens).unsqueeze(1)]
+    pos = rows[places, tokens]
     is_repeated = (places.unsqueeze(2) == places.unsqueeze(1)).tril(-1).any(dim=2)
     return hits.nonzero()[:, 1], hits.sum(1), pos.masked_fill(is_repeated | (places < 0), -1)
 
@@ -177,5 +224,5 @@ def _rows_by_expert(topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     counts = torch.bincount(picks + 1, minlength=num_experts + 1)
     order = torch.argsort(picks, stable=True)[int(counts[0]) :]
     pos = torch.full_like(picks, -1)
-    pos[order] = torch.arange(len(order))
+    pos[order] = torch.arange(len(order), device=pos.device)
     return order // topk_idx.shape[1], counts[1:], pos.view(topk_idx.shape)

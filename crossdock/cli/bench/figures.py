@@ -7,19 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from crossdock.cli.bench.measure import RankSamples, Sample
+from crossdock.cli.bench.samples import Moved, RankSamples, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """One operation's result; its fields are those of a JSON line.
 
-    median_us, p10_us, p90_us: of the rank whose median is largest, each call as that rank sees it.
+    median_us, p10_us, p90_us: of the rank whose median is largest, each call (of ``calls`` in a row the mean) as that
+        rank sees it.
     bytes: payload that this rank receives (dispatch) or sends (combine): rows and scales, its own included.
     link_bytes: the part of it that comes from, or goes to, other ranks.
-    limit_us: all ranks' rows, each read once and written once (combine: each returned row read once, each result
-        written once), at the copy bandwidth of this run.
-    baseline_us: the same exchange by ``all_to_all_single`` on gloo, the median of its own slowest rank.
+    limit_us: on CPUs all ranks' rows, each read once and written once (combine: each returned row read once, each
+        result written once), at the copy bandwidth of this run. On GPUs, see ``Limits``.
+    num_sms: those that a rank's operation is given; None on CPUs.
+    baseline_us: the same exchange by ``all_to_all_single``, the median of its own slowest rank; None where there is
+        none.
     """
 
     op: str
@@ -27,10 +30,12 @@ class Figure:
     median_us: float
     p10_us: float
     p90_us: float
+    calls: int
     bytes: int
     link_bytes: int
     limit_us: float
-    baseline_us: float
+    num_sms: int | None
+    baseline_us: float | None
 
     @property
     def gigabytes_per_s(self) -> float:
@@ -39,23 +44,41 @@ class Figure:
 
     @property
     def of_limit(self) -> float:
-        """1 when the operation is as fast as a copy."""
+        """1 when the operation is as fast as what limits it."""
         return self.limit_us / self.median_us
 
     @property
-    def speedup(self) -> float:
+    def speedup(self) -> float | None:
         """How many times faster than the baseline."""
-        return self.baseline_us / self.median_us
+        return None if self.baseline_us is None else self.baseline_us / self.median_us
 
 
-def copy_bandwidth(ranks: Sequence[RankSamples]) -> float:
-    """Bytes per second that all ranks together copy, each byte counted once, from start to the last rank's end."""
-    until_last = np.max([rank.copy_s for rank in ranks], axis=0)
-    return sum(rank.copied_bytes for rank in ranks) / float(np.median(until_last))
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What all ranks together reach in this run, at the same time, in bytes per second; of several ways the fastest.
+
+    copy: copies, on CPUs each byte counted once, on GPUs as read and as written. Combine is held against it.
+    write: rows that are read once and written to several places, in bytes written. On GPUs, dispatch is held against
+        it; None on CPUs.
+    """
+
+    copy: float
+    write: float | None
 
 
-def figures(ranks: Sequence[RankSamples]) -> list[Figure]:
-    """One figure per operation, from all ranks' samples.
+def limits_of(ranks: Sequence[RankSamples]) -> Limits:
+    """Until the last rank is done, the median over repetitions.
+
+    >>> both = [Moved(num_bytes=4, seconds=[1.0, 2.0, 3.0]), Moved(num_bytes=4, seconds=[4.0, 4.0, 4.0])]
+    >>> limits_of([RankSamples(samples=[], copies=[moved]) for moved in both])
+    Limits(copy=2.0, write=None)
+    """
+    writes = [rank.writes for rank in ranks]
+    return Limits(copy=_fastest([rank.copies for rank in ranks]), write=_fastest(writes) if writes[0] else None)
+
+
+def figures(samples: Sequence[Sequence[Sample]], limit: Limits) -> list[Figure]:
+    """One figure per operation, from the samples of all ranks.
 
     >>> sample = Sample(
     ...     op="dispatch",
@@ -66,25 +89,39 @@ def figures(ranks: Sequence[RankSamples]) -> list[Figure]:
     ...     ours_s=[1e-6, 2e-6, 3e-6],
     ...     baseline_s=[8e-6, 8e-6, 9e-6],
     ... )
-    >>> (figure,) = figures([RankSamples(samples=[sample], copied_bytes=4000, copy_s=[1e-6])])
+    >>> (figure,) = figures([[sample]], Limits(copy=4e9, write=None))
     >>> round(figure.median_us, 6), round(figure.limit_us, 6), round(figure.speedup, 6)
     (2.0, 1.0, 4.0)
     """
-    bandwidth = copy_bandwidth(ranks)
-    return [_figure(samples, bandwidth) for samples in zip(*(rank.samples for rank in ranks), strict=True)]
+    return [_figure(of_ranks, limit) for of_ranks in zip(*samples, strict=True)]
 
 
-def _figure(samples: Sequence[Sample], bandwidth: float) -> Figure:
+def _fastest(ranks: Sequence[Sequence[Moved]]) -> float:
+    return max(_bandwidth(way) for way in zip(*ranks, strict=True))
+
+
+def _bandwidth(ranks: Sequence[Moved]) -> float:
+    until_last = np.max([moved.seconds for moved in ranks], axis=0)
+    return sum(moved.num_bytes for moved in ranks) / float(np.median(until_last))
+
+
+def _figure(samples: Sequence[Sample], limit: Limits) -> Figure:
     slowest = max(samples, key=lambda sample: float(np.median(sample.ours_s)))
     p10, median, p90 = np.percentile(slowest.ours_s, (10, 50, 90)) * 1e6
+    limit_s = sum(sample.copy_bytes for sample in samples) / limit.copy
+    if limit.write is not None:
+        limit_s += sum(sample.write_bytes for sample in samples) / limit.write
+    has_baseline = all(sample.baseline_s for sample in samples)
     return Figure(
         op=slowest.op,
         wire=slowest.wire,
         median_us=float(median),
         p10_us=float(p10),
         p90_us=float(p90),
+        calls=slowest.calls,
         bytes=slowest.num_bytes,
         link_bytes=slowest.link_bytes,
-        limit_us=sum(sample.copy_bytes for sample in samples) / bandwidth * 1e6,
-        baseline_us=max(float(np.median(sample.baseline_s)) for sample in samples) * 1e6,
+        limit_us=limit_s * 1e6,
+        num_sms=slowest.num_sms,
+        baseline_us=max(float(np.median(s.baseline_s)) for s in samples) * 1e6 if has_baseline else None,
     )

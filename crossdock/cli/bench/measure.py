@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from crossdock.cli.bench.cases import Case, bits, open_cases
+from crossdock.cli.bench.config import Job
+from crossdock.cli.bench.samples import Moved, RankSamples, Sample
 from crossdock.cli.line import StartingLine
 from crossdock.cli.world import Member
 from crossdock.errors import CrossdockError
@@ -28,41 +27,6 @@ class WrongRows(CrossdockError):
     """An operation and its baseline gave different bits."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every rank is told."""
-
-    spec: Spec
-    topk_idx: npt.NDArray[np.int64]
-    """[P * T, K] the picks of all ranks' tokens, rank after rank."""
-    seed: int
-    repeats: int
-    keeps_buffers: bool
-    """Whether the baseline does."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One operation on one rank; seconds of each call, as this rank sees it."""
-
-    op: str
-    wire: str
-    num_bytes: int
-    link_bytes: int
-    copy_bytes: int
-    ours_s: list[float]
-    baseline_s: list[float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankSamples:
-    """What one rank measured; ``copy_s`` are seconds from the common start to the end of this rank's copy."""
-
-    samples: list[Sample]
-    copied_bytes: int
-    copy_s: list[float]
-
-
 def measure(member: Member, job: Job) -> RankSamples:
     """Compares every operation with its baseline, then times both, ``job.repeats`` calls each.
 
@@ -73,10 +37,8 @@ def measure(member: Member, job: Job) -> RankSamples:
     Raises:
         WrongRows: an operation gave other bits than its baseline.
     """
-    num_tokens = len(job.topk_idx) // member.num_ranks
-    topk_idx = torch.from_numpy(job.topk_idx)[member.rank * num_tokens :][:num_tokens]
     copy, copied_bytes = _copy(job.spec)
-    with open_cases(job.spec, topk_idx, seed=job.seed, keeps_buffers=job.keeps_buffers) as cases:
+    with open_cases(job) as cases:
         ours: list[list[float]] = [[] for _ in cases]
         baselines: list[list[float]] = [[] for _ in cases]
         copy_s: list[float] = []
@@ -92,8 +54,7 @@ def measure(member: Member, job: Job) -> RankSamples:
             member.tell(len(copy_s), total)
     return RankSamples(
         samples=[_sample(*of_case) for of_case in zip(cases, ours, baselines, strict=True)],
-        copied_bytes=copied_bytes,
-        copy_s=copy_s[WARM_UPS:],
+        copies=[Moved(num_bytes=copied_bytes, seconds=copy_s[WARM_UPS:])],
     )
 
 
@@ -122,18 +83,26 @@ def _timed(line: StartingLine, call: Callable[[], object], *, from_start: bool =
 
 def _compare(case: Case, spec: Spec, rank: int) -> None:
     wanted = [part.clone() for part in bits(case.baseline()(), spec)]
-    got = bits(case.ours()(), spec)
+    check_bits(bits(case.ours()(), spec), wanted, what=f"{case.op}, {case.wire}, rank {rank}")
+
+
+def check_bits(got: Sequence[Tensor], wanted: Sequence[Tensor], *, what: str) -> None:
+    """Compares rows of bytes [R, ...], by part (data, scales), with the baseline's.
+
+    Raises:
+        WrongRows: they are not the same.
+    """
     for name, mine, theirs in zip(("row", "scales of row"), got, wanted, strict=False):
         if mine.shape != theirs.shape:
-            what = f"{list(mine.shape)} bytes came, {list(theirs.shape)} with the baseline"
+            wrong = f"{list(mine.shape)} bytes came, {list(theirs.shape)} with the baseline"
         elif not torch.equal(mine, theirs):
             row = int((mine != theirs).any(dim=1).nonzero()[0])
-            what = f"{name} {row} of {len(theirs)} is not the baseline's, bit for bit"
+            wrong = f"{name} {row} of {len(theirs)} is not the baseline's, bit for bit"
         else:
             continue
         raise WrongRows(
-            f"{case.op}, {case.wire}, rank {rank}: {what}; nothing was timed, and no figure of a wrong result "
-            f"is printed: report this with the command line"
+            f"{what}: {wrong}; nothing was timed, and no figure of a wrong result is printed: report this with the "
+            f"command line"
         )
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from crossdock.cli.bench.figures import Figure
+from crossdock.cli.bench.outcome import Outcome
 
 _WIDTH = 100
 """Columns where the output is no terminal."""
@@ -30,35 +31,50 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def print_table(title: str, figures: Sequence[Figure], footer: Sequence[str]) -> None:
+def print_outcome(outcome: Outcome) -> None:
     """The figures on stdout, between a line with the configuration and lines that say what they stand on."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("op", no_wrap=True)
-    table.add_column("wire")
-    for heading in ("median", "p10 – p90", "GB/s", "of limit", "vs gloo"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for figure in figures:
-        table.add_row(*_cells(figure))
-    console.print(title, highlight=False, markup=False, style="bold")
-    console.print(table)
-    for line in footer:
+    console.print(str(outcome.config), highlight=False, markup=False, style="bold")
+    console.print(_table(outcome.figures, outcome.baseline))
+    if outcome.sweep:
+        console.print("By the number of SMs", style="bold")
+        console.print(_table(outcome.sweep, None))
+    for line in outcome.notes():
         console.print(line, highlight=False, markup=False, style="dim")
 
 
-def _cells(figure: Figure) -> tuple[str, ...]:
-    return (
-        figure.op,
-        figure.wire,
-        _time(figure.median_us),
-        f"{_time(figure.p10_us)} – {_time(figure.p90_us)}",
-        f"{figure.gigabytes_per_s:.2f}",
-        f"{figure.of_limit:.0%}",
-        f"{figure.speedup:.1f}×",
-    )
+def _table(figures: Sequence[Figure], baseline: str | None) -> Table:
+    """A column for SMs only where there are some, and one for the baseline only where there is one."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("op", no_wrap=True)
+    table.add_column("wire")
+    columns = [*_COLUMNS]
+    if any(figure.num_sms is not None for figure in figures):
+        columns.insert(0, ("SMs", lambda figure: "" if figure.num_sms is None else str(figure.num_sms)))
+    if baseline is not None:
+        columns.append((f"vs {baseline.split()[0]}", lambda figure: _times(figure.speedup)))
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for figure in figures:
+        table.add_row(figure.op, figure.wire, *(cell(figure) for _, cell in columns))
+    return table
 
 
 def _time(us: float) -> str:
-    return f"{us:.0f} us" if us < 1000 else f"{us / 1000:.2f} ms"
+    if us < 1000:
+        return f"{us:.0f} us" if us >= 100 else f"{us:.1f} us"
+    return f"{us / 1000:.2f} ms"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.1f}×"
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Figure], str]], ...] = (
+    ("median", lambda figure: _time(figure.median_us)),
+    ("p10 – p90", lambda figure: f"{_time(figure.p10_us)} – {_time(figure.p90_us)}"),
+    ("GB/s", lambda figure: f"{figure.gigabytes_per_s:,.2f}"),
+    ("of limit", lambda figure: f"{figure.of_limit:.0%}"),
+)

@@ -19,6 +19,7 @@ from crossdock.cli.demo.replay import compare_losses, compare_written, replay
 from crossdock.cli.demo.text import Text, as_text, standard_library
 from crossdock.cli.demo.trace import chrome_trace
 from crossdock.cli.demo.train import Recipe
+from crossdock.cli.device import add_device_option, choose_device, gpus_for
 from crossdock.cli.machine import this_machine
 from crossdock.cli.world import run_world
 from crossdock.errors import BackendUnavailable, ConfigError
@@ -46,6 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "and leaves a page with the loss, the experts' load, the traffic and where the time went.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_device_option(parser)
     parser.add_argument("--ranks", type=int, default=4, help="processes to start, a divisor of the experts")
     parser.add_argument("--steps", type=int, default=220, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: an argument is not allowed, or this Python came without its source.
-        BackendUnavailable: rich, plotly or jinja2 is not installed.
+        BackendUnavailable: rich, plotly or jinja2 is not installed, or there is no GPU.
         CrossdockError: a rank failed, or it came to another result than one process.
     """
     _check_extras()
@@ -68,19 +70,21 @@ def run(args: argparse.Namespace) -> None:
     text = standard_library()
     job = make_job(text, shape, recipe, num_ranks=args.ranks)
     report, trace = (open_for_writing(args.out, name) for name in ("report.html", "trace.json"))
-    with screen.training_bar(args.steps) as show:
-        runs = run_world(run_rank, job, num_ranks=args.ranks, on_progress=show)
+    device = choose_device(args.device)
+    with screen.training_bar(args.steps) as show, gpus_for(device, args.ranks) as gpus:
+        runs = run_world(run_rank, job, num_ranks=args.ranks, on_progress=show, gpus=gpus)
     with screen.busy("repeating the first steps in one process"):
-        compared = compare_losses(runs[0].losses, replay(job, min(args.steps, _REPLAYED)))
+        compared = compare_losses(runs[0].losses, replay(job, min(args.steps, _REPLAYED), device))
     with screen.busy("writing the same text in one process"):
         values = whole([{name: torch.from_numpy(value) for name, value in rank.values.items()} for rank in runs])
         written = torch.from_numpy(np.concatenate([rank.written for rank in runs]))
-        num_written = compare_written(job, values, written)
+        num_written = compare_written(job, values, written, device)
     outcome = Outcome(
         num_ranks=args.ranks,
         shape=shape,
         recipe=recipe,
-        machine=this_machine(),
+        machine=this_machine(with_gpu=device.type == "cuda"),
+        sharing=None if gpus is None else gpus.sharing,
         num_files=text.num_files,
         text_bytes=len(text.train),
         num_parameters=sum(value.numel() for value in values.values()),

@@ -35,7 +35,7 @@ class MicroBatch:
     def __init__(self, model: Transformer, prompts: Int64[Tensor, "S N"], noise: Float32[Tensor, "S N V"]) -> None:
         self.tokens = prompts.clone()
         self.noise = noise
-        self.caches = [Cache(model.shape, len(prompts)) for _ in model.layers]
+        self.caches = [Cache(model.shape, len(prompts), model.device) for _ in model.layers]
         self.h = torch.empty(0)
         self.combining: Pending[Tensor] | None = None
         self._model = model
@@ -95,7 +95,7 @@ def generate_plainly(
 ) -> Int64[Tensor, "S N"]:
     """The same in one process, all sequences together."""
     tokens = prompts.clone()
-    caches = [Cache(model.shape, len(prompts)) for _ in model.layers]
+    caches = [Cache(model.shape, len(prompts), model.device) for _ in model.layers]
     for position in range(prompts.shape[1] - 1):
         h = model.embed(tokens[:, position : position + 1])
         for layer, cache in zip(model.layers, caches, strict=True):

@@ -41,9 +41,9 @@ class Shape:
 class Cache:
     """Keys and values of one layer's attention for the positions that have been read, [S, heads, context, D]."""
 
-    def __init__(self, shape: Shape, num_sequences: int) -> None:
+    def __init__(self, shape: Shape, num_sequences: int, device: torch.device | None = None) -> None:
         size = (num_sequences, shape.num_heads, shape.context, shape.hidden // shape.num_heads)
-        self._keys, self._values = torch.zeros(size), torch.zeros(size)
+        self._keys, self._values = torch.zeros(size, device=device), torch.zeros(size, device=device)
         self.length = 0
         """Positions that have been read."""
 
@@ -122,6 +122,11 @@ class Transformer(nn.Module):
         for layer in self.layers:
             h = layer(h)
         return self.scores(h)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and all that it is given."""
+        return self.embedding.weight.device
 
     def embed(self, tokens: Int64[Tensor, "S N"]) -> Float32[Tensor, "S N H"]:
         """What the first layer gets; as large as what the layers will add to it, or bytes would be lost among that."""

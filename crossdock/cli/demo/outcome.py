@@ -17,6 +17,7 @@ from crossdock.cli.demo.replay import Compared
 from crossdock.cli.demo.train import Recipe
 from crossdock.cli.demo.watch import Span
 from crossdock.cli.machine import Machine
+from crossdock.cli.mps import Sharing
 
 MOVES = ("dispatch", "combine")
 
@@ -37,6 +38,8 @@ class Outcome:
     shape: Shape
     recipe: Recipe
     machine: Machine
+    sharing: Sharing | None
+    """How ranks shared GPUs; None on CPUs."""
     num_files: int
     text_bytes: int
     num_parameters: int
@@ -99,6 +102,14 @@ class Outcome:
         rows = self.counts.sum(axis=2)
         relative: npt.NDArray[np.float64] = rows / rows.mean(axis=2, keepdims=True)
         return relative
+
+    @property
+    def measured_on(self) -> str:
+        """The machine, and how ranks shared its GPUs."""
+        if self.sharing is None:
+            return str(self.machine)
+        ranks = f"{self.sharing.warning}; " if self.sharing.warning else f"{self.sharing}; "
+        return f"{ranks}{self.machine}"
 
     @property
     def title(self) -> str:

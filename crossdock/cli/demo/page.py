@@ -83,6 +83,7 @@ def _charts(outcome: Outcome) -> list[Chart]:
         if num_ranks > cores
         else ""
     )
+    settled = "" if outcome.sharing is None else " On a GPU, each part is done before the next begins."
     num_compared = len(outcome.compared)
     return [
         Chart(
@@ -109,7 +110,8 @@ def _charts(outcome: Outcome) -> list[Chart]:
         Chart(
             "time",
             "Where the time went",
-            f"Seconds of training on each rank; dispatch and combine without the time they waited for peers.{shared}",
+            "Seconds of training on each rank; dispatch and combine without the time they waited for peers."
+            f"{settled}{shared}",
             _json(time_chart(outcome)),
         ),
     ]

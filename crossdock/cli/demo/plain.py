@@ -60,7 +60,7 @@ class PlainMoE(nn.Module):
     def forward(self, x: Float32[Tensor, "*lead H"]) -> Float32[Tensor, "*lead H"]:
         tokens = x.flatten(0, -2)
         topk_idx, weights = self.gate(tokens)
-        self.num_tokens_per_expert = topk_idx.flatten().bincount(minlength=len(self.num_tokens_per_expert))
+        self.num_tokens_per_expert = topk_idx.flatten().bincount(minlength=self.gate.shape.num_experts)
         out = torch.zeros_like(tokens)
         w1, w2, w3 = self.experts.w1, self.experts.w2, self.experts.w3
         for expert in range(len(w1)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -65,12 +64,14 @@ class RankRun:
 
 def run_rank(member: Member, job: Job) -> RankRun:
     """Trains and writes. Collective."""
-    shape, watch = job.shape, Watch()
+    shape, device = job.shape, member.device
+    watch = Watch(torch.cuda.synchronize) if device.type == "cuda" else Watch()
     at_once = -(-job.recipe.num_sequences // member.num_ranks)
-    ranks = Ranks(member.rank, member.num_ranks, dist.all_reduce)
+    through_host = device.type == "cuda" and not member.has_nccl
+    ranks = Ranks(member.rank, member.num_ranks, _sum_through_host if through_host else dist.all_reduce)
     losses, counts = [], []
-    with WatchedBuffer(None, training_spec(shape, at_once * shape.context), watch) as buffer:
-        model = expert_parallel_model(shape, buffer)
+    with WatchedBuffer(None, training_spec(shape, at_once * shape.context), watch, device) as buffer:
+        model = expert_parallel_model(shape, buffer).to(device)
         gates = [module for module in model.modules() if isinstance(module, Gate)]
         model.load_state_dict(share(initial_values(shape, job.recipe.seed), member.rank, member.num_ranks))
 
@@ -88,21 +89,29 @@ def run_rank(member: Member, job: Job) -> RankRun:
         spans = list(watch.spans)
         held_out = held_out_loss(model, torch.from_numpy(job.held_out_text), ranks=ranks, at_once=at_once)
     prompts = torch.from_numpy(job.prompts)
-    parts = (whole.chunk(member.num_ranks)[member.rank].chunk(MICRO_BATCHES) for whole in (prompts, job.noise()))
+    own = [whole.chunk(member.num_ranks)[member.rank].to(device) for whole in (prompts, job.noise())]
+    parts = (part.chunk(MICRO_BATCHES) for part in own)
     batches = [MicroBatch(model, *part) for part in zip(*parts, strict=True)]
-    with Buffer(None, decoding_spec(shape, len(batches[0].tokens))) as decoding:
-        began = time.perf_counter()
+    with Buffer(None, decoding_spec(shape, len(batches[0].tokens)), device=device) as decoding:
+        began = watch.now()
         generate(model, decoding, batches)
-        generate_s = time.perf_counter() - began
+        generate_s = watch.now() - began
     return RankRun(
         losses=losses,
         held_out_loss=held_out,
         spans=spans,
-        counts=torch.stack(counts).to(torch.int32).numpy(),
-        values={name: value.numpy() for name, value in model.state_dict().items()},
-        written=torch.cat([batch.tokens for batch in batches]).numpy(),
+        counts=torch.stack(counts).to("cpu", torch.int32).numpy(),
+        values={name: value.cpu().numpy() for name, value in model.state_dict().items()},
+        written=torch.cat([batch.tokens for batch in batches]).cpu().numpy(),
         generate_s=generate_s,
     )
+
+
+def _sum_through_host(tensor: Tensor) -> None:
+    """Ranks that share a GPU: NCCL refuses them, and not every torch's gloo takes CUDA tensors."""
+    on_host = tensor.cpu()
+    dist.all_reduce(on_host)
+    tensor.copy_(on_host)
 
 
 def expert_parallel_model(shape: Shape, buffer: Buffer) -> Transformer:

@@ -40,9 +40,9 @@ class Compared(NamedTuple):
         return abs(self.loss - self.plain_loss) / abs(self.plain_loss)
 
 
-def replay(job: Job, num_steps: int) -> list[float]:
-    """The losses of the first steps, in one process."""
-    model = plain_model(job.shape)
+def replay(job: Job, num_steps: int, device: torch.device | None = None) -> list[float]:
+    """The losses of the first steps, in one process, on the device that the ranks used."""
+    model = plain_model(job.shape).to(device)
     model.load_state_dict(initial_values(job.shape, job.recipe.seed))
     steps = train(
         model,
@@ -81,16 +81,16 @@ def compare_losses(losses: Sequence[float], plain_losses: Sequence[float]) -> li
     return pairs
 
 
-def compare_written(job: Job, values: Values, written: Tensor) -> int:
+def compare_written(job: Job, values: Values, written: Tensor, device: torch.device | None = None) -> int:
     """How many bytes the ranks wrote, after one process with the same parameters has written the same.
 
     Raises:
         Disagreement: it has written something else.
     """
-    model = plain_model(job.shape)
+    model = plain_model(job.shape).to(device)
     model.load_state_dict(values)
     prompts = torch.from_numpy(job.prompts)
-    expected = generate_plainly(model, prompts, job.noise())
+    expected = generate_plainly(model, prompts.to(device), job.noise().to(device)).cpu()
     if (wrong := (written != expected).nonzero()).numel():
         row, position = wrong[0].tolist()
         start, ours, theirs = (

@@ -94,7 +94,7 @@ def print_outcome(outcome: Outcome, paths: Sequence[tuple[str, Path]]) -> None:
     line()
     for what, path in paths:
         line(f"{what:8}{path}")
-    line(str(outcome.machine), "dim")
+    line(outcome.measured_on, "dim")
 
 
 def _agreement(compared: Sequence[Compared]) -> Table:

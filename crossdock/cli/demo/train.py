@@ -77,7 +77,7 @@ def train(
                 text, num_sequences=recipe.num_sequences, length=model.shape.context + 1, seed=recipe.seed, step=step
             )
             with watch.span("forward"):
-                loss = loss_sum(model, ranks.own(batch)) / num_tokens
+                loss = loss_sum(model, ranks.own(batch).to(model.device)) / num_tokens
             with watch.span("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
             with watch.span("all-reduce"):
@@ -97,7 +97,7 @@ def held_out_loss(model: Transformer, text: Tensor, *, ranks: Ranks, at_once: in
     length = model.shape.context + 1
     starts = torch.linspace(0, len(text) - length, num_sequences).long()
     sequences = torch.stack([text[start : start + length] for start in starts.tolist()]).long()
-    own, total = ranks.own(sequences), torch.zeros(())
+    own, total = ranks.own(sequences).to(model.device), torch.zeros((), device=model.device)
     for first in range(0, len(own), at_once):
         total += loss_sum(model, own[first : first + at_once])
     ranks.sum_over_ranks(total)

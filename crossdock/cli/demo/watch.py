@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,29 +30,40 @@ class Span(NamedTuple):
 
 
 class Watch:
-    """Collects the spans of one rank; a span may lie within another."""
+    """Collects the spans of one rank; a span may lie within another.
 
-    def __init__(self) -> None:
+    Args:
+        settle: returns when all that was begun is done. On a GPU ``torch.cuda.synchronize``: work is counted where it
+            is begun, at the price of the overlap that a program without a watch would have.
+    """
+
+    def __init__(self, settle: Callable[[], object] = lambda: None) -> None:
         self.spans: list[Span] = []
         self.step = 0
+        self._settle = settle
+
+    def now(self) -> float:
+        """When all that was begun is done."""
+        self._settle()
+        return time.perf_counter()
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """What runs in the block, under that name."""
-        start = time.perf_counter()
+        start = self.now()
         yield
         self.add(name, start)
 
     def add(self, name: str, start: float, waited_s: float = 0.0) -> None:
         """What began at ``start`` and has just ended."""
-        self.spans.append(Span(name, self.step, start, time.perf_counter(), waited_s))
+        self.spans.append(Span(name, self.step, start, self.now(), waited_s))
 
 
 class WatchedBuffer(Buffer):
     """A buffer whose calls are spans of a watch, and which notes how many rows each new plan sends where."""
 
-    def __init__(self, group: dist.ProcessGroup | None, spec: Spec, watch: Watch) -> None:
-        super().__init__(group, spec)
+    def __init__(self, group: dist.ProcessGroup | None, spec: Spec, watch: Watch, device: torch.device) -> None:
+        super().__init__(group, spec, device=device)
         self._watch = watch
         self._noted: list[Tensor] = []
 
@@ -59,7 +71,7 @@ class WatchedBuffer(Buffer):
         with self._watched("dispatch"):
             recv = super().dispatch(x, routing, **options)
         if not isinstance(routing, Plan):
-            self._noted.append(recv.plan.hops[0].counts)
+            self._noted.append(recv.plan.counts[:, : self.spec.num_experts])
         return recv
 
     def combine(self, *args: Any, **options: Any) -> Any:
@@ -73,7 +85,7 @@ class WatchedBuffer(Buffer):
 
     @contextmanager
     def _watched(self, name: str) -> Iterator[None]:
-        before, start = self.stats.wait_s, time.perf_counter()
+        before, start = self.stats.wait_s, self._watch.now()
         yield
         # A rank may wait for several peers at once, so their waits must not be added up; the longest is all but a
         # little of it, because one peer is the last.

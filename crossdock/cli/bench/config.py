@@ -1,0 +1,143 @@
+"""A run as a value: what the command line asked for, and what the ranks are told to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from crossdock.errors import ConfigError
+from crossdock.layout import Compact, Expanded, Layout, Padded
+from crossdock.plan import local_counts
+from crossdock.routing import hot_expert_load, recorded_load, uniform_load, zipf_load
+from crossdock.spec import Spec, Topology
+from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Wire
+
+WIRES: dict[str, Wire] = {"bf16": Bf16(), "fp16": Fp16(), "fp32": Fp32(), "fp8": Fp8()}
+LAYOUTS: dict[str, Layout] = {"compact": Compact(), "expanded": Expanded(), "padded": Padded()}
+LOADS = {"uniform": uniform_load, "zipf": zipf_load, "hot": hot_expert_load}
+_FOR_CUDA = ("num_sms", "expand", "engine", "mps_percentage", "sweep_sms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, as the command line names it; tokens are those of each rank."""
+
+    ranks: int
+    tokens: int
+    hidden: int
+    experts: int
+    topk: int
+    wire: str
+    layout: str
+    load: str
+    seed: int
+    repeats: int
+    baseline: str
+    device: str = "cpu"
+    reduce: str = "token"
+    alignment: int = 1
+    num_sms: int | None = None
+    expand: str | None = None
+    engine: str | None = None
+    mps_percentage: float | None = None
+    sweep_sms: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        aligned = f" (alignment {self.alignment})" if self.alignment > 1 else ""
+        return (
+            f"{self.ranks} ranks × {self.tokens} tokens, hidden {self.hidden}, top-{self.topk} of {self.experts} "
+            f"experts, {self.wire}, {self.layout}{aligned}, reduce={self.reduce}, {self.load} load"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every rank is told."""
+
+    spec: Spec
+    topk_idx: npt.NDArray[np.int64]
+    """[P * T, K] the picks of all ranks' tokens, rank after rank."""
+    seed: int
+    repeats: int
+    keeps_buffers: bool
+    """Whether the baseline does."""
+    buffer_options: dict[str, Any] = field(default_factory=dict)
+    """For ``Buffer``, beside group, spec and device."""
+    sweep_sms: tuple[int, ...] = ()
+
+
+def make_job(config: Config) -> Job:
+    """What the ranks are told: the picks of all tokens, and the Spec.
+
+    Layouts with a row per pick get room for just these picks, because the worst case of a layout is for picks that
+    nobody knows.
+
+    Raises:
+        ConfigError: the arguments do not fit together.
+    """
+    _check(config)
+    layout = LAYOUTS[config.layout]
+    spec = Spec(
+        num_experts=config.experts,
+        num_topk=config.topk,
+        hidden=config.hidden,
+        max_tokens=config.tokens,
+        wire=WIRES[config.wire],
+        layout=replace(layout, alignment=config.alignment) if isinstance(layout, Expanded) else layout,
+        reduce=cast("Literal['token', 'rank']", config.reduce),
+    )
+    topology = Topology(num_ranks=config.ranks)
+    num_local = spec.num_local_experts(config.ranks)
+    topk_idx = draw_load(config)
+    if spec.layout.per_pick:
+        per_expert = local_counts(spec, topology, topk_idx)[: config.experts].view(-1, num_local)
+        if isinstance(spec.layout, Padded):
+            needed = int(per_expert.max())
+        else:
+            needed = int((-(-per_expert // config.alignment) * config.alignment).sum(1).max())
+        spec = replace(spec, layout=replace(spec.layout, capacity=max(1, needed)))
+    spec.capacity(config.ranks)
+    options = {"num_sms": config.num_sms, "expand": config.expand, "engine": config.engine}
+    return Job(
+        spec=spec,
+        topk_idx=topk_idx.numpy(),
+        seed=config.seed,
+        repeats=config.repeats,
+        keeps_buffers=config.baseline == "kept",
+        buffer_options={name: value for name, value in options.items() if value is not None},
+        sweep_sms=config.sweep_sms,
+    )
+
+
+def draw_load(config: Config) -> Tensor:
+    """The picks of all ranks' tokens, int64 [P * T, K]; the same seed gives the same picks."""
+    num_tokens = config.ranks * config.tokens
+    if draw := LOADS.get(config.load):
+        generator = torch.Generator().manual_seed(config.seed)
+        return draw(num_tokens, config.experts, num_topk=config.topk, generator=generator)
+    try:
+        return recorded_load(config.load, num_tokens, num_experts=config.experts, num_topk=config.topk)
+    except OSError as error:
+        raise ConfigError(
+            f"load={config.load} cannot be opened ({error.strerror}); pass {', '.join(LOADS)}, or an .npy file that "
+            f"crossdock.record_load wrote"
+        ) from error
+
+
+def _check(config: Config) -> None:
+    if config.repeats < 1:
+        raise ConfigError(f"repeats={config.repeats}; pass a positive number")
+    if config.alignment != 1 and config.layout != "expanded":
+        raise ConfigError(f"alignment={config.alignment} with layout={config.layout}; only expanded rows are aligned")
+    if config.device == "cuda":
+        if config.baseline == "kept":
+            raise ConfigError("baseline=kept on CUDA, whose allocator keeps memory by itself; leave it out")
+        return
+    for name in _FOR_CUDA:
+        if (value := getattr(config, name)) not in (None, ()):
+            raise ConfigError(f"{name}={value} is for GPUs, and this runs on CPUs; leave it out")

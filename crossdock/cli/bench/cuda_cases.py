@@ -1,0 +1,243 @@
+"""What is measured on GPUs, and what each result must be: that of the same exchange on CPU copies, over gloo.
+
+Letters: T tokens here, K top-k, H hidden, L local experts, P ranks, R received rows, C capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from crossdock import autograd
+from crossdock.buffer import Buffer
+from crossdock.cli.bench.cases import Rows, bits, draw_outputs, draw_rows, name_of, parts_of
+from crossdock.cli.bench.config import Job
+from crossdock.cli.bench.exchange import AllToAll
+from crossdock.cli.bench.traffic import traffic
+from crossdock.cli.world import Member
+from crossdock.layout import Padded
+from crossdock.spec import Spec
+from crossdock.wire import Bf16, Fp8, Quantized
+
+CACHED, STEP = "dispatch (cached plan, graph)", "training step"
+FUSED, PULL, PUSH = "dispatch (fused cast, graph)", "combine (pull)", "combine (push)"
+
+Results: TypeAlias = tuple[Rows, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaCase:
+    """One operation.
+
+    ``num_bytes`` and ``link_bytes`` are the payload, as in ``Case``. ``write_bytes`` are those of the rows that this
+    rank sends, which are read once and written to several places; ``copy_bytes`` all others that it reads and writes.
+    """
+
+    op: str
+    wire: str
+    spec: Spec
+    num_bytes: int
+    link_bytes: int
+    write_bytes: int
+    copy_bytes: int
+    num_sms: int | None
+    in_graph: bool
+    ready: Callable[[], Callable[[], Results]]
+    """Makes ready what is not timed, and gives the call that is."""
+    wanted: list[Tensor]
+    """The bits of its results, on the GPU."""
+    baseline: Callable[[], object] | None
+
+
+@contextmanager
+def open_cuda_cases(member: Member, job: Job) -> Iterator[tuple[list[CudaCase], list[CudaCase], str]]:
+    """The cases of one rank; those with other numbers of SMs, in pairs of dispatch and combine; and the launch.
+
+    Buffers are open until the block ends. Collective.
+    """
+    with ExitStack() as stack:
+        side = stack.enter_context(_side(job.spec, member, job))
+        cases = [side.cached(), side.eager(), *side.homes(), side.step()]
+        if isinstance(job.spec.wire, Fp8):
+            wide = stack.enter_context(_side(replace(job.spec, wire=Bf16()), member, job))
+            cases[1:1] = [side.fused_cast(), wide.cached()]
+        sweep = [case for num_sms in job.sweep_sms for case in (side.cached(num_sms), side.homes(num_sms)[0])]
+        yield cases, sweep, str(side.buffer.launch)
+
+
+@contextmanager
+def _side(spec: Spec, member: Member, job: Job) -> Iterator[_Side]:
+    with Buffer(None, spec, device=member.device, **job.buffer_options) as buffer:
+        yield _Side(buffer, member, job)
+
+
+class _Side:
+    """One Spec's buffer, with rows on the GPU, their CPU copies, and what those become."""
+
+    def __init__(self, buffer: Buffer, member: Member, job: Job) -> None:
+        spec, rank, self._device = buffer.spec, member.rank, member.device
+        self.buffer = buffer
+        picks = torch.from_numpy(job.topk_idx).view(member.num_ranks, -1, spec.num_topk)
+        self._traffic = traffic(spec, picks, rank)
+        self._unquantised, self._x = draw_rows(spec, picks.shape[1], seed=job.seed + rank)
+        self._grad = draw_outputs(spec, self._unquantised.shape, seed=job.seed + member.num_ranks + rank)
+        self._exchange = AllToAll(spec, member.num_ranks)
+        self._route = self._exchange.route(picks[rank])
+        self._rows = self._exchange.send(parts_of(self._x), self._route)
+        self._y = draw_outputs(spec, self._rows.parts[0].shape, seed=job.seed + rank)
+        self._wanted_rows = self._on_gpu((self._rows,))
+        self._wanted_sums = self._on_gpu((self._exchange.combine(self._y, self._route),))
+        self.topk_idx, self.x = picks[rank].to(self._device), _to(self._x, self._device)
+        self.unquantised, self.y = self._unquantised.to(self._device), self._y.to(self._device)
+        self.plan = buffer.dispatch(self.x, self.topk_idx).plan
+        self._nccl = AllToAll(spec, member.num_ranks) if member.has_nccl else None
+        self._nccl_route = self._nccl.route(self.topk_idx) if self._nccl else None
+
+    def cached(self, num_sms: int | None = None) -> CudaCase:
+        """Rows alone, on a plan that is known."""
+        options = _sms_option(num_sms)
+        nccl, route, parts = self._nccl, self._nccl_route, parts_of(self.x)
+        baseline = (lambda: nccl.send(parts, route)) if nccl and route else None
+        call = lambda: (self.buffer.dispatch(self.x, self.plan, **options),)  # noqa: E731 - one of two in a line
+        return self._out(CACHED, lambda: call, baseline, num_sms=num_sms)
+
+    def eager(self) -> CudaCase:
+        """From picks to rows, as a call of the library gives them by default."""
+        syncs = "" if isinstance(self.buffer.spec.layout, Padded) else ", host sync"
+        nccl, parts = self._nccl, parts_of(self.x)
+        baseline = (lambda: nccl.dispatch(parts, self.topk_idx)) if nccl else None
+        call = lambda: (self.buffer.dispatch(self.x, self.topk_idx),)  # noqa: E731 - as above
+        return self._out(f"dispatch (eager{syncs})", lambda: call, baseline, in_graph=False)
+
+    def fused_cast(self) -> CudaCase:
+        """Rows that are cast on their way."""
+        return self._out(FUSED, lambda: lambda: (self.buffer.dispatch(self.unquantised, self.plan),), None)
+
+    def homes(self, num_sms: int | None = None) -> list[CudaCase]:
+        """Outputs that stay where the experts wrote them, and those that are an ordinary tensor.
+
+        Where ranks sum first, outputs are pushed wherever they lie: then there is one case.
+        """
+        options, spec, moved = _sms_option(num_sms), self.buffer.spec, self._traffic
+
+        def pull() -> Callable[[], Results]:
+            recv = self.buffer.dispatch(self.x, self.plan)
+            rows = recv.output_rows()
+            rows.copy_(self.y)
+            return lambda: (self.buffer.combine(rows, recv.plan, **options),)
+
+        def push() -> Callable[[], Results]:
+            return lambda: (self.buffer.combine(self.y, self.plan, **options),)
+
+        sums = moved.home_received + moved.num_tokens
+        pushed = self._home(PUSH, push, sums + moved.out_received + moved.home_sent, num_sms)
+        return [pushed] if spec.ranks_sum_picks else [self._home(PULL, pull, sums, num_sms), pushed]
+
+    def step(self) -> CudaCase:
+        """Dispatch and combine, and both again in the backward pass, eager, with experts that change nothing."""
+        buffer, spec, moved = self.buffer, self.buffer.spec, self._traffic
+        x = self.unquantised.detach().requires_grad_()
+        grad = self._grad.to(self._device)
+
+        def call() -> Results:
+            recv = autograd.dispatch(buffer, x, self.topk_idx)
+            out = autograd.combine(buffer, recv.x.to(spec.combine_dtype), recv.plan)
+            (grad_x,) = torch.autograd.grad(out, x, grad)
+            return out.detach(), grad_x
+
+        row_bytes = spec.hidden * spec.combine_dtype.itemsize
+        pushed = moved.out_received + moved.home_sent + moved.home_received + moved.num_tokens
+        return CudaCase(
+            op=STEP,
+            wire=name_of(spec.wire.dtype),
+            spec=spec,
+            num_bytes=moved.out_received * (spec.row_bytes() + row_bytes) + 2 * moved.home_sent * row_bytes,
+            link_bytes=moved.out_from_others * (spec.row_bytes() + row_bytes) + 2 * moved.home_to_others * row_bytes,
+            write_bytes=moved.out_sent * (spec.row_bytes() + row_bytes),
+            copy_bytes=2 * pushed * row_bytes,
+            num_sms=_num_sms(buffer, None),
+            in_graph=False,
+            ready=lambda: call,
+            wanted=self._on_gpu(self._steps_results()),
+            baseline=None,
+        )
+
+    def _steps_results(self) -> Results:
+        """Of CPU copies: the sums of what came, and the same walk of the gradients, in the combine format."""
+        spec, exchange, route = self.buffer.spec, self._exchange, self._route
+        rows = self._rows.parts[0]
+        if isinstance(spec.wire, Fp8):
+            rows = spec.wire.dequantize(Quantized(*self._rows.parts), spec.combine_dtype)
+        grads = exchange.send((self._grad,), route).parts[0]
+        return exchange.combine(rows, route), exchange.combine(grads, route)
+
+    def _out(
+        self,
+        op: str,
+        ready: Callable[[], Callable[[], Results]],
+        baseline: Callable[[], object] | None,
+        *,
+        num_sms: int | None = None,
+        in_graph: bool = True,
+    ) -> CudaCase:
+        spec, row_bytes = self.buffer.spec, self.buffer.spec.row_bytes()
+        return CudaCase(
+            op=op,
+            wire=name_of(spec.wire.dtype),
+            spec=spec,
+            num_bytes=self._traffic.out_received * row_bytes,
+            link_bytes=self._traffic.out_from_others * row_bytes,
+            write_bytes=self._traffic.out_sent * row_bytes,
+            copy_bytes=0,
+            num_sms=_num_sms(self.buffer, num_sms),
+            in_graph=in_graph,
+            ready=ready,
+            wanted=self._wanted_rows,
+            baseline=baseline,
+        )
+
+    def _home(
+        self, op: str, ready: Callable[[], Callable[[], Results]], moved_rows: int, num_sms: int | None
+    ) -> CudaCase:
+        spec = self.buffer.spec
+        row_bytes = spec.hidden * spec.combine_dtype.itemsize
+        nccl, route = self._nccl, self._nccl_route
+        return CudaCase(
+            op=op,
+            wire=name_of(spec.combine_dtype),
+            spec=spec,
+            num_bytes=self._traffic.home_sent * row_bytes,
+            link_bytes=self._traffic.home_to_others * row_bytes,
+            write_bytes=0,
+            copy_bytes=moved_rows * row_bytes,
+            num_sms=_num_sms(self.buffer, num_sms),
+            in_graph=True,
+            ready=ready,
+            wanted=self._wanted_sums,
+            baseline=(lambda: nccl.combine(self.y, route)) if nccl and route else None,
+        )
+
+    def _on_gpu(self, results: Results) -> list[Tensor]:
+        return [part.to(self._device) for part in result_bits(results, self.buffer.spec)]
+
+
+def result_bits(results: Results, spec: Spec) -> list[Tensor]:
+    """All results' rows, as bytes [R, ...]."""
+    return [part for result in results for part in bits(result, spec)]
+
+
+def _to(x: Tensor | Quantized, device: torch.device) -> Tensor | Quantized:
+    return Quantized(*(part.to(device) for part in x)) if isinstance(x, Quantized) else x.to(device)
+
+
+def _sms_option(num_sms: int | None) -> dict[str, Any]:
+    return {} if num_sms is None else {"num_sms": num_sms}
+
+
+def _num_sms(buffer: Buffer, asked: int | None) -> int | None:
+    return asked if asked is not None or buffer.launch is None else buffer.launch.num_sms

@@ -1,0 +1,130 @@
+"""All that a run has to tell, as one value: the table, the JSON lines and the chart are made from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from crossdock.cli.bench.config import Config
+from crossdock.cli.bench.cuda_cases import CACHED, FUSED, STEP
+from crossdock.cli.bench.cuda_measure import CALLS
+from crossdock.cli.bench.figures import Figure, Limits
+from crossdock.cli.bench.measure import WARM_UPS
+from crossdock.cli.bench.samples import OnGpu
+from crossdock.cli.machine import Machine
+from crossdock.cli.mps import Sharing
+from crossdock.errors import ConfigError
+
+BASELINES = {"fresh": "gloo all_to_all_single", "kept": "gloo all_to_all_single, buffers kept"}
+NCCL = "NCCL all_to_all_single"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A run's figures and what they stand on. ``sharing`` and ``gpu`` are None on CPUs."""
+
+    config: Config
+    figures: Sequence[Figure]
+    sweep: Sequence[Figure]
+    """A dispatch and a combine for each number of SMs."""
+    limits: Limits
+    machine: Machine
+    gpu: OnGpu | None
+    sharing: Sharing | None
+
+    @property
+    def baseline(self) -> str | None:
+        """What each operation is compared with in time; None where there is nothing."""
+        if self.sharing is None:
+            return BASELINES[self.config.baseline]
+        return NCCL if any(figure.baseline_us is not None for figure in self.figures) else None
+
+    @property
+    def pairs(self) -> list[tuple[Figure, Figure]]:
+        """The sweep, a dispatch with its combine."""
+        return list(zip(self.sweep[::2], self.sweep[1::2], strict=True))
+
+    def json_lines(self) -> Iterator[str]:
+        """One for each operation, then one for each number of SMs of a sweep."""
+        about = {
+            "baseline": self.baseline,
+            "copy_gb_s": self.limits.copy / 1e9,
+            "write_gb_s": None if self.limits.write is None else self.limits.write / 1e9,
+            "gpu": None if self.gpu is None else asdict(self.gpu),
+            "sharing": None if self.sharing is None else {**asdict(self.sharing), "warning": self.sharing.warning},
+            "machine": asdict(self.machine),
+        }
+        config = asdict(self.config)
+        for figure in self.figures:
+            yield json.dumps({**config, **asdict(figure), "times_dispatch": self.times_dispatch(figure), **about})
+        for dispatch, combine in self.pairs:
+            line: dict[str, Any] = {"op": "sweep", "num_sms": dispatch.num_sms}
+            yield json.dumps({**config, **line, "dispatch": asdict(dispatch), "combine": asdict(combine), **about})
+
+    def times_dispatch(self, figure: Figure) -> float | None:
+        """How many dispatches on a cached plan a training step takes; None for other operations."""
+        cached = self._median(CACHED, figure.wire)
+        return figure.median_us / cached if figure.op == STEP and cached else None
+
+    def notes(self) -> list[str]:
+        """What the figures stand on, a line each."""
+        return [*self._about_steps(), *self._about_fp8(), *self._about_method(), str(self.machine)]
+
+    def _about_steps(self) -> list[str]:
+        ratios = [self.times_dispatch(figure) for figure in self.figures]
+        return [
+            f"A training step takes {ratio:.1f} × a dispatch on a cached plan: dispatch, combine, both backward; eager."
+            for ratio in ratios
+            if ratio
+        ]
+
+    def _about_fp8(self) -> list[str]:
+        """What a narrow wire gains and what casting costs, where both were measured."""
+        fused, plain = ("dispatch (fused cast)", "dispatch") if self.sharing is None else (FUSED, CACHED)
+        cast, quantised, wide = self._median(fused, "fp8"), self._median(plain, "fp8"), self._median(plain, "bf16")
+        if not (cast and quantised and wide):
+            return []
+        gain = f"Quantised rows travel {wide / quantised:.2f} × as fast as bf16"
+        return [f"{gain}; the cast on the way costs {cast - quantised:.0f} us ({cast / quantised - 1:+.0%})."]
+
+    def _about_method(self) -> list[str]:
+        repeats, num_ranks, copy = self.config.repeats, self.config.ranks, self.limits.copy / 1e9
+        if self.sharing is None or self.gpu is None:
+            return [
+                f"Slowest rank's median of {repeats} calls, after {WARM_UPS} others; rows equal gloo's, bit for bit.",
+                f"Limit: each row read once and written once at {copy:.1f} GB/s, what {num_ranks} ranks copy.",
+                f"Baseline: {self.baseline}.",
+            ]
+        assert self.limits.write is not None
+        written, places = self.limits.write / 1e9, self.gpu.destinations
+        slow = [f"NOT A MEASUREMENT OF SPEED: {self.sharing.warning}."] if self.sharing.warning else []
+        return [
+            *slow,
+            f"Slowest rank's median of {repeats} batches of {CALLS} calls, by CUDA events.",
+            "Rows and sums equal those of the same exchange over gloo on CPU copies, bit for bit.",
+            f"Limit of dispatch: {num_ranks} ranks read rows and write each to {places} places, {written:,.0f} GB/s.",
+            f"Limit of combine: {num_ranks} ranks copy, {copy:,.0f} GB/s read and written.",
+            f"Baseline: {self.baseline or 'none, because ranks share a GPU and NCCL refuses that'}.",
+            f"Ranks: {self.sharing}; each sees {self.gpu.visible_sms} SMs.",
+            self.gpu.launch,
+        ]
+
+    def _median(self, op: str, wire: str) -> float | None:
+        return next((figure.median_us for figure in self.figures if (figure.op, figure.wire) == (op, wire)), None)
+
+
+def open_to_write(path: Path, option: str) -> TextIO:
+    """The file, to append to.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{option}={path} cannot be written ({error.strerror}); pass a file in a folder that exists"
+        ) from error
