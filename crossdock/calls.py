@@ -70,6 +70,7 @@ class Calls:
         """Everybody's words for the call; this rank's own is given first where it had to wait."""
         if call.post is not None:
             yield from self._consent.opening(call.sequence)
+            self._backend.enter()
             call.post()
         self._backend.use_sms(call.num_sms)
         return (yield from self._consent.words(call.sequence, call.word))

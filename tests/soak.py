@@ -413,7 +413,8 @@ def _buffer_options(options: argparse.Namespace, device: torch.device, spec: Spe
     timeout = {"timeout_s": 2 * options.watchdog}
     if device.type == "cpu":
         return timeout
-    expand = (options.expand or ("sender", "receiver")[number % 2]) if spec.layout.per_pick else None
+    may_expand = spec.layout.per_pick and spec.row_bytes() <= spec.hidden * spec.combine_dtype.itemsize
+    expand = (options.expand or ("sender", "receiver")[number % 2]) if may_expand else None
     engine = options.engine if not spec.layout.per_pick else "kernel"
     return timeout | {"device": device, "num_sms": options.num_sms, "expand": expand, "engine": engine}
 

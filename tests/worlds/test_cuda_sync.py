@@ -74,7 +74,9 @@ def exchange(segments, rank, payload, state, max_polls, record, result, rows, P:
         post_words(segments, WORDS_AT + 8 * (entry + rank), stamped(sequence, payload), P)
     own = tl.load(segments + rank)
     words, aborts = words_at(own, WORDS_AT) + entry, words_at(own, ABORTS_AT)
-    status, seen = wait_words(words, aborts, stamped(sequence, 0), True, num_ended(sequence), max_polls, PHASE, record, P)
+    status, seen = wait_words(
+        words, aborts, stamped(sequence, 0), True, num_ended(sequence), max_polls, PHASE, record, P
+    )
     if status == sync.OK:
         arrived = tl.load(words_at(own, ROWS_AT) + entry + lanes, mask=lanes < P)
         tl.store(rows + lanes, arrived, mask=lanes < P)

@@ -102,26 +102,15 @@ class CudaBackend:
         """See Backend."""
         plan = _of_device(plan)
         with torch.cuda.stream(self._kernels.stream):
+            self._push(plan, outgoing)
+            if plan.report is not None:
+                self._planner.find_origins(plan)
             if _has_records(plan, outgoing):
                 extras = _packed(outgoing.extras, plan.num_tokens) if outgoing.extras else None
                 weights = None if outgoing.weights is None else outgoing.weights.contiguous()
                 self._kernels.push_records(plan.topk_idx, weights, extras, plan.rows)
             if plan.pairs is not None and plan.partial_rows is None:
                 self._kernels.push_partial_rows(plan.rows, plan.pairs)
-            if self.launch.engine == "copy":
-                self._push_blocks(plan, outgoing)
-                return
-            way = self._way(plan, outgoing)
-            x = outgoing.x
-            if isinstance(x, Tensor) and self._is_narrow and not outgoing.wide:
-                x = x if x.stride(1) == 1 else x.contiguous()
-                self._kernels.push_cast(x, way.table, landed=way.is_landed)
-                return
-            data, scale = x if isinstance(x, Quantized) else (x, None)
-            self._kernels.push_rows(data, way.table, way.region, row_bytes=way.row_bytes)
-            if scale is not None:
-                region = way.region if way.is_landed else "scale"
-                self._kernels.push_rows(scale, way.table, region, offset=way.scale_offset, row_bytes=way.row_bytes)
 
     def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
         """See Backend."""
@@ -283,6 +272,21 @@ class CudaBackend:
             self._kernels.check_call()
         self.synchronize()
 
+    def _push(self, plan: DevicePlan, outgoing: Outgoing) -> None:
+        """Rows alone, by kernels or by copies of whole blocks."""
+        if self.launch.engine == "copy":
+            self._push_blocks(plan, outgoing)
+            return
+        way, x = self._way(plan, outgoing), outgoing.x
+        if isinstance(x, Tensor) and self._is_narrow and not outgoing.wide:
+            self._kernels.push_cast(x if x.stride(1) == 1 else x.contiguous(), way.table, landed=way.is_landed)
+            return
+        data, scale = x if isinstance(x, Quantized) else (x, None)
+        self._kernels.push_rows(data, way.table, way.region, row_bytes=way.row_bytes)
+        if scale is not None:
+            region = way.region if way.is_landed else "scale"
+            self._kernels.push_rows(scale, way.table, region, offset=way.scale_offset, row_bytes=way.row_bytes)
+
     def _way(self, plan: DevicePlan, outgoing: Outgoing) -> _Way:
         """By which table rows go, and where they land."""
         region, spec = self._arena.region_of_rows(wide=outgoing.wide), self._arena.spec
@@ -375,7 +379,7 @@ def connect(transport: DeviceTransport, arena: Arena, wishes: Wishes, *, buffer_
     """The parts of a rank whose peers' memory is mapped. Local. Compiles and loads the kernels."""
     visible = torch.cuda.get_device_properties(transport.device).multi_processor_count
     topology = _shared(arena.topology, transport.ranks_here)
-    config = decide(arena.spec, topology, wishes, visible_sms=visible)
+    config = decide(arena.spec, topology, wishes, visible_sms=visible, ranks_here=transport.ranks_here)
     kernels = Kernels(arena, transport, config, timeout_s=timeout_s)
     consent = DeviceConsent(transport, kernels, ring=arena.ring)
     backend = CudaBackend(arena, transport, kernels, consent, buffer_id=buffer_id)

@@ -16,12 +16,14 @@ PROGRAMS_PER_SM = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How a kernel's programs share out rows: bytes that one moves at a time, its warps, how many there are."""
+    """How programs share out rows: bytes of a row that one moves at a time, its warps, how many programs there are."""
 
     piece_bytes: int
     num_warps: int
     programs: int | None
     """None: one for each piece."""
+    num_rows: int = 1
+    """Rows of which a copy moves a piece at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +34,12 @@ class LaunchConfig:
     expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
     topology: whose bandwidths that was decided from.
 
-    With all visible multiprocessors there is a program of one warp for each piece of 2 KiB. On an H200 under MPS, 8
-    ranks x 16 multiprocessors, 4096 tokens of 7168 bf16 values, top-8 of 256, a dispatch took 804 us so, and 826 to 839
-    with a fixed number of programs that take turns; 4 ranks x 32, 309 and 329 to 392. With fewer there is one program
-    of 16 warps, which moves whole rows, for each multiprocessor: 59 GB/s each.
+    With all visible multiprocessors there is a program of one warp for each piece of 2 KiB; with fewer, one program of
+    32 warps for each, which moves 4 rows at a time or sums one. On an H200 under MPS, 8 ranks, 4096 tokens of 7168 bf16
+    values, top-8 of 256, words included, by multiprocessors of each rank (16 are all it sees)::
+
+        dispatch  16: 821 to 834 us   16 in turns: 850 (16 warps), 976   8: 903   4: 1704   (1 row at a time: 991, 1835)
+        combine   16: 725             16 in turns: 756, 867 (16 warps)   8: 1227   4: 2351   (16 warps: 1376, 2540)
     """
 
     num_sms: int
@@ -57,7 +61,8 @@ class LaunchConfig:
             is_counted: whether the host knows how many rows there are.
         """
         if self.is_capped:
-            return Shape(piece_bytes=min(_power_of_two(row_bytes), 16384), num_warps=16, programs=self.num_sms)
+            piece_bytes = min(_power_of_two(row_bytes), 16384)
+            return Shape(piece_bytes=piece_bytes, num_warps=32, programs=self.num_sms, num_rows=65536 // piece_bytes)
         programs = None if is_counted else self.num_sms * PROGRAMS_PER_SM
         return Shape(piece_bytes=min(_power_of_two(row_bytes), 2048), num_warps=1, programs=programs)
 
@@ -69,17 +74,17 @@ class LaunchConfig:
         )
 
 
-def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int) -> LaunchConfig:
+def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int, ranks_here: int = 1) -> LaunchConfig:
     """The configuration of a buffer: what was asked for, and the analytic default for the rest.
 
     Twice as many multiprocessors as fill the link with stores, because a combine loads over it, which takes more in
-    flight; all that there are, where that is fewer.
+    flight. All that there are, where that is fewer, or where several ranks share the GPU and its memory is the link.
 
     >>> spec = Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=4)
     >>> print(decide(spec, Topology(num_ranks=8), Wishes(), visible_sms=132))
     LaunchConfig(num_sms=16 of 132, expand='sender', engine='kernel', link 450 GB/s, memory 4100 GB/s)
     """
-    default = 2 * cost.sms_to_fill(topology.link_bandwidth)
+    default = 2 * cost.sms_to_fill(topology.link_bandwidth) if ranks_here == 1 else visible_sms
     return LaunchConfig(
         num_sms=min(wishes.num_sms or default, visible_sms),
         visible_sms=visible_sms,

@@ -55,6 +55,10 @@ class DeviceConsent(Consent):
         super().start_from(sequence)
         self._restart()
 
+    def may_post(self, sequence: int) -> bool:
+        """Never ahead of the calls before it: counts, words and plan of a call follow each other."""
+        return False
+
     def post(self, sequence: int, word: Word) -> None:
         """The kernel that awaits the words gives this rank's first."""
         self._last_posted = sequence
@@ -62,8 +66,7 @@ class DeviceConsent(Consent):
     def words(self, sequence: int, own: Word) -> Steps[Sequence[Word]]:
         """The words stay on the device, where the kernels that follow read them."""
         self._posts = False
-        with torch.cuda.stream(self._kernels.stream):
-            self._kernels.begin_call(own.payload())
+        self._kernels.begin_call(own.payload())
         yield from ()
         return ()
 
@@ -73,14 +76,12 @@ class DeviceConsent(Consent):
 
     def arrivals(self, sequence: int, words: Sequence[Word], *, from_all: bool) -> Waiting:
         """See Consent; nothing is waited for on the host."""
-        with torch.cuda.stream(self._kernels.stream):
-            self._kernels.finish_call(posts=self._posts, awaits_all=from_all)
+        self._kernels.finish_call(posts=self._posts, awaits_all=from_all)
         yield from ()
 
     def check(self, sequence: int) -> None:
         """Ends the call, on the device, where a peer has given it up."""
-        with torch.cuda.stream(self._kernels.stream):
-            self._kernels.check_call()
+        self._kernels.check_call()
 
     def until(self, event: Event, what: str) -> Generator[Missing, None, None]:
         """Done when the event has passed: on the device everything has its deadline.

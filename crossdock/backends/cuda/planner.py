@@ -36,7 +36,6 @@ class Counted(NamedTuple):
     """Picks that have been counted, until everybody's counts are here."""
 
     topk_idx: Tensor
-    partial_sums: Tensor  # [chunks, W] int32: of the chunks before each
     gathered: Tensor  # [P, W] int64
 
 
@@ -63,13 +62,11 @@ class Planner:
         self._nobody = self._rows[_NUM_REPORTS]
 
     def count(self, topk_idx: Tensor) -> Counted:
-        """Counts this rank's picks, for the words that come next to tell."""
-        gathered = self._ints(self._num_ranks, self._kernels.num_counts, dtype=torch.int64)
-        with torch.cuda.stream(self._kernels.stream):
-            partial_sums = self._partial_sums(topk_idx)
-            counts = self._ints(self._kernels.num_counts, dtype=torch.int64)
-            self._kernels.count_picks(topk_idx, partial_sums, counts, gathered)
-        return Counted(topk_idx, partial_sums, gathered)
+        """Counts this rank's picks, for the words that come next to tell; until the plan is made, no others."""
+        spec, topology = self._arena.spec, self._arena.topology
+        gathered = self._ints(self._num_ranks, spec.num_counts(topology), dtype=torch.int64)
+        self._kernels.count_picks(topk_idx, gathered)
+        return Counted(topk_idx, gathered)
 
     def make(self, counted: Counted, *, stamp: int) -> DevicePlan:
         """The plan of picks that were counted, once everybody's counts are here."""
@@ -84,10 +81,9 @@ class Planner:
     def remake(self, tensors: PlanTensors) -> DevicePlan:
         """The plan again, from the tensors that decide it."""
         topk_idx, counts, partial_rows, src_idx, local_idx = tensors
-        with torch.cuda.stream(self._kernels.stream):
-            partial_sums = self._partial_sums(topk_idx)
-            self._kernels.sum_chunks(topk_idx, partial_sums, self._ints(counts.shape[1], dtype=torch.int64))
-        plan = self._plan(Counted(topk_idx, partial_sums, counts), stamp=REMADE, report=None)
+        self._kernels.count_picks(topk_idx, None)
+        plan = self._plan(Counted(topk_idx, counts), stamp=REMADE, report=None)
+        self.find_origins(plan)
         return replace(
             plan,
             num_rows=src_idx.numel(),
@@ -95,6 +91,12 @@ class Planner:
             src_idx=src_idx.reshape(-1),
             local_idx=None if self._arena.spec.layout.per_pick else local_idx,
         )
+
+    def find_origins(self, plan: DevicePlan) -> None:
+        """Works out where the rows that come here are from; after what sends rows, which does not need it."""
+        self._kernels.find_origins(plan.scalars, plan.rows, is_pairs=False)
+        if plan.pairs is not None:
+            self._kernels.find_origins(plan.scalars, plan.pairs, is_pairs=True)
 
     def told(self, plan: DevicePlan) -> DevicePlan:
         """The plan with what its report says, which has come.
@@ -136,7 +138,7 @@ class Planner:
         return self._captured
 
     def _plan(self, counted: Counted, *, stamp: int, report: Report | None) -> DevicePlan:
-        topk_idx, partial_sums, counts = counted
+        topk_idx, counts = counted
         spec, kernels = self._arena.spec, self._kernels
         num_segments = self._num_local if spec.layout.per_pick else 1
         num_tokens, columns = topk_idx.shape[0], min(spec.num_topk, self._num_ranks)
@@ -147,18 +149,12 @@ class Planner:
         scalars, starts = self._ints(SCALARS.value), self._ints(num_segments + 1)
         tokens = self._ints(self._num_local)
         told = self._nobody if report is None else report.row
-        with torch.cuda.stream(kernels.stream):
-            outgoing = self._ints(2, num_segments * self._num_ranks)
-            kernels.derive_blocks(
-                counts, scalars, told, outgoing, rows.incoming, starts, tokens, is_pairs=False, keeps=report is None
-            )
-            kernels.place_rows(topk_idx, partial_sums, outgoing, scalars, rows, is_pairs=False)
-            if pairs is not None:
-                outgoing = self._ints(2, self._num_ranks)
-                kernels.derive_blocks(
-                    counts, scalars, told, outgoing, pairs.incoming, starts, tokens, is_pairs=True, keeps=True
-                )
-                kernels.place_rows(topk_idx, partial_sums, outgoing, scalars, pairs, is_pairs=True)
+        keeps = report is None
+        kernels.derive_blocks(counts, scalars, told, rows.incoming, starts, tokens, is_pairs=False, keeps=keeps)
+        kernels.place_rows(topk_idx, scalars, rows, is_pairs=False)
+        if pairs is not None:
+            kernels.derive_blocks(counts, scalars, told, pairs.incoming, starts, tokens, is_pairs=True, keeps=True)
+            kernels.place_rows(topk_idx, scalars, pairs, is_pairs=True)
         return DevicePlan(
             rank=self._rank,
             buffer_id=self._buffer_id,
@@ -182,9 +178,6 @@ class Planner:
             incoming=self._ints(3, num_segments * self._num_ranks),
             origins=self._ints(num_slots, dtype=torch.int64),
         )
-
-    def _partial_sums(self, topk_idx: Tensor) -> Tensor:
-        return self._ints(-(-topk_idx.shape[0] // self._kernels.chunk_tokens), self._kernels.num_counts)
 
     def _report(self) -> Report:
         """Room in host memory for what the host is told; a graph's is its own for good."""

@@ -100,10 +100,11 @@ def push_cast(
                     peer, row = place >> ROW_BITS, place & ROW_MASK
                     slot = slot_of(seen, peer)
                     base = tl.load(segments + peer)
-                    rows = base + data_region + slot * data_slot_bytes + row * DATA_BYTES
+                    there = base + data_region + slot * data_slot_bytes + row * DATA_BYTES
+                    there = there.to(tl.pointer_type(tl.uint8), bitcast=True)
                     if DATA_BYTES % 16 == 0:
-                        rows = tl.multiple_of(rows, 16)
-                    tl.store(rows.to(tl.pointer_type(tl.uint8), bitcast=True) + at, data, mask=is_value)
+                        there = tl.multiple_of(there, 16)
+                    tl.store(there + at, data, mask=is_value)
                     scales = base + scale_region + slot * scale_slot_bytes + row * SCALE_BYTES
                     scales = scales.to(tl.pointer_type(SCALE_TYPE), bitcast=True)
                     tl.store(scales + group, stored, mask=group < SCALES)

@@ -1,8 +1,8 @@
 """Where rows go, worked out on the device: counts of picks, prefix sums, places. Triton only.
 
-The same numbers as ``crossdock.plan`` has on the host. A *key* is what rows are sorted by where they land: the expert of
-a row that serves one pick, the rank of a row that serves all of a token's picks there. A place is ``rank << 32 | row``
-in an int64, -1 where there is none.
+The same numbers as ``crossdock.plan`` has on the host. A *key* is what rows are sorted by where they land: the expert
+of a row that serves one pick, the rank of a row that serves all of a token's picks there. A place is
+``rank << 32 | row`` in an int64, -1 where there is none.
 
 Letters: T tokens here, K top-k, J places of a token, E experts, L local experts, P ranks, N keys of a rank,
 B = N * P keys, W = E + P counts, S tokens of a chunk.
@@ -27,8 +27,8 @@ REPORT_PAIRS = tl.constexpr(1)
 REPORT_WORST = tl.constexpr(2)
 REPORT_NEEDED = tl.constexpr(3)
 REPORT_WORDS = tl.constexpr(4)
-"""Entries of the report to the host, int64: how many rows and pairs; of an overflow (0 needed: none) the place (rank, or
-expert for fixed blocks) that needs most, and how many rows."""
+"""Entries of the report to the host, int64: how many rows and pairs; of an overflow (0 needed: none) the place (rank,
+or expert for fixed blocks) that needs most, and how many rows."""
 
 ROW_BITS = tl.constexpr(32)
 ROW_MASK = tl.constexpr(2**32 - 1)

@@ -24,10 +24,10 @@ def wide(index):
 @triton.jit
 def row_at(address, row, like, ROW_BYTES: tl.constexpr):
     """A pointer of the type of ``like`` to a row behind an address (int64, a multiple of 16 bytes)."""
-    at = address + row.to(tl.int64) * ROW_BYTES
-    if ROW_BYTES % 16 == 0:
+    at = (address + row.to(tl.int64) * ROW_BYTES).to(like.dtype, bitcast=True)
+    if ROW_BYTES % 16 == 0:  # of an address from a table the compiler does not know
         at = tl.multiple_of(at, 16)
-    return at.to(like.dtype, bitcast=True)
+    return at
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -45,26 +45,31 @@ def push_rows(
     ROW: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     PIECE: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """Writes each row ``x [T, ROW]`` to all its places, in the slot that each peer named.
+
+    Without branches, so that the addresses of all places are on their way at once.
 
     Args:
         stride: words between rows of x.
         region, slot_bytes: where in a segment the rows of slot 0 begin, and bytes of a slot.
         ROW_BYTES: between rows there; at least those of ROW words.
+        TOKENS: whose pieces a program moves at a time.
     """
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
     if is_ok(state):
-        for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
-            token = i // PIECES
+        for i in range(tl.program_id(0), (num_tokens + TOKENS - 1) // TOKENS * PIECES, tl.num_programs(0)):
+            token = i // PIECES * TOKENS + tl.arange(0, TOKENS)
             at = i % PIECES * PIECE + tl.arange(0, PIECE)
-            row = tl.load(x + wide(token) * stride + at, mask=at < ROW)
+            is_word = (token < num_tokens)[:, None] & (at < ROW)[None, :]
+            row = tl.load(x + token.to(tl.int64)[:, None] * stride + at[None, :], mask=is_word)
             for j in tl.static_range(J):
-                place = tl.load(places + token * J + j)
-                if place >= 0:
-                    peer = place >> ROW_BITS
-                    there = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
-                    tl.store(row_at(there, place & ROW_MASK, x, ROW_BYTES) + at, row, mask=at < ROW)
+                place = tl.load(places + token * J + j, mask=token < num_tokens, other=-1)
+                peer = tl.where(place >= 0, place >> ROW_BITS, 0)
+                there = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
+                there = row_at(there, place & ROW_MASK, x, ROW_BYTES)[:, None]
+                tl.store(there + at[None, :], row, mask=is_word & (place >= 0)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
