@@ -195,7 +195,8 @@ class Player:
         gradients = self._dispatch(batch, wide, recv.plan, wide=True).wait()
         self._check_received(batch, wide, gradients, wide=True)
         self._nap()
-        (home,) = self.buffer.return_extras(recv.plan, self._bring(self._home(batch)))
+        (given,) = self._bring(self._home(batch))
+        (home,) = self.buffer.return_extras(recv.plan, [_filled(given, recv)])
         _same("extras that came home alone", home, batch.came_home(self.rank))
         return gradients
 
@@ -337,9 +338,12 @@ class Player:
         bias = batch.bias[rank, : batch.num_tokens[rank]] if self.round.is_biased else None
         inputs = self._bring(y, weights, bias, self._home(batch) if self.round.brings_home else None)
         y, weights, bias, home = inputs
+        y, home = _filled(y, recv), None if home is None else _filled(home, recv)
+        if weights is not None and spec.reduce == "rank":
+            weights = _filled(weights, recv)
         if self.round.pulls[rank]:
             outputs = recv.output_rows()
-            outputs = outputs if isinstance(spec.layout, Padded) else outputs[:num_rows]
+            outputs = outputs if isinstance(spec.layout, Padded) else outputs[: y.shape[0]]
             y = outputs.copy_(y)
         more = self._launch() if home is None else {"extras": [home], **self._launch()}
         return self._started(self.buffer.combine_start(y, recv.plan, weights=weights, bias=bias, **more), inputs)
@@ -429,6 +433,12 @@ def _expect(kind: type[Exception], *texts: str) -> Iterator[None]:
             raise Wrong(f"expected one of {texts or REASONS} in {error!r}") from error
     else:
         raise Wrong(f"expected {kind.__name__}")
+
+
+def _filled(rows: Tensor, recv: Received) -> Tensor:
+    """Rows up to the end of the slot, where the host does not know how many came: those behind are looked at by nobody."""
+    missing = recv.src_idx.shape[0] - rows.shape[0] if recv.num_rows is None else 0
+    return torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), float("nan"))]) if missing else rows
 
 
 def _data(rows: Tensor | Quantized) -> Tensor:

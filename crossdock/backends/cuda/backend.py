@@ -101,16 +101,15 @@ class CudaBackend:
     def push_rows(self, plan: Plan, outgoing: Outgoing, words: Sequence[Word]) -> None:
         """See Backend."""
         plan = _of_device(plan)
-        with torch.cuda.stream(self._kernels.stream):
-            self._push(plan, outgoing)
-            if plan.report is not None:
-                self._planner.find_origins(plan)
-            if _has_records(plan, outgoing):
-                extras = _packed(outgoing.extras, plan.num_tokens) if outgoing.extras else None
-                weights = None if outgoing.weights is None else outgoing.weights.contiguous()
-                self._kernels.push_records(plan.topk_idx, weights, extras, plan.rows)
-            if plan.pairs is not None and plan.partial_rows is None:
-                self._kernels.push_partial_rows(plan.rows, plan.pairs)
+        self._push(plan, outgoing)
+        if plan.report is not None:
+            self._planner.find_origins(plan)
+        if _has_records(plan, outgoing):
+            extras = self._packed(outgoing.extras, plan.num_tokens) if outgoing.extras else None
+            weights = None if outgoing.weights is None else self._dense(outgoing.weights)
+            self._kernels.push_records(plan.topk_idx, weights, extras, plan.rows)
+        if plan.pairs is not None and plan.partial_rows is None:
+            self._kernels.push_partial_rows(plan.rows, plan.pairs)
 
     def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
         """See Backend."""
@@ -123,16 +122,15 @@ class CudaBackend:
             with torch.cuda.stream(kernels.stream):
                 partial_rows.copy_(kernels.view("partial_rows", slot))
             plan = replace(plan, partial_rows=partial_rows)
-        with torch.cuda.stream(kernels.stream):
-            way = self._way(plan, outgoing)
-            if way.is_landed:
-                kernels.expand_rows(slot, "data", plan, offset=0)
-                if has_scale:
-                    kernels.expand_rows(slot, "scale", plan, offset=way.scale_offset)
-            if self._is_aligned:
-                kernels.zero_gaps(slot, region, plan)
-                if has_scale:
-                    kernels.zero_gaps(slot, "scale", plan)
+        way = self._way(plan, outgoing)
+        if way.is_landed:
+            kernels.expand_rows(slot, "data", plan, offset=0)
+            if has_scale:
+                kernels.expand_rows(slot, "scale", plan, offset=way.scale_offset)
+        if self._is_aligned:
+            kernels.zero_gaps(slot, region, plan)
+            if has_scale:
+                kernels.zero_gaps(slot, "scale", plan)
         weights: Tensor | None = None
         extras: tuple[Tensor, ...] = ()
         if _has_records(plan, outgoing):
@@ -169,17 +167,16 @@ class CudaBackend:
     ) -> None:
         """See Backend."""
         plan, kernels = _of_device(plan), self._kernels
-        with torch.cuda.stream(kernels.stream):
-            if y is not None:
-                y = y if y.stride(1) == 1 else y.contiguous()
-                if plan.sums_pairs or weights is not None:
-                    kernels.push_sums(y, plan, None if weights is None else weights.contiguous())
-                else:
-                    row_bytes = self._arena.spec.hidden * y.element_size()
-                    kernels.push_home(y, plan, plan.rows, "landing", row_bytes)
-            if extras:
-                packed = _packed(extras, extras[0].shape[0])
-                kernels.push_home(packed, plan, plan.rows, "returns", self._arena.return_bytes)
+        if y is not None:
+            y = y if y.stride(1) == 1 else self._dense(y)
+            if plan.sums_pairs or weights is not None:
+                kernels.push_sums(y, plan, None if weights is None else self._dense(weights))
+            else:
+                row_bytes = self._arena.spec.hidden * y.element_size()
+                kernels.push_home(y, plan, plan.rows, "landing", row_bytes)
+        if extras:
+            packed = self._packed(extras, extras[0].shape[0])
+            kernels.push_home(packed, plan, plan.rows, "returns", self._arena.return_bytes)
 
     def sum_rows(
         self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], landing_slot: int
@@ -187,13 +184,12 @@ class CudaBackend:
         """See Backend."""
         plan, spec = _of_device(plan), self._arena.spec
         out = self._empty(plan.num_tokens, spec.hidden, dtype=spec.combine_dtype)
-        with torch.cuda.stream(self._kernels.stream):
-            if weights is not None and not spec.layout.per_pick:
-                of_picks = weights.contiguous()
-                weights = self._empty(*plan.rows.places.shape, dtype=torch.float32)
+        if weights is not None:
+            weights = self._dense(weights)
+            if not spec.layout.per_pick:
+                of_picks, weights = weights, self._ours(*plan.rows.places.shape, dtype=torch.float32)
                 self._kernels.weigh_places(plan.topk_idx, of_picks, plan.rows, weights)
-            weights = None if weights is None else weights.contiguous()
-            self._kernels.sum_rows(out, plan, weights, None if bias is None else bias.contiguous(), landing_slot)
+        self._kernels.sum_rows(out, plan, weights, None if bias is None else self._dense(bias), landing_slot)
         return out
 
     def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
@@ -279,7 +275,7 @@ class CudaBackend:
             return
         way, x = self._way(plan, outgoing), outgoing.x
         if isinstance(x, Tensor) and self._is_narrow and not outgoing.wide:
-            self._kernels.push_cast(x if x.stride(1) == 1 else x.contiguous(), way.table, landed=way.is_landed)
+            self._kernels.push_cast(x if x.stride(1) == 1 else self._dense(x), way.table, landed=way.is_landed)
             return
         data, scale = x if isinstance(x, Quantized) else (x, None)
         self._kernels.push_rows(data, way.table, way.region, row_bytes=way.row_bytes)
@@ -302,9 +298,11 @@ class CudaBackend:
         spec, rank, region = self._arena.spec, self._transport.rank, self._arena.region_of_rows(wide=outgoing.wide)
         x = outgoing.x
         if isinstance(x, Tensor) and isinstance(spec.wire, Fp8) and not outgoing.wide:
-            x = spec.wire.quantize(x)
+            with self.on_stream():
+                x = spec.wire.quantize(x)
         parts = [(x.data, region), (x.scale, "scale")] if isinstance(x, Quantized) else [(x, region)]
-        seen, counts = self._kernels.seen.tolist(), plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
+        with self.on_stream():  # the host waits for the words
+            seen, counts = self._kernels.seen.tolist(), plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
         if self._consent.failure() is not None or not bool(counts.any()):
             return
         starts = counts.cumsum(1)[rank] - counts[rank]
@@ -322,7 +320,7 @@ class CudaBackend:
                     )
 
     def _pack(self, rows: Tensor, table: Table, *, num_rows: int) -> Tensor:
-        packed = self._empty(num_rows, *rows.shape[1:], dtype=rows.dtype)
+        packed = self._ours(num_rows, *rows.shape[1:], dtype=rows.dtype)
         self._kernels.pack_rows(rows, table, packed)
         return packed
 
@@ -336,14 +334,14 @@ class CudaBackend:
         local_idx = self._empty(num_rows, spec.num_topk, dtype=torch.int32) if per_row else None
         weights = None if outgoing.weights is None else self._empty(num_rows, *per_row, dtype=torch.float32)
         extras = tuple(self._empty(num_rows, *extra.shape[1:], dtype=extra.dtype) for extra in outgoing.extras)
-        with torch.cuda.stream(self._kernels.stream):
-            self._kernels.unpack_records(slot, plan, src_idx, local_idx, weights)
-            at, record = self._arena.extras_offset, self._kernels.view("record", slot)[:num_rows]
-            for extra in extras:
-                raw = _raw(extra)
+        self._kernels.unpack_records(slot, plan, src_idx, local_idx, weights)
+        at, record = self._arena.extras_offset, self._kernels.view("record", slot)[:num_rows]
+        for extra in extras:
+            raw = _raw(extra)
+            with self.on_stream():
                 part = record[:, at : at + raw.shape[1]]
                 raw.copy_(part.masked_fill(plan.rows.origins[:num_rows, None] < 0, 0))
-                at += raw.shape[1]
+            at += raw.shape[1]
         return replace(plan, src_idx=src_idx, local_idx=local_idx), weights, extras
 
     def _up_to(self, rows: Tensor, num_rows: int) -> Tensor:
@@ -352,6 +350,27 @@ class CudaBackend:
             return rows[:num_rows]
         more = rows.new_full((num_rows - rows.shape[0], *rows.shape[1:]), -1)
         return torch.cat([rows, more])
+
+    def _packed(self, extras: Sequence[Tensor], num_rows: int) -> Tensor:
+        """Small tensors ``[n, ...]`` side by side, int32 ``[n, words]``."""
+        with self.on_stream():
+            raw = [_raw(extra.contiguous()) for extra in extras]
+            num_bytes = sum(part.shape[1] for part in raw)
+            packed = torch.zeros(num_rows, -(-num_bytes // 4) * 4, dtype=torch.uint8, device=self._device)
+            packed[:, :num_bytes].copy_(torch.cat(raw, dim=1))
+            return packed.view(torch.int32)
+
+    def _dense(self, tensor: Tensor) -> Tensor:
+        """The tensor without gaps: itself, or a copy that is ours."""
+        if tensor.is_contiguous():
+            return tensor
+        with self.on_stream():
+            return tensor.contiguous()
+
+    def _ours(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory for our stream alone."""
+        with self.on_stream():
+            return self._empty(*shape, dtype=dtype)
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return self._kernels.empty(*shape, dtype=dtype)
@@ -408,15 +427,6 @@ def _of_device(plan: Plan) -> DevicePlan:
 def _has_records(plan: DevicePlan, outgoing: Outgoing) -> bool:
     """Whether something travels beside rows: what a plan does not know yet, or what changes from call to call."""
     return plan.src_idx is None or outgoing.weights is not None or bool(outgoing.extras)
-
-
-def _packed(extras: Sequence[Tensor], num_rows: int) -> Tensor:
-    """Small tensors ``[n, ...]`` side by side, int32 ``[n, words]``."""
-    raw = [_raw(extra.contiguous()) for extra in extras]
-    num_bytes = sum(part.shape[1] for part in raw)
-    packed = torch.zeros(num_rows, -(-num_bytes // 4) * 4, dtype=torch.uint8, device=raw[0].device)
-    packed[:, :num_bytes].copy_(torch.cat(raw, dim=1))
-    return packed.view(torch.int32)
 
 
 def _raw(extra: Tensor) -> Tensor:

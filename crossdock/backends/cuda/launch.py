@@ -5,7 +5,6 @@ Letters: T tokens here, J places of a token, K top-k, H hidden, R rows, C rows o
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,7 +45,6 @@ class Kernels:
         self.arena = arena
         self.device = transport.device
         self.stream: torch.cuda.Stream = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
-        self.segment = transport.segment
         spec = arena.spec
         self._rank, self._num_ranks = transport.rank, transport.num_ranks
         self._num_local = spec.num_local_experts(self._num_ranks)
@@ -66,7 +64,10 @@ class Kernels:
         self._partial_sums = torch.zeros(num_chunks, num_counts, dtype=torch.int32, device=self.device)
         self._counts = torch.zeros(num_counts, dtype=torch.int64, device=self.device)
         self._outgoing = torch.zeros(2 * (num_counts - self._num_ranks), dtype=torch.int32, device=self.device)
+        self._regions = {name: arena.view(transport.segment, name) for name in arena.regions}
+        self._slot_size = {name: view.nbytes // view.shape[0] for name, view in self._regions.items()}
         self._handles: dict[Any, Any] = {}
+        self._special_args: dict[int, tuple[bool, ...]] = {}
         self._entered: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
 
@@ -596,7 +597,7 @@ class Kernels:
 
     def view(self, region: str, slot: int) -> Tensor:
         """A slot of a region of this rank's own segment."""
-        return self.arena.view(self.segment, region)[slot]
+        return self._regions[region][slot]
 
     def use_sms(self, num_sms: int | None, default: LaunchConfig) -> None:
         """Chooses the configuration of the call that comes now."""
@@ -619,9 +620,9 @@ class Kernels:
         """
         facts = [
             (arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else arg if is_special else arg < 2**31
-            for arg, is_special in zip(args, _specialised(kernel), strict=False)
+            for arg, is_special in zip(args, self._special(kernel), strict=False)
         ]
-        key = (kernel, num_warps, *sizes.values(), *facts)
+        key = (id(kernel), num_warps, *sizes.values(), *facts)
         handle = self._handles.get(key)
         if handle is not None:
             handle[(*grid, 1, 1)[:3]](*args, *sizes.values(), stream=self.stream.cuda_stream)
@@ -631,6 +632,14 @@ class Kernels:
             handle = kernel[grid](*args, **sizes, num_warps=num_warps, **options)
         if handle is not None:
             self._handles[key] = handle
+
+    def _special(self, kernel: Any) -> tuple[bool, ...]:
+        """Of each argument of a kernel: whether its value matters to the compiler; the constants come last, in order."""
+        special = self._special_args.get(id(kernel))  # a kernel's own hash takes as long as all the rest
+        if special is None:
+            special = tuple(not param.do_not_specialize for param in getattr(kernel, "params", ())) or (True,) * 32
+            self._special_args[id(kernel)] = special
+        return special
 
     def _num_chunks(self, topk_idx: Tensor) -> int:
         return -(-topk_idx.shape[0] // self.chunk_tokens)
@@ -642,14 +651,7 @@ class Kernels:
         return shape
 
     def _slot_bytes(self, region: str) -> int:
-        whole = self.arena[region]
-        return whole.num_bytes // whole.shape[0]
-
-
-@functools.cache
-def _specialised(kernel: Any) -> tuple[bool, ...]:
-    """Of each argument of a kernel: whether its value matters to the compiler; the constants come last, in order."""
-    return tuple(not param.do_not_specialize for param in getattr(kernel, "params", ())) or (True,) * 32
+        return self._slot_size[region]
 
 
 def as_words(rows_of: Tensor) -> Tensor:
