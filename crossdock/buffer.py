@@ -238,7 +238,7 @@ class Buffer:
             self._slots.poison(slot, "data", "scale", "record")
         signature = (mode, wide, weights is None, _shapes(extras), plan.stamp if plan else None)
         word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
-        call = self._calls.begin(word, None if plan else topk_idx, num_sms=num_sms)
+        call = self._begin(word, None if plan else topk_idx, num_sms)
         pending = self._start(call, self._calls.dispatch(call, outgoing, plan or topk_idx, mode, copy=copy))
         self._slots.fill(slot, pending)
         return pending
@@ -354,7 +354,7 @@ class Buffer:
         sums_here = self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None)
         signature = _checksum((plan.stamp, None if extras is None else _shapes(small)))
         word = Word(Kind.COMBINE, self._calls.next_landing(), PUSHED if sums_here else output_slot, signature)
-        call = self._calls.begin(word, None, num_sms=num_sms)
+        call = self._begin(word, None, num_sms)
         return self._start(
             call, self._calls.combine(call, plan, flat, row_weights, bias, None if extras is None else small)
         )
@@ -384,7 +384,7 @@ class Buffer:
 
         small = self._vetted(prepare)
         signature = _checksum(("extras", plan.stamp, _shapes(small)))
-        call = self._calls.begin(Word(Kind.COMBINE, self._calls.next_landing(), PUSHED, signature), None)
+        call = self._begin(Word(Kind.COMBINE, self._calls.next_landing(), PUSHED, signature), None, None)
         return self._start(call, self._calls.return_extras(call, plan, small)).wait()
 
     def remake_plan(self, tensors: PlanTensors) -> Plan:
@@ -467,6 +467,9 @@ class Buffer:
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open"
         return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
+
+    def _begin(self, word: Word, topk_idx: Tensor | None, num_sms: int | None) -> Call:
+        return self._calls.begin(word, topk_idx, is_next=self._queue.is_idle, num_sms=num_sms)
 
     def _start(self, call: Call, steps: Steps[Result]) -> Pending[Result]:
         return self._queue.start(call.word.kind, call.sequence, steps, lambda: call.event)

@@ -51,10 +51,15 @@ class Calls:
         self._slot_rows = arena.spec.num_slot_rows(num_ranks)
         self._num_combines = 0
 
-    def begin(self, word: Word, topk_idx: Tensor | None, *, num_sms: int | None = None) -> Call:
-        """Takes the next sequence number and gives this rank's word (and counts), if that need not wait for anybody."""
+    def begin(self, word: Word, topk_idx: Tensor | None, *, is_next: bool, num_sms: int | None = None) -> Call:
+        """Takes the next sequence number and gives this rank's word (and counts), if that need not wait for anybody.
+
+        Args:
+            is_next: whether no call before it is still to be driven to its end.
+        """
         sequence = self._consent.take()
-        self._backend.enter()
+        if not is_next:  # it goes on later, maybe from another stream, which it will wait for too
+            self._backend.enter()
 
         def post() -> None:
             if topk_idx is not None:
@@ -91,7 +96,7 @@ class Calls:
             if not outgoing.wide:
                 self.num_tokens_per_expert += plan.num_tokens_per_expert
         call.event = self._backend.event()
-        plan = yield from self._backend.settled(landed.plan, plan.topk_idx, mode)
+        plan = yield from self._backend.settled(landed.plan, mode)
         recv = self._received(landed, plan, call.word.slot, num_rows=self._num_rows(plan, mode))
         if copy:
             with self._backend.on_stream():

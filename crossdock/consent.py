@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Protocol, TypeVar
 
-from crossdock.errors import PeerFailed, PeerTimeout, TransportError
+from crossdock.errors import CrossdockError, PeerFailed, PeerTimeout, TransportError
 
 EPOCH_SHIFT = 32
 CALL_MASK = 2**EPOCH_SHIFT - 1
@@ -271,7 +271,7 @@ class Consent:
             if (gone := self._void(peer, sequence)) is not None:
                 raise gone
 
-    def failure(self) -> TransportError | None:
+    def failure(self) -> CrossdockError | None:
         """What has ended the epoch without this rank's host having been told; None here, where the host sees to it."""
         return None
 
@@ -341,7 +341,8 @@ def mismatch(peer: int, theirs: Word, rank: int, own: Word) -> PeerFailed:
     if theirs.kind != own.kind:
         return PeerFailed(
             peer,
-            f"it is in {theirs.kind} while rank {rank} is in {own.kind}; all ranks issue the same calls in the same order",
+            f"it is in {theirs.kind} while rank {rank} is in {own.kind}; all ranks issue the same calls in the same "
+            f"order",
         )
     return PeerFailed(
         peer,

@@ -38,8 +38,8 @@ def check_device(device: torch.device, *tensors: Tensor | Quantized | None) -> N
         for tensor in given if isinstance(given, Quantized) else (given,):
             if isinstance(tensor, Tensor) and tensor.device != device:
                 raise ConfigError(
-                    f"a tensor is on {tensor.device}; this buffer moves rows on {device}: pass tensor.to({str(device)!r}), "
-                    f"or make the Buffer with device={str(tensor.device)!r}"
+                    f"a tensor is on {tensor.device}; this buffer moves rows on {device}: pass "
+                    f"tensor.to({str(device)!r}), or make the Buffer with device={str(tensor.device)!r}"
                 )
 
 

@@ -100,7 +100,7 @@ class CallQueue:
         self._timeout_s = timeout_s
         self._running: deque[Pending[object]] = deque()
         self._unwaited: list[Pending[object]] = []
-        self._untold: TransportError | None = None
+        self._untold: CrossdockError | None = None
 
     def check_room(self) -> None:
         """Raises what may keep the next call from being started.
@@ -117,7 +117,7 @@ class CallQueue:
             )
 
     def check_failure(self) -> None:
-        """Raises the failure of a call that this rank has not seen yet: nobody waited for it, or the device found it."""
+        """Raises the failure of a call that this rank was not told of: nobody waited, or the device found it."""
         if self._untold is None and (error := self._consent.failure()) is not None:
             self._fail(error)
             self._untold = error
@@ -187,6 +187,11 @@ class CallQueue:
             pending.void(pending.error or cause)
         self._running.clear()
         self._unwaited.clear()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every call that was started has been driven to its end."""
+        return not self._running
 
     def has_unwaited(self, sequence: int) -> bool:
         """Whether the call of that number has been started and not waited for."""

@@ -1,4 +1,4 @@
-"""What the CUDA backend launches, compiled for a GPU that need not be there: the code of every kernel, as it is asked for.
+"""What the CUDA backend launches, compiled for a GPU that need not be there: each kernel's code, as it is asked for.
 
 A buffer's warm-up goes through all launches; here each is compiled instead of run, with the types, alignments and
 constants that it was given.

@@ -436,7 +436,7 @@ def _expect(kind: type[Exception], *texts: str) -> Iterator[None]:
 
 
 def _filled(rows: Tensor, recv: Received) -> Tensor:
-    """Rows up to the end of the slot, where the host does not know how many came: those behind are looked at by nobody."""
+    """Rows up to the end of the slot, where the host does not know how many came; nobody looks at those behind."""
     missing = recv.src_idx.shape[0] - rows.shape[0] if recv.num_rows is None else 0
     return torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), float("nan"))]) if missing else rows
 

@@ -1,7 +1,8 @@
 """Worlds: one program on threads (``inproc-4``) or processes (``processes-4``), with results and errors by rank.
 
-``interpreted-2`` are processes whose buffers run the CUDA backend, its kernels in Triton's interpreter. ``cuda-4`` are processes that share GPUs, ``cudathreads-4`` threads with a stream each, in a process of their own. What
-a program is given lies on its rank's device there, and what it gives comes back to the CPU.
+``interpreted-2`` are processes whose buffers run the CUDA backend, its kernels in Triton's interpreter. ``cuda-4`` are
+processes that share GPUs, ``cudathreads-4`` threads with a stream each, in a process of their own. What a program is
+given lies on its rank's device there, and what it gives comes back to the CPU.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class Backend(Protocol):
     def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
         """What has arrived in this rank's slot, with as many rows; zeroes what alignment left between segments."""
 
-    def settled(self, plan: Plan, topk_idx: Tensor, mode: Rows) -> Steps[Plan]:
+    def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
         """The plan with what the host is told of it, waiting for that if ``mode`` asks for it.
 
         Raises:

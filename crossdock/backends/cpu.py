@@ -134,7 +134,7 @@ class CpuBackend:
             plan=plan, data=data, scale=scale, src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras
         )
 
-    def settled(self, plan: Plan, topk_idx: Tensor, mode: Rows) -> Steps[Plan]:
+    def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
         """See Backend."""
         yield from ()
         return plan

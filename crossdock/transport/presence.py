@@ -1,4 +1,4 @@
-"""Who still exists: a file per rank, locked while its process lives. The kernel lets go of a lock when a process ends."""
+"""Who still exists: a file per rank, locked while its process lives; the kernel lets go of the lock when that ends."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Presence:
     """
 
     def __init__(self, group: Group, path: Path) -> None:
+        self._own: int | None = lock(path)
         self._fds: list[int | None] = []
-        own = lock(path)
         try:
             for rank, theirs in enumerate(group.all_gather(path)):
-                self._fds.append(own if rank == group.rank else _open(theirs))
+                self._fds.append(None if rank == group.rank else _open(theirs))  # to look at one's own lock loses it
             group.all_gather(None)  # nobody unlinks before everybody has opened
         finally:
             path.unlink(missing_ok=True)
@@ -34,9 +34,10 @@ class Presence:
 
     def close(self) -> None:
         """Lets go of the lock and of the files."""
-        while self._fds:
-            if (fd := self._fds.pop()) is not None:
+        for fd in (self._own, *self._fds):
+            if fd is not None:
                 os.close(fd)
+        self._own, self._fds = None, []
 
 
 def lock(path: Path) -> int:

@@ -57,8 +57,8 @@ def connect(group: ProcessGroup, arena: Arena, device: torch.device, *, name: st
         ]
     except RuntimeError as error:
         problem = (
-            f"cannot map the segments of its peers ({_first_line(error)}): GPUs must be of one scale-up domain (NVLink, "
-            f"or one GPU that processes share)"
+            f"cannot map the segments of its peers ({_first_line(error)}): GPUs must be of one scale-up domain "
+            f"(NVLink, or one GPU that processes share)"
         )
     raise_on_all(group, problem, NotSupported)
     presence = Presence(group, _env.shm_dir() / f"{name}-{group.rank}")

@@ -213,7 +213,6 @@ class Rank:
                 yield Missing((), PREEMPTED)
                 self.port.post(peer, "landing", theirs.slot, sequence)
             self.consent.signal(sequence)
-        pushers = [peer for peer, theirs in enumerate(words) if theirs.output_slot == PUSHED]
         yield from self.consent.arrivals(sequence, words, from_all=False)
         terms = []
         for peer, theirs in enumerate(words):

@@ -23,12 +23,11 @@ from crossdock.backends.cuda.config import decide
 from crossdock.backends.cuda.control import DeviceConsent
 from crossdock.backends.cuda.launch import Kernels
 from crossdock.backends.cuda.plan import DevicePlan, Report, Table
-from crossdock.backends.cuda.planner import Counted, Planner
+from crossdock.backends.cuda.planner import Planner
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError
 from crossdock.layout import Expanded
 from crossdock.plan import Plan
-from crossdock.routing import check_picks
 from crossdock.spec import Topology
 from crossdock.transport.device import DeviceTransport
 from crossdock.wire import Fp8, Quantized
@@ -50,7 +49,7 @@ class CudaBackend:
         self._consent = consent
         self._planner = Planner(arena, kernels, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
         self._device = transport.device
-        self._counted: Counted | None = None
+        self._fresh: DevicePlan | None = None
         self._is_narrow = isinstance(spec.wire, Fp8)
         self._is_aligned = isinstance(spec.layout, Expanded) and spec.layout.alignment > 1
         self._untold: list[tuple[int, Report]] = []
@@ -82,13 +81,14 @@ class CudaBackend:
 
     def post_counts(self, sequence: int, topk_idx: Tensor) -> None:
         """See Backend. Counted here; the kernel that gives the word tells the counts first."""
-        self._counted = self._planner.count(topk_idx)
+        self._fresh = self._planner.count(topk_idx, stamp=sequence)
+        self._consent.counted(topk_idx)
 
     def make_plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> DevicePlan:
         """See Backend. The host is told later."""
-        assert self._counted is not None
-        plan = self._planner.make(self._counted, stamp=sequence)
-        self._counted = None
+        plan, self._fresh = self._fresh, None
+        assert plan is not None
+        self._planner.place(plan)
         if mode == "capacity" and plan.report is not None and not plan.report.is_captured:
             self._untold.append((sequence, plan.report))
         return plan
@@ -146,7 +146,7 @@ class CudaBackend:
             extras=extras,
         )
 
-    def settled(self, plan: Plan, topk_idx: Tensor, mode: Rows) -> Steps[Plan]:
+    def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
         """See Backend.
 
         Raises:
@@ -156,8 +156,6 @@ class CudaBackend:
         if mode == "capacity" or plan.report is None:
             return plan
         yield from self._consent.until(plan.report.event, "begin this dispatch")
-        if self._consent.has_refused:
-            check_picks(topk_idx.cpu(), num_experts=self._arena.spec.num_experts)
         if (failure := self._consent.failure()) is not None:
             raise failure
         return self._planner.told(plan)
@@ -400,7 +398,7 @@ def connect(transport: DeviceTransport, arena: Arena, wishes: Wishes, *, buffer_
     topology = _shared(arena.topology, transport.ranks_here)
     config = decide(arena.spec, topology, wishes, visible_sms=visible, ranks_here=transport.ranks_here)
     kernels = Kernels(arena, transport, config, timeout_s=timeout_s)
-    consent = DeviceConsent(transport, kernels, ring=arena.ring)
+    consent = DeviceConsent(transport, kernels, ring=arena.ring, num_experts=arena.spec.num_experts)
     backend = CudaBackend(arena, transport, kernels, consent, buffer_id=buffer_id)
     with kernels.all_void():
         backend.warm_up()

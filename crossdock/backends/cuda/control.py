@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Sequence
 
 import torch
@@ -26,13 +27,16 @@ from crossdock.consent import (
     mismatch,
     stamped,
 )
-from crossdock.errors import PeerFailed, PeerTimeout, TransportError
+from crossdock.errors import ConfigError, CrossdockError, PeerFailed, PeerTimeout
+from crossdock.routing import check_picks
 from crossdock.transport.device import DeviceTransport
 
 _LOOK_S = 0.05
 """How often a host that waits looks whether its peers still exist."""
 _GONE_S = 0.5
 """A peer that is gone, and whose part of the call is missing still after this time, will not do it."""
+_NUM_PICKS = 16
+"""Dispatches whose picks are kept until nobody can ask for them."""
 _REASON_S = 1.0
 """How long a host looks for the reason of a peer whose word says that it refuses its own call."""
 
@@ -44,10 +48,12 @@ class DeviceConsent(Consent):
     what a replayed graph does; they are read when a call fails, and set for the next epoch.
     """
 
-    def __init__(self, transport: DeviceTransport, kernels: Kernels, *, ring: int) -> None:
+    def __init__(self, transport: DeviceTransport, kernels: Kernels, *, ring: int, num_experts: int) -> None:
+        self._num_experts = num_experts
         self._kernels = kernels
         self._transport = transport
         self._posts = False
+        self._picks: deque[torch.Tensor] = deque(maxlen=_NUM_PICKS)
         super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=ring)
 
     def start_from(self, sequence: int) -> None:
@@ -96,15 +102,23 @@ class DeviceConsent(Consent):
             if now - looked > _LOOK_S:
                 looked = now
                 for peer in self._peers:
-                    if self._transport.is_alive(peer):
+                    if peer == self.rank or self._transport.is_alive(peer):
                         continue
                     if now - gone_since.setdefault(peer, now) > _GONE_S and not self._has_done_its_part(peer):
                         raise PeerTimeout(peer, f"rank {peer} did not {what} and is gone: its process ended, or its "
                                           f"buffer was dropped; the call is void")  # fmt: skip
             yield Missing((), what)
 
-    def failure(self) -> TransportError | None:
-        """What the device has found, from the record that it left in host memory."""
+    def counted(self, topk_idx: torch.Tensor) -> None:
+        """Keeps the picks of a fresh dispatch, to say what is wrong with them if the device refuses them."""
+        if not torch.cuda.is_current_stream_capturing():
+            self._picks.append(topk_idx)
+
+    def failure(self) -> CrossdockError | None:
+        """What the device has found, from the record that it left in host memory.
+
+        A ConfigError if it is this rank's own picks that are not allowed.
+        """
         status, peer, phase, expected, seen = self._kernels.failure.tolist()
         if status == sync.OK.value:
             return None
@@ -115,14 +129,8 @@ class DeviceConsent(Consent):
         if status == sync.ABORTED.value:
             return self._void(peer, call) or PeerFailed(peer, "it gave up")
         if seen >> KIND_SHIFT == 0:
-            return self._refusal(peer)
+            return self._own_refusal() if peer == self.rank else self._refusal(peer)
         return mismatch(peer, Word.of(seen), self.rank, Word.of(expected))
-
-    @property
-    def has_refused(self) -> bool:
-        """Whether this rank's own picks ended the epoch."""
-        status, peer, _, _, seen = self._kernels.failure.tolist()
-        return bool(status == sync.MISMATCHED.value and seen >> KIND_SHIFT == 0 and peer == self.rank)
 
     def fail(self, error: Exception | str, *, first_void: int) -> None:
         """See Consent. Ends the waits of this rank's kernels, and lets them run out, before the next epoch begins.
@@ -137,6 +145,7 @@ class DeviceConsent(Consent):
         stream.synchronize()
         state = self._state()
         is_current = state[STATUS.value] != sync.OK.value
+        self._picks.clear()
         super().fail(error, first_void=state[CURRENT.value if is_current else NEXT.value] & CALL_MASK)
         self._restart()
 
@@ -154,11 +163,22 @@ class DeviceConsent(Consent):
     def _refusal(self, peer: int) -> PeerFailed:
         """The error of a peer whose picks are not allowed: in its own words, once its host has seen it."""
         until = time.monotonic() + _REASON_S
-        while peer != self.rank and time.monotonic() < until:
+        while time.monotonic() < until:
             if isinstance(error := self._void(peer, self._state()[CURRENT.value]), PeerFailed):
                 return error
             time.sleep(1e-3)
         return PeerFailed(peer, "its topk_idx has a value that is no expert, or one expert twice")
+
+    def _own_refusal(self) -> ConfigError:
+        for topk_idx in self._picks:
+            try:
+                check_picks(topk_idx.cpu(), num_experts=self._num_experts)
+            except ConfigError as error:
+                return error
+        return ConfigError(
+            f"topk_idx has a value that is no expert (0 to {self._num_experts - 1}, -1 for no pick), or one expert "
+            f"twice; a graph was replayed with it, or it was many calls ago"
+        )
 
     def _has_done_its_part(self, peer: int) -> bool:
         """Whether a peer's word for the call under way is here, and its rows."""

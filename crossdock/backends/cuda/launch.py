@@ -58,7 +58,7 @@ class Kernels:
         self.failure = torch.zeros(RECORD_WORDS.value, dtype=torch.int64, pin_memory=True)
         """The record of the call that has failed, in host memory; zero while none has."""
         self.seen = torch.zeros(self._num_ranks, dtype=torch.int64, device=self.device)
-        self._gathered: Tensor | None = None
+        self._fresh: DevicePlan | None = None
         num_counts = spec.num_counts(arena.topology)
         num_chunks = -(-spec.max_tokens // self.chunk_tokens)
         self._partial_sums = torch.zeros(num_chunks, num_counts, dtype=torch.int32, device=self.device)
@@ -77,29 +77,35 @@ class Kernels:
         return max(1, _PICKS // _power_of_two(self._num_topk))
 
     def begin_call(self, payload: int) -> None:
-        """Words to all and from all, and counts if ``count_picks`` has been called for this call."""
-        gathered, self._gathered = self._gathered, None
+        """Words to all and from all; after ``count_picks``, that is with counts, and blocks of rows from them."""
+        words = (self._segments, self.state, self.seen, self.record, self.failure, payload, self.refused, self._counts)
+        arena = self.arena
+        places_of_words = (arena["words"].offset, arena["aborts"].offset, arena["counts"].offset)
+        plan, self._fresh = self._fresh, None
+        if plan is None:
+            args = (*words, self._counts, self._rank, self._max_polls, *places_of_words)
+            self._launch(calls.begin_call, (1,), *args, P=self._num_ranks, RING=arena.ring, W=0, num_warps=1)
+            return
+        assert plan.report is not None
         self._launch(
-            calls.begin_call,
+            places.begin_dispatch,
             (1,),
-            self._segments,
-            self.state,
-            self.seen,
-            self.record,
-            self.failure,
-            payload,
-            self.refused,
-            self._counts,
-            self._counts if gathered is None else gathered,
+            *words,
+            plan.counts,
             self._rank,
             self._max_polls,
-            self.arena["words"].offset,
-            self.arena["aborts"].offset,
-            self.arena["counts"].offset,
+            *places_of_words,
+            plan.scalars,
+            plan.report.row,
+            self._outgoing,
+            plan.rows.incoming,
+            plan.segment_starts,
+            plan.num_tokens_per_expert,
+            arena.spec.capacity(self._num_ranks),
             P=self._num_ranks,
-            RING=self.arena.ring,
-            W=0 if gathered is None else self._counts.shape[0],
-            num_warps=1 if gathered is None else 4,
+            RING=arena.ring,
+            **self._blocks(is_pairs=False),
+            num_warps=4,
         )
 
     def finish_call(self, *, posts: bool, awaits_all: bool) -> None:
@@ -138,8 +144,8 @@ class Kernels:
             num_warps=1,
         )
 
-    def count_picks(self, topk_idx: Tensor, gathered: Tensor | None) -> None:
-        """Counts of picks ``[T, K]``, for the words that come next to tell; everybody's will be in ``gathered``.
+    def count_picks(self, topk_idx: Tensor, plan: DevicePlan | None) -> None:
+        """Counts picks ``[T, K]``, for the words that come next to tell, and the plan to be filled from everybody's.
 
         None where a plan is made again: nothing is told to anybody.
         """
@@ -169,42 +175,33 @@ class Kernels:
             COLUMNS=32,
             num_warps=4,
         )
-        self._gathered = gathered
+        self._fresh = plan
 
-    def derive_blocks(
-        self, counts: Tensor, scalars: Tensor, report: Tensor, incoming: Tensor, starts: Tensor, tokens: Tensor, *,
-        is_pairs: bool, keeps: bool,
-    ) -> None:  # fmt: skip
-        """Where blocks begin, from everybody's counts, which ``keeps`` leaves as they are even if the plan is void."""
-        spec = self.arena.spec
-        by_rank = is_pairs or not spec.layout.per_pick
-        alignment = spec.layout.alignment if isinstance(spec.layout, Expanded) and not is_pairs else 1
+    def derive_blocks(self, plan: DevicePlan, table: Table, told: Tensor, *, is_pairs: bool) -> None:
+        """Where the blocks of a table begin, from everybody's counts; what the host is told goes to ``told``."""
         self._launch(
             places.derive_blocks,
             (1,),
-            counts,
+            plan.counts,
             self.state,
-            scalars,
-            report,
+            plan.scalars,
+            told,
             self._outgoing,
-            incoming,
-            starts,
-            tokens,
-            spec.capacity(self._num_ranks),
+            table.incoming,
+            plan.segment_starts,
+            plan.num_tokens_per_expert,
+            self.arena.spec.capacity(self._num_ranks),
             self._rank,
             P=self._num_ranks,
-            L=self._num_local,
-            N=1 if by_rank else self._num_local,
-            FIRST=self._num_local * self._num_ranks if by_rank else 0,
-            ALIGNMENT=0 if isinstance(spec.layout, Padded) and not is_pairs else alignment,
+            **self._blocks(is_pairs=is_pairs),
             IS_PAIRS=is_pairs,
-            KEEPS_COUNTS=keeps,
+            KEEPS_COUNTS=True,
             num_warps=4,
         )
 
-    def place_rows(self, topk_idx: Tensor, scalars: Tensor, table: Table, *, is_pairs: bool) -> None:
+    def place_rows(self, plan: DevicePlan, table: Table, *, is_pairs: bool) -> None:
         """Places and homes of this rank's rows."""
-        spec = self.arena.spec
+        spec, topk_idx = self.arena.spec, plan.topk_idx
         if topk_idx.shape[0]:
             self._launch(
                 places.place_rows,
@@ -213,7 +210,7 @@ class Kernels:
                 topk_idx.shape[0],
                 self._partial_sums,
                 self._outgoing,
-                scalars,
+                plan.scalars,
                 self.state,
                 table.places,
                 table.homes,
@@ -276,7 +273,7 @@ class Kernels:
         )
 
     def push_cast(self, x: Tensor, table: Table, *, landed: bool) -> None:
-        """Rows ``x [T, H]``, cast to the wire, to their places; ``landed``: to where rows land that are copied there."""
+        """Rows ``x [T, H]``, cast to the wire, to their places; ``landed``: to where rows land that are copied."""
         num_tokens, wire = x.shape[0], self.arena.spec.wire
         assert isinstance(wire, Fp8)
         if not num_tokens:
@@ -496,9 +493,7 @@ class Kernels:
         )
 
     def sum_rows(self, out: Tensor, plan: DevicePlan, weights: Tensor | None, bias: Tensor | None, slot: int) -> None:
-        """``out [T, H]`` from the rows of each token, weighted ``[T, J]``; those that were pushed lie in landing slot
-        ``slot``.
-        """
+        """``out [T, H]`` from each token's rows, weighted ``[T, J]``; what was pushed lies in that landing slot."""
         num_tokens = out.shape[0]
         if not num_tokens:
             return
@@ -611,7 +606,7 @@ class Kernels:
         grid: tuple[int, ...],
         *args: Any,
         num_warps: int,
-        enable_fp_fusion: bool = True,
+        enable_fp_fusion: Any = True,
         **sizes: Any,
     ) -> None:
         """Launches a kernel on our stream: what depends on types, alignments and constants is looked up once.
@@ -634,12 +629,24 @@ class Kernels:
             self._handles[key] = handle
 
     def _special(self, kernel: Any) -> tuple[bool, ...]:
-        """Of each argument of a kernel: whether its value matters to the compiler; the constants come last, in order."""
+        """Of each argument of a kernel: whether its value matters to the compiler; the constants come last."""
         special = self._special_args.get(id(kernel))  # a kernel's own hash takes as long as all the rest
         if special is None:
             special = tuple(not param.do_not_specialize for param in getattr(kernel, "params", ())) or (True,) * 32
             self._special_args[id(kernel)] = special
         return special
+
+    def _blocks(self, *, is_pairs: bool) -> dict[str, int]:
+        """By what rows are sorted where they land, and how segments are aligned."""
+        layout, num_experts = self.arena.spec.layout, self._num_local * self._num_ranks
+        by_rank = is_pairs or not layout.per_pick
+        alignment = layout.alignment if isinstance(layout, Expanded) and not is_pairs else 1
+        return {
+            "L": self._num_local,
+            "N": 1 if by_rank else self._num_local,
+            "FIRST": num_experts if by_rank else 0,
+            "ALIGNMENT": 0 if isinstance(layout, Padded) and not is_pairs else alignment,
+        }
 
     def _num_chunks(self, topk_idx: Tensor) -> int:
         return -(-topk_idx.shape[0] // self.chunk_tokens)

@@ -6,7 +6,6 @@ Letters: T tokens here, K top-k, J places of a token, C rows of a receive slot, 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,13 +31,6 @@ REMADE = 1
 """The stamp of plans that are made again: no dispatch has such a number."""
 
 
-class Counted(NamedTuple):
-    """Picks that have been counted, until everybody's counts are here."""
-
-    topk_idx: Tensor
-    gathered: Tensor  # [P, W] int64
-
-
 class Planner:
     """A rank's plans.
 
@@ -61,28 +53,31 @@ class Planner:
         self._captured: list[Report] = []
         self._nobody = self._rows[_NUM_REPORTS]
 
-    def count(self, topk_idx: Tensor) -> Counted:
-        """Counts this rank's picks, for the words that come next to tell; until the plan is made, no others."""
+    def count(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
+        """Counts this rank's picks, for the words that come next to tell; the plan that is filled with them.
+
+        Until it has its places, no other is counted.
+        """
         spec, topology = self._arena.spec, self._arena.topology
         gathered = self._ints(self._num_ranks, spec.num_counts(topology), dtype=torch.int64)
-        self._kernels.count_picks(topk_idx, gathered)
-        return Counted(topk_idx, gathered)
-
-    def make(self, counted: Counted, *, stamp: int) -> DevicePlan:
-        """The plan of picks that were counted, once everybody's counts are here."""
-        report = self._report()
-        plan = self._plan(counted, stamp=stamp, report=report)
-        if isinstance(self._arena.spec.layout, Padded):
-            plan = replace(plan, num_rows=self._slot_rows)
-        if not report.is_captured:
-            report.event.record(self._kernels.stream)
+        plan = self._blank(topk_idx, gathered, stamp=stamp, report=self._report())
+        self._kernels.count_picks(topk_idx, plan)
         return plan
+
+    def place(self, plan: DevicePlan) -> None:
+        """Fills in where rows go, once everybody's counts are here."""
+        assert plan.report is not None
+        self._place(plan, plan.report.row)
+        if not plan.report.is_captured:
+            plan.report.event.record(self._kernels.stream)
 
     def remake(self, tensors: PlanTensors) -> DevicePlan:
         """The plan again, from the tensors that decide it."""
         topk_idx, counts, partial_rows, src_idx, local_idx = tensors
+        plan = self._blank(topk_idx, counts, stamp=REMADE, report=None)
         self._kernels.count_picks(topk_idx, None)
-        plan = self._plan(Counted(topk_idx, counts), stamp=REMADE, report=None)
+        self._kernels.derive_blocks(plan, plan.rows, self._nobody, is_pairs=False)
+        self._place(plan, self._nobody)
         self.find_origins(plan)
         return replace(
             plan,
@@ -109,7 +104,8 @@ class Planner:
             return plan
         if (error := self.overflow_of(report)) is not None:
             raise error
-        num_rows, num_pairs = int(report.row[REPORT_ROWS.value]), int(report.row[REPORT_PAIRS.value])
+        told = report.row.numpy()
+        num_rows, num_pairs = int(told[REPORT_ROWS.value]), int(told[REPORT_PAIRS.value])
 
         def cut(rows: Tensor | None, num: int) -> Tensor | None:
             return None if rows is None else rows[:num]
@@ -125,11 +121,11 @@ class Planner:
 
     def overflow_of(self, report: Report) -> CapacityError | None:
         """What a report that has come says of rows that did not fit; once."""
-        needed = int(report.row[REPORT_NEEDED.value])
-        report.row[REPORT_NEEDED.value] = 0
+        told = report.row.numpy()  # a tenth of the time of asking the tensor
+        needed, told[REPORT_NEEDED.value] = int(told[REPORT_NEEDED.value]), 0
         if not needed:
             return None
-        worst = int(report.row[REPORT_WORST.value])
+        worst = int(told[REPORT_WORST.value])
         return overflow(self._arena.spec, self._arena.topology, worst=worst, needed=needed)
 
     @property
@@ -137,37 +133,34 @@ class Planner:
         """Reports that graphs write, whenever they are replayed."""
         return self._captured
 
-    def _plan(self, counted: Counted, *, stamp: int, report: Report | None) -> DevicePlan:
-        topk_idx, counts = counted
-        spec, kernels = self._arena.spec, self._kernels
+    def _place(self, plan: DevicePlan, told: Tensor) -> None:
+        self._kernels.place_rows(plan, plan.rows, is_pairs=False)
+        if plan.pairs is not None:
+            self._kernels.derive_blocks(plan, plan.pairs, told, is_pairs=True)
+            self._kernels.place_rows(plan, plan.pairs, is_pairs=True)
+
+    def _blank(self, topk_idx: Tensor, counts: Tensor, *, stamp: int, report: Report | None) -> DevicePlan:
+        """A plan whose tables are still to be filled."""
+        spec = self._arena.spec
         num_segments = self._num_local if spec.layout.per_pick else 1
         num_tokens, columns = topk_idx.shape[0], min(spec.num_topk, self._num_ranks)
         rows = self._table(
             num_tokens, spec.num_topk if spec.layout.per_pick else columns, num_segments, self._slot_rows
         )
         pairs = self._table(num_tokens, columns, 1, self._num_ranks * spec.max_tokens) if self._has_pairs else None
-        scalars, starts = self._ints(SCALARS.value), self._ints(num_segments + 1)
-        tokens = self._ints(self._num_local)
-        told = self._nobody if report is None else report.row
-        keeps = report is None
-        kernels.derive_blocks(counts, scalars, told, rows.incoming, starts, tokens, is_pairs=False, keeps=keeps)
-        kernels.place_rows(topk_idx, scalars, rows, is_pairs=False)
-        if pairs is not None:
-            kernels.derive_blocks(counts, scalars, told, pairs.incoming, starts, tokens, is_pairs=True, keeps=True)
-            kernels.place_rows(topk_idx, scalars, pairs, is_pairs=True)
         return DevicePlan(
             rank=self._rank,
             buffer_id=self._buffer_id,
             stamp=stamp,
             topk_idx=topk_idx,
             counts=counts,
-            num_rows=None,
-            num_tokens_per_expert=tokens,
-            segment_starts=starts,
+            num_rows=self._slot_rows if isinstance(spec.layout, Padded) else None,
+            num_tokens_per_expert=self._ints(self._num_local),
+            segment_starts=self._ints(num_segments + 1),
             rows=rows,
             pairs=pairs,
             sums_pairs=spec.ranks_sum_picks,
-            scalars=scalars,
+            scalars=self._ints(SCALARS.value),
             report=report,
         )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossdock.backends.cuda.kernels.calls import is_ok
+from crossdock.backends.cuda.kernels.calls import begin_call, is_ok
 
 NUM_ROWS = tl.constexpr(0)
 OVERFLOW = tl.constexpr(1)
@@ -197,6 +197,48 @@ def derive_blocks(
             column = tl.arange(0, triton.next_power_of_2(W))
             for source in range(P):
                 tl.store(counts + source * W + column, tl.zeros_like(column).to(tl.int64), mask=column < W)
+
+
+@triton.jit(do_not_specialize=["payload", "rank", "max_polls", "capacity"])
+def begin_dispatch(
+    segments,
+    state,
+    seen,
+    record,
+    failure,
+    payload,
+    refused,
+    counts,
+    gathered,
+    rank,
+    max_polls,
+    words_offset,
+    aborts_offset,
+    counts_offset,
+    scalars,
+    report,
+    outgoing,
+    incoming,
+    starts,
+    tokens,
+    capacity,
+    P: tl.constexpr,
+    RING: tl.constexpr,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    FIRST: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """``begin_call`` of a fresh dispatch, and ``derive_blocks`` from what it has gathered: one launch, not two."""
+    begin_call(
+        segments, state, seen, record, failure, payload, refused, counts, gathered, rank, max_polls,
+        words_offset, aborts_offset, counts_offset, P, RING, (L + 1) * P,
+    )  # fmt: skip
+    tl.debug_barrier()  # every warp's part of the state and of the counts is there
+    derive_blocks(
+        gathered, state, scalars, report, outgoing, incoming, starts, tokens, capacity, rank,
+        P, L, N, FIRST, ALIGNMENT, False, False,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -69,7 +69,7 @@ def push_records(
             peer = tl.where(place >= 0, place >> ROW_BITS, 0)
             base = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
             base += (place & ROW_MASK) * (4 * RECORD)
-            if PER_PICK:
+            if PER_PICK:  # noqa: SIM102 - Triton's compiler takes no ``and`` of constants that decide on code
                 if HAS_WEIGHTS:
                     weight = tl.load(weights + token * K + j, mask=is_token, other=0)
                     record = tl.where(at == 1, weight[:, None], record)

@@ -128,7 +128,7 @@ def push_sums(
 def weigh_places(
     topk_idx, weights, places, out, num_tokens, L: tl.constexpr, K: tl.constexpr, J: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """Weights of rows that serve all picks of a token at a rank, ``[T, J]``: the sum of theirs, in the order of picks."""
+    """Weights of rows that serve all picks of a token at a rank, ``[T, J]``: the sum of theirs, in pick order."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, triton.next_power_of_2(J))
     is_here = (token < num_tokens)[:, None] & (column < J)[None, :]
