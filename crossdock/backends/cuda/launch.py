@@ -286,7 +286,7 @@ class Kernels:
         groups = max(1, min(_power_of_two(num_stored), values // _power_of_two(wire.block)))
         out_bytes = hidden * self.arena.spec.combine_dtype.itemsize
         region = "outputs" if landed else "data"
-        warps = max(shape.num_warps, min(16, groups * _power_of_two(wire.block) // 512))
+        warps = max(1, min(16, groups * _power_of_two(wire.block) // 512))  # 16 values a thread, for wide stores
         self._launch(
             cast.push_cast,
             _grid(num_tokens * -(-num_stored // groups), shape),

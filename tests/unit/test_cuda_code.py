@@ -1,0 +1,122 @@
+"""What Triton makes of every launch of a CUDA buffer, for sm_90 and gfx942, on a machine without either.
+
+Wide stores of rows, no local memory in what moves rows, real loops in every wait, barriers around what orders memory.
+What the checks of order look for, and wrong kernels that they find, is in test_cuda_sync.py.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the kernels are written in Triton: pip install triton")
+
+from crossdock import Bf16, Compact, Expanded, Fp8, Padded, Spec  # noqa: E402 - behind the skip
+from tests.compiled import AMD, CUDA, Launch, compile_launches  # noqa: E402
+from tests.unit.test_cuda_sync import (  # noqa: E402
+    amdgcn_steps,
+    faults_of_release,
+    faults_of_wait,
+    faults_of_write_back,
+    ptx_steps,
+)
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "compact": ({"layout": Compact(), "wire": Bf16(), "reduce": "rank"}, {}),
+    "compact fp8, few multiprocessors": ({"layout": Compact(), "wire": Fp8()}, {"num_sms": 1}),
+    "expanded fp8 at the receiver": (
+        {"layout": Expanded(alignment=8, capacity=4096), "wire": Fp8(scale="ue8m0", packed=True), "reduce": "rank"},
+        {"expand": "receiver"},
+    ),
+    "padded": ({"layout": Padded(), "wire": Bf16()}, {}),
+}
+MOVERS = {"push_rows", "push_home", "push_sums", "sum_rows", "push_cast", "expand_rows"}
+WAITERS = {"begin_call": 2, "begin_dispatch": 2, "finish_call": 2}
+"""And how many boxes of words each polls."""
+
+
+def _compiled(case: str, backend: str) -> list[Launch]:
+    spec, wishes = CASES[case]
+    target = {"cuda": CUDA, "hip": AMD}[backend]
+    return compile_launches(Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, **spec), 8, target, **wishes)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A process of its own: torch.cuda is replaced there."""
+    environment = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    with mock.patch.dict(os.environ, environment), multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ptx(case: str, pool: Any) -> list[Launch]:
+    return pool.apply(_compiled, (case, "cuda"))
+
+
+@pytest.fixture(scope="module")
+def amdgcn(case: str, pool: Any) -> list[Launch]:
+    return pool.apply(_compiled, (case, "hip"))
+
+
+def test_rows_are_stored_in_words_of_16_bytes(ptx):
+    movers = [launch for launch in ptx if launch.name in MOVERS]
+    assert {"push_rows", "sum_rows"} <= {launch.name for launch in movers}
+    for launch in movers:
+        if launch.constants.get("ROW", 1792) % 256:
+            continue  # scales: a row of 224 bytes, or of 56, not of whole pieces
+        stores = re.findall(r"st\.global[\w:.]*\.(v\d)\.[bfu](\d+)", launch.code)
+        widths = {int(count[1:]) * int(bits) for count, bits in stores}
+        assert 128 in widths, (launch.name, launch.constants)
+
+
+def test_rows_over_a_table_of_addresses_are_loaded_in_words_of_16_bytes(ptx):
+    for launch in ptx:
+        if launch.name == "sum_rows":
+            assert len(re.findall(r"ld\.global[\w:.]*\.v4\.b32", launch.code)) >= launch.constants["J"]
+            assert "ld.global.b16" not in launch.code
+
+
+def test_what_moves_rows_uses_no_local_memory(ptx):
+    for launch in ptx:
+        assert not re.search(r"\b(?:ld|st)\.local\b|\.local \.align", launch.code), launch.name
+
+
+def test_every_wait_is_a_loop_that_polls_and_then_acquires(ptx, amdgcn):
+    for launches, steps_of in ((ptx, ptx_steps), (amdgcn, amdgcn_steps)):
+        waits = [launch for launch in launches if launch.name in WAITERS]
+        assert {launch.name for launch in waits} == set(WAITERS)
+        for launch in waits:
+            # Of counts, once words are here, loads are in loops too; of polls, test_cuda_sync.py looks for them.
+            faults = set(faults_of_wait(steps_of(launch.code), num_boxes=WAITERS[launch.name]))
+            assert faults <= {"a load in a loop"}, (launch.name, launch.constants)
+
+
+def test_words_are_released_behind_a_barrier(ptx, amdgcn):
+    for launches, steps_of in ((ptx, ptx_steps), (amdgcn, amdgcn_steps)):
+        for launch in launches:
+            if launch.name in WAITERS and launch.constants.get("POSTS", True):
+                steps = steps_of(launch.code)
+                assert faults_of_release(steps, "sys") == [], launch.name
+                if launches is amdgcn:
+                    assert faults_of_write_back(steps, "sys") == [], launch.name
+
+
+def test_sums_are_of_products_that_are_rounded_by_themselves(ptx):
+    for launch in ptx:
+        if launch.name in ("sum_rows", "push_sums", "push_cast"):
+            assert not re.search(r"\bfma\.rn\.f32\b", launch.code), launch.name
+        if launch.name == "push_cast":
+            assert "div.rn.f32" in launch.code
+            assert not re.search(r"div\.(?:full|approx)", launch.code)
