@@ -202,6 +202,9 @@ class Buffer:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         self._check_room()
         self._slots.check_free(self._queue.is_unwaited)
+        default: Rows = "capacity" if isinstance(self.spec.layout, Padded) else "exact"
+        asks_host = (rows or default) == "exact" and not isinstance(routing, Plan)
+        self._backend.check_capture(asks_host=asks_host)
 
         def prepare() -> tuple[Outgoing, Plan | None, Tensor, Rows]:
             self._check_sms(num_sms)
@@ -224,7 +227,6 @@ class Buffer:
             inputs.check_token_extras(self.spec, extras, num_tokens)
             if rows not in (None, "exact", "capacity"):
                 raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
-            default: Rows = "capacity" if isinstance(self.spec.layout, Padded) else "exact"
             outgoing = Outgoing(x=x, weights=weights, extras=tuple(extras), wide=wide)
             return outgoing, routing if isinstance(routing, Plan) else None, topk_idx, rows or default
 
@@ -472,7 +474,8 @@ class Buffer:
         return self._calls.begin(word, topk_idx, is_next=self._queue.is_idle, num_sms=num_sms)
 
     def _start(self, call: Call, steps: Steps[Result]) -> Pending[Result]:
-        return self._queue.start(call.word.kind, call.sequence, steps, lambda: call.event)
+        with self._backend.marked(f"crossdock {call.word.kind}"):
+            return self._queue.start(call.word.kind, call.sequence, steps, call)
 
     def _check_overflow(self) -> None:
         for overflow in self._backend.overflows:

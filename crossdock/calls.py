@@ -32,6 +32,8 @@ class Call:
     post: Callable[[], None] | None = None
     event: Event | None = None
     """The end of its work, once all of that has been issued; None where it is done when it returns."""
+    held: tuple[object, ...] = ()
+    """What its work reads, kept for as long as it may."""
 
 
 class Calls:
@@ -83,6 +85,7 @@ class Calls:
     def dispatch(
         self, call: Call, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows, *, copy: bool
     ) -> Steps[Received]:
+        call.held = (outgoing, routing)
         words = yield from self._words(call)
         plan = routing if isinstance(routing, Plan) else self._backend.make_plan(call.sequence, routing, mode)
         self._backend.push_rows(plan, outgoing, words)
@@ -113,6 +116,7 @@ class Calls:
         bias: Tensor | None,
         extras: tuple[Tensor, ...] | None,
     ) -> Steps[Any]:
+        call.held = (plan, y, weights, bias, extras)
         words = yield from self._words(call)
         pushes = call.word.output_slot == PUSHED
         sums_here = self._spec.reduce == "rank"
@@ -128,6 +132,7 @@ class Calls:
         return out if extras is None else (out, home)
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[tuple[Tensor, ...]]:
+        call.held = (plan, extras)
         words = yield from self._words(call)
         self._backend.push_outputs(plan, None, extras, None, words)
         self._consent.signal(call.sequence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from crossdock.backends.base import Event
 from crossdock.consent import Consent, Kind, Missing, Steps
@@ -17,21 +17,28 @@ _LOOK_AGAIN_S = 0.05
 """How often a rank that waits looks whether the peers it misses still exist."""
 
 
+class Work(Protocol):
+    """What a call leaves to a device."""
+
+    event: Event | None
+    """Its end, once all of it has been issued."""
+    held: tuple[object, ...]
+    """What it reads."""
+
+
 class Pending(Generic[Result]):
     """A call that was started. ``wait()`` finishes it; nothing of ours runs in between.
 
-    Inputs must not change before ``wait()`` has returned. Calls run in the order in which they were started, so waiting
-    for one finishes those before it.
+    It holds the inputs, which must not change before ``wait()`` has returned. Calls run in the order in which they were
+    started, so waiting for one finishes those before it.
     """
 
-    def __init__(
-        self, queue: CallQueue, kind: Kind, sequence: int, steps: Steps[Result], event_of: Callable[[], Event | None]
-    ) -> None:
+    def __init__(self, queue: CallQueue, kind: Kind, sequence: int, steps: Steps[Result], work: Work | None) -> None:
         self.kind = kind
         self.sequence = sequence
         self._queue = queue
         self._steps = steps
-        self._event_of = event_of
+        self._work = work
         self._result: list[Result] = []
         self._error: BaseException | None = None
 
@@ -46,7 +53,7 @@ class Pending(Generic[Result]):
 
         None on CPUs, and as long as not all of the work could be issued, because an earlier call failed.
         """
-        return self._event_of()
+        return None if self._work is None else self._work.event
 
     def wait(self) -> Result:
         """The call's result, once it is there; later calls of ``wait()`` give the same.
@@ -61,8 +68,10 @@ class Pending(Generic[Result]):
         self._queue.finish(self)
         if self._error is not None:
             raise self._error
-        if (event := self.event) is not None:
-            event.wait()
+        if self._work is not None:
+            if self._work.event is not None:
+                self._work.event.wait()
+            self._work.held = ()
         return self._result[0]
 
     def advance(self) -> Missing | None:
@@ -130,14 +139,14 @@ class CallQueue:
         kind: Kind,
         sequence: int,
         steps: Steps[Result],
-        event_of: Callable[[], Event | None] = lambda: None,
+        work: Work | None = None,
     ) -> Pending[Result]:
         """Puts a call behind the others and goes as far as is possible without waiting.
 
         Args:
-            event_of: gives the end of its work, once all of that has been issued.
+            work: what it leaves to a device.
         """
-        pending = Pending(self, kind, sequence, steps, event_of)
+        pending = Pending(self, kind, sequence, steps, work)
         self.last_error = None
         self._running.append(pending)  # type: ignore[arg-type]
         self._unwaited.append(pending)  # type: ignore[arg-type]

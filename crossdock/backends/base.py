@@ -173,5 +173,11 @@ class Backend(Protocol):
     def event(self) -> Event | None:
         """The end of what has been issued so far; None where calls are done when they return."""
 
+    def check_capture(self, *, asks_host: bool) -> None:
+        """Raises ConfigError where a graph is captured of a dispatch that asks the host."""
+
+    def marked(self, name: str) -> AbstractContextManager[object]:
+        """What is issued within has that name in a profiler."""
+
     def synchronize(self) -> None:
         """Returns once all that was issued is done."""

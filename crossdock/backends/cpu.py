@@ -217,6 +217,13 @@ class CpuBackend:
         """See Backend."""
         return
 
+    def check_capture(self, *, asks_host: bool) -> None:
+        """See Backend."""
+
+    def marked(self, name: str) -> AbstractContextManager[object]:
+        """See Backend."""
+        return nullcontext()
+
     def synchronize(self) -> None:
         """See Backend."""
 

@@ -25,7 +25,7 @@ from crossdock.backends.cuda.launch import Kernels
 from crossdock.backends.cuda.plan import DevicePlan, Report, Table
 from crossdock.backends.cuda.planner import Planner
 from crossdock.consent import Steps, Word
-from crossdock.errors import CapacityError
+from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Expanded
 from crossdock.plan import Plan
 from crossdock.spec import Topology
@@ -225,6 +225,18 @@ class CudaBackend:
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._kernels.stream)
         return event
+
+    def check_capture(self, *, asks_host: bool) -> None:
+        """See Backend."""
+        if (asks_host or self.launch.engine == "copy") and torch.cuda.is_current_stream_capturing():
+            raise ConfigError(
+                "a CUDA graph is being captured, and this dispatch asks the host (how many rows came; where blocks of "
+                "engine='copy' go); pass rows='capacity', or recv.plan of an earlier dispatch, with engine='kernel'"
+            )
+
+    def marked(self, name: str) -> AbstractContextManager[object]:
+        """See Backend. An NVTX range."""
+        return torch.cuda.nvtx.range(name)
 
     def synchronize(self) -> None:
         """See Backend."""
