@@ -21,7 +21,8 @@ from crossdock.arena import Arena
 from crossdock.backends.base import Landed, Outgoing, PlanTensors, Rows, Wishes
 from crossdock.backends.cuda.config import decide
 from crossdock.backends.cuda.control import DeviceConsent
-from crossdock.backends.cuda.launch import Kernels
+from crossdock.backends.cuda.launch import Launcher
+from crossdock.backends.cuda.movers import RowKernels
 from crossdock.backends.cuda.plan import DevicePlan, Report, Table
 from crossdock.backends.cuda.planner import Planner
 from crossdock.consent import Steps, Word
@@ -37,17 +38,18 @@ class CudaBackend:
     """The Backend protocol over device memory that every rank has mapped."""
 
     def __init__(
-        self, arena: Arena, transport: DeviceTransport, kernels: Kernels, consent: DeviceConsent, *, buffer_id: int
+        self, arena: Arena, transport: DeviceTransport, launcher: Launcher, consent: DeviceConsent, *, buffer_id: int
     ) -> None:
-        self.launch = kernels.config
+        self.launch = launcher.config
         """The default; a call may ask for another number of multiprocessors."""
         spec = arena.spec
         self.has_pairs = spec.ranks_sum_picks or self.launch.expand == "receiver"
         self._arena = arena
         self._transport = transport
-        self._kernels = kernels
+        self._on = launcher
+        self._kernels = RowKernels(launcher)
         self._consent = consent
-        self._planner = Planner(arena, kernels, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
+        self._planner = Planner(arena, launcher, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
         self._device = transport.device
         self._fresh: DevicePlan | None = None
         self._is_narrow = isinstance(spec.wire, Fp8)
@@ -73,16 +75,16 @@ class CudaBackend:
 
     def enter(self) -> None:
         """See Backend."""
-        self._kernels.enter()
+        self._on.enter()
 
     def use_sms(self, num_sms: int | None) -> None:
         """See Backend."""
-        self._kernels.use_sms(num_sms, self.launch)
+        self._on.use_sms(num_sms, self.launch)
 
     def post_counts(self, sequence: int, topk_idx: Tensor) -> None:
         """See Backend. Counted here; the kernel that gives the word tells the counts first."""
         self._fresh = self._planner.count(topk_idx, stamp=sequence)
-        self._consent.counted(topk_idx)
+        self._consent.tells(self._fresh)
 
     def make_plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> DevicePlan:
         """See Backend. The host is told later."""
@@ -119,8 +121,8 @@ class CudaBackend:
         partial_rows = plan.partial_rows
         if plan.pairs is not None and partial_rows is None:
             partial_rows = self._empty(plan.pairs.origins.shape[0], self._arena.spec.num_topk, dtype=torch.int32)
-            with torch.cuda.stream(kernels.stream):
-                partial_rows.copy_(kernels.view("partial_rows", slot))
+            with self.on_stream():
+                partial_rows.copy_(self._on.view("partial_rows", slot))
             plan = replace(plan, partial_rows=partial_rows)
         way = self._way(plan, outgoing)
         if way.is_landed:
@@ -138,8 +140,8 @@ class CudaBackend:
         assert plan.src_idx is not None
         return Landed(
             plan=plan,
-            data=kernels.view(region, slot)[:num_rows],
-            scale=kernels.view("scale", slot)[:num_rows] if has_scale else None,
+            data=self._on.view(region, slot)[:num_rows],
+            scale=self._on.view("scale", slot)[:num_rows] if has_scale else None,
             src_idx=self._up_to(plan.src_idx, num_rows),
             topk_idx=None if plan.local_idx is None else self._up_to(plan.local_idx, num_rows),
             weights=weights,
@@ -166,7 +168,7 @@ class CudaBackend:
         """See Backend."""
         plan, kernels = _of_device(plan), self._kernels
         if y is not None:
-            y = y if y.stride(1) == 1 else self._dense(y)
+            y = self._rowwise(y)
             if plan.sums_pairs or weights is not None:
                 kernels.push_sums(y, plan, None if weights is None else self._dense(weights))
             else:
@@ -198,8 +200,8 @@ class CudaBackend:
         lead = (num_tokens, num_columns) if per_pick else (num_tokens,)
         results = [self._empty(*lead, *extra.shape[1:], dtype=torch.float32) for extra in extras]
         at = 0
-        with torch.cuda.stream(self._kernels.stream):
-            home = self._kernels.view("returns", landing_slot)
+        with self.on_stream():
+            home = self._on.view("returns", landing_slot)
             is_row = (table.places >= 0).unsqueeze(-1)  # [T, J, 1]
             homes = table.homes.clamp(min=0).long()
             for extra, result in zip(extras, results, strict=True):
@@ -218,12 +220,12 @@ class CudaBackend:
 
     def on_stream(self) -> AbstractContextManager[object]:
         """See Backend."""
-        return torch.cuda.stream(self._kernels.stream)
+        return torch.cuda.stream(self._on.stream)
 
     def event(self) -> torch.cuda.Event:
         """See Backend."""
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._kernels.stream)
+        event.record(self._on.stream)
         return event
 
     def check_capture(self, *, asks_host: bool) -> None:
@@ -240,7 +242,7 @@ class CudaBackend:
 
     def synchronize(self) -> None:
         """See Backend."""
-        self._kernels.stream.synchronize()
+        self._on.stream.synchronize()
 
     def warm_up(self) -> None:
         """Does every kind of call on no rows, so that kernels are compiled and loaded. Only while calls are void.
@@ -261,21 +263,17 @@ class CudaBackend:
                 Outgoing(x=wide, weights=weights, extras=(), wide=True),
             ):
                 self.post_counts(0, picks)
-                self._kernels.begin_call(0)
+                self._consent.warm_up()
                 plan: Plan = self.make_plan(0, picks, "exact")
                 self.push_rows(plan, outgoing, ())
-                self._kernels.finish_call(posts=True, awaits_all=True)
                 plans.append(self.landed(plan, outgoing, 0, num_rows=1).plan)
-            self._kernels.begin_call(0)
+            self._consent.warm_up()
             plan = plans[0]
             row_weights = torch.zeros(1, device=self._device) if spec.reduce == "rank" else None
             for given in (None, row_weights):
                 self.push_outputs(plan, wide, (), given, ())
             for given in (None, None if spec.reduce == "rank" else weights):
                 self.sum_rows(plan, given, None, (), 0)
-            self._kernels.finish_call(posts=True, awaits_all=False)
-            self._kernels.finish_call(posts=False, awaits_all=False)
-            self._kernels.check_call()
         self.synchronize()
 
     def _push(self, plan: DevicePlan, outgoing: Outgoing) -> None:
@@ -285,10 +283,10 @@ class CudaBackend:
             return
         way, x = self._way(plan, outgoing), outgoing.x
         if isinstance(x, Tensor) and self._is_narrow and not outgoing.wide:
-            self._kernels.push_cast(x if x.stride(1) == 1 else self._dense(x), way.table, landed=way.is_landed)
+            self._kernels.push_cast(self._rowwise(x), way.table, landed=way.is_landed)
             return
-        data, scale = x if isinstance(x, Quantized) else (x, None)
-        self._kernels.push_rows(data, way.table, way.region, row_bytes=way.row_bytes)
+        data, scale = (self._rowwise(x.data), self._rowwise(x.scale)) if isinstance(x, Quantized) else (x, None)
+        self._kernels.push_rows(self._rowwise(data), way.table, way.region, row_bytes=way.row_bytes)
         if scale is not None:
             region = way.region if way.is_landed else "scale"
             self._kernels.push_rows(scale, way.table, region, offset=way.scale_offset, row_bytes=way.row_bytes)
@@ -312,7 +310,7 @@ class CudaBackend:
                 x = spec.wire.quantize(x)
         parts = [(x.data, region), (x.scale, "scale")] if isinstance(x, Quantized) else [(x, region)]
         with self.on_stream():  # the host waits for the words
-            seen, counts = self._kernels.seen.tolist(), plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
+            seen, counts = self._on.seen.tolist(), plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
         if self._consent.failure() is not None or not bool(counts.any()):
             return
         starts = counts.cumsum(1)[rank] - counts[rank]
@@ -331,7 +329,7 @@ class CudaBackend:
 
     def _pack(self, rows: Tensor, table: Table, *, num_rows: int) -> Tensor:
         packed = self._ours(num_rows, *rows.shape[1:], dtype=rows.dtype)
-        self._kernels.pack_rows(rows, table, packed)
+        self._kernels.pack_rows(self._rowwise(rows), table, packed)
         return packed
 
     def _unpack(
@@ -345,7 +343,7 @@ class CudaBackend:
         weights = None if outgoing.weights is None else self._empty(num_rows, *per_row, dtype=torch.float32)
         extras = tuple(self._empty(num_rows, *extra.shape[1:], dtype=extra.dtype) for extra in outgoing.extras)
         self._kernels.unpack_records(slot, plan, src_idx, local_idx, weights)
-        at, record = self._arena.extras_offset, self._kernels.view("record", slot)[:num_rows]
+        at, record = self._arena.extras_offset, self._on.view("record", slot)[:num_rows]
         for extra in extras:
             raw = _raw(extra)
             with self.on_stream():
@@ -370,6 +368,10 @@ class CudaBackend:
             packed[:, :num_bytes].copy_(torch.cat(raw, dim=1))
             return packed.view(torch.int32)
 
+    def _rowwise(self, rows: Tensor) -> Tensor:
+        """Rows ``[n, ...]`` each of which has no gaps: themselves, or copies that are ours."""
+        return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else self._dense(rows)
+
     def _dense(self, tensor: Tensor) -> Tensor:
         """The tensor without gaps: itself, or a copy that is ours."""
         if tensor.is_contiguous():
@@ -383,7 +385,7 @@ class CudaBackend:
             return self._empty(*shape, dtype=dtype)
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return self._kernels.empty(*shape, dtype=dtype)
+        return self._on.empty(*shape, dtype=dtype)
 
 
 class _Way(NamedTuple):
@@ -409,10 +411,10 @@ def connect(transport: DeviceTransport, arena: Arena, wishes: Wishes, *, buffer_
     visible = torch.cuda.get_device_properties(transport.device).multi_processor_count
     topology = _shared(arena.topology, transport.ranks_here)
     config = decide(arena.spec, topology, wishes, visible_sms=visible, ranks_here=transport.ranks_here)
-    kernels = Kernels(arena, transport, config, timeout_s=timeout_s)
-    consent = DeviceConsent(transport, kernels, ring=arena.ring, num_experts=arena.spec.num_experts)
-    backend = CudaBackend(arena, transport, kernels, consent, buffer_id=buffer_id)
-    with kernels.all_void():
+    launcher = Launcher(arena, transport, config, timeout_s=timeout_s)
+    consent = DeviceConsent(transport, launcher, ring=arena.ring, num_experts=arena.spec.num_experts)
+    backend = CudaBackend(arena, transport, launcher, consent, buffer_id=buffer_id)
+    with launcher.all_void():
         backend.warm_up()
     return Parts(backend, consent)
 

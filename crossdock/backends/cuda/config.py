@@ -61,10 +61,10 @@ class LaunchConfig:
             is_counted: whether the host knows how many rows there are.
         """
         if self.is_capped:
-            piece_bytes = min(_power_of_two(row_bytes), 16384)
+            piece_bytes = min(power_of_two(row_bytes), 16384)
             return Shape(piece_bytes=piece_bytes, num_warps=32, programs=self.num_sms, num_rows=65536 // piece_bytes)
         programs = None if is_counted else self.num_sms * PROGRAMS_PER_SM
-        return Shape(piece_bytes=min(_power_of_two(row_bytes), 2048), num_warps=1, programs=programs)
+        return Shape(piece_bytes=min(power_of_two(row_bytes), 2048), num_warps=1, programs=programs)
 
     def __str__(self) -> str:
         return (
@@ -111,5 +111,6 @@ def _expand(
     return wish or cost.cheaper_expand(spec, topology)
 
 
-def _power_of_two(value: int) -> int:
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not less."""
     return 1 << (value - 1).bit_length()

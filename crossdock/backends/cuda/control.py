@@ -11,7 +11,9 @@ import torch
 from crossdock.backends.base import Event
 from crossdock.backends.cuda.kernels import sync
 from crossdock.backends.cuda.kernels.calls import ARRIVE, CURRENT, NEXT, NUM_ENDED, STATE_WORDS, STATUS
-from crossdock.backends.cuda.launch import Kernels
+from crossdock.backends.cuda.launch import Launcher
+from crossdock.backends.cuda.plan import DevicePlan
+from crossdock.backends.cuda.words import WordKernels
 from crossdock.consent import (
     CALL_MASK,
     KIND_SHIFT,
@@ -48,9 +50,11 @@ class DeviceConsent(Consent):
     what a replayed graph does; they are read when a call fails, and set for the next epoch.
     """
 
-    def __init__(self, transport: DeviceTransport, kernels: Kernels, *, ring: int, num_experts: int) -> None:
+    def __init__(self, transport: DeviceTransport, launcher: Launcher, *, ring: int, num_experts: int) -> None:
         self._num_experts = num_experts
-        self._kernels = kernels
+        self._on = launcher
+        self._kernels = WordKernels(launcher)
+        self._fresh: DevicePlan | None = None
         self._transport = transport
         self._posts = False
         self._picks: deque[torch.Tensor] = deque(maxlen=_NUM_PICKS)
@@ -72,7 +76,8 @@ class DeviceConsent(Consent):
     def words(self, sequence: int, own: Word) -> Steps[Sequence[Word]]:
         """The words stay on the device, where the kernels that follow read them."""
         self._posts = False
-        self._kernels.begin_call(own.payload())
+        plan, self._fresh = self._fresh, None
+        self._kernels.begin_call(own.payload(), plan)
         yield from ()
         return ()
 
@@ -87,6 +92,15 @@ class DeviceConsent(Consent):
 
     def check(self, sequence: int) -> None:
         """Ends the call, on the device, where a peer has given it up."""
+        self._kernels.check_call()
+
+    def warm_up(self) -> None:
+        """Launches all its kernels, so that they are compiled and loaded; only while calls are void."""
+        plan, self._fresh = self._fresh, None
+        self._picks.clear()
+        self._kernels.begin_call(0, plan)
+        for posts, awaits_all in ((True, True), (True, False), (False, False)):
+            self._kernels.finish_call(posts=posts, awaits_all=awaits_all)
         self._kernels.check_call()
 
     def until(self, event: Event, what: str) -> Generator[Missing, None, None]:
@@ -109,17 +123,18 @@ class DeviceConsent(Consent):
                                           f"buffer was dropped; the call is void")  # fmt: skip
             yield Missing((), what)
 
-    def counted(self, topk_idx: torch.Tensor) -> None:
-        """Keeps the picks of a fresh dispatch, to say what is wrong with them if the device refuses them."""
+    def tells(self, plan: DevicePlan) -> None:
+        """The next word goes with the counts of a fresh dispatch, whose plan is filled from everybody's."""
+        self._fresh = plan
         if not torch.cuda.is_current_stream_capturing():
-            self._picks.append(topk_idx)
+            self._picks.append(plan.topk_idx)  # to say what is wrong with them if the device refuses them
 
     def failure(self) -> CrossdockError | None:
         """What the device has found, from the record that it left in host memory.
 
         A ConfigError if it is this rank's own picks that are not allowed.
         """
-        status, peer, phase, expected, seen = self._kernels.failure.tolist()
+        status, peer, phase, expected, seen = self._on.failure.tolist()
         if status == sync.OK.value:
             return None
         call = (expected >> PAYLOAD_BITS) & SEQUENCE_MASK
@@ -137,7 +152,7 @@ class DeviceConsent(Consent):
 
         Which call is the first that is void, the device knows.
         """
-        stream = self._kernels.stream
+        stream = self._on.stream
         if not stream.query():
             current = self._state()[CURRENT.value]
             flag = Flag(epoch=self.num_ended, first_void=current & CALL_MASK, num_more=0)
@@ -188,7 +203,7 @@ class DeviceConsent(Consent):
 
     def _state(self) -> list[int]:
         with torch.cuda.stream(self._transport.stream):
-            state: list[int] = self._kernels.state.tolist()
+            state: list[int] = self._on.state.tolist()
         return state
 
     def _restart(self) -> None:
@@ -197,8 +212,8 @@ class DeviceConsent(Consent):
         state[NEXT.value], state[CURRENT.value] = self.next_sequence, self.next_sequence
         state[NUM_ENDED.value], state[STATUS.value] = self.num_ended, sync.OK.value
         with torch.cuda.stream(self._transport.stream):
-            self._kernels.state.copy_(torch.tensor(state))
-            self._kernels.record.zero_()
-            self._kernels.refused.zero_()
+            self._on.state.copy_(torch.tensor(state))
+            self._on.record.zero_()
+            self._on.refused.zero_()
         self._transport.stream.synchronize()
-        self._kernels.failure.zero_()
+        self._on.failure.zero_()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import PlanTensors
+from crossdock.backends.cuda.config import power_of_two
+from crossdock.backends.cuda.kernels import places
 from crossdock.backends.cuda.kernels.places import (
     REPORT_NEEDED,
     REPORT_PAIRS,
@@ -20,12 +22,16 @@ from crossdock.backends.cuda.kernels.places import (
     REPORT_WORST,
     SCALARS,
 )
-from crossdock.backends.cuda.launch import Kernels
+from crossdock.backends.cuda.launch import Launcher
 from crossdock.backends.cuda.plan import DevicePlan, Report, Table
 from crossdock.errors import CapacityError
 from crossdock.layout import Padded
 from crossdock.plan import overflow
 
+_PICKS = 128
+"""Picks that a program compares with each other."""
+_ORIGIN_CELLS = 16384
+"""Rows times blocks that a program compares."""
 _NUM_REPORTS = 64
 REMADE = 1
 """The stamp of plans that are made again: no dispatch has such a number."""
@@ -38,9 +44,9 @@ class Planner:
         has_pairs: whether plans say which rows of a rank are of one token.
     """
 
-    def __init__(self, arena: Arena, kernels: Kernels, *, rank: int, buffer_id: int, has_pairs: bool) -> None:
+    def __init__(self, arena: Arena, launcher: Launcher, *, rank: int, buffer_id: int, has_pairs: bool) -> None:
         self._arena = arena
-        self._kernels = kernels
+        self._on = launcher
         self._rank = rank
         self._buffer_id = buffer_id
         self._has_pairs = has_pairs
@@ -52,6 +58,11 @@ class Planner:
         self._num_reports = 0
         self._captured: list[Report] = []
         self._nobody = self._rows[_NUM_REPORTS]
+        self._chunk_tokens = max(1, _PICKS // power_of_two(arena.spec.num_topk))
+        num_chunks = -(-arena.spec.max_tokens // self._chunk_tokens)
+        num_counts = arena.spec.num_counts(arena.topology)
+        self._partial_sums = torch.zeros(num_chunks, num_counts, dtype=torch.int32, device=launcher.device)
+        """Of the plan that is being made: for each chunk of tokens, the counts of those before it."""
 
     def count(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
         """Counts this rank's picks, for the words that come next to tell; the plan that is filled with them.
@@ -61,7 +72,7 @@ class Planner:
         spec, topology = self._arena.spec, self._arena.topology
         gathered = self._ints(self._num_ranks, spec.num_counts(topology), dtype=torch.int64)
         plan = self._blank(topk_idx, gathered, stamp=stamp, report=self._report())
-        self._kernels.count_picks(topk_idx, plan)
+        self._count_picks(topk_idx)
         return plan
 
     def place(self, plan: DevicePlan) -> None:
@@ -69,14 +80,14 @@ class Planner:
         assert plan.report is not None
         self._place(plan, plan.report.row)
         if not plan.report.is_captured:
-            plan.report.event.record(self._kernels.stream)
+            plan.report.event.record(self._on.stream)
 
     def remake(self, tensors: PlanTensors) -> DevicePlan:
         """The plan again, from the tensors that decide it."""
         topk_idx, counts, partial_rows, src_idx, local_idx = tensors
         plan = self._blank(topk_idx, counts, stamp=REMADE, report=None)
-        self._kernels.count_picks(topk_idx, None)
-        self._kernels.derive_blocks(plan, plan.rows, self._nobody, is_pairs=False)
+        self._count_picks(topk_idx)
+        self._derive_blocks(plan, plan.rows, self._nobody, is_pairs=False)
         self._place(plan, self._nobody)
         self.find_origins(plan)
         return replace(
@@ -89,9 +100,9 @@ class Planner:
 
     def find_origins(self, plan: DevicePlan) -> None:
         """Works out where the rows that come here are from; after what sends rows, which does not need it."""
-        self._kernels.find_origins(plan.scalars, plan.rows, is_pairs=False)
+        self._find_origins(plan.scalars, plan.rows, is_pairs=False)
         if plan.pairs is not None:
-            self._kernels.find_origins(plan.scalars, plan.pairs, is_pairs=True)
+            self._find_origins(plan.scalars, plan.pairs, is_pairs=True)
 
     def told(self, plan: DevicePlan) -> DevicePlan:
         """The plan with what its report says, which has come.
@@ -134,10 +145,107 @@ class Planner:
         return self._captured
 
     def _place(self, plan: DevicePlan, told: Tensor) -> None:
-        self._kernels.place_rows(plan, plan.rows, is_pairs=False)
+        self._place_rows(plan, plan.rows, is_pairs=False)
         if plan.pairs is not None:
-            self._kernels.derive_blocks(plan, plan.pairs, told, is_pairs=True)
-            self._kernels.place_rows(plan, plan.pairs, is_pairs=True)
+            self._derive_blocks(plan, plan.pairs, told, is_pairs=True)
+            self._place_rows(plan, plan.pairs, is_pairs=True)
+
+    def _count_picks(self, topk_idx: Tensor) -> None:
+        """Counts picks ``[T, K]``, by chunks of tokens and all together."""
+        num_counts, num_chunks = self._on.counts.shape[0], self._num_chunks(topk_idx)
+        if num_chunks:
+            self._on.launch(
+                places.count_picks,
+                (num_chunks,),
+                topk_idx,
+                topk_idx.shape[0],
+                self._partial_sums,
+                self._on.refused,
+                E=self._on.num_local * self._on.num_ranks,
+                P=self._on.num_ranks,
+                K=self._on.arena.spec.num_topk,
+                S=self._chunk_tokens,
+                num_warps=4,
+            )
+        self._on.launch(
+            places.sum_chunks,
+            (-(-num_counts // 32),),
+            self._partial_sums,
+            self._on.counts,
+            num_chunks,
+            W=num_counts,
+            TILE=32,
+            COLUMNS=32,
+            num_warps=4,
+        )
+
+    def _derive_blocks(self, plan: DevicePlan, table: Table, told: Tensor, *, is_pairs: bool) -> None:
+        """Where the blocks of a table begin, from everybody's counts; what the host is told goes to ``told``."""
+        self._on.launch(
+            places.derive_blocks,
+            (1,),
+            plan.counts,
+            self._on.state,
+            plan.scalars,
+            told,
+            self._on.outgoing,
+            table.incoming,
+            plan.segment_starts,
+            plan.num_tokens_per_expert,
+            self._on.arena.spec.capacity(self._on.num_ranks),
+            self._on.rank,
+            P=self._on.num_ranks,
+            **self._on.blocks(is_pairs=is_pairs),
+            IS_PAIRS=is_pairs,
+            KEEPS_COUNTS=True,
+            num_warps=4,
+        )
+
+    def _place_rows(self, plan: DevicePlan, table: Table, *, is_pairs: bool) -> None:
+        """Places and homes of this rank's rows."""
+        spec, topk_idx = self._on.arena.spec, plan.topk_idx
+        if topk_idx.shape[0]:
+            self._on.launch(
+                places.place_rows,
+                (self._num_chunks(topk_idx),),
+                topk_idx,
+                topk_idx.shape[0],
+                self._partial_sums,
+                self._on.outgoing,
+                plan.scalars,
+                self._on.state,
+                table.places,
+                table.homes,
+                P=self._on.num_ranks,
+                L=self._on.num_local,
+                K=self._on.arena.spec.num_topk,
+                J=table.places.shape[1],
+                S=self._chunk_tokens,
+                BY_RANK=is_pairs or not spec.layout.per_pick,
+                IN_ORDER_OF_RANKS=is_pairs or spec.reduce == "rank",
+                num_warps=4,
+            )
+
+    def _find_origins(self, scalars: Tensor, table: Table, *, is_pairs: bool) -> None:
+        """Where the rows that come here are from."""
+        num_blocks, num_slots = table.incoming.shape[1], table.origins.shape[0]
+        at_once = min(max(1, _ORIGIN_CELLS // power_of_two(num_blocks)), 256)
+        self._on.launch(
+            places.find_origins,
+            (-(-num_slots // at_once),),
+            table.incoming,
+            scalars,
+            table.origins,
+            num_slots,
+            NUM=(places.NUM_PAIRS if is_pairs else places.NUM_ROWS).value,
+            BLOCKS=num_blocks,
+            P=self._on.num_ranks,
+            ROWS=at_once,
+            num_warps=4,
+        )
+
+    def _num_chunks(self, topk_idx: Tensor) -> int:
+        return -(-topk_idx.shape[0] // self._chunk_tokens)
 
     def _blank(self, topk_idx: Tensor, counts: Tensor, *, stamp: int, report: Report | None) -> DevicePlan:
         """A plan whose tables are still to be filled."""
@@ -186,7 +294,7 @@ class Planner:
         return report
 
     def _ints(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return self._kernels.empty(*shape, dtype=dtype)
+        return self._on.empty(*shape, dtype=dtype)
 
 
 def _event() -> torch.cuda.Event:

@@ -1,0 +1,379 @@
+"""Launches of what moves rows, and of the small things beside them.
+
+Letters: T tokens here, J places of a token, K top-k, H hidden, R rows, Q rows sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from crossdock.backends.cuda.config import Shape, power_of_two
+from crossdock.backends.cuda.kernels import cast, places, records, rows, sums
+from crossdock.backends.cuda.launch import Launcher
+from crossdock.backends.cuda.plan import DevicePlan, Table
+from crossdock.layout import Padded
+from crossdock.wire import Fp8
+
+_TOKENS = 32
+"""Tokens whose records one program writes."""
+_MOST_ROWS = 4
+"""Rows of which one program moves pieces at a time; with 8, registers spill."""
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+class RowKernels:
+    """The wide kernels, on a launcher's stream: they wait for nobody."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._on = launcher
+        self._hidden, self._num_topk = launcher.arena.spec.hidden, launcher.arena.spec.num_topk
+
+    def push_rows(self, x: Tensor, table: Table, region: str, *, offset: int = 0, row_bytes: int | None = None) -> None:
+        """Rows ``x [T, ...]`` to their places in a region, ``offset`` bytes into rows that are ``row_bytes`` apart."""
+        num_tokens = x.shape[0]
+        if not num_tokens:
+            return
+        words = as_words(x)
+        own_bytes = words.shape[1] * words.element_size()
+        shape = self._on.config.rows(own_bytes, is_counted=True)
+        piece = max(1, shape.piece_bytes // words.element_size())
+        at_once = min(shape.num_rows, _MOST_ROWS)
+        self._on.launch(
+            rows.push_rows,
+            _grid(-(-num_tokens // at_once) * -(-words.shape[1] // piece), shape),
+            words,
+            table.places,
+            self._on.segments,
+            self._on.seen,
+            self._on.state,
+            num_tokens,
+            words.stride(0),
+            self._on.arena[region].offset + offset,
+            self._on.slot_bytes(region),
+            J=table.places.shape[1],
+            ROW=words.shape[1],
+            ROW_BYTES=row_bytes or own_bytes,
+            PIECE=piece,
+            TOKENS=at_once,
+            num_warps=shape.num_warps,
+        )
+
+    def push_cast(self, x: Tensor, table: Table, *, landed: bool) -> None:
+        """Rows ``x [T, H]``, cast to the wire, to their places; ``landed``: to where rows land that are copied."""
+        num_tokens, wire = x.shape[0], self._on.arena.spec.wire
+        assert isinstance(wire, Fp8)
+        if not num_tokens:
+            return
+        hidden = self._hidden
+        scale_bytes = wire.num_scales(hidden) * wire.scale_dtype.itemsize
+        num_stored = scale_bytes if wire.scale == "ue8m0" else hidden // wire.block
+        shape = self._on.config.rows(hidden * x.element_size(), is_counted=True)
+        values = max(2048, shape.piece_bytes // 2)
+        groups = max(1, min(power_of_two(num_stored), values // power_of_two(wire.block)))
+        out_bytes = hidden * self._on.arena.spec.combine_dtype.itemsize
+        region = "outputs" if landed else "data"
+        warps = max(1, min(16, groups * power_of_two(wire.block) // 512))  # 16 values a thread, for wide stores
+        self._on.launch(
+            cast.push_cast,
+            _grid(num_tokens * -(-num_stored // groups), shape),
+            x,
+            table.places,
+            self._on.segments,
+            self._on.seen,
+            self._on.state,
+            num_tokens,
+            x.stride(0),
+            self._on.arena[region].offset,
+            self._on.slot_bytes(region),
+            self._on.arena[region].offset + hidden if landed else self._on.arena["scale"].offset,
+            self._on.slot_bytes("outputs" if landed else "scale"),
+            J=table.places.shape[1],
+            H=hidden,
+            BLOCK=wire.block,
+            DATA_BYTES=out_bytes if landed else hidden,
+            SCALE_BYTES=out_bytes if landed else scale_bytes,
+            SCALES=num_stored,
+            GROUPS=groups,
+            POW2=wire.pow2 or wire.scale == "ue8m0",
+            EXPONENTS=wire.scale == "ue8m0",
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
+
+    def push_records(self, topk_idx: Tensor, weights: Tensor | None, extras: Tensor | None, table: Table) -> None:
+        """The small things beside rows: sources, ids, weights ``[T, K]``, extras int32 ``[T, n]``."""
+        num_tokens = topk_idx.shape[0]
+        if not num_tokens:
+            return
+        spec = self._on.arena.spec
+        self._on.launch(
+            records.push_records,
+            (-(-num_tokens // _TOKENS),),
+            topk_idx,
+            topk_idx if weights is None else weights.view(torch.int32),
+            topk_idx if extras is None else extras,
+            table.places,
+            self._on.segments,
+            self._on.seen,
+            self._on.state,
+            num_tokens,
+            self._on.rank * spec.max_tokens,
+            self._on.arena["record"].offset,
+            self._on.slot_bytes("record"),
+            K=self._num_topk,
+            J=table.places.shape[1],
+            PER_PICK=spec.layout.per_pick,
+            RECORD=self._on.arena.record_bytes // 4,
+            EXTRA=0 if extras is None else extras.shape[1],
+            HAS_WEIGHTS=weights is not None,
+            TOKENS=_TOKENS,
+            num_warps=4,
+        )
+
+    def unpack_records(
+        self, slot: int, plan: DevicePlan, src_idx: Tensor, topk_idx: Tensor | None, weights: Tensor | None
+    ) -> None:
+        """Sources ``[n]``, local experts ``[n, K]`` and weights of the first n rows of a slot."""
+        num_rows = src_idx.shape[0]
+        if not num_rows:
+            return
+        spec = self._on.arena.spec
+        at_once = max(1, 2048 // power_of_two(1 if spec.layout.per_pick else self._num_topk))
+        at_once = min(at_once, 256)
+        self._on.launch(
+            records.unpack_records,
+            (-(-num_rows // at_once),),
+            self._on.view("record", slot).view(torch.int32),
+            plan.rows.origins,
+            src_idx,
+            src_idx if topk_idx is None else topk_idx,
+            src_idx if weights is None else weights.view(torch.int32),
+            self._on.state,
+            num_rows,
+            self._on.rank * self._on.num_local,
+            L=self._on.num_local,
+            K=self._num_topk,
+            PER_PICK=spec.layout.per_pick,
+            RECORD=self._on.arena.record_bytes // 4,
+            HAS_WEIGHTS=weights is not None,
+            ROWS=at_once,
+            num_warps=4,
+        )
+
+    def push_partial_rows(self, rows_table: Table, pairs: Table) -> None:
+        """Tells each rank which of its rows belong to one token."""
+        num_tokens = pairs.places.shape[0]
+        if not num_tokens:
+            return
+        self._on.launch(
+            records.push_partial_rows,
+            (-(-num_tokens // _TOKENS),),
+            rows_table.places,
+            pairs.places,
+            self._on.segments,
+            self._on.seen,
+            self._on.state,
+            num_tokens,
+            self._on.arena["partial_rows"].offset,
+            self._on.slot_bytes("partial_rows"),
+            K=self._num_topk,
+            J=pairs.places.shape[1],
+            TOKENS=_TOKENS,
+            num_warps=4,
+        )
+
+    def expand_rows(self, slot: int, region: str, plan: DevicePlan, *, offset: int) -> None:
+        """Landed rows of a slot, ``offset`` bytes into output rows, to the places of their picks in a region."""
+        assert plan.partial_rows is not None
+        target = as_words(self._on.view(region, slot))
+        out_bytes = self._hidden * self._on.arena.spec.combine_dtype.itemsize
+        size = target.element_size()
+        landed = self._on.view("outputs", slot).view(torch.uint8).view(-1)[offset:]
+        landed = landed[: landed.shape[0] // size * size].view(target.dtype)
+        shape = self._on.config.rows(target.shape[1] * size, is_counted=False)
+        piece = max(1, shape.piece_bytes // size)
+        self._on.launch(
+            rows.expand_rows,
+            _grid(1, shape),
+            landed,
+            target,
+            plan.partial_rows,
+            plan.scalars,
+            self._on.state,
+            out_bytes // size,
+            NUM=places.NUM_PAIRS.value,
+            K=self._num_topk,
+            ROW=target.shape[1],
+            PIECE=piece,
+            num_warps=shape.num_warps,
+        )
+
+    def zero_gaps(self, slot: int, region: str, plan: DevicePlan) -> None:
+        """Zeroes what alignment left between the segments of a slot."""
+        words = as_words(self._on.view(region, slot))
+        piece = min(power_of_two(words.shape[1]), 1024)
+        self._on.launch(
+            rows.zero_gaps,
+            (self._on.num_local, -(-words.shape[1] // piece)),
+            words,
+            plan.rows.incoming,
+            plan.segment_starts,
+            self._on.state,
+            P=self._on.num_ranks,
+            N=self._on.num_local,
+            ROW=words.shape[1],
+            PIECE=piece,
+            num_warps=4,
+        )
+
+    def push_home(self, y: Tensor, plan: DevicePlan, table: Table, region: str, row_bytes: int) -> None:
+        """Rows ``y [R, ...]`` to their homes in a region of their owners."""
+        words = as_words(y)
+        shape = self._home_shape(words.shape[1] * words.element_size())
+        piece = max(1, shape.piece_bytes // words.element_size())
+        self._on.launch(
+            rows.push_home,
+            _grid(1, shape),
+            words,
+            table.origins,
+            plan.scalars,
+            self._on.segments,
+            self._on.seen,
+            self._on.state,
+            words.stride(0),
+            self._on.arena[region].offset,
+            self._on.slot_bytes(region),
+            NUM=(places.NUM_PAIRS if table is plan.pairs else places.NUM_ROWS).value,
+            ROW=words.shape[1],
+            ROW_BYTES=row_bytes,
+            PIECE=piece,
+            num_warps=shape.num_warps,
+        )
+
+    def push_sums(self, y: Tensor, plan: DevicePlan, weights: Tensor | None) -> None:
+        """This rank's sums of the rows of each pair (or each row, weighted), to their homes."""
+        pairs = plan.pairs if plan.sums_pairs else None
+        table = pairs or plan.rows
+        shape = self._home_shape(self._hidden * y.element_size())
+        self._on.launch(
+            sums.push_sums,
+            _grid(1, shape),
+            y,
+            y if weights is None else weights,
+            table.origins if pairs is None else plan.partial_rows,
+            table.origins,
+            plan.scalars,
+            self._on.segments,
+            self._on.seen,
+            self._on.state,
+            y.stride(0),
+            self._on.arena["landing"].offset,
+            self._on.slot_bytes("landing"),
+            NUM=(places.NUM_ROWS if pairs is None else places.NUM_PAIRS).value,
+            K=0 if pairs is None else self._num_topk,
+            H=self._hidden,
+            PIECE=max(1, shape.piece_bytes // y.element_size()),
+            HAS_WEIGHTS=weights is not None,
+            num_warps=shape.num_warps,
+            enable_fp_fusion=False,
+        )
+
+    def sum_rows(self, out: Tensor, plan: DevicePlan, weights: Tensor | None, bias: Tensor | None, slot: int) -> None:
+        """``out [T, H]`` from each token's rows, weighted ``[T, J]``; what was pushed lies in that landing slot."""
+        num_tokens = out.shape[0]
+        if not num_tokens:
+            return
+        shape = self._on.config.rows(self._hidden * out.element_size(), is_counted=True)
+        piece = max(1, shape.piece_bytes // out.element_size())
+        table = plan.back
+        self._on.launch(
+            sums.sum_rows,
+            _grid(num_tokens * -(-self._hidden // piece), shape),
+            out,
+            out if bias is None else bias,
+            out if weights is None else weights,
+            table.places,
+            table.homes,
+            self._on.segments,
+            self._on.seen,
+            self._on.state,
+            num_tokens,
+            self._on.rank,
+            self._on.arena["outputs"].offset,
+            self._on.slot_bytes("outputs"),
+            self._on.arena["landing"].offset + slot * self._on.slot_bytes("landing"),
+            J=table.places.shape[1],
+            H=self._hidden,
+            PIECE=piece,
+            HAS_WEIGHTS=weights is not None,
+            BIAS_ROWS=-1 if bias is None else int(bias.dim() == 2),
+            num_warps=shape.num_warps,
+            enable_fp_fusion=False,
+        )
+
+    def weigh_places(self, topk_idx: Tensor, weights: Tensor, table: Table, out: Tensor) -> None:
+        """Weights of rows that serve several picks, ``[T, J]`` from ``[T, K]``."""
+        if out.shape[0]:
+            self._on.launch(
+                sums.weigh_places,
+                (-(-out.shape[0] // _TOKENS),),
+                topk_idx,
+                weights,
+                table.places,
+                out,
+                out.shape[0],
+                L=self._on.num_local,
+                K=self._num_topk,
+                J=out.shape[1],
+                TOKENS=_TOKENS,
+                num_warps=4,
+            )
+
+    def pack_rows(self, x: Tensor, table: Table, packed: Tensor) -> None:
+        """Rows ``x [T, ...]`` into this rank's sending order, ``[Q, ...]``."""
+        if not x.shape[0]:
+            return
+        words = as_words(x)
+        shape = self._on.config.rows(words.shape[1] * words.element_size(), is_counted=True)
+        piece = max(1, shape.piece_bytes // words.element_size())
+        self._on.launch(
+            rows.pack_rows,
+            _grid(x.shape[0] * -(-words.shape[1] // piece), shape),
+            words,
+            table.places,
+            table.homes,
+            packed.view(torch.uint8).view(words.dtype),
+            self._on.state,
+            x.shape[0],
+            words.stride(0),
+            J=table.places.shape[1],
+            ROW=words.shape[1],
+            PIECE=piece,
+            num_warps=shape.num_warps,
+        )
+
+    def _home_shape(self, row_bytes: int) -> Shape:
+        shape = self._on.config.rows(row_bytes, is_counted=False)
+        if isinstance(
+            self._on.arena.spec.layout, Padded
+        ):  # most rows are none: look at each once, not at all its pieces
+            return replace(shape, piece_bytes=power_of_two(row_bytes), num_warps=max(4, shape.num_warps))
+        return shape
+
+
+def as_words(rows_of: Tensor) -> Tensor:
+    """Rows ``[n, H]``, each without gaps, as words of the widest type that sizes and addresses are multiples of."""
+    size = rows_of.element_size()
+    row_bytes, pitch = rows_of.shape[1] * size, rows_of.stride(0) * size
+    at = rows_of.storage_offset() * size
+    widest = next(
+        w for w in _WORDS if row_bytes % w == 0 and pitch % w == 0 and at % w == 0 and rows_of.data_ptr() % w == 0
+    )
+    return rows_of.view(_WORDS[widest]) if widest != size or rows_of.dtype.is_floating_point else rows_of
+
+
+def _grid(num_items: int, shape: Shape) -> tuple[int]:
+    return (num_items if shape.programs is None else shape.programs,)

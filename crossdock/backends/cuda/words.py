@@ -1,0 +1,90 @@
+"""Launches of the two ends of a call: words to all and from all."""
+
+from __future__ import annotations
+
+from crossdock.backends.cuda.kernels import calls, places
+from crossdock.backends.cuda.launch import Launcher
+from crossdock.backends.cuda.plan import DevicePlan
+
+
+class WordKernels:
+    """The one-program kernels that give and await words, on a launcher's stream."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._on = launcher
+
+    def begin_call(self, payload: int, plan: DevicePlan | None) -> None:
+        """Words to all and from all; of a fresh dispatch with counts, and its plan's blocks of rows from them."""
+        words = (
+            self._on.segments,
+            self._on.state,
+            self._on.seen,
+            self._on.record,
+            self._on.failure,
+            payload,
+            self._on.refused,
+            self._on.counts,
+        )
+        arena = self._on.arena
+        places_of_words = (arena["words"].offset, arena["aborts"].offset, arena["counts"].offset)
+        if plan is None:
+            args = (*words, self._on.counts, self._on.rank, self._on.max_polls, *places_of_words)
+            self._on.launch(calls.begin_call, (1,), *args, P=self._on.num_ranks, RING=arena.ring, W=0, num_warps=1)
+            return
+        assert plan.report is not None
+        self._on.launch(
+            places.begin_dispatch,
+            (1,),
+            *words,
+            plan.counts,
+            self._on.rank,
+            self._on.max_polls,
+            *places_of_words,
+            plan.scalars,
+            plan.report.row,
+            self._on.outgoing,
+            plan.rows.incoming,
+            plan.segment_starts,
+            plan.num_tokens_per_expert,
+            arena.spec.capacity(self._on.num_ranks),
+            P=self._on.num_ranks,
+            RING=arena.ring,
+            **self._on.blocks(is_pairs=False),
+            num_warps=4,
+        )
+
+    def finish_call(self, *, posts: bool, awaits_all: bool) -> None:
+        """Rows are in place: to all, and from all (or from those that push)."""
+        self._on.launch(
+            calls.finish_call,
+            (1,),
+            self._on.segments,
+            self._on.state,
+            self._on.seen,
+            self._on.record,
+            self._on.failure,
+            self._on.rank,
+            self._on.max_polls,
+            self._on.arena["arrived"].offset,
+            self._on.arena["aborts"].offset,
+            P=self._on.num_ranks,
+            RING=self._on.arena.ring,
+            POSTS=posts,
+            AWAITS_ALL=awaits_all,
+            num_warps=1,
+        )
+
+    def check_call(self) -> None:
+        """Ends the call where a peer has given it up."""
+        self._on.launch(
+            calls.check_call,
+            (1,),
+            self._on.segments,
+            self._on.state,
+            self._on.record,
+            self._on.failure,
+            self._on.rank,
+            self._on.arena["aborts"].offset,
+            P=self._on.num_ranks,
+            num_warps=1,
+        )
