@@ -23,6 +23,7 @@ from crossdock import (
 )
 from tests.cases import EXTRA_BYTES, check_received, loads, make_case
 from tests.world import meet, open_buffer
+from tests.worlds import test_autograd as gradients
 from tests.worlds import test_combine as combine
 from tests.worlds import test_dispatch as dispatch
 
@@ -88,6 +89,14 @@ def test_sums_every_row_in_its_order(world, layout, reduce):
 @layouts
 def test_sums_every_row_in_its_order_among_three_ranks(world, layout, reduce):
     combine.check_each(world, [make_case(spec_of(layout, 3, reduce=reduce), [4, 0, 3])])
+
+
+@two_ranks
+@pytest.mark.parametrize("way", ["weights-travel", "capacity"])
+@reduces
+@layouts
+def test_all_gradients_are_those_of_the_dense_sum(world, layout, reduce, way):
+    gradients.check_gradients(world, layout, reduce, way)
 
 
 def misbehave(group, trouble):

@@ -24,7 +24,7 @@ from crossdock.backends.cuda.kernels.places import (
 )
 from crossdock.backends.cuda.launch import Launcher
 from crossdock.backends.cuda.plan import DevicePlan, Report, Table
-from crossdock.errors import CapacityError
+from crossdock.errors import CapacityError, NotSupported
 from crossdock.layout import Padded
 from crossdock.plan import overflow
 
@@ -33,6 +33,7 @@ _PICKS = 128
 _ORIGIN_CELLS = 16384
 """Rows times blocks that a program compares."""
 _NUM_REPORTS = 64
+_NUM_CAPTURED = 1024
 REMADE = 1
 """The stamp of plans that are made again: no dispatch has such a number."""
 
@@ -53,11 +54,12 @@ class Planner:
         self._num_ranks = arena.topology.num_ranks
         self._num_local = arena.spec.num_local_experts(self._num_ranks)
         self._slot_rows = arena.spec.num_slot_rows(self._num_ranks)
-        self._rows = torch.zeros(_NUM_REPORTS + 1, REPORT_WORDS.value, dtype=torch.int64, pin_memory=True)
+        num_rows = _NUM_REPORTS + _NUM_CAPTURED + 1
+        self._rows = torch.zeros(num_rows, REPORT_WORDS.value, dtype=torch.int64, pin_memory=True)
         self._reports: list[Report | None] = [None] * _NUM_REPORTS
         self._num_reports = 0
         self._captured: list[Report] = []
-        self._nobody = self._rows[_NUM_REPORTS]
+        self._nobody = self._rows[-1]
         self._chunk_tokens = max(1, _PICKS // power_of_two(arena.spec.num_topk))
         num_chunks = -(-arena.spec.max_tokens // self._chunk_tokens)
         num_counts = arena.spec.num_counts(arena.topology)
@@ -283,7 +285,12 @@ class Planner:
     def _report(self) -> Report:
         """Room in host memory for what the host is told; a graph's is its own for good."""
         if torch.cuda.is_current_stream_capturing():
-            row = torch.zeros(REPORT_WORDS.value, dtype=torch.int64, pin_memory=True)
+            if len(self._captured) == _NUM_CAPTURED:
+                raise NotSupported(
+                    f"{_NUM_CAPTURED} fresh dispatches of this buffer have been captured in graphs, and there is room "
+                    f"for no more; capture dispatches on recv.plan of an earlier one, or make another Buffer"
+                )
+            row = self._rows[_NUM_REPORTS + len(self._captured)]
             self._captured.append(Report(row, _event(), is_captured=True))
             return self._captured[-1]
         at = self._num_reports % _NUM_REPORTS
