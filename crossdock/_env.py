@@ -1,4 +1,4 @@
-"""Every environment variable that Crossdock reads. None of them changes a result."""
+"""Every environment variable of Crossdock's own; ``cli.mps`` reads those of CUDA's MPS. None changes a result."""
 
 from __future__ import annotations
 

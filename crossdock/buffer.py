@@ -208,7 +208,8 @@ class Buffer:
 
         def prepare() -> tuple[Outgoing, Plan | None, Tensor, Rows]:
             self._check_sms(num_sms)
-            inputs.check_device(self.device, x, routing if isinstance(routing, Tensor) else None, weights, *extras)
+            given = {"x": x, "topk_idx": routing, "weights": weights, "extras": extras}
+            inputs.check_device(self.device, given)
             inputs.check_no_grad(*(x if isinstance(x, Quantized) else (x,)), weights, *extras)
             num_tokens = inputs.check_tokens(self.spec, x, wide=wide)
             if isinstance(routing, Plan):
@@ -341,7 +342,7 @@ class Buffer:
 
         def prepare() -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], int]:
             self._check_sms(num_sms)
-            inputs.check_device(self.device, y, weights, bias, *(extras or ()))
+            inputs.check_device(self.device, {"y": y, "weights": weights, "bias": bias, "extras": extras})
             inputs.check_no_grad(y, weights, bias, *(extras or ()))
             inputs.check_plan(plan, self._id)
             flat = inputs.check_outputs(self.spec, plan, y, self._slot_rows)
@@ -378,7 +379,7 @@ class Buffer:
         self._check_room()
 
         def prepare() -> tuple[Tensor, ...]:
-            inputs.check_device(self.device, *extras)
+            inputs.check_device(self.device, {"extras": extras})
             inputs.check_no_grad(*extras)
             inputs.check_plan(plan, self._id)
             lead = inputs.check_lone_extras(self.spec, plan, extras, self._slot_rows)

@@ -6,7 +6,7 @@ Letters: T tokens here, K top-k, H hidden, E experts, R rows received, L local e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,15 +32,24 @@ def check_no_grad(*tensors: Tensor | Quantized | None) -> None:
             )
 
 
-def check_device(device: torch.device, *tensors: Tensor | Quantized | None) -> None:
-    """What is handed in lies where the buffer moves rows; whether it is a tensor at all is for the others to check."""
-    for given in tensors:
-        for tensor in given if isinstance(given, Quantized) else (given,):
-            if isinstance(tensor, Tensor) and tensor.device != device:
+def check_device(device: torch.device, tensors: Mapping[str, object]) -> None:
+    """What is handed in lies where the buffer moves rows; whether it is a tensor at all is for the others to check.
+
+    Args:
+        tensors: by name; tensors, ``Quantized``, or sequences of tensors.
+    """
+    for name, given in tensors.items():
+        if isinstance(given, Tensor):
+            if given.device != device:
+                pass_it = f"{name}.cpu()" if device.type == "cpu" else f"{name}.to({str(device)!r})"
                 raise ConfigError(
-                    f"a tensor is on {tensor.device}; this buffer moves rows on {device}: pass "
-                    f"tensor.to({str(device)!r}), or make the Buffer with device={str(tensor.device)!r}"
+                    f"{name} is on {given.device}; this buffer moves rows on {device}: pass {pass_it}, or make the "
+                    f"Buffer with device={str(given.device)!r}"
                 )
+        elif isinstance(given, Quantized):
+            check_device(device, {f"{name}.data": given.data, f"{name}.scale": given.scale})
+        elif isinstance(given, Sequence):
+            check_device(device, {f"{name}[{i}]": part for i, part in enumerate(given)})
 
 
 def check_tokens(spec: Spec, x: Tensor | Quantized, *, wide: bool) -> int:

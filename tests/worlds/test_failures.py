@@ -467,16 +467,16 @@ def test_a_rank_that_goes_on_does_not_change_the_counts_that_another_is_about_to
     """Rank 1 has all words of a call; before it reads the counts rank 0 gives the call up and begins the next."""
     buffers = side_by_side(2)
     buffers[0].dispatch_start(x_of(0), TOPK)
-    read_counts = buffers[1]._backend.read_counts
+    make_plan = buffers[1]._backend.make_plan
     again = []
 
-    def read_late(sequence):
-        buffers[1]._backend.read_counts = read_counts
+    def read_late(*args):
+        buffers[1]._backend.make_plan = make_plan
         buffers[0].abort("too hot")
         again.append(buffers[0].dispatch_start(x_of(0, 1), TOPK.flip(0)))
-        return read_counts(sequence)
+        return make_plan(*args)
 
-    buffers[1]._backend.read_counts = read_late
+    buffers[1]._backend.make_plan = read_late
     void = buffers[1].dispatch_start(x_of(1), TOPK)
     advance(buffers)
     with pytest.raises(PeerFailed, match="too hot"):
