@@ -429,7 +429,10 @@ class Buffer:
         self._queue.forget()
 
     def close(self) -> None:
-        """Leaves: a peer that waits for this rank raises PeerFailed. Local; rows that were handed out stay readable."""
+        """Leaves: a peer that waits for this rank raises PeerFailed. Local; rows that were handed out stay readable.
+
+        On CUDA it returns once what was issued is done.
+        """
         if not self._is_closed:
             self._is_closed = True
             self._backend.synchronize()

@@ -10,6 +10,7 @@ from crossdock.backends.base import Wishes
 from crossdock.errors import ConfigError
 from crossdock.spec import Spec, Topology
 
+_MOST_ROWS = 32
 PROGRAMS_PER_SM = 16
 """Of kernels whose number of rows only the device knows: each program takes its share of them."""
 
@@ -34,8 +35,8 @@ class LaunchConfig:
     expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
     topology: whose bandwidths that was decided from.
 
-    With all visible multiprocessors there is a program of one warp for each piece of 2 KiB; with fewer, one program of
-    32 warps for each, which moves 4 rows at a time or sums one. On an H200 under MPS, 8 ranks, 4096 tokens of 7168 bf16
+    With all visible multiprocessors there is a program of one warp for each 2 KiB of rows; with fewer, one program of 32
+    warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under MPS, 8 ranks, 4096 tokens of 7168 bf16
     values, top-8 of 256, words included, by multiprocessors of each rank (16 are all it sees)::
 
         dispatch  16: 821 to 834 us   16 in turns: 850 (16 warps), 976   8: 903   4: 1704   (1 row at a time: 991, 1835)
@@ -62,9 +63,12 @@ class LaunchConfig:
         """
         if self.is_capped:
             piece_bytes = min(power_of_two(row_bytes), 16384)
-            return Shape(piece_bytes=piece_bytes, num_warps=32, programs=self.num_sms, num_rows=65536 // piece_bytes)
+            num_rows = min(_MOST_ROWS, 65536 // piece_bytes)
+            return Shape(piece_bytes=piece_bytes, num_warps=32, programs=self.num_sms, num_rows=num_rows)
         programs = None if is_counted else self.num_sms * PROGRAMS_PER_SM
-        return Shape(piece_bytes=min(power_of_two(row_bytes), 2048), num_warps=1, programs=programs)
+        piece_bytes = min(power_of_two(row_bytes), 2048)
+        num_rows = min(_MOST_ROWS, 2048 // piece_bytes)
+        return Shape(piece_bytes=piece_bytes, num_warps=1, programs=programs, num_rows=num_rows)
 
     def __str__(self) -> str:
         return (

@@ -19,8 +19,6 @@ from crossdock.wire import Fp8
 
 _TOKENS = 32
 """Tokens whose records one program writes."""
-_MOST_ROWS = 4
-"""Rows of which one program moves pieces at a time; with 8, registers spill."""
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -40,7 +38,7 @@ class RowKernels:
         own_bytes = words.shape[1] * words.element_size()
         shape = self._on.config.rows(own_bytes, is_counted=True)
         piece = max(1, shape.piece_bytes // words.element_size())
-        at_once = min(shape.num_rows, _MOST_ROWS)
+        at_once = shape.num_rows
         self._on.launch(
             rows.push_rows,
             _grid(-(-num_tokens // at_once) * -(-words.shape[1] // piece), shape),
