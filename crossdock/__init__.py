@@ -5,6 +5,7 @@ from types import ModuleType
 
 from crossdock import autograd
 from crossdock.arena import Arena
+from crossdock.backends.base import PlanTensors
 from crossdock.buffer import Buffer, Stats
 from crossdock.errors import (
     BackendUnavailable,
@@ -56,6 +57,7 @@ __all__ = [
     "PeerTimeout",
     "Pending",
     "Plan",
+    "PlanTensors",
     "Quantized",
     "Received",
     "Routing",

@@ -13,7 +13,7 @@ from crossdock.backends.base import Backend, Launch, Wishes
 from crossdock.backends.cpu import CpuBackend
 from crossdock.consent import Consent
 from crossdock.errors import BackendUnavailable, ConfigError
-from crossdock.transport import inproc, shm, symmetric
+from crossdock.transport import inproc, shm
 from crossdock.transport.base import ProcessGroup, Transport, raise_on_all
 
 
@@ -70,7 +70,9 @@ def connect(
         consent = Consent(host, rank=members.rank, num_ranks=members.size, ring=arena.ring)
         return Engine(transport=host, backend=backend, consent=consent, launch=None)
     raise_on_all(members, _missing(device), BackendUnavailable)
-    from crossdock.backends.cuda import backend as cuda  # noqa: PLC0415 - it needs Triton, which not every system has
+    # Triton is not on every system, and torch's symmetric memory takes a while to import.
+    from crossdock.backends.cuda import backend as cuda  # noqa: PLC0415
+    from crossdock.transport import symmetric  # noqa: PLC0415
 
     peers = (
         inproc.connect_on_device(members, arena, device)

@@ -42,10 +42,7 @@ def check_device(device: torch.device, tensors: Mapping[str, object]) -> None:
         if isinstance(given, Tensor):
             if given.device != device:
                 pass_it = f"{name}.cpu()" if device.type == "cpu" else f"{name}.to({str(device)!r})"
-                raise ConfigError(
-                    f"{name} is on {given.device}; this buffer moves rows on {device}: pass {pass_it}, or make the "
-                    f"Buffer with device={str(given.device)!r}"
-                )
+                raise ConfigError(f"{name} is on {given.device}; this buffer moves rows on {device}: pass {pass_it}")
         elif isinstance(given, Quantized):
             check_device(device, {f"{name}.data": given.data, f"{name}.scale": given.scale})
         elif isinstance(given, Sequence):

@@ -51,7 +51,8 @@ class Pending(Generic[Result]):
     def event(self) -> Event | None:
         """On CUDA, a ``torch.cuda.Event`` at the end of the call's work, for any stream to wait for.
 
-        None on CPUs, and as long as not all of the work could be issued, because an earlier call failed.
+        None on CPUs, and as long as not all of the work could be issued: while an earlier call still asks the host, or
+        has failed.
         """
         return None if self._work is None else self._work.event
 

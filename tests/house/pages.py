@@ -1,6 +1,7 @@
 """A page of docs/ as a program: the kinds of blocks that it may have, and what they print.
 
-python: all of a page's blocks, one after the other, are one program, which runs in a process of its own.
+python: all of a page's blocks, one after the other, are one program, which runs in a process of its own. One that
+    cannot run here (NOT_RUN) is left out of it.
 text: follows a python block, and is all that it printed; a python block without one prints nothing.
 console: commands, each behind "$ ", and below each what it printed; run in the repository's root.
 """
@@ -21,21 +22,25 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 200
+SHOWN = "python that is not run"
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 NOT_RUN = {
     "pip install .": "it would change the environment that runs the tests, and wants the network",
     "pip install '.[cli]'": "the same",
     "docker run --shm-size=8g my-image": "there is no docker where the tests run, and no such image",
+    "crossdock mps -- torchrun --nproc-per-node 2 examples/cuda_graph.py": "it needs a GPU",
+    "# Replayed on GPUs": "CUDA graphs need a GPU; examples/cuda_graph.py does the same, and runs on CPUs too",
+    "# Events on GPUs": "streams and events need a GPU",
 }
-"""Commands that are shown and not run, with the reason."""
+"""Commands, and blocks of python by their first line, that are shown and not run, with the reason."""
 
 
 class Block(NamedTuple):
     """What is between two fences."""
 
     kind: str
-    """The word behind the first fence."""
+    """The word behind the first fence; ``SHOWN`` for python that is not run."""
     text: str
     line: int
     """Of the page, where the text begins."""
@@ -52,7 +57,14 @@ class Shown(NamedTuple):
 
 def blocks_of(text: str) -> list[Block]:
     """All blocks, of whatever kind."""
-    return [Block(kind=m[1], text=m[2], line=text.count("\n", 0, m.start(2)) + 1) for m in _FENCE.finditer(text)]
+    return [
+        Block(
+            kind=SHOWN if m[1] == "python" and m[2].partition("\n")[0] in NOT_RUN else m[1],
+            text=m[2],
+            line=text.count("\n", 0, m.start(2)) + 1,
+        )
+        for m in _FENCE.finditer(text)
+    ]
 
 
 def program_of(text: str) -> list[Shown]:

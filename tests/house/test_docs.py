@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.house.pages import NOT_RUN, ROOT, blocks_of, commands_of, printed_by, printed_by_page, program_of
+from tests.house.pages import NOT_RUN, ROOT, SHOWN, blocks_of, commands_of, printed_by, printed_by_page, program_of
 
 NOT_PROGRAMS = {
     "testing.md": "shows how to run the tests themselves, and rounds that take hours",
@@ -23,7 +23,9 @@ def test_page_has_only_blocks_that_are_run(page):
     assert num_fences == 2 * len(blocks_of(text)), f"{page.name}: a fence is indented, or not closed"
     for kind, body, line in blocks_of(text):
         where = f"{page.name}, line {line}"
-        assert kind in ("python", "text", "console"), f"{where}: a block of kind {kind!r} is not run by anything"
+        assert kind in ("python", SHOWN, "text", "console"), f"{where}: a block of kind {kind!r} is not run by anything"
+        if kind == SHOWN:
+            compile(body, where, "exec")
         assert kind != "text" or before == "python", f"{where}: this output follows no python block"
         assert kind != "console" or body.startswith("$ "), f"{where}: a console block begins with a command"
         before = kind
@@ -44,9 +46,10 @@ def test_commands_of_a_page_print_what_the_page_shows(page):
                 assert (said if command in NOT_RUN else printed_by(command)) == said, f"{page.name}: {command}"
 
 
-@pytest.mark.parametrize("command", NOT_RUN)
-def test_commands_that_are_not_run_are_shown_somewhere(command):
-    assert any(f"$ {command}\n" in page.read_text() for page in PAGES)
+@pytest.mark.parametrize("shown", NOT_RUN)
+def test_what_is_not_run_is_shown_somewhere(shown):
+    fence = "```python\n" if shown.startswith("#") else "$ "
+    assert any(f"{fence}{shown}\n" in page.read_text() for page in PAGES)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)

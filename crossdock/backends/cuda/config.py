@@ -35,9 +35,10 @@ class LaunchConfig:
     expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
     topology: whose bandwidths that was decided from.
 
-    With all visible multiprocessors there is a program of one warp for each 2 KiB of rows; with fewer, one program of 32
-    warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under MPS, 8 ranks, 4096 tokens of 7168 bf16
-    values, top-8 of 256, words included, by multiprocessors of each rank (16 are all it sees)::
+    With all visible multiprocessors there is a program of one warp for each 2 KiB of rows; with fewer, one program of
+    32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under MPS, 8
+    ranks, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, by multiprocessors of each rank (16 are all it
+    sees)::
 
         dispatch  16: 821 to 834 us   16 in turns: 850 (16 warps), 976   8: 903   4: 1704   (1 row at a time: 991, 1835)
         combine   16: 725             16 in turns: 756, 867 (16 warps)   8: 1227   4: 2351   (16 warps: 1376, 2540)

@@ -140,7 +140,8 @@ class DeviceConsent(Consent):
         call = (expected >> PAYLOAD_BITS) & SEQUENCE_MASK
         if status == sync.TIMED_OUT.value:
             did = "send its rows of" if phase == ARRIVE.value else "begin"
-            return PeerTimeout(peer, f"rank {peer} did not {did} this call before the deadline; the call is void")
+            within = f"within timeout_s={self._on.timeout_s:g}"
+            return PeerTimeout(peer, f"rank {peer} did not {did} this call {within}; the call is void")
         if status == sync.ABORTED.value:
             return self._void(peer, call) or PeerFailed(peer, "it gave up")
         if seen >> KIND_SHIFT == 0:

@@ -37,6 +37,7 @@ class Launcher:
         self.rank, self.num_ranks = transport.rank, transport.num_ranks
         self.num_local = spec.num_local_experts(self.num_ranks)
         self.segments = transport.segments
+        self.timeout_s = timeout_s
         self.max_polls = max(1, int(timeout_s / _POLL_S))
         self.state = torch.zeros(calls.STATE_WORDS.value, dtype=torch.int64, device=self.device)
         self.record = torch.zeros(RECORD_WORDS.value, dtype=torch.int64, device=self.device)
