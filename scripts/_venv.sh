@@ -1,10 +1,15 @@
 # Sourced by the scripts beside it. It sets ROOT, the repository, and VENV, its virtual environment; `ensure_venv` makes
 # the environment, keeps it in step with pyproject.toml and constraints.txt, and does nothing when neither has changed.
 # PYTHON=python3.12 scripts/test makes it with another interpreter than the first suitable one.
+#
+# OLD_TRITON is a folder for PYTHONPATH with the oldest Triton that is supported, beside the pinned one; only on Linux,
+# as Triton itself.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 STAMP=$VENV/crossdock-installed
+OLD_TRITON_VERSION=3.6.0
+OLD_TRITON=$VENV/triton-$OLD_TRITON_VERSION
 
 say() { printf 'crossdock: %s\n' "$*" >&2; }
 
@@ -15,7 +20,7 @@ die() {
 
 # What the environment was last installed from. The path is in it because an editable install points back to the tree.
 wanted_stamp() {
-    printf '%s\n' "$ROOT"
+    printf '%s\n' "$ROOT" "triton==$OLD_TRITON_VERSION"
     cat "$ROOT/pyproject.toml" "$ROOT/scripts/constraints.txt"
 }
 
@@ -53,6 +58,13 @@ make_venv() {
     fi
 }
 
+# Without what it depends on: that is the environment's, whatever this version of Triton asks for.
+install_old_triton() {
+    rm -rf "$VENV"/triton-*
+    [[ $(uname -s) == Linux ]] || return 0
+    "$VENV/bin/python" -m pip install --no-deps --target "$OLD_TRITON" "triton==$OLD_TRITON_VERSION" >&2
+}
+
 ensure_venv() {
     if [[ -f $STAMP && $(wanted_stamp) == "$(cat "$STAMP")" ]]; then
         return
@@ -71,7 +83,7 @@ ensure_venv() {
     say "installing torch, the tools and crossdock itself into .venv" \
         "(only when pyproject.toml has changed; the first time it downloads torch, up to 3 GB, which takes minutes)"
     "$VENV/bin/python" -m pip install --constraint "$ROOT/scripts/constraints.txt" \
-        --editable "$ROOT[cli,test,check]" >&2 ||
+        --editable "$ROOT[cli,test,check]" >&2 && install_old_triton ||
         die "the installation failed; what pip said is above. Without the network it needs a package cache;" \
             "if a package has no release for this Python, name another: rm -rf $VENV; PYTHON=python3.12 $0"
     wanted_stamp >"$STAMP"

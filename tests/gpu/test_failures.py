@@ -17,7 +17,7 @@ from tests.worlds import test_failures as on_cpu
 
 T, K, H = 4, 2, 16
 SPEC = Spec(num_experts=8, num_topk=K, hidden=H, max_tokens=6, wire=Fp32(), layout=Expanded(), extra_bytes=4)
-WORLDS = pytest.mark.worlds("cuda-4", "cudathreads-2")
+WORLDS = pytest.mark.worlds("cuda-4", "cudathreads-4")
 TIMEOUT_S = 40
 AT_ONCE_S = 15
 
@@ -62,7 +62,8 @@ def whole_round(buffer, **kwargs):
     buffer.combine(2 * recv.x, recv.plan)
 
 
-# name: (what the guilty rank does, given buffer, x and what came before; what its error says).
+# name: (what the guilty rank does, given buffer, x and what came before; what its error says). What the host sees as it
+# does on CPUs is in tests/worlds/test_bad_input.py.
 BAD_DISPATCHES = {
     "expert out of range": (
         lambda b, x, _: b.dispatch(x, changed((1, 0), 8)),
@@ -78,34 +79,13 @@ BAD_DISPATCHES = {
         lambda b, x, _: b.dispatch(x, changed((2, 0), 2).int(), rows="capacity"),
         ("topk_idx[2]", "expert 2 more than once"),
     ),
-    "hidden": (lambda b, x, _: b.dispatch(x[:, :8], topk()), ("x has shape [4, 8]", "[tokens, hidden=16]")),
-    "dtype of x": (lambda b, x, _: b.dispatch(x.bfloat16(), topk()), ("x is bfloat16", "x.to(torch.float32)")),
     "device of x": (lambda b, x, _: b.dispatch(x.cpu(), topk()), ("is on cpu", "cuda")),
     "device of topk_idx": (lambda b, x, _: b.dispatch(x, topk().cpu()), ("is on cpu", "cuda")),
-    "dtype of topk_idx": (lambda b, x, _: b.dispatch(x, topk().float()), ("topk_idx is float32", "int64 or int32")),
-    "too many tokens": (
-        lambda b, x, _: b.dispatch(torch.cat([x, x]), torch.cat([topk(), topk()])),
-        ("x has 8 tokens", "max_tokens=6"),
-    ),
     "device of weights": (lambda b, x, _: b.dispatch(x, topk(), weights=torch.ones(T, K)), ("is on cpu", "cuda")),
-    "bytes of extras": (
-        lambda b, x, _: b.dispatch(x, topk(), extras=[x[:, :2]]),
-        ("extras take 8 bytes per token", "extra_bytes=4"),
-    ),
-    "x requires grad": (lambda b, x, _: b.dispatch(x.requires_grad_(), topk()), ("requires grad", "x.detach()")),
     "tokens of a plan": (lambda b, x, recv: b.dispatch(x[:2], recv.plan), ("x has 2 tokens", "plan was made for 4")),
 }
 BAD_COMBINES = {
-    "dtype of y": (lambda b, _, recv: b.combine(recv.x.half(), recv.plan), ("y is float16", "y.to(torch.float32)")),
-    "shape of y": (
-        lambda b, x, recv: b.combine(x[:1], recv.plan),
-        ("y has shape [1, 16]", "pass the outputs"),
-    ),
     "device of y": (lambda b, _, recv: b.combine(recv.x.cpu(), recv.plan), ("is on cpu", "cuda")),
-    "dtype of weights": (
-        lambda b, _, recv: b.combine(recv.x, recv.plan, weights=torch.ones(T, K, device=device()).half()),
-        ("weights is float16", "float32"),
-    ),
 }
 
 
@@ -224,7 +204,7 @@ def disagree(group, how):
         return seen
 
 
-@WORLDS
+@pytest.mark.worlds("cuda-4")
 @pytest.mark.parametrize(
     ("how", "text"),
     [
@@ -344,9 +324,10 @@ def die_between_calls(group, kind):
     return error, seconds
 
 
-@pytest.mark.worlds("cuda-4")
-@pytest.mark.parametrize("kind", ["fresh", "cached"])
-def test_a_killed_rank_is_named_on_all_survivors_long_before_the_deadline(world, kind):
+@pytest.mark.worlds("cuda-2", "cuda-4")
+def test_a_killed_rank_is_named_on_all_survivors_long_before_the_deadline(world):
+    """One way in each world: to make its processes anew takes longer than all that a test does."""
+    kind = {2: "cached", 4: "fresh"}[world.num_ranks]
     *others, lost = world.outcomes(die_between_calls, kind)
     assert isinstance(lost, WorkerLost)
     assert "exit code -9" in str(lost)

@@ -5,17 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from crossdock import Bf16, CapacityError, Compact, Expanded, Fp8, Padded, Spec
+from crossdock import Bf16, CapacityError, Compact, Expanded, Fp8, Padded
 from tests import oracle
 from tests.cases import check_received, make_case, raw_rows, same_bits
+from tests.gpu.specs import ALIGNED, spec_of
 from tests.world import open_buffer
+from tests.worlds.test_dispatch import spec_of as spec_of_two
 
-LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
 NUM_REPLAYS = 100
-
-
-def spec_of(layout, **kwargs):
-    return Spec(num_experts=16, num_topk=4, hidden=40, max_tokens=9, layout=layout, **kwargs)
 
 
 class Step:
@@ -90,23 +87,37 @@ def replay_many(group, cases, is_cached, pulls):
 
 
 @pytest.mark.worlds("cuda-4")
-@pytest.mark.parametrize("pulls", [False, True], ids=["pushed", "pulled"])
-@pytest.mark.parametrize("reduce", ["token", "rank"])
-@pytest.mark.parametrize("way", ["cached", "capacity"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-def test_replays_give_what_their_inputs_mean_now(world, layout, way, reduce, pulls):
-    spec = spec_of(layout, reduce=reduce)
-    cases = [make_case(spec, [9] * world.num_ranks, seed=seed) for seed in range(3)]
+@pytest.mark.parametrize(
+    ("layout", "reduce", "way", "pulls"),
+    [
+        (Compact(), "token", "cached", False),
+        (Compact(), "rank", "capacity", True),
+        (ALIGNED, "rank", "cached", True),
+        (ALIGNED, "token", "capacity", False),
+        (Padded(), "token", "cached", True),
+        (Padded(), "rank", "capacity", False),
+    ],
+    ids=repr,
+)
+def test_replays_give_what_their_inputs_mean_now(world, layout, reduce, way, pulls):
+    cases = [make_case(spec_of(layout, reduce), [9] * world.num_ranks, seed=seed) for seed in range(3)]
     got = world.run(replay_many, cases, way == "cached", pulls)
     check_replays(cases, got, is_cached=way == "cached")
 
 
-@pytest.mark.worlds("cuda-2")
-@pytest.mark.parametrize("wire", [Fp8(block=8), Bf16()], ids=repr)
-@pytest.mark.parametrize("expand", ["sender", "receiver"])
-def test_replays_give_what_their_inputs_mean_now_however_rows_are_expanded(world, expand, wire):
-    cases = [make_case(spec_of(Expanded(), wire=wire), [9, 9], seed=seed) for seed in range(3)]
-    got = world.opening(expand=expand, num_sms=1).run(replay_many, cases, False, False)
+@pytest.mark.worlds("cuda-4")
+@pytest.mark.parametrize(
+    ("launch", "layout", "wire", "reduce"),
+    [
+        ({"expand": "receiver"}, ALIGNED, Fp8(block=8), "rank"),
+        ({"expand": "receiver"}, Padded(), Bf16(), "token"),
+        ({"num_sms": 1}, ALIGNED, Fp8(block=8), "token"),
+    ],
+    ids=repr,
+)
+def test_replays_give_what_their_inputs_mean_now_however_rows_are_moved(world, launch, layout, wire, reduce):
+    cases = [make_case(spec_of(layout, reduce, wire), [9] * world.num_ranks, seed=seed) for seed in range(3)]
+    got = world.opening(**launch).run(replay_many, cases, False, False)
     check_replays(cases, got, is_cached=False)
 
 
@@ -147,8 +158,8 @@ def overflow_in_a_replay(group, fits, overflows):
 @pytest.mark.worlds("cuda-2")
 @pytest.mark.parametrize("layout", [Compact(capacity=11), Expanded(capacity=12), Padded(capacity=5)], ids=repr)
 def test_an_overflow_in_a_replay_gives_nothing_and_is_told_by_check(world, layout):
-    spec = spec_of(layout)
-    roomy = spec_of(type(layout)())
+    spec = spec_of_two(layout)
+    roomy = spec_of_two(type(layout)())
     num_tokens = [9] + [8] * (world.num_ranks - 1)
     overflows = replace(make_case(roomy, num_tokens, picks="one"), spec=spec)
     fits = replace(make_case(roomy, num_tokens, picks="none"), spec=spec)

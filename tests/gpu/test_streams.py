@@ -6,17 +6,21 @@ import torch
 from crossdock import Compact, Expanded, Padded
 from tests import oracle
 from tests.cases import check_received, make_case, observed, same_bits
+from tests.gpu.specs import ALIGNED, once_each, spec_of
 from tests.world import device, meet, open_buffer
+from tests.worlds import test_dispatch
 from tests.worlds import test_pending as programs
-from tests.worlds.test_pending import cases_of
 
-LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-reduces = pytest.mark.parametrize("reduce", ["token", "rank"])
-WORLDS = pytest.mark.worlds("cuda-4", "cudathreads-2")
+WORLDS = pytest.mark.worlds("cuda-4", "cudathreads-4")
 MILLISECOND = 2_000_000
 """In cycles, about."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.int32, torch.uint8)
+
+
+def cases_of(world, layout, reduce, count, **kwargs):
+    """Ranks bring different numbers of tokens, some none."""
+    spec = spec_of(layout, reduce, **kwargs)
+    return [make_case(spec, [(5 * i + 3 * r) % 10 for r in range(world.num_ranks)], seed=i) for i in range(count)]
 
 
 def late(tensor):
@@ -66,11 +70,13 @@ def work_on_a_side_stream(group, case, rows):
 
 
 @WORLDS
-@reduces
-@pytest.mark.parametrize("rows", ["exact", "capacity"])
-@layouts
-def test_inputs_may_come_late_on_a_side_stream_and_go_at_once(world, layout, rows, reduce):
-    case = cases_of(world, layout, 2, reduce)[1]
+@pytest.mark.parametrize(
+    ("layout", "reduce", "rows"),
+    [(Compact(), "token", "exact"), (ALIGNED, "rank", "capacity"), (Padded(), "token", "capacity")],
+    ids=repr,
+)
+def test_inputs_may_come_late_on_a_side_stream_and_go_at_once(world, layout, reduce, rows):
+    case = cases_of(world, layout, reduce, 2)[1]
     check_rounds(world.run(work_on_a_side_stream, case, rows), case, case.weights if reduce == "token" else None)
 
 
@@ -95,9 +101,8 @@ def drop_inputs_at_once(group, case):
 
 
 @WORLDS
-@layouts
-def test_a_call_keeps_its_inputs_and_results_until_streams_are_done_with_them(world, layout):
-    case = cases_of(world, layout, 2)[1]
+def test_a_call_keeps_its_inputs_and_results_until_streams_are_done_with_them(world):
+    case = cases_of(world, Compact(), "token", 2)[1]
     check_rounds(world.run(drop_inputs_at_once, case), case, case.weights)
 
 
@@ -126,9 +131,8 @@ def look_at_events(group, case):
 
 
 @pytest.mark.worlds("cuda-2")
-@layouts
-def test_an_event_tells_when_a_call_is_done_beside_the_callers_work(world, layout):
-    case = make_case(cases_of(world, layout, 1)[0].spec, [7] * world.num_ranks)
+def test_an_event_tells_when_a_call_is_done_beside_the_callers_work(world):
+    case = make_case(test_dispatch.spec_of(Expanded()), [7] * world.num_ranks)
     got = world.run(look_at_events, case)
     for is_event, was_beside, is_done, _ in got:
         assert is_event
@@ -138,28 +142,37 @@ def test_an_event_tells_when_a_call_is_done_beside_the_callers_work(world, layou
 
 
 @WORLDS
-@reduces
-@layouts
+@once_each
 def test_two_micro_batches_overlap(world, layout, reduce):
-    programs.test_two_micro_batches_overlap(world, layout, reduce)
+    """Aligned rows in slots that nobody poisons: to do that waits for calls in flight."""
+    cases, debug = cases_of(world, layout, reduce, 2), layout != ALIGNED
+    wants = [oracle.combined(case.spec, case.topk, case.flat_y()) for case in cases]
+    got = world.opening(debug=debug).run(programs.two_batches_at_once, cases, 5)
+    for seen in zip(*got, strict=True):
+        for i in range(2):
+            check_received(cases[i], [mine[i] for mine in seen])
+            assert all(same_bits(mine[2 + i], want) for mine, want in zip(seen, wants[i], strict=True))
 
 
-@WORLDS
-@layouts
-def test_two_micro_batches_overlap_where_slots_are_not_poisoned(world, layout):
-    programs.test_two_micro_batches_overlap(world.opening(debug=False), layout, "token")
+def check_pairs(got, cases):
+    """Of each rank, what came and what was summed, by case."""
+    for i, case in enumerate(cases):
+        check_received(case, [rows[i] for rows, _ in got])
+        wants = oracle.combined(case.spec, case.topk, case.flat_y())
+        assert all(same_bits(outs[i], want) for (_, outs), want in zip(got, wants, strict=True))
 
 
 @pytest.mark.worlds("cuda-4")
-@layouts
-def test_waits_may_come_in_any_order(world, layout):
-    programs.test_waits_may_come_in_any_order(world, layout)
+def test_waits_may_come_in_any_order(world):
+    cases = cases_of(world, ALIGNED, "rank", 3, num_slots=3)
+    check_pairs(world.run(programs.wait_in_reverse, cases), cases)
 
 
-@pytest.mark.worlds("cuda-2", "cudathreads-4")
-@pytest.mark.parametrize("early", [0, 1])
-def test_a_rank_may_start_long_before_the_others(world, early):
-    programs.test_a_rank_may_start_long_before_the_others(world, early)
+@WORLDS
+def test_a_rank_may_start_long_before_the_others(world):
+    cases = cases_of(world, Compact(), "token", 3)
+    got = world.run(programs.start_early, cases, 1)
+    check_pairs([list(zip(*seen, strict=True)) for seen in got], cases)
 
 
 @pytest.mark.worlds("cuda-2")
@@ -176,7 +189,7 @@ def uninitialised(_):
     return [torch.empty(64, dtype=dtype, device=device()) for dtype in DTYPES]
 
 
-@pytest.mark.worlds("cuda-1", "cudathreads-2")
+@pytest.mark.worlds("cuda-2", "cudathreads-4")
 def test_memory_nobody_wrote_to_shows(world):
     for tensors in world.run(uninitialised):
         for tensor in tensors:

@@ -1,0 +1,153 @@
+"""What decides how kernels are launched: what was asked for, what there is, and the default between them."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="the CUDA backend is written in Triton: pip install triton")
+
+from crossdock import Bf16, Compact, ConfigError, Expanded, Fp8, Fp16, Fp32, Padded, Spec, cost
+from crossdock.backends.base import Wishes
+from crossdock.backends.cuda.config import PROGRAMS_PER_SM, LaunchConfig, decide
+from crossdock.spec import Topology
+
+NVLINK = Topology(num_ranks=8)
+FAST_MEMORY = Topology(num_ranks=8, memory_bandwidth=1e15)
+SLOW_MEMORY = Topology(num_ranks=8, memory_bandwidth=1e9)
+
+
+def spec_of(**kwargs):
+    return Spec(**{"num_experts": 256, "num_topk": 8, "hidden": 7168, "max_tokens": 64} | kwargs)
+
+
+def decided(spec=None, topology=NVLINK, visible_sms=132, ranks_here=1, **wishes):
+    return decide(spec or spec_of(), topology, Wishes(**wishes), visible_sms=visible_sms, ranks_here=ranks_here)
+
+
+@pytest.mark.parametrize("bandwidth", [50e9, 450e9, 900e9])
+def test_by_default_twice_the_multiprocessors_that_fill_the_link(bandwidth):
+    config = decided(topology=Topology(num_ranks=8, link_bandwidth=bandwidth))
+    assert config.num_sms == 2 * cost.sms_to_fill(bandwidth)
+    assert config.is_capped
+    assert config.visible_sms == 132
+
+
+@pytest.mark.parametrize(
+    ("given", "num_sms"),
+    [
+        ({"visible_sms": 7}, 7),
+        ({"visible_sms": 16, "ranks_here": 8}, 16),
+        ({"visible_sms": 132, "ranks_here": 2}, 132),
+        ({"num_sms": 1}, 1),
+        ({"num_sms": 20}, 20),
+        ({"num_sms": 20, "ranks_here": 4}, 20),
+        ({"num_sms": 132}, 132),
+        ({"num_sms": 1000}, 132),
+        ({"num_sms": 20, "visible_sms": 8}, 8),
+    ],
+    ids=repr,
+)
+def test_multiprocessors_are_those_asked_for_as_far_as_there_are_any(given, num_sms):
+    """Ranks that share a GPU take all that they see: its memory is their link."""
+    config = decided(**given)
+    assert config.num_sms == num_sms
+    assert config.is_capped == (num_sms < config.visible_sms)
+
+
+@pytest.mark.parametrize("layout", [Expanded(), Expanded(alignment=128), Padded(capacity=64)], ids=repr)
+def test_the_cheaper_one_makes_copies_unless_somebody_is_asked_for(layout):
+    spec = spec_of(layout=layout)
+    assert decided(spec, FAST_MEMORY).expand == "receiver"
+    assert decided(spec, SLOW_MEMORY).expand == "sender"
+    for topology in (FAST_MEMORY, SLOW_MEMORY):
+        for expand in ("sender", "receiver"):
+            assert decided(spec, topology, expand=expand).expand == expand
+
+
+FITS = {
+    "bf16, of 16 bytes": {"hidden": 8},
+    "bf16 into fp32": {"hidden": 24, "combine_wire": Fp32()},
+    "fp8, of 16 bytes": {"hidden": 16, "wire": Fp8(block=16)},
+    "fp8, as long as an output": {"hidden": 16, "wire": Fp8(block=4), "combine_wire": Fp16()},
+    "packed": {"hidden": 48, "wire": Fp8(block=4, scale="ue8m0", packed=True)},
+}
+DOES_NOT_FIT = {
+    "outputs are narrower": {"wire": Fp32(), "combine_wire": Bf16()},
+    "scales have no room": {"hidden": 64, "wire": Fp8(block=2)},
+    "fp8 of 24 bytes": {"hidden": 24, "wire": Fp8(block=8)},
+    "bf16 of 8 bytes": {"hidden": 4},
+    "fp32 of 40 bytes": {"hidden": 10, "wire": Fp32()},
+}
+
+
+@pytest.mark.parametrize("kwargs", FITS.values(), ids=FITS)
+def test_the_receiver_makes_copies_where_rows_fit_into_outputs(kwargs):
+    assert decided(spec_of(layout=Expanded(), **kwargs), FAST_MEMORY).expand == "receiver"
+
+
+@pytest.mark.parametrize("kwargs", DOES_NOT_FIT.values(), ids=DOES_NOT_FIT)
+def test_the_receiver_is_refused_where_rows_do_not_fit_into_outputs(kwargs):
+    spec = spec_of(layout=Expanded(), **kwargs)
+    assert decided(spec, FAST_MEMORY).expand == "sender"
+    assert decided(spec, FAST_MEMORY, expand="sender").expand == "sender"
+    with pytest.raises(ConfigError) as raised:
+        decided(spec, FAST_MEMORY, expand="receiver")
+    text = str(raised.value)
+    assert text.startswith("expand='receiver' makes copies of landed rows")
+    for part in (str(spec.wire), str(spec.combine_dtype), "multiples of 16 bytes", "pass expand=None"):
+        assert part in text
+
+
+def test_the_receiver_is_refused_where_there_are_no_copies():
+    assert decided(spec_of(layout=Compact()), FAST_MEMORY).expand == "sender"
+    with pytest.raises(ConfigError, match=r"Compact\(capacity=None\) has none.*pass expand=None"):
+        decided(spec_of(layout=Compact()), FAST_MEMORY, expand="receiver")
+
+
+ROW_BYTES = [2, 16, 48, 1024, 2048, 14336, 16384, 28672, 100_000]
+
+
+def check_pieces(shape, row_bytes, *, most_bytes, at_once):
+    """Pieces are of a row at most, and as many rows as fit are moved at once, up to 32."""
+    assert shape.piece_bytes & (shape.piece_bytes - 1) == 0
+    assert min(row_bytes, most_bytes) <= shape.piece_bytes < 2 * row_bytes
+    assert shape.piece_bytes <= most_bytes
+    assert shape.num_rows == min(32, at_once // shape.piece_bytes)
+
+
+@pytest.mark.parametrize("row_bytes", ROW_BYTES)
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_few_multiprocessors_get_one_wide_program_each(row_bytes, is_counted):
+    shape = decided(num_sms=5).rows(row_bytes, is_counted=is_counted)
+    assert shape.programs == 5
+    assert shape.num_warps == 32
+    check_pieces(shape, row_bytes, most_bytes=16384, at_once=65536)
+
+
+@pytest.mark.parametrize("row_bytes", ROW_BYTES)
+def test_all_multiprocessors_get_narrow_programs(row_bytes):
+    """One for each piece, or, where only the device knows how many there are, a few for each multiprocessor."""
+    config = decided(visible_sms=33, ranks_here=4)
+    counted, uncounted = (config.rows(row_bytes, is_counted=is_counted) for is_counted in (True, False))
+    assert counted == replace(uncounted, programs=None)
+    assert uncounted.programs == 33 * PROGRAMS_PER_SM
+    assert counted.num_warps == 1
+    check_pieces(counted, row_bytes, most_bytes=2048, at_once=2048)
+
+
+def test_it_is_a_value():
+    config = decided(num_sms=5, engine="copy")
+    assert config == decided(num_sms=5, engine="copy")
+    assert config != replace(config, num_sms=6)
+    assert config.engine == "copy"
+    assert len({config, decided(num_sms=5, engine="copy"), decided()}) == 2
+
+
+def test_it_prints_on_one_line_what_was_decided_and_from_what():
+    config = LaunchConfig(
+        num_sms=8, visible_sms=66, expand="receiver", engine="kernel",
+        topology=Topology(num_ranks=2, link_bandwidth=1.5e12, memory_bandwidth=2e12),
+    )  # fmt: skip
+    assert str(config) == (
+        "LaunchConfig(num_sms=8 of 66, expand='receiver', engine='kernel', link 1500 GB/s, memory 2000 GB/s)"
+    )
