@@ -24,7 +24,7 @@ from crossdock.arena import Arena
 from crossdock.backends.base import Outgoing, PlanTensors, Rows, Wishes
 from crossdock.calls import Call, Calls
 from crossdock.consent import PUSHED, Kind, Steps, Word
-from crossdock.engine import choose_device, connect
+from crossdock.engine import connect, vet
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
 from crossdock.pending import CallQueue, Pending
@@ -108,9 +108,10 @@ class Buffer:
         if isinstance(group, Spec):
             raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
         members = group if isinstance(group, ThreadGroup) else ProcessGroup(group)
-        self.device = choose_device(members, device)
+        wishes = Wishes(num_sms=num_sms, expand=expand, engine=engine)
+        self.device, problem = vet(members, device, spec, wishes)
         options: dict[str, object] = {"device": self.device.type, "expand": expand, "engine": engine}
-        number = agree(members, spec, timeout_s, options)
+        number = agree(members, spec, timeout_s, options, problem)
         self.group = group
         self.spec = spec
         self.topology = Topology(num_ranks=members.size)
@@ -119,8 +120,6 @@ class Buffer:
         self._members = members
         self._id = number
         self._debug = debug
-        wishes = Wishes(num_sms=num_sms, expand=expand, engine=engine)
-        wishes.check(spec, self.device)
         moving = connect(members, self.arena, self.device, wishes, number=number, timeout_s=timeout_s)
         self.launch = moving.launch
         """How kernels are launched, printable; None on CPUs."""

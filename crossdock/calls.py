@@ -79,6 +79,7 @@ class Calls:
             yield from self._consent.opening(call.sequence)
             self._backend.enter()
             call.post()
+            call.post = None
         self._backend.use_sms(call.num_sms)
         return (yield from self._consent.words(call.sequence, call.word))
 

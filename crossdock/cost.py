@@ -18,7 +18,7 @@ def ranks_per_token(spec: Spec, num_ranks: int) -> float:
     """Ranks that a token visits, when its K picks are uniform: ``P * (1 - C(E - L, K) / C(E, K))``.
 
     >>> round(ranks_per_token(Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=1), 8), 2)
-    5.31
+    5.29
     """
     others = spec.num_experts - spec.num_local_experts(num_ranks)
     return num_ranks * (1 - math.comb(others, spec.num_topk) / math.comb(spec.num_experts, spec.num_topk))
@@ -46,6 +46,17 @@ def dispatch_s(spec: Spec, topology: Topology, *, expand: Literal["sender", "rec
     return over_link + copies / topology.memory_bandwidth
 
 
+def receiver_can_expand(spec: Spec) -> bool:
+    """Whether a receiver can make the copies of landed rows, if there are any.
+
+    Landed rows need room where outputs are written: a row of data, and behind it its scales, in an output row.
+    """
+    out_bytes = spec.hidden * spec.combine_dtype.itemsize
+    data_bytes = spec.hidden * spec.wire.dtype.itemsize
+    fits = spec.row_bytes() <= out_bytes and data_bytes % 16 == 0 and out_bytes % 16 == 0
+    return spec.layout.per_pick and fits
+
+
 def cheaper_expand(spec: Spec, topology: Topology) -> Literal["sender", "receiver"]:
     """Who makes the copies of a row that several experts of a rank get.
 
@@ -54,7 +65,9 @@ def cheaper_expand(spec: Spec, topology: Topology) -> Literal["sender", "receive
     >>> cheaper_expand(spec, Topology(num_ranks=8)), cheaper_expand(spec, Topology(num_ranks=64))
     ('receiver', 'sender')
     """
-    if dispatch_s(spec, topology, expand="receiver") < dispatch_s(spec, topology, expand="sender"):
+    if receiver_can_expand(spec) and dispatch_s(spec, topology, expand="receiver") < dispatch_s(
+        spec, topology, expand="sender"
+    ):
         return "receiver"
     return "sender"
 

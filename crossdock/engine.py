@@ -13,6 +13,7 @@ from crossdock.backends.base import Backend, Launch, Wishes
 from crossdock.backends.cpu import CpuBackend
 from crossdock.consent import Consent
 from crossdock.errors import BackendUnavailable, ConfigError
+from crossdock.spec import Spec
 from crossdock.transport import inproc, shm
 from crossdock.transport.base import ProcessGroup, Transport, raise_on_all
 
@@ -26,6 +27,19 @@ class Engine:
     consent: Consent
     launch: Launch | None
     """How kernels are launched; None on CPUs."""
+
+
+def vet(
+    members: inproc.ThreadGroup | ProcessGroup, device: torch.device | str | None, spec: Spec, wishes: Wishes
+) -> tuple[torch.device, str | None]:
+    """Where rows are moved, and what is wrong with what was asked for; the other ranks are to hear of it."""
+    try:
+        chosen = choose_device(members, device)
+        if isinstance(spec, Spec):  # what else it may be is told later
+            wishes.check(spec, chosen)
+    except ConfigError as error:
+        return torch.device("cpu"), str(error)
+    return chosen, None
 
 
 def choose_device(members: inproc.ThreadGroup | ProcessGroup, device: torch.device | str | None) -> torch.device:

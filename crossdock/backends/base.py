@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from crossdock import cost
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.plan import Plan
@@ -48,6 +49,11 @@ class Wishes:
             raise ConfigError(
                 f"engine='copy' moves whole blocks, which {type(spec.layout).__name__} rows do not form; pass "
                 f"layout=Compact(), or engine='kernel'"
+            )
+        if self.expand == "receiver" and not cost.receiver_can_expand(spec):
+            raise ConfigError(
+                f"expand='receiver' makes copies of landed rows; {spec.layout} has none, or rows of {spec.wire} do not "
+                f"fit where outputs of {spec.combine_dtype} are written, in multiples of 16 bytes: pass expand=None"
             )
         if device.type == "cpu" and (self.num_sms, self.expand, self.engine) != (None, None, "kernel"):
             raise ConfigError("num_sms, expand and engine say how a GPU moves rows; leave them out on CPUs")

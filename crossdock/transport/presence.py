@@ -6,7 +6,8 @@ import fcntl
 import os
 from pathlib import Path
 
-from crossdock.transport.base import Group
+from crossdock.errors import TransportError
+from crossdock.transport.base import Group, raise_on_all
 
 
 class Presence:
@@ -15,15 +16,27 @@ class Presence:
     Args:
         group: the ranks.
         path: of this rank's file, in a folder that the ranks share; it is gone again before this returns.
+
+    Raises:
+        TransportError: a rank could not make its file; on all ranks.
     """
 
     def __init__(self, group: Group, path: Path) -> None:
-        self._own: int | None = lock(path)
+        self._own: int | None = None
         self._fds: list[int | None] = []
         try:
+            problem = None
+            try:
+                self._own = lock(path)
+            except OSError as error:
+                problem = f"cannot make {path} ({error.strerror}); set CROSSDOCK_SHM_DIR to a folder for small files"
+            raise_on_all(group, problem, TransportError)
             for rank, theirs in enumerate(group.all_gather(path)):
                 self._fds.append(None if rank == group.rank else _open(theirs))  # to look at one's own lock loses it
             group.all_gather(None)  # nobody unlinks before everybody has opened
+        except BaseException:
+            self.close()
+            raise
         finally:
             path.unlink(missing_ok=True)
 

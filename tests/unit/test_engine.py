@@ -129,6 +129,12 @@ def test_wishes_that_can_be_are_not_refused():
         Wishes(expand=expand, num_sms=1000).check(SPEC, CUDA)
 
 
+@WORLDS
+def test_what_one_rank_alone_asks_for_is_refused_on_all(world):
+    want = (ConfigError, "rank 1: num_sms=0; pass a positive number, or None for the default")
+    assert world.run(try_to_make, COMPACT, [{}, {"num_sms": 0}]) == [want] * 2
+
+
 def try_to_make(group, spec, by_rank):
     """The error; then a buffer that is made rightly, which works."""
     try:
@@ -169,7 +175,7 @@ def test_cuda_where_there_is_none_is_said_on_every_rank(world, device):
 def test_what_cannot_be_is_refused_on_every_rank_and_the_group_is_as_good_as_before(world, kwargs, text):
     for kind, got in world.run(try_to_make, SPEC, [kwargs] * 2):
         assert kind is ConfigError
-        assert got.startswith(text)
+        assert got.startswith(f"rank 0: {text}")
 
 
 @WORLDS
@@ -178,8 +184,14 @@ def test_what_cannot_be_is_refused_on_every_rank_and_the_group_is_as_good_as_bef
     [
         ([{}, {"device": "cuda"}], "differ in device: 'cpu' != 'cuda'"),
         ([{"device": "cuda:0"}, {"device": "cpu"}], "differ in device: 'cuda' != 'cpu'"),
-        ([{"expand": "sender"}, {}], "differ in expand: 'sender' != None"),
-        ([{}, {"engine": "copy"}], "differ in engine: 'kernel' != 'copy'"),
+        (
+            [{"device": "cuda", "expand": "sender"}, {"device": "cuda"}],
+            "differ in expand: 'sender' != None",
+        ),
+        (
+            [{"device": "cuda"}, {"device": "cuda", "engine": "copy"}],
+            "differ in engine: 'kernel' != 'copy'",
+        ),
     ],
     ids=repr,
 )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the CUDA backend is written in Triton: pip install triton")
 
@@ -10,6 +11,8 @@ from crossdock import Bf16, Compact, ConfigError, Expanded, Fp8, Fp16, Fp32, Pad
 from crossdock.backends.base import Wishes
 from crossdock.backends.cuda.config import PROGRAMS_PER_SM, LaunchConfig, decide
 from crossdock.spec import Topology
+
+CUDA = torch.device("cuda", 0)
 
 NVLINK = Topology(num_ranks=8)
 FAST_MEMORY = Topology(num_ranks=8, memory_bandwidth=1e15)
@@ -91,7 +94,7 @@ def test_the_receiver_is_refused_where_rows_do_not_fit_into_outputs(kwargs):
     assert decided(spec, FAST_MEMORY).expand == "sender"
     assert decided(spec, FAST_MEMORY, expand="sender").expand == "sender"
     with pytest.raises(ConfigError) as raised:
-        decided(spec, FAST_MEMORY, expand="receiver")
+        Wishes(expand="receiver").check(spec, CUDA)
     text = str(raised.value)
     assert text.startswith("expand='receiver' makes copies of landed rows")
     for part in (str(spec.wire), str(spec.combine_dtype), "multiples of 16 bytes", "pass expand=None"):
@@ -101,7 +104,7 @@ def test_the_receiver_is_refused_where_rows_do_not_fit_into_outputs(kwargs):
 def test_the_receiver_is_refused_where_there_are_no_copies():
     assert decided(spec_of(layout=Compact()), FAST_MEMORY).expand == "sender"
     with pytest.raises(ConfigError, match=r"Compact\(capacity=None\) has none.*pass expand=None"):
-        decided(spec_of(layout=Compact()), FAST_MEMORY, expand="receiver")
+        Wishes(expand="receiver").check(spec_of(layout=Compact()), CUDA)
 
 
 ROW_BYTES = [2, 16, 48, 1024, 2048, 14336, 16384, 28672, 100_000]

@@ -7,7 +7,6 @@ from typing import Literal
 
 from crossdock import cost
 from crossdock.backends.base import Wishes
-from crossdock.errors import ConfigError
 from crossdock.spec import Spec, Topology
 
 _MOST_ROWS = 32
@@ -93,27 +92,10 @@ def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int, 
     return LaunchConfig(
         num_sms=min(wishes.num_sms or default, visible_sms),
         visible_sms=visible_sms,
-        expand=_expand(spec, topology, wishes.expand),
+        expand=wishes.expand or cost.cheaper_expand(spec, topology),
         engine=wishes.engine,
         topology=topology,
     )
-
-
-def _expand(
-    spec: Spec, topology: Topology, wish: Literal["sender", "receiver"] | None
-) -> Literal["sender", "receiver"]:
-    """Landed rows need room where outputs are written: a row of data, behind it its scales, in an output row."""
-    out_bytes = spec.hidden * spec.combine_dtype.itemsize
-    data_bytes = spec.hidden * spec.wire.dtype.itemsize
-    fits = spec.row_bytes() <= out_bytes and data_bytes % 16 == 0 and out_bytes % 16 == 0
-    if not spec.layout.per_pick or not fits:
-        if wish == "receiver":
-            raise ConfigError(
-                f"expand='receiver' makes copies of landed rows; {spec.layout} has none, or rows of {spec.wire} do not "
-                f"fit where outputs of {spec.combine_dtype} are written, in multiples of 16 bytes: pass expand=None"
-            )
-        return "sender"
-    return wish or cost.cheaper_expand(spec, topology)
 
 
 def power_of_two(value: int) -> int:
