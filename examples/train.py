@@ -10,6 +10,7 @@ It starts two processes itself; under torchrun (`torchrun --nproc-per-node 4 exa
 batch is sliced over the ranks, and the loss is the mean over all of it, so the number of ranks changes rounding alone.
 """
 
+import gc
 import os
 import tempfile
 
@@ -87,6 +88,7 @@ def start(rank: int, num_ranks: int, store: str) -> None:
     """A process that this program has started itself."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     train()
+    gc.collect()  # autograd's cycles hold the buffer, and it the group, whose threads must end before Python does
     dist.destroy_process_group()
 
 
