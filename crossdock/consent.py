@@ -289,10 +289,7 @@ class Consent:
             self._flag = Flag(epoch=self.num_ended, first_void=first_void & CALL_MASK, num_more=0)
         else:  # a peer may still be in an epoch that the last flag is about
             self._flag = replace(self._flag, num_more=min(self._flag.num_more + 1, MOST_MORE))
-        for peer in self._peers:
-            if peer != self.rank:
-                self._mailbox.write_reason(peer, reason)
-                self._mailbox.post(peer, "aborts", 0, self._flag.packed())
+        self._raise_flag(self._flag, reason)
         self.num_ended += 1
         self._is_open = False
         self.next_sequence = self.epoch << EPOCH_SHIFT
@@ -317,6 +314,13 @@ class Consent:
                 if not arrived(peer):
                     raise PeerFailed(peer, "it has closed its buffer")
             yield Missing(missing, what)
+
+    def _raise_flag(self, flag: Flag, reason: bytes) -> None:
+        """Leaves a flag at every peer, and before it the reason, a header and a text."""
+        for peer in self._peers:
+            if peer != self.rank:
+                self._mailbox.write_reason(peer, reason)
+                self._mailbox.post(peer, "aborts", 0, flag.packed())
 
     def _flag_of(self, peer: int) -> Flag | None:
         """What a peer has raised here last."""

@@ -169,11 +169,7 @@ class DeviceConsent(Consent):
         """See Consent. A flag ends the waits of peers for calls that this rank does not take part in."""
         if self._is_open and self.failure() is None:
             flag = Flag(epoch=self.num_ended, first_void=self._state()[NEXT.value] & CALL_MASK, num_more=0)
-            reason = REASON_HEADER.pack(self.rank, False) + b"it has closed its buffer"
-            for peer in self._peers:
-                if peer != self.rank and self._transport.is_alive(peer):
-                    self._mailbox.write_reason(peer, reason)
-                    self._mailbox.post(peer, "aborts", 0, flag.packed())
+            self._raise_flag(flag, REASON_HEADER.pack(self.rank, False) + b"it has closed its buffer")
         super().leave()
 
     def _refusal(self, peer: int) -> PeerFailed:
