@@ -33,6 +33,8 @@ from tests.gpu.ranks import own_stream, take_all, take_share
 LIMIT_S = {"processes": 60, "interpreted": 60, "cuda": 200, "cudathreads": 200}
 """A program that has not ended by then is a failed test. On CUDA it may have kernels to compile."""
 _GROUP_LIMIT_S = 30
+_TIMEOUT_S = 30
+"""Of a buffer on CUDA, whose calls of other ranks may have kernels to compile."""
 
 Program = Callable[..., Any]
 
@@ -95,7 +97,7 @@ def device() -> torch.device:
 def open_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
     """A buffer on this world's device, made with the test's options (``World.opening``) over the program's."""
     if _place.device.type != "cpu":
-        options["device"] = _place.device
+        options = {"device": _place.device, "timeout_s": _TIMEOUT_S} | options
     return _place.make_buffer(group, spec, **options | _place.options)
 
 

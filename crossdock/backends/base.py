@@ -186,4 +186,4 @@ class Backend(Protocol):
         """What is issued within has that name in a profiler."""
 
     def synchronize(self) -> None:
-        """Returns once all that was issued is done."""
+        """Returns once all that was issued is done, on the current stream too."""

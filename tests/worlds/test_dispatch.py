@@ -181,9 +181,10 @@ def test_wide_rows_travel_in_the_combine_format(world, layout, combine_wire):
 
 def disagree_about_width(group, spec):
     with open_buffer(group, spec, timeout_s=20) as buffer:
-        x, topk_idx = torch.ones(2, 24).bfloat16(), torch.zeros(2, 4, dtype=torch.int64) - 1
-        plan = buffer.dispatch(x, topk_idx).plan
+        x = torch.ones(2, 24, dtype=torch.bfloat16, device=device())
+        plan = buffer.dispatch(x, torch.full((2, 4), -1, device=device())).plan
         buffer.dispatch(x, plan, wide=buffer.rank == 0)
+        buffer.check()
 
 
 @pytest.mark.worlds("inproc-2", "processes-2")

@@ -107,7 +107,8 @@ class CudaBackend:
         if plan.report is not None:
             self._planner.find_origins(plan)
         if _has_records(plan, outgoing):
-            extras = self._packed(outgoing.extras, plan.num_tokens) if outgoing.extras else None
+            num_bytes = self._arena.record_bytes - self._arena.extras_offset
+            extras = self._packed(outgoing.extras, plan.num_tokens, num_bytes) if outgoing.extras else None
             weights = None if outgoing.weights is None else self._dense(outgoing.weights)
             self._kernels.push_records(plan.topk_idx, weights, extras, plan.rows)
         if plan.pairs is not None and plan.partial_rows is None:
@@ -175,7 +176,7 @@ class CudaBackend:
                 row_bytes = self._arena.spec.hidden * y.element_size()
                 kernels.push_home(y, plan, plan.rows, "landing", row_bytes)
         if extras:
-            packed = self._packed(extras, extras[0].shape[0])
+            packed = self._packed(extras, extras[0].shape[0], self._arena.return_bytes)
             kernels.push_home(packed, plan, plan.rows, "returns", self._arena.return_bytes)
 
     def sum_rows(
@@ -242,7 +243,7 @@ class CudaBackend:
 
     def synchronize(self) -> None:
         """See Backend."""
-        self._on.stream.synchronize()
+        self._on.synchronize()
 
     def warm_up(self) -> None:
         """Does every kind of call on no rows, so that kernels are compiled and loaded. Only while calls are void.
@@ -253,6 +254,7 @@ class CudaBackend:
         picks = torch.full((1, spec.num_topk), -1, device=self._device)
         weights = torch.zeros(1, spec.num_topk, device=self._device)
         wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=self._device)
+        extras = (torch.zeros(1, spec.extra_bytes, dtype=torch.uint8, device=self._device),) if spec.extra_bytes else ()
         x: Tensor | Quantized = wide.to(spec.wire.dtype)
         if isinstance(spec.wire, Fp8):
             x = spec.wire.quantize(wide)
@@ -261,6 +263,8 @@ class CudaBackend:
                 Outgoing(x=x, weights=None, extras=()),
                 Outgoing(x=x if isinstance(x, Tensor) else wide, weights=weights, extras=()),
                 Outgoing(x=wide, weights=weights, extras=(), wide=True),
+                Outgoing(x=x, weights=None, extras=extras),
+                Outgoing(x=x, weights=weights, extras=extras),
             ):
                 self.post_counts(0, picks)
                 self._consent.warm_up()
@@ -271,7 +275,7 @@ class CudaBackend:
             plan = plans[0]
             row_weights = torch.zeros(1, device=self._device) if spec.reduce == "rank" else None
             for given in (None, row_weights):
-                self.push_outputs(plan, wide, (), given, ())
+                self.push_outputs(plan, wide, (weights[:, :1],), given, ())
             for given in (None, None if spec.reduce == "rank" else weights):
                 self.sum_rows(plan, given, None, (), 0)
         self.synchronize()
@@ -359,13 +363,12 @@ class CudaBackend:
         more = rows.new_full((num_rows - rows.shape[0], *rows.shape[1:]), -1)
         return torch.cat([rows, more])
 
-    def _packed(self, extras: Sequence[Tensor], num_rows: int) -> Tensor:
-        """Small tensors ``[n, ...]`` side by side, int32 ``[n, words]``."""
+    def _packed(self, extras: Sequence[Tensor], num_rows: int, num_bytes: int) -> Tensor:
+        """Small tensors ``[n, ...]`` side by side, int32 ``[n, words]``: as many as there is room for, zeros behind."""
         with self.on_stream():
-            raw = [_raw(extra.contiguous()) for extra in extras]
-            num_bytes = sum(part.shape[1] for part in raw)
-            packed = torch.zeros(num_rows, -(-num_bytes // 4) * 4, dtype=torch.uint8, device=self._device)
-            packed[:, :num_bytes].copy_(torch.cat(raw, dim=1))
+            raw = torch.cat([_raw(extra.contiguous()) for extra in extras], dim=1)
+            packed = torch.zeros(num_rows, num_bytes, dtype=torch.uint8, device=self._device)
+            packed[:, : raw.shape[1]].copy_(raw)
             return packed.view(torch.int32)
 
     def _rowwise(self, rows: Tensor) -> Tensor:

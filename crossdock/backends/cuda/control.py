@@ -153,12 +153,11 @@ class DeviceConsent(Consent):
 
         Which call is the first that is void, the device knows.
         """
-        stream = self._on.stream
-        if not stream.query():
+        if not self._on.is_idle:
             current = self._state()[CURRENT.value]
             flag = Flag(epoch=self.num_ended, first_void=current & CALL_MASK, num_more=0)
             self._mailbox.post(self.rank, "aborts", 0, flag.packed())
-        stream.synchronize()
+        self._on.synchronize()
         state = self._state()
         is_current = state[STATUS.value] != sync.OK.value
         self._picks.clear()

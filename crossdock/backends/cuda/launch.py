@@ -72,6 +72,19 @@ class Launcher:
         self._entered.record(torch.cuda.current_stream(self.device))
         self.stream.wait_event(self._entered)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all kernels that this host has issued are done, and the graphs it has replayed; see ``synchronize``."""
+        return self.stream.query() and torch.cuda.current_stream(self.device).query()
+
+    def synchronize(self) -> None:
+        """Waits for the kernels that this host has issued, and for graphs that it has replayed.
+
+        A graph runs where it is replayed: on the current stream, or on one that the caller has ordered before it.
+        """
+        torch.cuda.current_stream(self.device).synchronize()
+        self.stream.synchronize()
+
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory that belongs to the current stream, for kernels to write at once."""
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
