@@ -457,7 +457,7 @@ class Buffer:
     def stats(self) -> Stats:
         """What this rank has counted so far."""
         return Stats(
-            num_tokens_per_expert=self._calls.num_tokens_per_expert.clone(),
+            num_tokens_per_expert=self._backend.num_tokens_per_expert.clone(),
             wait_s=torch.tensor(self._queue.wait_s, dtype=torch.float64),
         )
 

@@ -40,17 +40,13 @@ class Calls:
     """One rank's calls: begins them, and makes the steps that a ``CallQueue`` drives to the result."""
 
     def __init__(self, consent: Consent, backend: Backend, slots: ReceiveSlots, arena: Arena, *, debug: bool) -> None:
-        num_ranks = arena.topology.num_ranks
-        num_local = arena.spec.num_local_experts(num_ranks)
-        self.num_tokens_per_expert = torch.zeros(num_local, dtype=torch.int64, device=slots.device)
-        """[L], over all dispatches but wide ones."""
         self._consent = consent
         self._backend = backend
         self._slots = slots
         self._arena = arena
         self._spec = arena.spec
         self._debug = debug
-        self._slot_rows = arena.spec.num_slot_rows(num_ranks)
+        self._slot_rows = arena.spec.num_slot_rows(arena.topology.num_ranks)
         self._num_combines = 0
 
     def begin(self, word: Word, topk_idx: Tensor | None, *, is_next: bool, num_sms: int | None = None) -> Call:
@@ -94,11 +90,9 @@ class Calls:
         yield from self._consent.arrivals(call.sequence, words, from_all=True)
         num_rows = self._num_rows(plan, mode)
         landed = self._backend.landed(plan, outgoing, call.word.slot, num_rows=num_rows)
-        with self._backend.on_stream():
-            if self._debug and self._arena.region_of_rows(wide=outgoing.wide) == "data":
+        if self._debug and self._arena.region_of_rows(wide=outgoing.wide) == "data":
+            with self._backend.on_stream():
                 self._slots.poison(call.word.slot, "outputs")
-            if not outgoing.wide:
-                self.num_tokens_per_expert += plan.num_tokens_per_expert
         call.event = self._backend.event()
         plan = yield from self._backend.settled(landed.plan, mode)
         recv = self._received(landed, plan, call.word.slot, num_rows=self._num_rows(plan, mode))

@@ -115,6 +115,9 @@ class Backend(Protocol):
     ``words`` are those that consent gave for the call; where kernels read them themselves, there are none.
     """
 
+    num_tokens_per_expert: Tensor
+    """[L] int64, picks of each local expert in all dispatches but wide ones."""
+
     has_pairs: bool
     """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
 

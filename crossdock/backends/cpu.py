@@ -42,6 +42,7 @@ class CpuBackend:
     def __init__(self, arena: Arena, transport: HostTransport, *, buffer_id: int) -> None:
         self.has_pairs = arena.spec.ranks_sum_picks
         self._overflows: list[tuple[int, CapacityError]] = []
+        self.num_tokens_per_expert = torch.zeros(arena.spec.num_local_experts(transport.num_ranks), dtype=torch.int64)
         self._arena = arena
         self._buffer_id = buffer_id
         self._rank = transport.rank
@@ -130,6 +131,8 @@ class CpuBackend:
             num_pairs = int(plan.back.counts[:, self._rank].sum())
             plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
         src_idx, topk_idx, weights, extras = self._unpack_records(record, is_real, outgoing)
+        if not outgoing.wide:
+            self.num_tokens_per_expert += plan.num_tokens_per_expert
         return Landed(
             plan=plan, data=data, scale=scale, src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras
         )

@@ -54,6 +54,7 @@ class CudaBackend:
         self._fresh: DevicePlan | None = None
         self._is_narrow = isinstance(spec.wire, Fp8)
         self._is_aligned = isinstance(spec.layout, Expanded) and spec.layout.alignment > 1
+        self.num_tokens_per_expert = launcher.tokens
         self._untold: list[tuple[int, Report]] = []
         self._overflows: list[tuple[int, CapacityError]] = []
 
@@ -104,8 +105,8 @@ class CudaBackend:
         """See Backend."""
         plan = _of_device(plan)
         self._push(plan, outgoing)
-        if plan.report is not None:
-            self._planner.find_origins(plan)
+        if plan.src_idx is None and plan.pairs is not None:
+            self._planner.find_origins(plan, plan.pairs)
         if _has_records(plan, outgoing):
             num_bytes = self._arena.record_bytes - self._arena.extras_offset
             extras = self._packed(outgoing.extras, plan.num_tokens, num_bytes) if outgoing.extras else None
@@ -113,6 +114,8 @@ class CudaBackend:
             self._kernels.push_records(plan.topk_idx, weights, extras, plan.rows)
         if plan.pairs is not None and plan.partial_rows is None:
             self._kernels.push_partial_rows(plan.rows, plan.pairs)
+        if not outgoing.wide:
+            self._consent.counts(plan.num_tokens_per_expert)
 
     def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
         """See Backend."""

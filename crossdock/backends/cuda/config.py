@@ -10,6 +10,8 @@ from crossdock.backends.base import Wishes
 from crossdock.spec import Spec, Topology
 
 _MOST_ROWS = 32
+_ORIGIN_CELLS = 16384
+"""Rows times blocks of rows that a program compares."""
 PROGRAMS_PER_SM = 16
 """Of kernels whose number of rows only the device knows: each program takes its share of them."""
 
@@ -96,6 +98,11 @@ def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int, 
         engine=wishes.engine,
         topology=topology,
     )
+
+
+def origins_at_once(num_blocks: int) -> int:
+    """Rows whose origins one program works out, among as many blocks."""
+    return min(max(1, _ORIGIN_CELLS // power_of_two(num_blocks)), 256)
 
 
 def power_of_two(value: int) -> int:

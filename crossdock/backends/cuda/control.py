@@ -57,6 +57,7 @@ class DeviceConsent(Consent):
         self._fresh: DevicePlan | None = None
         self._transport = transport
         self._posts = False
+        self._tokens: torch.Tensor | None = None
         self._picks: deque[torch.Tensor] = deque(maxlen=_NUM_PICKS)
         super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=ring)
 
@@ -87,7 +88,8 @@ class DeviceConsent(Consent):
 
     def arrivals(self, sequence: int, words: Sequence[Word], *, from_all: bool) -> Waiting:
         """See Consent; nothing is waited for on the host."""
-        self._kernels.finish_call(posts=self._posts, awaits_all=from_all)
+        tokens, self._tokens = self._tokens, None
+        self._kernels.finish_call(posts=self._posts, awaits_all=from_all, tokens=tokens)
         yield from ()
 
     def check(self, sequence: int) -> None:
@@ -101,6 +103,8 @@ class DeviceConsent(Consent):
         self._kernels.begin_call(0, plan)
         for posts, awaits_all in ((True, True), (True, False), (False, False)):
             self._kernels.finish_call(posts=posts, awaits_all=awaits_all)
+        if plan is not None:
+            self._kernels.finish_call(posts=True, awaits_all=True, tokens=plan.num_tokens_per_expert)
         self._kernels.check_call()
 
     def until(self, event: Event, what: str) -> Generator[Missing, None, None]:
@@ -128,6 +132,10 @@ class DeviceConsent(Consent):
         self._fresh = plan
         if not torch.cuda.is_current_stream_capturing():
             self._picks.append(plan.topk_idx)  # to say what is wrong with them if the device refuses them
+
+    def counts(self, tokens: torch.Tensor) -> None:
+        """The next arrivals are of a call that is counted: with so many picks of each local expert, ``[L]``."""
+        self._tokens = tokens
 
     def failure(self) -> CrossdockError | None:
         """What the device has found, from the record that it left in host memory.

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from crossdock.backends.cuda.config import Shape, power_of_two
+from crossdock.backends.cuda.config import Shape, origins_at_once, power_of_two
 from crossdock.backends.cuda.kernels import cast, places, records, rows, sums
-from crossdock.backends.cuda.launch import Launcher
+from crossdock.backends.cuda.launch import Launcher, kind_of
 from crossdock.backends.cuda.plan import DevicePlan, Table
 from crossdock.layout import Padded
 from crossdock.wire import Fp8
@@ -56,6 +56,7 @@ class RowKernels:
             ROW_BYTES=row_bytes or own_bytes,
             PIECE=piece,
             TOKENS=at_once,
+            given=(*kind_of(words), words.stride(0), region, offset),
             num_warps=shape.num_warps,
         )
 
@@ -97,6 +98,7 @@ class RowKernels:
             GROUPS=groups,
             POW2=wire.pow2 or wire.scale == "ue8m0",
             EXPONENTS=wire.scale == "ue8m0",
+            given=(*kind_of(x), x.stride(0), landed),
             num_warps=warps,
             enable_fp_fusion=False,
         )
@@ -128,6 +130,7 @@ class RowKernels:
             EXTRA=0 if extras is None else extras.shape[1],
             HAS_WEIGHTS=weights is not None,
             TOKENS=_TOKENS,
+            given=(kind_of(topk_idx), _kind_of_any(weights)),
             num_warps=4,
         )
 
@@ -139,12 +142,16 @@ class RowKernels:
         if not num_rows:
             return
         spec = self._on.arena.spec
+        num_blocks = plan.rows.incoming.shape[1]
         at_once = max(1, 2048 // power_of_two(1 if spec.layout.per_pick else self._num_topk))
-        at_once = min(at_once, 256)
+        at_once = min(at_once, origins_at_once(num_blocks))
+        of_slot = self._on.view("record", slot).view(torch.int32)
         self._on.launch(
             records.unpack_records,
             (-(-num_rows // at_once),),
-            self._on.view("record", slot).view(torch.int32),
+            of_slot,
+            plan.rows.incoming,
+            plan.scalars,
             plan.rows.origins,
             src_idx,
             src_idx if topk_idx is None else topk_idx,
@@ -157,7 +164,11 @@ class RowKernels:
             PER_PICK=spec.layout.per_pick,
             RECORD=self._on.arena.record_bytes // 4,
             HAS_WEIGHTS=weights is not None,
+            IS_FRESH=plan.src_idx is None,
+            BLOCKS=num_blocks,
+            P=self._on.num_ranks,
             ROWS=at_once,
+            given=kind_of(of_slot),
             num_warps=4,
         )
 
@@ -206,6 +217,7 @@ class RowKernels:
             K=self._num_topk,
             ROW=target.shape[1],
             PIECE=piece,
+            given=(kind_of(landed), kind_of(target), kind_of(plan.partial_rows)),
             num_warps=shape.num_warps,
         )
 
@@ -224,6 +236,7 @@ class RowKernels:
             N=self._on.num_local,
             ROW=words.shape[1],
             PIECE=piece,
+            given=kind_of(words),
             num_warps=4,
         )
 
@@ -248,6 +261,7 @@ class RowKernels:
             ROW=words.shape[1],
             ROW_BYTES=row_bytes,
             PIECE=piece,
+            given=(*kind_of(words), words.stride(0), region),
             num_warps=shape.num_warps,
         )
 
@@ -275,6 +289,7 @@ class RowKernels:
             H=self._hidden,
             PIECE=max(1, shape.piece_bytes // y.element_size()),
             HAS_WEIGHTS=weights is not None,
+            given=(*kind_of(y), y.stride(0), _kind_of_any(weights), _kind_of_any(plan.partial_rows)),
             num_warps=shape.num_warps,
             enable_fp_fusion=False,
         )
@@ -308,6 +323,7 @@ class RowKernels:
             PIECE=piece,
             HAS_WEIGHTS=weights is not None,
             BIAS_ROWS=-1 if bias is None else int(bias.dim() == 2),
+            given=(_kind_of_any(weights), _kind_of_any(bias), slot),
             num_warps=shape.num_warps,
             enable_fp_fusion=False,
         )
@@ -327,6 +343,7 @@ class RowKernels:
                 K=self._num_topk,
                 J=out.shape[1],
                 TOKENS=_TOKENS,
+                given=(kind_of(topk_idx), kind_of(weights)),
                 num_warps=4,
             )
 
@@ -350,6 +367,7 @@ class RowKernels:
             J=table.places.shape[1],
             ROW=words.shape[1],
             PIECE=piece,
+            given=(*kind_of(words), words.stride(0)),
             num_warps=shape.num_warps,
         )
 
@@ -371,6 +389,10 @@ def as_words(rows_of: Tensor) -> Tensor:
         w for w in _WORDS if row_bytes % w == 0 and pitch % w == 0 and at % w == 0 and rows_of.data_ptr() % w == 0
     )
     return rows_of.view(_WORDS[widest]) if widest != size or rows_of.dtype.is_floating_point else rows_of
+
+
+def _kind_of_any(tensor: Tensor | None) -> object:
+    return None if tensor is None else kind_of(tensor)
 
 
 def _grid(num_items: int, shape: Shape) -> tuple[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import PlanTensors
-from crossdock.backends.cuda.config import power_of_two
+from crossdock.backends.cuda.config import origins_at_once, power_of_two
 from crossdock.backends.cuda.kernels import places
 from crossdock.backends.cuda.kernels.places import (
     REPORT_NEEDED,
@@ -22,7 +22,7 @@ from crossdock.backends.cuda.kernels.places import (
     REPORT_WORST,
     SCALARS,
 )
-from crossdock.backends.cuda.launch import Launcher
+from crossdock.backends.cuda.launch import Launcher, kind_of
 from crossdock.backends.cuda.plan import DevicePlan, Report, Table
 from crossdock.errors import CapacityError, NotSupported
 from crossdock.layout import Padded
@@ -30,8 +30,6 @@ from crossdock.plan import overflow
 
 _PICKS = 128
 """Picks that a program compares with each other."""
-_ORIGIN_CELLS = 16384
-"""Rows times blocks that a program compares."""
 _NUM_REPORTS = 64
 _NUM_CAPTURED = 1024
 REMADE = 1
@@ -91,7 +89,9 @@ class Planner:
         self._count_picks(topk_idx)
         self._derive_blocks(plan, plan.rows, self._nobody, is_pairs=False)
         self._place(plan, self._nobody)
-        self.find_origins(plan)
+        for table in (plan.rows, plan.pairs):
+            if table is not None:
+                self.find_origins(plan, table)
         return replace(
             plan,
             num_rows=src_idx.numel(),
@@ -99,12 +99,6 @@ class Planner:
             src_idx=src_idx.reshape(-1),
             local_idx=None if self._arena.spec.layout.per_pick else local_idx,
         )
-
-    def find_origins(self, plan: DevicePlan) -> None:
-        """Works out where the rows that come here are from; after what sends rows, which does not need it."""
-        self._find_origins(plan.scalars, plan.rows, is_pairs=False)
-        if plan.pairs is not None:
-            self._find_origins(plan.scalars, plan.pairs, is_pairs=True)
 
     def told(self, plan: DevicePlan) -> DevicePlan:
         """The plan with what its report says, which has come.
@@ -167,6 +161,7 @@ class Planner:
                 P=self._on.num_ranks,
                 K=self._on.arena.spec.num_topk,
                 S=self._chunk_tokens,
+                given=kind_of(topk_idx),
                 num_warps=4,
             )
         self._on.launch(
@@ -200,6 +195,7 @@ class Planner:
             **self._on.blocks(is_pairs=is_pairs),
             IS_PAIRS=is_pairs,
             KEEPS_COUNTS=True,
+            given=kind_of(plan.counts),
             num_warps=4,
         )
 
@@ -225,21 +221,22 @@ class Planner:
                 S=self._chunk_tokens,
                 BY_RANK=is_pairs or not spec.layout.per_pick,
                 IN_ORDER_OF_RANKS=is_pairs or spec.reduce == "rank",
+                given=kind_of(topk_idx),
                 num_warps=4,
             )
 
-    def _find_origins(self, scalars: Tensor, table: Table, *, is_pairs: bool) -> None:
-        """Where the rows that come here are from."""
+    def find_origins(self, plan: DevicePlan, table: Table) -> None:
+        """Works out where the rows of a table that come here are from; of fresh rows, ``unpack_records`` does it."""
         num_blocks, num_slots = table.incoming.shape[1], table.origins.shape[0]
-        at_once = min(max(1, _ORIGIN_CELLS // power_of_two(num_blocks)), 256)
+        at_once = origins_at_once(num_blocks)
         self._on.launch(
             places.find_origins,
             (-(-num_slots // at_once),),
             table.incoming,
-            scalars,
+            plan.scalars,
             table.origins,
             num_slots,
-            NUM=(places.NUM_PAIRS if is_pairs else places.NUM_ROWS).value,
+            NUM=(places.NUM_PAIRS if table is plan.pairs else places.NUM_ROWS).value,
             BLOCKS=num_blocks,
             P=self._on.num_ranks,
             ROWS=at_once,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from crossdock.backends.cuda.kernels import calls, places
 from crossdock.backends.cuda.launch import Launcher
 from crossdock.backends.cuda.plan import DevicePlan
@@ -25,11 +27,13 @@ class WordKernels:
             self._on.refused,
             self._on.counts,
         )
-        arena = self._on.arena
+        arena, is_small = self._on.arena, (payload < 2**31,)
         places_of_words = (arena["words"].offset, arena["aborts"].offset, arena["counts"].offset)
         if plan is None:
             args = (*words, self._on.counts, self._on.rank, self._on.max_polls, *places_of_words)
-            self._on.launch(calls.begin_call, (1,), *args, P=self._on.num_ranks, RING=arena.ring, W=0, num_warps=1)
+            self._on.launch(
+                calls.begin_call, (1,), *args, P=self._on.num_ranks, RING=arena.ring, W=0, num_warps=1, given=is_small
+            )
             return
         assert plan.report is not None
         self._on.launch(
@@ -50,11 +54,12 @@ class WordKernels:
             P=self._on.num_ranks,
             RING=arena.ring,
             **self._on.blocks(is_pairs=False),
+            given=is_small,
             num_warps=4,
         )
 
-    def finish_call(self, *, posts: bool, awaits_all: bool) -> None:
-        """Rows are in place: to all, and from all (or from those that push)."""
+    def finish_call(self, *, posts: bool, awaits_all: bool, tokens: Tensor | None = None) -> None:
+        """Rows are in place: to all, and from all (or from those that push). Counts the tokens ``[L]`` of experts."""
         self._on.launch(
             calls.finish_call,
             (1,),
@@ -67,10 +72,13 @@ class WordKernels:
             self._on.max_polls,
             self._on.arena["arrived"].offset,
             self._on.arena["aborts"].offset,
+            self._on.tokens if tokens is None else tokens,
+            self._on.tokens,
             P=self._on.num_ranks,
             RING=self._on.arena.ring,
             POSTS=posts,
             AWAITS_ALL=awaits_all,
+            L=0 if tokens is None else tokens.shape[0],
             num_warps=1,
         )
 

@@ -150,10 +150,13 @@ def finish_call(
     max_polls,
     arrived_offset,
     aborts_offset,
+    tokens,
+    all_tokens,
     P: tl.constexpr,
     RING: tl.constexpr,
     POSTS: tl.constexpr,
     AWAITS_ALL: tl.constexpr,
+    L: tl.constexpr,
 ):
     """Tells every rank that this rank's rows are in place, and waits for theirs; ends the call where a rank gave it up.
 
@@ -162,6 +165,8 @@ def finish_call(
     Args:
         POSTS: whether this rank has written anything.
         AWAITS_ALL: whether every rank has; else those whose word says that they push.
+        tokens, all_tokens: int32 and int64 ``[L]``, picks of each local expert in this call, and in all that were OK;
+            L is 0 in calls that are not counted.
     """
     lanes = tl.arange(0, triton.next_power_of_2(P))
     if is_ok(state):
@@ -178,6 +183,11 @@ def finish_call(
         words, aborts = words_at(own, arrived_offset) + entry, words_at(own, aborts_offset)
         ended = tl.load(state + NUM_ENDED)
         status, _ = wait_words(words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P)
+        if L > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
+            if status == OK:
+                local = tl.arange(0, triton.next_power_of_2(L))
+                so_far = tl.load(all_tokens + local, mask=local < L)
+                tl.store(all_tokens + local, so_far + tl.load(tokens + local, mask=local < L), mask=local < L)
         tell_status(state, status, record, report)
 
 

@@ -299,20 +299,19 @@ def place_rows(
     tl.store(homes + at, tl.where(is_row, home, -1), mask=is_written)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
-def find_origins(incoming, scalars, origins, num_slots, NUM: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr,
-                 ROWS: tl.constexpr):  # fmt: skip
-    """For each row here: ``rank << 32 | place in that rank's sending order``, int64; -1 where none is.
+@triton.jit
+def origins_of(row, incoming, scalars, NUM: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr):
+    """Where rows are from: ``rank << 32 | place in that rank's sending order``, int64; -1 where none is.
 
     Args:
+        row: int32, those of a program, in order.
+        incoming: int32 ``[3, BLOCKS]``; blocks in the order of rows.
         NUM: which of the scalars says how many rows there are.
-        BLOCKS: blocks that come here, in the order of rows.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num_rows = tl.load(scalars + NUM)
     is_row = row < num_rows
     block = tl.zeros_like(row) - 1
-    if tl.program_id(0) * ROWS < num_rows:
+    if tl.min(row, axis=0) < num_rows:
         blocks = tl.arange(0, triton.next_power_of_2(BLOCKS))
         starts = tl.load(incoming + blocks, mask=blocks < BLOCKS, other=2**31 - 1)
         block += tl.sum((starts[None, :] <= row[:, None]).to(tl.int32), axis=1)
@@ -320,5 +319,12 @@ def find_origins(incoming, scalars, origins, num_slots, NUM: tl.constexpr, BLOCK
     nth = row - tl.load(incoming + block, mask=is_row, other=0)
     is_row = is_row & (nth < tl.load(incoming + BLOCKS + block, mask=is_row, other=0))
     there = tl.load(incoming + 2 * BLOCKS + block, mask=is_row, other=0) + nth
-    origin = ((block % P).to(tl.int64) << ROW_BITS) | there
-    tl.store(origins + row, tl.where(is_row, origin, -1), mask=row < num_slots)
+    return tl.where(is_row, ((block % P).to(tl.int64) << ROW_BITS) | there, -1)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def find_origins(incoming, scalars, origins, num_slots, NUM: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
+    """``origins_of`` all rows of a slot."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(origins + row, origins_of(row, incoming, scalars, NUM, BLOCKS, P), mask=row < num_slots)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
-from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.places import NUM_ROWS, ROW_BITS, ROW_MASK, origins_of
 from crossdock.backends.cuda.kernels.sync import words_at
 
 
@@ -80,6 +80,8 @@ def push_records(
 @triton.jit(do_not_specialize=["num_rows", "first_expert"])
 def unpack_records(
     records,
+    incoming,
+    scalars,
     origins,
     src_idx,
     topk_idx,
@@ -92,15 +94,24 @@ def unpack_records(
     PER_PICK: tl.constexpr,
     RECORD: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    IS_FRESH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    P: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Sources int32 ``[R]``, local experts int32 ``[R, K]`` (rows that serve several), weights ``[R]`` or ``[R, K]``.
 
-    -1 and 0 where no row is, and where a pick is another rank's.
+    -1 and 0 where no row is, and where a pick is another rank's. Where rows are from is worked out first, where that is
+    not known yet (``IS_FRESH``): ``origins`` int64 ``[R]``, see ``origins_of``.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_here = row < num_rows
-    is_row = is_here & (tl.load(origins + row, mask=is_here, other=-1) >= 0) & is_ok(state)
+    if IS_FRESH:
+        origin = origins_of(row, incoming, scalars, NUM_ROWS, BLOCKS, P)
+        tl.store(origins + row, origin, mask=is_here)
+    else:
+        origin = tl.load(origins + row, mask=is_here, other=-1)
+    is_row = is_here & (origin >= 0) & is_ok(state)
     at = records + row.to(tl.int64) * RECORD
     tl.store(src_idx + row, tl.load(at, mask=is_row, other=-1), mask=is_here)
     if PER_PICK:
