@@ -7,7 +7,7 @@ constants that it was given.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from crossdock import Spec, Topology
+from crossdock import Buffer, Spec, ThreadGroup, Topology, engine
 from crossdock.arena import Arena
 from crossdock.backends.base import Wishes
 from tests.interpreted import without_a_gpu
@@ -67,6 +67,48 @@ def compile_launches(spec: Spec, num_ranks: int, target: GPUTarget, **wishes: An
     with _driver_for(target), mock.patch.object(JITFunction, "run", run):
         cuda.connect(transport, arena, Wishes(**wishes), buffer_id=1, timeout_s=1)
     return list(launches.values())
+
+
+@contextlib.contextmanager
+def lone_buffer(spec: Spec, **wishes: Any) -> Iterator[Buffer]:
+    """A Buffer of one rank whose launches do nothing, but for a check: a kernel is only launched by a handle as what it
+    was compiled as.
+
+    For a process of its own.
+    """
+    from crossdock.backends.cuda import backend as cuda
+    from crossdock.transport.device import DeviceTransport
+
+    without_a_gpu()
+
+    def connect(members: Any, arena: Arena, *_: Any, number: int, timeout_s: float) -> engine.Engine:
+        segment = torch.zeros(arena.num_bytes, dtype=torch.uint8)
+        transport = DeviceTransport([segment], arena, rank=0, ranks_here=1, is_alive=lambda _: True, close=lambda: None)
+        parts = cuda.connect(transport, arena, Wishes(**wishes), buffer_id=number, timeout_s=timeout_s)
+        return engine.Engine(
+            transport=transport, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch
+        )
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> _Handle:
+        return _Handle(kernel, _specialized(kernel, args, options)[:3])
+
+    with mock.patch.object(JITFunction, "run", run), mock.patch("crossdock.buffer.connect", connect):
+        yield Buffer(ThreadGroup.world(1)[0], spec)
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """Of a compiled kernel."""
+
+    kernel: JITFunction
+    compiled_as: tuple[Any, ...]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, stream: int) -> None:
+            if (launched_as := _specialized(self.kernel, args, {})[:3]) != self.compiled_as:
+                raise AssertionError(f"{self.kernel.fn.__name__}: {launched_as} by what is {self.compiled_as}")
+
+        return launch
 
 
 def _specialized(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:

@@ -24,6 +24,8 @@ class _Nothing:
     def __init__(self, *args: object, **options: object) -> None:
         pass
 
+    cuda_stream = 0
+
     def query(self) -> bool:
         return True
 

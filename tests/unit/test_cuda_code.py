@@ -10,15 +10,17 @@ import multiprocessing
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton: pip install triton")
 
-from crossdock import Bf16, Compact, Expanded, Fp8, Padded, Spec  # noqa: E402 - behind the skip
-from tests.compiled import AMD, CUDA, Launch, compile_launches  # noqa: E402
+from crossdock import Bf16, Compact, Expanded, Fp8, Padded, Quantized, Spec  # noqa: E402 - behind the skip
+from tests.compiled import AMD, CUDA, Launch, compile_launches, lone_buffer  # noqa: E402
 from tests.unit.test_cuda_sync import (  # noqa: E402
     amdgcn_steps,
     faults_of_release,
@@ -120,3 +122,49 @@ def test_sums_are_of_products_that_are_rounded_by_themselves(ptx):
         if launch.name == "push_cast":
             assert "div.rn.f32" in launch.code
             assert not re.search(r"div\.(?:full|approx)", launch.code)
+
+
+def _at(offset: int, tensor: torch.Tensor) -> torch.Tensor:
+    """The same, ``offset`` elements behind an address that is a multiple of 64 bytes."""
+    memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)
+    memory[offset:].view_as(tensor).copy_(tensor)
+    return memory[offset:].view_as(tensor)
+
+
+def _call_oddly(case: str, hidden: int) -> int:
+    """Calls with inputs of every kind of address and stride; how many launches were looked up."""
+    spec, wishes = CASES[case]
+    if isinstance(spec["layout"], Expanded):
+        spec = spec | {"layout": Expanded(alignment=3)}  # slots that begin at no multiple of 16 bytes
+    if isinstance(spec["wire"], Fp8) and hidden % 128:
+        spec = spec | {"wire": replace(spec["wire"], block=4)}
+    spec = Spec(num_experts=16, num_topk=3, hidden=hidden, max_tokens=21, extra_bytes=13, num_slots=3, **spec)
+    with lone_buffer(spec, **wishes) as buffer, mock.patch.object(torch, "empty", torch.zeros):
+        for offset in (0, 1, 8, 4, 2):
+            for num_tokens, dtype in ((21, torch.int64), (1, torch.int32), (0, torch.int64)):
+                wide = _at(offset, torch.zeros(num_tokens, hidden + offset, dtype=spec.combine_dtype))[:, :hidden]
+                topk_idx = _at(offset, torch.zeros(num_tokens, 3, dtype=dtype) - 1)
+                weights = _at(offset, torch.zeros(num_tokens, 3))
+                extras = [_at(offset, torch.zeros(num_tokens, n, dtype=torch.uint8)) for n in (3, 10)]
+                kinds: list[torch.Tensor | Quantized] = [wide]
+                if isinstance(spec.wire, Fp8):
+                    quantized = spec.wire.quantize(wide)
+                    kinds.append(Quantized(_at(offset, quantized.data), _at(offset, quantized.scale)))
+                for x in kinds:
+                    plan = buffer.dispatch(x, topk_idx, weights=weights, rows="capacity").plan
+                    buffer.dispatch(x, plan, extras=extras[: 1 + offset % 2])
+                recv = buffer.dispatch(wide, plan, wide=True, weights=weights, rows="capacity")
+                rows = recv.src_idx.shape
+                y = _at(offset, torch.zeros(*rows, hidden, dtype=spec.combine_dtype))
+                at_rows = _at(offset, torch.zeros(rows))
+                given = at_rows if spec.reduce == "rank" else weights
+                bias = _at(offset, torch.zeros(hidden, dtype=spec.combine_dtype))
+                buffer.combine(y, plan, weights=given, bias=bias)
+                buffer.combine(y, plan, bias=bias.expand(num_tokens, hidden).contiguous(), extras=[at_rows])
+                buffer.combine(recv.output_rows(), plan, weights=given)
+        return len(buffer._backend._on._handles)
+
+
+@pytest.mark.parametrize("hidden", [20, 7168])
+def test_what_a_launch_is_looked_up_by_is_all_that_a_compiler_may_use(case, hidden, pool):
+    assert pool.apply(_call_oddly, (case, hidden)) > 20

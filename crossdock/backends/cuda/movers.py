@@ -5,6 +5,7 @@ Letters: T tokens here, J places of a token, K top-k, H hidden, R rows, Q rows s
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -197,10 +198,10 @@ class RowKernels:
     def expand_rows(self, slot: int, region: str, plan: DevicePlan, *, offset: int) -> None:
         """Landed rows of a slot, ``offset`` bytes into output rows, to the places of their picks in a region."""
         assert plan.partial_rows is not None
-        target = as_words(self._on.view(region, slot))
         out_bytes = self._hidden * self._on.arena.spec.combine_dtype.itemsize
-        size = target.element_size()
         landed = self._on.view("outputs", slot).view(torch.uint8).view(-1)[offset:]
+        target = as_words(self._on.view(region, slot), landed.storage_offset(), landed.data_ptr(), out_bytes)
+        size = target.element_size()
         landed = landed[: landed.shape[0] // size * size].view(target.dtype)
         shape = self._on.config.rows(target.shape[1] * size, is_counted=False)
         piece = max(1, shape.piece_bytes // size)
@@ -380,14 +381,11 @@ class RowKernels:
         return shape
 
 
-def as_words(rows_of: Tensor) -> Tensor:
-    """Rows ``[n, H]``, each without gaps, as words of the widest type that sizes and addresses are multiples of."""
+def as_words(rows_of: Tensor, *others: int) -> Tensor:
+    """Rows ``[n, H]``, each without gaps, as words: of the widest type that divides sizes, addresses, and ``others``."""
     size = rows_of.element_size()
-    row_bytes, pitch = rows_of.shape[1] * size, rows_of.stride(0) * size
-    at = rows_of.storage_offset() * size
-    widest = next(
-        w for w in _WORDS if row_bytes % w == 0 and pitch % w == 0 and at % w == 0 and rows_of.data_ptr() % w == 0
-    )
+    bytes_of = (rows_of.shape[1] * size, rows_of.stride(0) * size, rows_of.storage_offset() * size)
+    widest = math.gcd(8, *bytes_of, rows_of.data_ptr(), *others)
     return rows_of.view(_WORDS[widest]) if widest != size or rows_of.dtype.is_floating_point else rows_of
 
 
