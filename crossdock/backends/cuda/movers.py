@@ -382,7 +382,7 @@ class RowKernels:
 
 
 def as_words(rows_of: Tensor, *others: int) -> Tensor:
-    """Rows ``[n, H]``, each without gaps, as words: of the widest type that divides sizes, addresses, and ``others``."""
+    """Rows ``[n, H]``, each without gaps, as words: of the widest type that divides sizes, addresses and ``others``."""
     size = rows_of.element_size()
     bytes_of = (rows_of.shape[1] * size, rows_of.stride(0) * size, rows_of.storage_offset() * size)
     widest = math.gcd(8, *bytes_of, rows_of.data_ptr(), *others)
