@@ -170,7 +170,8 @@ class Buffer:
             extras: tensors [T, ...] of any dtype that travel with the rows; room for them is ``spec.extra_bytes``.
             rows: ``"exact"``: ``recv.x`` has as many rows as came, and an overflow raises at once (the default, but for
                 Padded); ``"capacity"``: it has as many as the slot has room for, and an overflow gives zero counts and
-                raises in the next call or ``check()``. The same on all ranks.
+                raises later: in ``check()``, or in the next call (on CUDA after 32 fresh dispatches, for the host does
+                not wait). The same on all ranks.
             wide: x is in the combine format and travels as it is, whatever the wire, as gradients do. The rows lie
                 where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own format;
                 calls in flight are finished first. The same on all ranks.
@@ -222,7 +223,7 @@ class Buffer:
                 inputs.check_topk_idx(self.spec, routing, num_tokens)
                 if self.device.type == "cpu":  # else kernels look at the values
                     check_picks(routing, num_experts=self.spec.num_experts)
-                topk_idx = routing.clone()
+                topk_idx = routing.to(torch.int64, copy=True)
             inputs.check_weights(self.spec, weights, num_tokens)
             inputs.check_token_extras(self.spec, extras, num_tokens)
             if rows not in (None, "exact", "capacity"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crossdock import Bf16, Compact, Expanded, Fp8, Fp16, Fp32, Padded, PlanTensors
-from tests.cases import check_received, loads, make_case, observed
+from tests.cases import check_received, loads, make_case, observed, same_bits
 from tests.gpu.specs import ALIGNED, spec_of
 from tests.world import device, open_buffer
 from tests.worlds import test_dispatch as programs
@@ -142,3 +142,18 @@ def test_everything_it_gives_is_on_the_device(world):
         assert "num_sms=2" in launch
         assert "\n" not in launch
     assert sum(picks for *_, picks in got) == sum(int((topk >= 0).sum()) for topk in case.topk)
+
+
+def quantize_here(_, x, wire):
+    return wire.quantize(x)
+
+
+@pytest.mark.worlds("cuda-1")
+@pytest.mark.parametrize("wire", [Fp8(block=8), Fp8(block=128, scale="ue8m0"), Fp8(block=64, pow2=True)], ids=repr)
+def test_rows_are_quantised_to_the_same_bits_as_on_a_cpu(world, wire):
+    x = torch.randn(512, 1024).bfloat16() * 2.0 ** torch.randint(-40, 40, (512, 1))
+    x[3, 5], x[4, 6], x[7] = float("nan"), -float("inf"), 0.0
+    (got,) = world.run(quantize_here, x, wire)
+    want = wire.quantize(x)
+    assert same_bits(got.data, want.data)
+    assert same_bits(got.scale, want.scale)

@@ -9,6 +9,7 @@ Letters: T tokens here, K top-k, J places of a token, H hidden, R rows received,
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from crossdock.backends.cuda.control import DeviceConsent
 from crossdock.backends.cuda.launch import Launcher
 from crossdock.backends.cuda.movers import RowKernels
 from crossdock.backends.cuda.plan import DevicePlan, Report, Table
-from crossdock.backends.cuda.planner import Planner
+from crossdock.backends.cuda.planner import NUM_REPORTS, Planner
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Expanded
@@ -32,6 +33,9 @@ from crossdock.plan import Plan
 from crossdock.spec import Topology
 from crossdock.transport.device import DeviceTransport
 from crossdock.wire import Fp8, Quantized
+
+_TOLD_AFTER = NUM_REPORTS // 2
+"""Fresh dispatches after which an overflow is told that nobody has asked for: all ranks then know of it."""
 
 
 class CudaBackend:
@@ -55,24 +59,10 @@ class CudaBackend:
         self._is_narrow = isinstance(spec.wire, Fp8)
         self._is_aligned = isinstance(spec.layout, Expanded) and spec.layout.alignment > 1
         self.num_tokens_per_expert = launcher.tokens
-        self._untold: list[tuple[int, Report]] = []
-        self._overflows: list[tuple[int, CapacityError]] = []
-
-    @property
-    def overflows(self) -> list[tuple[int, CapacityError]]:
-        """See Backend. Of those that the host has been told by now."""
-        if not torch.cuda.is_current_stream_capturing():
-            waiting = []
-            for sequence, report in self._untold:
-                if not _is_past(report.event):
-                    waiting.append((sequence, report))
-                elif (error := self._planner.overflow_of(report)) is not None:
-                    self._overflows.append((sequence, error))
-            self._untold = waiting
-            for report in self._planner.captured:
-                if (error := self._planner.overflow_of(report)) is not None:
-                    self._overflows.append((0, error))
-        return self._overflows
+        self.overflows: list[tuple[int, CapacityError]] = []
+        self._num_fresh = 0
+        self._untold: deque[tuple[int, int, Report]] = deque()
+        """Of dispatches whose report nobody has looked at: the how manieth, sequence number, report."""
 
     def enter(self) -> None:
         """See Backend."""
@@ -92,8 +82,12 @@ class CudaBackend:
         plan, self._fresh = self._fresh, None
         assert plan is not None
         self._planner.place(plan)
-        if mode == "capacity" and plan.report is not None and not plan.report.is_captured:
-            self._untold.append((sequence, plan.report))
+        assert plan.report is not None
+        if not plan.report.is_captured:
+            self._num_fresh += 1
+            if mode == "capacity":
+                self._untold.append((self._num_fresh, sequence, plan.report))
+            self._look_at_reports(_TOLD_AFTER)
         return plan
 
     def remake_plan(self, tensors: PlanTensors) -> DevicePlan:
@@ -247,6 +241,10 @@ class CudaBackend:
     def synchronize(self) -> None:
         """See Backend."""
         self._on.synchronize()
+        self._look_at_reports(0)
+        for report in self._planner.captured:
+            if (error := self._planner.overflow_of(report)) is not None:
+                self.overflows.append((0, error))
 
     def warm_up(self) -> None:
         """Does every kind of call on no rows, so that kernels are compiled and loaded. Only while calls are void.
@@ -280,8 +278,17 @@ class CudaBackend:
             for given in (None, row_weights):
                 self.push_outputs(plan, wide, (weights[:, :1],), given, ())
             for given in (None, None if spec.reduce == "rank" else weights):
-                self.sum_rows(plan, given, None, (), 0)
+                for bias in (None, wide):
+                    self.sum_rows(plan, given, bias, (), 0)
         self.synchronize()
+
+    def _look_at_reports(self, age: int) -> None:
+        """Notes the overflows of dispatches that came ``age`` before the last, or earlier; all ranks look at the same."""
+        while self._untold and self._num_fresh - self._untold[0][0] >= age:
+            _, sequence, report = self._untold.popleft()
+            report.event.synchronize()
+            if (error := self._planner.overflow_of(report)) is not None:
+                self.overflows.append((sequence, error))
 
     def _push(self, plan: DevicePlan, outgoing: Outgoing) -> None:
         """Rows alone, by kernels or by copies of whole blocks."""
@@ -431,10 +438,6 @@ def _shared(topology: Topology, ranks_here: int) -> Topology:
         return topology
     memory = topology.memory_bandwidth / ranks_here
     return replace(topology, memory_bandwidth=memory, link_bandwidth=0.75 * memory)
-
-
-def _is_past(event: torch.cuda.Event) -> bool:
-    return bool(event.query())  # type: ignore[no-untyped-call]
 
 
 def _of_device(plan: Plan) -> DevicePlan:

@@ -200,7 +200,7 @@ class RowKernels:
         assert plan.partial_rows is not None
         out_bytes = self._hidden * self._on.arena.spec.combine_dtype.itemsize
         landed = self._on.view("outputs", slot).view(torch.uint8).view(-1)[offset:]
-        target = as_words(self._on.view(region, slot), landed.storage_offset(), landed.data_ptr(), out_bytes)
+        target = as_words(self._on.view(region, slot), int(landed.storage_offset()), landed.data_ptr(), out_bytes)
         size = target.element_size()
         landed = landed[: landed.shape[0] // size * size].view(target.dtype)
         shape = self._on.config.rows(target.shape[1] * size, is_counted=False)
@@ -319,11 +319,12 @@ class RowKernels:
             self._on.arena["outputs"].offset,
             self._on.slot_bytes("outputs"),
             self._on.arena["landing"].offset + slot * self._on.slot_bytes("landing"),
+            int(bias is not None and bias.dim() == 2),
             J=table.places.shape[1],
             H=self._hidden,
             PIECE=piece,
             HAS_WEIGHTS=weights is not None,
-            BIAS_ROWS=-1 if bias is None else int(bias.dim() == 2),
+            HAS_BIAS=bias is not None,
             given=(_kind_of_any(weights), _kind_of_any(bias), slot),
             num_warps=shape.num_warps,
             enable_fp_fusion=False,

@@ -30,7 +30,8 @@ from crossdock.plan import overflow
 
 _PICKS = 128
 """Picks that a program compares with each other."""
-_NUM_REPORTS = 64
+NUM_REPORTS = 64
+"""Dispatches whose reports are kept."""
 _NUM_CAPTURED = 1024
 REMADE = 1
 """The stamp of plans that are made again: no dispatch has such a number."""
@@ -52,9 +53,9 @@ class Planner:
         self._num_ranks = arena.topology.num_ranks
         self._num_local = arena.spec.num_local_experts(self._num_ranks)
         self._slot_rows = arena.spec.num_slot_rows(self._num_ranks)
-        num_rows = _NUM_REPORTS + _NUM_CAPTURED + 1
+        num_rows = NUM_REPORTS + _NUM_CAPTURED + 1
         self._rows = torch.zeros(num_rows, REPORT_WORDS.value, dtype=torch.int64, pin_memory=True)
-        self._reports: list[Report | None] = [None] * _NUM_REPORTS
+        self._reports: list[Report | None] = [None] * NUM_REPORTS
         self._num_reports = 0
         self._captured: list[Report] = []
         self._nobody = self._rows[-1]
@@ -287,10 +288,10 @@ class Planner:
                     f"{_NUM_CAPTURED} fresh dispatches of this buffer have been captured in graphs, and there is room "
                     f"for no more; capture dispatches on recv.plan of an earlier one, or make another Buffer"
                 )
-            row = self._rows[_NUM_REPORTS + len(self._captured)]
+            row = self._rows[NUM_REPORTS + len(self._captured)]
             self._captured.append(Report(row, _event(), is_captured=True))
             return self._captured[-1]
-        at = self._num_reports % _NUM_REPORTS
+        at = self._num_reports % NUM_REPORTS
         self._num_reports += 1
         if (earlier := self._reports[at]) is not None:
             earlier.event.synchronize()

@@ -16,7 +16,7 @@ from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.rows import row_at, wide
 
 
-@triton.jit(do_not_specialize=["num_tokens", "rank"])
+@triton.jit(do_not_specialize=["num_tokens", "rank", "bias_rows"])
 def sum_rows(
     out,
     bias,
@@ -31,11 +31,12 @@ def sum_rows(
     outputs,
     slot_bytes,
     landing,
+    bias_rows,
     J: tl.constexpr,
     H: tl.constexpr,
     PIECE: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
-    BIAS_ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     """``out[t] = cast(0 + w[t, 0] * row 0 + w[t, 1] * row 1 + ... + bias)``, of the rows of each token.
 
@@ -43,7 +44,7 @@ def sum_rows(
     pushed.
 
     Args:
-        weights: float32 ``[T, J]``; bias: ``[T, H]`` (BIAS_ROWS 1) or ``[H]`` (0), or none (-1).
+        weights: float32 ``[T, J]``; bias: ``[T, H]`` (bias_rows 1), or ``[H]`` (0).
         outputs, slot_bytes: where in a segment output slot 0 begins, and bytes of a slot.
         landing: where in this rank's segment the landing slot of the call begins.
     """
@@ -70,8 +71,8 @@ def sum_rows(
             if HAS_WEIGHTS:
                 value = value * tl.load(weights + token * J + j, mask=is_row, other=0.0)
             total += value
-        if BIAS_ROWS >= 0:
-            total += tl.load(bias + wide(token) * H * BIAS_ROWS + at, mask=is_value, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            total += tl.load(bias + wide(token) * bias_rows * H + at, mask=is_value, other=0.0).to(tl.float32)
         tl.store(out + wide(token) * H + at, total.to(out.dtype.element_ty), mask=is_value)
 
 
