@@ -1,4 +1,4 @@
-"""A few rounds of the soak with two ranks as threads of one process, for NVIDIA's sanitizer to watch::
+"""A few rounds of the soak with two ranks that take turns on a GPU, without MPS, for NVIDIA's sanitizer to watch::
 
     compute-sanitizer --tool memcheck --target-processes all python3 -m tests.gpu.memcheck [--ranks 2] [--rounds 24]
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     calm = [word for trouble in soak.TROUBLES for word in ("--without", trouble)]
     numbers = {"ranks": options.ranks, "rounds": options.rounds, "seed": options.seed, "watchdog": PATIENCE_S}
     words = [f"--{name}={value}" for name, value in numbers.items()]
-    return soak.main(["--device", "cuda", "--threads", *words, *calm])
+    return soak.main(["--device", "cuda", *words, *calm])
 
 
 if __name__ == "__main__":

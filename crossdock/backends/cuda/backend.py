@@ -283,7 +283,7 @@ class CudaBackend:
         self.synchronize()
 
     def _look_at_reports(self, age: int) -> None:
-        """Notes the overflows of dispatches that came ``age`` before the last, or earlier; all ranks look at the same."""
+        """Notes the overflows of dispatches ``age`` before the last, or earlier; all ranks look at the same ones."""
         while self._untold and self._num_fresh - self._untold[0][0] >= age:
             _, sequence, report = self._untold.popleft()
             report.event.synchronize()
