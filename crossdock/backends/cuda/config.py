@@ -12,6 +12,8 @@ from crossdock.spec import Spec, Topology
 _MOST_ROWS = 32
 _ORIGIN_CELLS = 16384
 """Rows times blocks of rows that a program compares."""
+_COUNTS = 4096
+"""Counts that a program moves at a time."""
 PROGRAMS_PER_SM = 16
 """Of kernels whose number of rows only the device knows: each program takes its share of them."""
 
@@ -103,6 +105,11 @@ def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int, 
 def origins_at_once(num_blocks: int) -> int:
     """Rows whose origins one program works out, among as many blocks."""
     return min(max(1, _ORIGIN_CELLS // power_of_two(num_blocks)), 256)
+
+
+def counts_at_once(num_ranks: int, num_counts: int) -> int:
+    """Ranks whose counts, of which each has as many, the program that begins a dispatch moves at a time."""
+    return max(1, min(power_of_two(num_ranks), _COUNTS // power_of_two(num_counts)))
 
 
 def power_of_two(value: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.cuda.config import LaunchConfig
+from crossdock.backends.cuda.config import LaunchConfig, counts_at_once
 from crossdock.backends.cuda.kernels import calls
 from crossdock.backends.cuda.kernels.sync import ABORTED, OK, RECORD_WORDS
 from crossdock.layout import Expanded, Padded
@@ -140,6 +140,7 @@ class Launcher:
             "N": 1 if by_rank else self.num_local,
             "FIRST": num_experts if by_rank else 0,
             "ALIGNMENT": 0 if isinstance(layout, Padded) and not is_pairs else alignment,
+            "AT_ONCE": counts_at_once(self.num_ranks, self.counts.shape[0]),
         }
 
     def slot_bytes(self, region: str) -> int:

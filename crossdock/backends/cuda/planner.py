@@ -30,6 +30,8 @@ from crossdock.plan import overflow
 
 _PICKS = 128
 """Picks that a program compares with each other."""
+_CELLS = 4096
+"""Counts of chunks that a program sums at a time."""
 NUM_REPORTS = 64
 """Dispatches whose reports are kept."""
 _NUM_CAPTURED = 1024
@@ -150,6 +152,8 @@ class Planner:
     def _count_picks(self, topk_idx: Tensor) -> None:
         """Counts picks ``[T, K]``, by chunks of tokens and all together."""
         num_counts, num_chunks = self._on.counts.shape[0], self._num_chunks(topk_idx)
+        tile = min(power_of_two(self._partial_sums.shape[0]), 256)
+        columns = _CELLS // tile
         if num_chunks:
             self._on.launch(
                 places.count_picks,
@@ -167,13 +171,13 @@ class Planner:
             )
         self._on.launch(
             places.sum_chunks,
-            (-(-num_counts // 32),),
+            (-(-num_counts // columns),),
             self._partial_sums,
             self._on.counts,
             num_chunks,
             W=num_counts,
-            TILE=32,
-            COLUMNS=32,
+            TILE=tile,
+            COLUMNS=columns,
             num_warps=4,
         )
 

@@ -32,7 +32,15 @@ class WordKernels:
         if plan is None:
             args = (*words, self._on.counts, self._on.rank, self._on.max_polls, *places_of_words)
             self._on.launch(
-                calls.begin_call, (1,), *args, P=self._on.num_ranks, RING=arena.ring, W=0, num_warps=1, given=is_small
+                calls.begin_call,
+                (1,),
+                *args,
+                P=self._on.num_ranks,
+                RING=arena.ring,
+                W=0,
+                AT_ONCE=1,
+                num_warps=1,
+                given=is_small,
             )
             return
         assert plan.report is not None

@@ -85,6 +85,7 @@ def begin_call(
     P: tl.constexpr,
     RING: tl.constexpr,
     W: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """Takes the next call's number, gives this rank's word for it, and waits for everybody's; leaves them in ``seen``.
 
@@ -94,6 +95,7 @@ def begin_call(
         payload: int64, this rank's word without its stamp.
         refused: int32, not 0 where this rank's picks are not allowed: its word then has no kind. Set to 0 again.
         counts, gathered: int64 ``[W]`` and ``[P, W]``.
+        AT_ONCE: ranks whose counts are moved at a time, a power of two.
     """
     lanes = tl.arange(0, triton.next_power_of_2(P))
     is_rank = lanes < P
@@ -112,9 +114,11 @@ def begin_call(
             tl.store(refused, 0)
             columns = tl.arange(0, triton.next_power_of_2(W))
             mine = tl.load(counts + columns, mask=columns < W, other=0)
-            for peer in range(P):
-                there = words_at(tl.load(segments + peer), counts_offset) + (entry + rank) * W
-                tl.store(there + columns, stamped(sequence, mine), mask=columns < W)
+            for first in range(0, P, AT_ONCE):
+                peer = first + tl.arange(0, AT_ONCE)
+                there = words_at(tl.load(segments + peer, mask=peer < P, other=0), counts_offset) + (entry + rank) * W
+                is_there = (peer < P)[:, None] & (columns < W)[None, :]
+                tl.store(there[:, None] + columns[None, :], stamped(sequence, mine)[None, :], mask=is_there)
         post_words(segments, words_offset + 8 * (entry + rank), stamped(sequence, given), P)
         words, aborts = words_at(own, words_offset) + entry, words_at(own, aborts_offset)
         ended = tl.load(state + NUM_ENDED)
@@ -133,9 +137,12 @@ def begin_call(
         if W > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
             if status == OK:
                 columns = tl.arange(0, triton.next_power_of_2(W))
-                for peer in range(P):
-                    came = tl.load(words_at(own, counts_offset) + (entry + peer) * W + columns, mask=columns < W)
-                    tl.store(gathered + peer * W + columns, came & PAYLOAD_MASK, mask=columns < W)
+                for first in range(0, P, AT_ONCE):
+                    peer = first + tl.arange(0, AT_ONCE)
+                    is_there = (peer < P)[:, None] & (columns < W)[None, :]
+                    at = peer[:, None] * W + columns[None, :]
+                    came = tl.load(words_at(own, counts_offset) + entry * W + at, mask=is_there)
+                    tl.store(gathered + at, came & PAYLOAD_MASK, mask=is_there)
         tell_status(state, status, record, report)
 
 

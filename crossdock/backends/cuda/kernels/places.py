@@ -45,12 +45,25 @@ def load_picks(topk_idx, num_tokens, K: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def is_first_there(key, token):
-    """Of picks: whether no earlier pick of the token has the same key, -1 left out; ``[n]``."""
-    i = tl.arange(0, key.shape[0])
-    is_earlier = (token[:, None] == token[None, :]) & (i[None, :] < i[:, None])
-    is_repeat = tl.max((is_earlier & (key[:, None] == key[None, :])).to(tl.int32), axis=1)
-    return (key >= 0) & (is_repeat == 0)
+def is_first_there(key, S: tl.constexpr):
+    """Of picks, token by token: whether no earlier pick of the token has the same key, -1 left out; ``[n]``."""
+    KP: tl.constexpr = key.shape[0] // S
+    of_token = tl.reshape(key, [S, KP])
+    i = tl.arange(0, KP)
+    is_earlier = (i[None, :] < i[:, None])[None, :, :]
+    is_repeat = tl.max((is_earlier & (of_token[:, :, None] == of_token[:, None, :])).to(tl.int32), axis=2)
+    return (key >= 0) & (tl.reshape(is_repeat, [S * KP]) == 0)
+
+
+@triton.jit
+def nth_of_token(key, is_row, S: tl.constexpr, IN_ORDER_OF_KEYS: tl.constexpr):
+    """Of picks, token by token: how many rows of the token come before, in the order of keys or of picks; ``[n]``."""
+    KP: tl.constexpr = key.shape[0] // S
+    of_token, is_row = tl.reshape(key, [S, KP]), tl.reshape(is_row.to(tl.int32), [S, KP])
+    if IN_ORDER_OF_KEYS:
+        is_before = (of_token[:, None, :] < of_token[:, :, None]).to(tl.int32)
+        return tl.reshape(tl.sum(is_before * is_row[:, None, :], axis=2), [S * KP])
+    return tl.reshape(tl.cumsum(is_row, axis=1) - is_row, [S * KP])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -62,9 +75,9 @@ def count_picks(
     ``refused`` becomes 1 where a pick is no expert, or one expert is picked twice by a token.
     """
     L: tl.constexpr = E // P
-    expert, token, _ = load_picks(topk_idx, num_tokens, K, S)
+    expert, _, _ = load_picks(topk_idx, num_tokens, K, S)
     is_pick = (expert >= 0) & (expert < E)
-    is_bad = (expert < -1) | (expert >= E) | (is_pick & ~is_first_there(expert, token))
+    is_bad = (expert < -1) | (expert >= E) | (is_pick & ~is_first_there(expert, S))
     if tl.max(is_bad.to(tl.int32), axis=0) > 0:
         tl.store(refused, 1)
     here = sums + tl.program_id(0) * (E + P)
@@ -73,7 +86,7 @@ def count_picks(
     of_experts = tl.histogram(tl.where(is_pick, expert, 0), BINS, mask=is_pick)
     tl.store(here + experts, of_experts, mask=experts < E)
     home = tl.where(is_pick, expert // L, -1)
-    is_row = is_first_there(home, token)
+    is_row = is_first_there(home, S)
     RANKS: tl.constexpr = triton.next_power_of_2(P)
     ranks = tl.arange(0, RANKS)
     of_ranks = tl.histogram(tl.where(is_row, home, 0), RANKS, mask=is_row)
@@ -95,6 +108,13 @@ def sum_chunks(sums, counts, num_chunks, W: tl.constexpr, TILE: tl.constexpr, CO
     tl.store(counts + column, total.to(tl.int64), mask=column < W)
 
 
+@triton.jit
+def load_counts(counts, source, column, is_column, P: tl.constexpr, W: tl.constexpr):
+    """Columns of the counts ``[P, W]`` of some sources, int32 ``[sources, columns]``; 0 where there are none."""
+    at = counts + source[:, None] * W + column[None, :]
+    return tl.load(at, mask=(source < P)[:, None] & is_column[None, :], other=0).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["capacity", "rank"])
 def derive_blocks(
     counts,
@@ -112,6 +132,7 @@ def derive_blocks(
     N: tl.constexpr,
     FIRST: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     IS_PAIRS: tl.constexpr,
     KEEPS_COUNTS: tl.constexpr,
 ):
@@ -126,6 +147,7 @@ def derive_blocks(
         starts: int32 ``[N + 1]``, first row of each segment here, and the end.
         tokens: int32 ``[L]``, picks of each local expert.
         ALIGNMENT: of segments; 0: each has ``capacity`` rows.
+        AT_ONCE: ranks whose counts are looked at at a time, a power of two.
         IS_PAIRS: (token, rank) pairs are counted; capacity, starts and tokens are not looked at.
     """
     B: tl.constexpr = N * P
@@ -137,10 +159,11 @@ def derive_blocks(
         good = good & (tl.load(scalars + OVERFLOW) == 0)
     total = tl.zeros_like(key)
     before = tl.zeros_like(key)
-    for source in range(P):
-        sent = tl.load(counts + source * W + FIRST + key, mask=is_key & good, other=0).to(tl.int32)
-        total += sent
-        before += tl.where(source < rank, sent, 0)
+    for first in range(0, P, AT_ONCE):
+        source = first + tl.arange(0, AT_ONCE)
+        sent = load_counts(counts + FIRST, source, key, is_key & good, P, W)
+        total += tl.sum(sent, axis=0)
+        before += tl.sum(tl.where((source < rank)[:, None], sent, 0), axis=0)
     if ALIGNMENT == 0:
         base = key % N * capacity
         size = total
@@ -174,23 +197,25 @@ def derive_blocks(
         tl.store(report + REPORT_ROWS, tl.zeros([], tl.int64) + end)
         tl.store(starts + key - rank * N, base, mask=is_mine)
         tl.store(starts + N, end)
-    sent = tl.load(counts + rank * W + FIRST + key, mask=is_key & good, other=0).to(tl.int32)
+    own = tl.load(counts + rank * W + FIRST + key, mask=is_key & good, other=0).to(tl.int32)
     tl.store(outgoing + key, base + before, mask=is_key)
-    tl.store(outgoing + B + key, tl.cumsum(sent, axis=0) - sent, mask=is_key)
+    tl.store(outgoing + B + key, tl.cumsum(own, axis=0) - own, mask=is_key)
     here = base
-    for source in range(P):
-        sent = tl.load(counts + source * W + FIRST + key, mask=is_key & good, other=0).to(tl.int32)
-        at = incoming + (key - rank * N) * P + source
-        tl.store(at, here, mask=is_mine)
-        tl.store(at + N * P, sent, mask=is_mine)
-        tl.store(at + 2 * N * P, tl.cumsum(sent, axis=0) - sent, mask=is_mine)
-        here += sent
+    for first in range(0, P, AT_ONCE):
+        source = first + tl.arange(0, AT_ONCE)
+        sent = load_counts(counts + FIRST, source, key, is_key & good, P, W)
+        at = incoming + (key - rank * N)[None, :] * P + source[:, None]
+        is_block = (source < P)[:, None] & is_mine[None, :]
+        tl.store(at, here[None, :] + tl.cumsum(sent, axis=0) - sent, mask=is_block)
+        tl.store(at + N * P, sent, mask=is_block)
+        tl.store(at + 2 * N * P, tl.cumsum(sent, axis=1) - sent, mask=is_block)
+        here += tl.sum(sent, axis=0)
     if not IS_PAIRS:
         local = tl.arange(0, triton.next_power_of_2(L))
         picks = tl.zeros_like(local)
-        for source in range(P):
-            at = counts + source * W + rank * L + local
-            picks += tl.load(at, mask=(local < L) & good, other=0).to(tl.int32)
+        for first in range(0, P, AT_ONCE):
+            source = first + tl.arange(0, AT_ONCE)
+            picks += tl.sum(load_counts(counts + rank * L, source, local, (local < L) & good, P, W), axis=0)
         tl.store(tokens + local, picks, mask=local < L)
         if (good == 0) & (not KEEPS_COUNTS):
             tl.debug_barrier()
@@ -228,16 +253,17 @@ def begin_dispatch(
     N: tl.constexpr,
     FIRST: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """``begin_call`` of a fresh dispatch, and ``derive_blocks`` from what it has gathered: one launch, not two."""
     begin_call(
         segments, state, seen, record, failure, payload, refused, counts, gathered, rank, max_polls,
-        words_offset, aborts_offset, counts_offset, P, RING, (L + 1) * P,
+        words_offset, aborts_offset, counts_offset, P, RING, (L + 1) * P, AT_ONCE,
     )  # fmt: skip
     tl.debug_barrier()  # every warp's part of the state and of the counts is there
     derive_blocks(
         gathered, state, scalars, report, outgoing, incoming, starts, tokens, capacity, rank,
-        P, L, N, FIRST, ALIGNMENT, False, False,
+        P, L, N, FIRST, ALIGNMENT, AT_ONCE, False, False,
     )  # fmt: skip
 
 
@@ -278,10 +304,8 @@ def place_rows(
     column = pick
     i = tl.arange(0, key.shape[0])
     if BY_RANK:
-        is_row = is_first_there(key, token)
-        is_before = key[None, :] < key[:, None] if IN_ORDER_OF_RANKS else i[None, :] < i[:, None]
-        is_before = is_before & is_row[None, :] & (token[None, :] == token[:, None])
-        column = tl.sum(is_before.to(tl.int32), axis=1)
+        is_row = is_first_there(key, S)
+        column = nth_of_token(key, is_row, S, IN_ORDER_OF_RANKS)
         slots = tl.program_id(0) * S * J + tl.arange(0, S * triton.next_power_of_2(J))
         is_slot = slots < tl.minimum((tl.program_id(0) + 1) * S, num_tokens) * J
         tl.store(places + slots, tl.full([slots.shape[0]], -1, tl.int64), mask=is_slot)
