@@ -132,10 +132,21 @@ def test_all_multiprocessors_get_narrow_programs(row_bytes):
     """One for each piece, or, where only the device knows how many there are, a few for each multiprocessor."""
     config = decided(visible_sms=33, ranks_here=4)
     counted, uncounted = (config.rows(row_bytes, is_counted=is_counted) for is_counted in (True, False))
-    assert counted == replace(uncounted, programs=None)
-    assert uncounted.programs == 33 * PROGRAMS_PER_SM
-    assert counted.num_warps == 1
-    check_pieces(counted, row_bytes, most_bytes=2048, at_once=2048)
+    assert (counted.programs, counted.num_warps) == (None, 2)
+    assert (uncounted.programs, uncounted.num_warps) == (33 * PROGRAMS_PER_SM, 1)
+    check_pieces(counted, row_bytes, most_bytes=4096, at_once=4096)
+    check_pieces(uncounted, row_bytes, most_bytes=2048, at_once=2048)
+
+
+@pytest.mark.parametrize("row_bytes", ROW_BYTES)
+def test_sums_of_more_rows_get_wider_programs(row_bytes):
+    few, many = (decided(visible_sms=33, ranks_here=4).sums(row_bytes, num_rows) for num_rows in (4, 5))
+    assert (few.programs, few.num_warps) == (None, 1)
+    assert (many.programs, many.num_warps) == (None, 2)
+    check_pieces(few, row_bytes, most_bytes=2048, at_once=2048)
+    check_pieces(many, row_bytes, most_bytes=4096, at_once=4096)
+    capped = decided(num_sms=5)
+    assert capped.sums(row_bytes, 5) == capped.rows(row_bytes, is_counted=True)
 
 
 def test_it_is_a_value():

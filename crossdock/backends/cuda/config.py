@@ -38,13 +38,15 @@ class LaunchConfig:
     expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
     topology: whose bandwidths that was decided from.
 
-    With all visible multiprocessors there is a program of one warp for each 2 KiB of rows; with fewer, one program of
-    32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under MPS, 8
-    ranks, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, by multiprocessors of each rank (16 are all it
-    sees)::
+    With all visible multiprocessors there is a program of one or two warps for each piece of some KiB; with fewer, one
+    program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under
+    MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by multiprocessors of each rank (and
+    by KiB and warps of a piece, where it sees no more)::
 
-        dispatch  16: 821 to 834 us   16 in turns: 850 (16 warps), 976   8: 903   4: 1704   (1 row at a time: 991, 1835)
-        combine   16: 725             16 in turns: 756, 867 (16 warps)   8: 1227   4: 2351   (16 warps: 1376, 2540)
+        8 ranks  dispatch  16: 815 (4 KiB, 2 warps: 814; 4, 4: 816; 2, 2: 816)   in turns: 850   8: 903   4: 1704
+                 combine   16: 774 (2, 1: 857; 2, 2: 823; 4, 4: 816; 1, 1: 783)  in turns: 756   8: 1227  4: 2351
+        4 ranks  dispatch  32: 314 (2, 1: 318; 4, 4: 313; 2, 2: 336)             16: 367   8: 523   4: 1020   2: 2010
+                 combine   32: 281 (4, 2: 308; 2, 2: 292; 4, 4: 305; 1, 1: 287)  16: 526   8: 984   4: 1870   2: 3660
     """
 
     num_sms: int
@@ -59,7 +61,7 @@ class LaunchConfig:
         return self.num_sms < self.visible_sms
 
     def rows(self, row_bytes: int, *, is_counted: bool) -> Shape:
-        """For kernels that copy or sum rows.
+        """For kernels that copy rows.
 
         Args:
             row_bytes: of one row.
@@ -69,10 +71,17 @@ class LaunchConfig:
             piece_bytes = min(power_of_two(row_bytes), 16384)
             num_rows = min(_MOST_ROWS, 65536 // piece_bytes)
             return Shape(piece_bytes=piece_bytes, num_warps=32, programs=self.num_sms, num_rows=num_rows)
-        programs = None if is_counted else self.num_sms * PROGRAMS_PER_SM
-        piece_bytes = min(power_of_two(row_bytes), 2048)
-        num_rows = min(_MOST_ROWS, 2048 // piece_bytes)
-        return Shape(piece_bytes=piece_bytes, num_warps=1, programs=programs, num_rows=num_rows)
+        if is_counted:
+            return _shape(row_bytes, piece_bytes=4096, num_warps=2)
+        return _shape(row_bytes, piece_bytes=2048, num_warps=1, programs=self.num_sms * PROGRAMS_PER_SM)
+
+    def sums(self, row_bytes: int, num_rows: int) -> Shape:
+        """For kernels that load up to ``num_rows`` rows and store their sum."""
+        if self.is_capped:
+            return self.rows(row_bytes, is_counted=True)
+        if num_rows <= 4:
+            return _shape(row_bytes, piece_bytes=2048, num_warps=1)
+        return _shape(row_bytes, piece_bytes=4096, num_warps=2)
 
     def __str__(self) -> str:
         return (
@@ -80,6 +89,13 @@ class LaunchConfig:
             f"engine={self.engine!r}, link {self.topology.link_bandwidth / 1e9:.0f} GB/s, "
             f"memory {self.topology.memory_bandwidth / 1e9:.0f} GB/s)"
         )
+
+
+def _shape(row_bytes: int, *, piece_bytes: int, num_warps: int, programs: int | None = None) -> Shape:
+    """Whole rows, as many as are smaller than a piece."""
+    own_bytes = min(power_of_two(row_bytes), piece_bytes)
+    num_rows = min(_MOST_ROWS, piece_bytes // own_bytes)
+    return Shape(piece_bytes=own_bytes, num_warps=num_warps, programs=programs, num_rows=num_rows)
 
 
 def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int, ranks_here: int = 1) -> LaunchConfig:

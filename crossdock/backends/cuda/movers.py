@@ -300,9 +300,9 @@ class RowKernels:
         num_tokens = out.shape[0]
         if not num_tokens:
             return
-        shape = self._on.config.rows(self._hidden * out.element_size(), is_counted=True)
-        piece = max(1, shape.piece_bytes // out.element_size())
         table = plan.back
+        shape = self._on.config.sums(self._hidden * out.element_size(), table.places.shape[1])
+        piece = max(1, shape.piece_bytes // out.element_size())
         self._on.launch(
             sums.sum_rows,
             _grid(num_tokens * -(-self._hidden // piece), shape),

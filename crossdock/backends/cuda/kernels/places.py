@@ -66,6 +66,19 @@ def nth_of_token(key, is_row, S: tl.constexpr, IN_ORDER_OF_KEYS: tl.constexpr):
     return tl.reshape(tl.cumsum(is_row, axis=1) - is_row, [S * KP])
 
 
+@triton.jit
+def nth_of_key(key, is_row, B: tl.constexpr):
+    """Of picks, how many rows come before that have the same key, of as many as B; ``[n]``."""
+    KEYS: tl.constexpr = triton.next_power_of_2(B)
+    if KEYS <= 32:
+        is_its = (key[:, None] == tl.arange(0, KEYS)[None, :]) & is_row[:, None]
+        of_key = is_its.to(tl.int32)
+        return tl.sum((tl.cumsum(of_key, axis=0) - of_key) * of_key, axis=1)
+    i = tl.arange(0, key.shape[0])
+    is_before = (key[None, :] == key[:, None]) & is_row[None, :] & (i[None, :] < i[:, None])
+    return tl.sum(is_before.to(tl.int32), axis=1)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def count_picks(
     topk_idx, num_tokens, sums, refused, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, S: tl.constexpr
@@ -302,7 +315,6 @@ def place_rows(
     is_row = (expert >= 0) & (expert < L * P) & good
     key = tl.where(is_row, expert // L if BY_RANK else expert, -1)
     column = pick
-    i = tl.arange(0, key.shape[0])
     if BY_RANK:
         is_row = is_first_there(key, S)
         column = nth_of_token(key, is_row, S, IN_ORDER_OF_RANKS)
@@ -311,8 +323,7 @@ def place_rows(
         tl.store(places + slots, tl.full([slots.shape[0]], -1, tl.int64), mask=is_slot)
         tl.store(homes + slots, tl.full([slots.shape[0]], -1, tl.int32), mask=is_slot)
         tl.debug_barrier()
-    is_same = (key[None, :] == key[:, None]) & is_row[None, :] & (i[None, :] < i[:, None])
-    nth = tl.sum(is_same.to(tl.int32), axis=1)
+    nth = nth_of_key(key, is_row, N * P)
     nth += tl.load(sums + tl.program_id(0) * W + FIRST + key, mask=is_row, other=0)
     row = tl.load(outgoing + key, mask=is_row, other=0) + nth
     home = tl.load(outgoing + N * P + key, mask=is_row, other=0) + nth
