@@ -40,7 +40,7 @@ class LaunchConfig:
 
     With all visible multiprocessors there is a program of one or two warps for each piece of some KiB; with fewer, one
     program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under
-    MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by multiprocessors of each rank (and
+    MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by multiprocessors of a rank (and
     by KiB and warps of a piece, where it sees no more)::
 
         8 ranks  dispatch  16: 815 (4 KiB, 2 warps: 814; 4, 4: 816; 2, 2: 816)   in turns: 850   8: 903   4: 1704
