@@ -157,3 +157,13 @@ def test_rows_are_quantised_to_the_same_bits_as_on_a_cpu(world, wire):
     want = wire.quantize(x)
     assert same_bits(got.data, want.data)
     assert same_bits(got.scale, want.scale)
+
+
+@pytest.mark.worlds("cuda-2")
+@pytest.mark.parametrize("wire", [Fp8(block=8), Fp8(block=4, scale="ue8m0")], ids=repr)
+def test_casts_on_the_way_are_those_of_a_cpu_whatever_the_size_of_values(world, wire):
+    case = make_case(programs.spec_of(Compact(), wire), [9, 9])
+    for seed, x in enumerate(case.x):
+        exponents = torch.randint(-133, 127, (len(x), x.shape[1] // 8, 1), generator=torch.manual_seed(seed))
+        x.copy_((torch.rand(len(x), x.shape[1] // 8, 8) * 2.0**exponents).view_as(x))
+    check_received(case, world.run(programs.dispatch_plainly, case), weights=False, extras=False)

@@ -23,6 +23,8 @@ FIRST_NORMAL = tl.constexpr(2.0**-6)
 SUBNORMAL_UNIT = tl.constexpr(2.0**14)
 """Added to a float32 it rounds to multiples of 2**-9, the smallest e4m3; the last bits then count them."""
 SUBNORMAL_UNIT_BITS = tl.constexpr((127 + 14) << 23)
+SMALL = tl.constexpr(2.0**-60)
+UP, DOWN = tl.constexpr(2.0**64), tl.constexpr(2.0**-64)
 
 
 @triton.jit
@@ -36,6 +38,27 @@ def e4m3_bits(value):
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - BIAS_DIFFERENCE
     subnormal = (tl.abs(value) + SUBNORMAL_UNIT).to(tl.int32, bitcast=True) - SUBNORMAL_UNIT_BITS
     return tl.where(tl.abs(value) < FIRST_NORMAL, subnormal, normal) | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def quotient(value, scale, POW2: tl.constexpr):
+    """``value / scale`` of blocks ``[G, BLOCK]`` by their scales ``[G]``, correctly rounded, without branches.
+
+    Multiplies with the reciprocal, and corrects that twice by the remainder. By a theorem of Markstein's the second
+    correction of a quotient that is off by less than its last bit rounds correctly, if the reciprocal is the nearest
+    and the remainder exact ("Computation of elementary functions on the IBM RISC System/6000", 1990). The remainder of
+    small scales would underflow: both are made larger before.
+    """
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    if POW2:
+        return value * reciprocal[:, None]
+    is_small = scale < SMALL
+    value = value * tl.where(is_small, UP, 1.0)[:, None]
+    scale = tl.broadcast_to((scale * tl.where(is_small, UP, 1.0))[:, None], value.shape)
+    reciprocal = tl.broadcast_to((reciprocal * tl.where(is_small, DOWN, 1.0))[:, None], value.shape)
+    ratio = value * reciprocal
+    ratio = tl.fma(tl.fma(-ratio, scale, value), reciprocal, ratio)
+    return tl.fma(tl.fma(-ratio, scale, value), reciprocal, ratio)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -89,22 +112,23 @@ def push_cast(
             scale = tl.maximum(tl.div_rn(amax, tl.full([GROUPS], E4M3_MAX, tl.float32)), SMALLEST_NORMAL)
             if POW2:
                 scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-            ratio = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
-            ratio = tl.minimum(tl.maximum(ratio, -E4M3_MAX), E4M3_MAX)
-            data = tl.where(is_finite, e4m3_bits(ratio), E4M3_NAN).to(tl.uint8)
+            if tl.target_info.cuda_capability_geq(8, 9):  # its casts are to nearest, ties to even, within +-448
+                data = quotient(value, scale, POW2).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+            else:
+                ratio = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
+                data = e4m3_bits(tl.minimum(tl.maximum(ratio, -E4M3_MAX), E4M3_MAX)).to(tl.uint8)
+            data = tl.where(is_finite, data, E4M3_NAN).to(tl.uint8)
             stored = (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8) if EXPONENTS else scale
             stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
-            for j in tl.static_range(J):
+            for j in tl.static_range(J):  # without branches, as push_rows
                 place = tl.load(places + token * J + j)
-                if place >= 0:
-                    peer, row = place >> ROW_BITS, place & ROW_MASK
-                    slot = slot_of(seen, peer)
-                    base = tl.load(segments + peer)
-                    there = base + data_region + slot * data_slot_bytes + row * DATA_BYTES
-                    there = there.to(tl.pointer_type(tl.uint8), bitcast=True)
-                    if DATA_BYTES % 16 == 0:
-                        there = tl.multiple_of(there, 16)
-                    tl.store(there + at, data, mask=is_value)
-                    scales = base + scale_region + slot * scale_slot_bytes + row * SCALE_BYTES
-                    scales = scales.to(tl.pointer_type(SCALE_TYPE), bitcast=True)
-                    tl.store(scales + group, stored, mask=group < SCALES)
+                peer, row = tl.where(place >= 0, place >> ROW_BITS, 0), place & ROW_MASK
+                slot, base = slot_of(seen, peer), tl.load(segments + peer)
+                there = base + data_region + slot * data_slot_bytes + row * DATA_BYTES
+                there = there.to(tl.pointer_type(tl.uint8), bitcast=True)
+                if DATA_BYTES % 16 == 0:
+                    there = tl.multiple_of(there, 16)
+                tl.store(there + at, data, mask=is_value & (place >= 0))
+                scales = base + scale_region + slot * scale_slot_bytes + row * SCALE_BYTES
+                scales = scales.to(tl.pointer_type(SCALE_TYPE), bitcast=True)
+                tl.store(scales + group, stored, mask=(group < SCALES) & (place >= 0))
