@@ -147,7 +147,7 @@ def _call_oddly(case: str, hidden: int) -> int:
     if isinstance(spec["wire"], Fp8) and hidden % 128:
         spec = spec | {"wire": replace(spec["wire"], block=4)}
     spec = Spec(num_experts=16, num_topk=3, hidden=hidden, max_tokens=21, extra_bytes=13, num_slots=3, **spec)
-    with lone_buffer(spec, **wishes) as buffer, mock.patch.object(torch, "empty", torch.zeros):
+    with lone_buffer(spec, **wishes) as buffer:
         for offset in (0, 1, 8, 4, 2):
             for num_tokens, dtype in ((21, torch.int64), (1, torch.int32), (0, torch.int64)):
                 wide = _at(offset, torch.zeros(num_tokens, hidden + offset, dtype=spec.combine_dtype))[:, :hidden]
@@ -176,3 +176,36 @@ def _call_oddly(case: str, hidden: int) -> int:
 @pytest.mark.parametrize("hidden", [20, 7168])
 def test_what_a_launch_is_looked_up_by_is_all_that_a_compiler_may_use(case, hidden, pool):
     assert pool.apply(_call_oddly, (case, hidden)) > 20
+
+
+def _call_plainly(case: str) -> list[str]:
+    """What has to be compiled for calls with contiguous inputs, behind the making of the buffer."""
+    spec, wishes = CASES[case]
+    spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, extra_bytes=20, **spec)
+    with lone_buffer(spec, **wishes) as buffer:
+        warm = set(buffer._backend._on._handles)
+        for num_tokens, dtype in ((64, torch.int64), (1, torch.int32), (0, torch.int64)):
+            wide = torch.zeros(num_tokens, 7168, dtype=spec.combine_dtype)
+            topk_idx = torch.full((num_tokens, 8), -1, dtype=dtype)
+            weights = torch.zeros(num_tokens, 8)
+            extras = [torch.zeros(num_tokens, 4), torch.zeros(num_tokens, dtype=torch.uint8)]
+            kinds = [wide, spec.wire.quantize(wide)] if isinstance(spec.wire, Fp8) else [wide]
+            for x in kinds:
+                plan = buffer.dispatch(x, topk_idx, rows="capacity").plan
+                buffer.dispatch(x, topk_idx, weights=weights, extras=extras, rows="exact")
+                buffer.dispatch(x, plan, weights=weights, extras=extras[:1], rows="capacity")
+            recv = buffer.dispatch(wide, plan, wide=True, weights=weights, rows="capacity")
+            y = torch.zeros(*recv.src_idx.shape, 7168, dtype=spec.combine_dtype)
+            at_rows = torch.zeros(recv.src_idx.shape)
+            given = at_rows if spec.reduce == "rank" else weights
+            for bias in (None, torch.zeros(7168, dtype=y.dtype), torch.zeros(num_tokens, 7168, dtype=y.dtype)):
+                for outputs in (y, recv.output_rows()):
+                    buffer.combine(outputs, plan, bias=bias)
+                    buffer.combine(outputs, plan, weights=given, bias=bias)
+            buffer.combine(y, plan, extras=[at_rows])
+            buffer.return_extras(plan, [at_rows])
+        return sorted(str(key) for key in set(buffer._backend._on._handles) - warm)
+
+
+def test_calls_with_contiguous_inputs_compile_nothing_behind_the_making_of_a_buffer(case, pool):
+    assert pool.apply(_call_plainly, (case,)) == []

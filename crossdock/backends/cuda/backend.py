@@ -274,6 +274,9 @@ class CudaBackend:
                 plans.append(self.landed(plan, outgoing, 0, num_rows=1).plan)
             self._consent.warm_up()
             plan = plans[0]
+            for along in (Outgoing(x=x, weights=weights, extras=()), Outgoing(x=x, weights=None, extras=extras)):
+                self.push_rows(plan, along, ())
+                self.landed(plan, along, 0, num_rows=1)
             row_weights = torch.zeros(1, device=self._device) if spec.reduce == "rank" else None
             for given in (None, row_weights):
                 self.push_outputs(plan, wide, (weights[:, :1],), given, ())

@@ -301,6 +301,7 @@ class RowKernels:
         if not num_tokens:
             return
         table = plan.back
+        landing = self._on.arena["landing"].offset + slot * self._on.slot_bytes("landing")
         shape = self._on.config.sums(self._hidden * out.element_size(), table.places.shape[1])
         piece = max(1, shape.piece_bytes // out.element_size())
         self._on.launch(
@@ -318,14 +319,14 @@ class RowKernels:
             self._on.rank,
             self._on.arena["outputs"].offset,
             self._on.slot_bytes("outputs"),
-            self._on.arena["landing"].offset + slot * self._on.slot_bytes("landing"),
+            landing,
             int(bias is not None and bias.dim() == 2),
             J=table.places.shape[1],
             H=self._hidden,
             PIECE=piece,
             HAS_WEIGHTS=weights is not None,
             HAS_BIAS=bias is not None,
-            given=(_kind_of_any(weights), _kind_of_any(bias), slot),
+            given=(_kind_of_any(weights), _kind_of_any(bias), landing < 2**31),
             num_warps=shape.num_warps,
             enable_fp_fusion=False,
         )

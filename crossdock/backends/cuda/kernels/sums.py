@@ -16,7 +16,7 @@ from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.rows import row_at, wide
 
 
-@triton.jit(do_not_specialize=["num_tokens", "rank", "bias_rows"])
+@triton.jit(do_not_specialize=["num_tokens", "rank", "landing", "bias_rows"])
 def sum_rows(
     out,
     bias,
