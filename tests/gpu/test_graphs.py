@@ -65,10 +65,15 @@ def same_results(a, b):
     return torch.equal(*rows) and all(same_bits(x, y) for x, y in zip(a[1:], b[1:], strict=True))
 
 
-def replay_many(group, cases, is_cached, pulls):
-    """What each case gives, in replays that all agree, and whether calls in between always gave the same."""
+def replay_many(group, cases, is_cached, pulls, first=None):
+    """What each case gives, in replays that all agree, and whether calls in between always gave the same.
+
+    ``first``: the number of the first call.
+    """
     with open_buffer(group, cases[0].spec) as buffer:
         r = buffer.rank
+        if first is not None:
+            buffer._consent.start_from(first)
         step = Step(buffer, cases[0], is_cached=is_cached, pulls=pulls)
         seen, eager = [], []
         for number in range(NUM_REPLAYS):
@@ -119,6 +124,13 @@ def test_replays_give_what_their_inputs_mean_now_however_rows_are_moved(world, l
     cases = [make_case(spec_of(layout, reduce, wire), [9] * world.num_ranks, seed=seed) for seed in range(3)]
     got = world.opening(**launch).run(replay_many, cases, False, False)
     check_replays(cases, got, is_cached=False)
+
+
+@pytest.mark.worlds("cuda-2")
+@pytest.mark.parametrize("first", [2**40 - 101, 3 * 2**32 - 77], ids=hex)
+def test_replays_go_on_when_the_numbers_of_calls_come_round(world, first):
+    cases = [make_case(spec_of_two(Compact()), [9] * world.num_ranks, seed=seed) for seed in range(3)]
+    check_replays(cases, world.run(replay_many, cases, False, False, first), is_cached=False)
 
 
 def check_replays(cases, got, *, is_cached):
