@@ -29,7 +29,7 @@ class SavedPlan(NamedTuple):
     """A plan as tensors, for autograd, compiled graphs and checkpoints; good for any number of sends and combines."""
 
     topk_idx: Tensor
-    """int [T, K], this rank's picks."""
+    """int64 [T, K], this rank's picks."""
     counts: Tensor
     """int64 [P, W], what every rank told every rank."""
     partial_rows: Tensor

@@ -79,7 +79,7 @@ def _(
         x.new_empty(*lead, spec.hidden, dtype=_row_dtype(spec, wide=False)),
         _empty_weights(spec, x, lead, weights),
         x.new_empty(0, dtype=torch.float32),
-        torch.empty_like(topk_idx),
+        torch.empty_like(topk_idx, dtype=torch.int64),
         x.new_empty(num_ranks, spec.num_counts(owner.topology), dtype=torch.int64),
         x.new_empty(num_pairs, spec.num_topk, dtype=ids),
         x.new_empty(*lead, dtype=ids),

@@ -383,7 +383,7 @@ def check_ops(group, spec):
         bias = torch.rand(H, device=device(), requires_grad=True)
         calls = [
             (ops.dispatch, (x, topk_idx, weights, anchor, buffer.handle, mode)),
-            (ops.dispatch, (x, topk_idx, None, anchor, buffer.handle, "capacity")),
+            (ops.dispatch, (x, topk_idx.int(), None, anchor, buffer.handle, "capacity")),
             (ops.send, (x, weights, anchor, plan, buffer.handle, mode, False)),
             (ops.send, (x.detach().to(spec.combine_dtype), None, None, plan, buffer.handle, mode, True)),
             (ops.combine, (y, weights if spec.reduce == "token" else by_row, bias, link, plan, buffer.handle, mode)),
