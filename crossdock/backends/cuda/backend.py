@@ -62,7 +62,7 @@ class CudaBackend:
         self.overflows: list[tuple[int, CapacityError]] = []
         self._num_fresh = 0
         self._untold: deque[tuple[int, int, Report]] = deque()
-        """Of dispatches whose report nobody has looked at: the how manieth, sequence number, report."""
+        """Of dispatches whose report nobody has looked at: its number among the fresh ones, sequence number, report."""
 
     def enter(self) -> None:
         """See Backend."""
