@@ -36,7 +36,8 @@ two_ranks = pytest.mark.worlds("interpreted-2")
 
 def spec_of(layout, num_ranks=2, wire=None, **options):
     options = {"num_topk": 3, "hidden": 16, "max_tokens": 4, "extra_bytes": EXTRA_BYTES} | options
-    return Spec(num_experts=2 * num_ranks, layout=layout, wire=wire or Fp32(), combine_wire=Fp32(), **options)
+    options = {"num_experts": 2 * num_ranks, "wire": wire or Fp32(), "combine_wire": Fp32()} | options
+    return Spec(layout=layout, **options)
 
 
 @two_ranks
@@ -55,6 +56,15 @@ def test_brings_every_row_to_its_place(world, layout, wire, expand):
 @layouts
 def test_brings_every_row_to_its_place_among_three_ranks(world, layout):
     dispatch.check_each(world, loads(spec_of(layout, 3), 3)[:2])
+
+
+@pytest.mark.worlds("interpreted-2", "interpreted-3")
+@pytest.mark.parametrize("layout", LAYOUTS[:2], ids=repr)
+def test_brings_every_row_to_its_place_among_many_experts(world, layout):
+    """More than a program compares by prefix sums, and, with three ranks, more than it counts at once."""
+    num_experts = {2: 80, 3: 2049}[world.num_ranks]
+    spec = spec_of(layout, world.num_ranks, num_experts=num_experts)
+    dispatch.check_each(world, loads(spec, world.num_ranks)[:2])
 
 
 @two_ranks
