@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from crossdock import Bf16, CapacityError, Compact, Expanded, Fp8, Padded
+from crossdock import Bf16, CapacityError, Compact, ConfigError, Expanded, Fp8, Padded
 from tests import oracle
-from tests.cases import check_received, make_case, raw_rows, same_bits
+from tests.cases import check_received, make_case, observed, raw_rows, same_bits
 from tests.gpu.specs import ALIGNED, spec_of
 from tests.world import open_buffer
 from tests.worlds.test_dispatch import spec_of as spec_of_two
@@ -150,6 +150,22 @@ def check_replays(cases, got, *, is_cached):
         assert all(same_bits(mine[3], want) for mine, want in zip(results, sums, strict=True))
     for (_, eager), want in zip(got, oracle.combined(cases[1].spec, cases[1].topk, cases[1].flat_y()), strict=True):
         assert same_bits(eager, want)
+
+
+def err_in_a_capture(group, case):
+    """A call with rows that are too short, while a graph is captured; and one that is right, afterwards."""
+    with open_buffer(group, case.spec) as buffer:
+        x, topk = case.x[buffer.rank], case.topk[buffer.rank]
+        plan = buffer.dispatch(x, topk).plan
+        with pytest.raises(ConfigError, match="hidden="), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            buffer.dispatch(x.clone()[:, :-1], plan)
+        return observed(buffer.dispatch(x, topk, weights=case.weights[buffer.rank], extras=case.extras[buffer.rank]))
+
+
+@pytest.mark.worlds("cuda-2")
+def test_bad_input_in_a_capture_is_an_error_and_the_next_call_works(world):
+    case = make_case(spec_of_two(Compact()), [9] * world.num_ranks)
+    check_received(case, world.run(err_in_a_capture, case))
 
 
 def overflow_in_a_replay(group, fits, overflows):

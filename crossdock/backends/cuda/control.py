@@ -159,8 +159,11 @@ class DeviceConsent(Consent):
     def fail(self, error: Exception | str, *, first_void: int) -> None:
         """See Consent. Ends the waits of this rank's kernels, and lets them run out, before the next epoch begins.
 
-        Which call is the first that is void, the device knows.
+        Which call is the first that is void, the device knows. Of a call that is being captured nothing runs, and no
+        peer can be told: CUDA allows no look at any stream.
         """
+        if torch.cuda.is_current_stream_capturing():
+            return
         if not self._on.is_idle:
             current = self._state()[CURRENT.value]
             flag = Flag(epoch=self.num_ended, first_void=current & CALL_MASK, num_more=0)
