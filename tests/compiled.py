@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 from crossdock import Buffer, Spec, ThreadGroup, Topology, engine
 from crossdock.arena import Arena
 from crossdock.backends.base import Wishes
-from tests.interpreted import without_a_gpu
+from tests.interpreted import engine_on, without_a_gpu
 
 CUDA = GPUTarget("cuda", 90, 32)
 AMD = GPUTarget("hip", "gfx942", 64)
@@ -76,7 +76,6 @@ def lone_buffer(spec: Spec, **wishes: Any) -> Iterator[Buffer]:
 
     For a process of its own.
     """
-    from crossdock.backends.cuda import backend as cuda
     from crossdock.transport.device import DeviceTransport
 
     without_a_gpu()
@@ -84,10 +83,7 @@ def lone_buffer(spec: Spec, **wishes: Any) -> Iterator[Buffer]:
     def connect(members: Any, arena: Arena, *_: Any, number: int, timeout_s: float) -> engine.Engine:
         segment = torch.zeros(arena.num_bytes, dtype=torch.uint8)
         transport = DeviceTransport([segment], arena, rank=0, ranks_here=1, is_alive=lambda _: True, close=lambda: None)
-        parts = cuda.connect(transport, arena, Wishes(**wishes), buffer_id=number, timeout_s=timeout_s)
-        return engine.Engine(
-            transport=transport, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch
-        )
+        return engine_on(transport, arena, Wishes(**wishes), number=number, timeout_s=timeout_s)
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> _Handle:
         return _Handle(kernel, _specialized(kernel, args, options)[:3])

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 from crossdock import Buffer, Spec, engine
+from crossdock.arena import Arena
 from crossdock.backends.base import Wishes
 from crossdock.transport import shm
 
@@ -42,7 +43,6 @@ def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
     wishes = Wishes(**{name: options.pop(name) for name in ("expand", "num_sms", "engine") if name in options})
 
     def connect(members: Any, arena: Any, device: Any, _: Wishes, *, number: int, timeout_s: float) -> engine.Engine:
-        from crossdock.backends.cuda import backend as cuda
         from crossdock.transport.device import DeviceTransport
 
         host = shm.connect(members, arena, name=f"crossdock-test-{number:016x}")
@@ -50,14 +50,20 @@ def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
         transport = DeviceTransport(
             views, arena, rank=members.rank, ranks_here=members.size, is_alive=host.is_alive, close=host.close
         )
-        parts = cuda.connect(transport, arena, wishes, buffer_id=number, timeout_s=timeout_s)
+        made = engine_on(transport, arena, wishes, number=number, timeout_s=timeout_s)
         members.all_gather(None)
-        return engine.Engine(
-            transport=transport, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch
-        )
+        return made
 
     with mock.patch("crossdock.buffer.connect", connect):
         return Buffer(group, spec, **options)
+
+
+def engine_on(transport: Any, arena: Arena, wishes: Wishes, *, number: int, timeout_s: float) -> engine.Engine:
+    """The CUDA backend over memory that need not be a GPU's."""
+    from crossdock.backends.cuda import backend as cuda
+
+    parts = cuda.connect(transport, arena, wishes, buffer_id=number, timeout_s=timeout_s)
+    return engine.Engine(transport=transport, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch)
 
 
 def without_a_gpu() -> None:

@@ -123,7 +123,10 @@ class Backend(Protocol):
 
     @property
     def overflows(self) -> list[tuple[int, CapacityError]]:
-        """Of dispatches that had more rows than room and did not raise, by number, until somebody raises them."""
+        """Of dispatches that had more rows than room and did not raise, by number, until somebody raises them.
+
+        Between two calls of ``synchronize``, only those that all ranks know of.
+        """
         raise NotImplementedError
 
     def enter(self) -> None:
@@ -189,4 +192,4 @@ class Backend(Protocol):
         """What is issued within has that name in a profiler."""
 
     def synchronize(self) -> None:
-        """Returns once all that was issued is done, on the current stream too."""
+        """Returns once all that was issued is done, on the current stream too; ``overflows`` then has all of them."""

@@ -21,12 +21,12 @@ from crossdock import (
     PeerTimeout,
     Spec,
 )
-from tests import oracle
-from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
+from tests.cases import EXTRA_BYTES, check_received, loads, make_case
 from tests.world import meet, open_buffer
 from tests.worlds import test_autograd as gradients
 from tests.worlds import test_combine as combine
 from tests.worlds import test_dispatch as dispatch
+from tests.worlds.test_pending import check_near_the_end
 
 LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
@@ -110,26 +110,10 @@ def test_all_gradients_are_those_of_the_dense_sum(world, layout, reduce, way):
     gradients.check_gradients(world, layout, reduce, way)
 
 
-def near_the_end(group, cases, first):
-    with open_buffer(group, cases[0].spec) as buffer:
-        buffer._consent.start_from(first)
-        r, seen = buffer.rank, []
-        for c in cases:
-            recv = buffer.dispatch(c.x[r], c.topk[r], weights=c.weights[r], extras=c.extras[r])
-            seen.append((observed(recv), buffer.combine(c.flat_y()[r], recv.plan)))
-        return seen, buffer._consent.next_sequence
-
-
 @two_ranks
 @pytest.mark.parametrize("first", [2**40 - 2, 2**39 - 3, 3 * 2**32 - 5], ids=hex)
 def test_sequence_numbers_come_round(world, first):
-    cases = [make_case(spec_of(Expanded()), [4, 2], seed=seed) for seed in range(3)]
-    got = world.run(near_the_end, cases, first)
-    assert {sequence for _, sequence in got} == {first >> 32 << 32 | (first + 6) % 2**32}
-    for i, case in enumerate(cases):
-        check_received(case, [seen[i][0] for seen, _ in got])
-        wants = oracle.combined(case.spec, case.topk, case.flat_y())
-        assert all(same_bits(seen[i][1], want) for (seen, _), want in zip(got, wants, strict=True))
+    check_near_the_end(world, [make_case(spec_of(Expanded()), [4, 2], seed=seed) for seed in range(3)], first)
 
 
 def overflow_unasked(group):

@@ -102,8 +102,9 @@ class CudaBackend:
         if plan.src_idx is None and plan.pairs is not None:
             self._planner.find_origins(plan, plan.pairs)
         if _has_records(plan, outgoing):
-            num_bytes = self._arena.record_bytes - self._arena.extras_offset
-            extras = self._packed(outgoing.extras, plan.num_tokens, num_bytes) if outgoing.extras else None
+            extras = None
+            if outgoing.extras:
+                extras = self._packed(outgoing.extras, self._arena.record_bytes - self._arena.extras_offset)
             weights = None if outgoing.weights is None else self._dense(outgoing.weights)
             self._kernels.push_records(plan.topk_idx, weights, extras, plan.rows)
         if plan.pairs is not None and plan.partial_rows is None:
@@ -173,7 +174,7 @@ class CudaBackend:
                 row_bytes = self._arena.spec.hidden * y.element_size()
                 kernels.push_home(y, plan, plan.rows, "landing", row_bytes)
         if extras:
-            packed = self._packed(extras, extras[0].shape[0], self._arena.return_bytes)
+            packed = self._packed(extras, self._arena.return_bytes)
             kernels.push_home(packed, plan, plan.rows, "returns", self._arena.return_bytes)
 
     def sum_rows(
@@ -255,18 +256,19 @@ class CudaBackend:
         picks = torch.full((1, spec.num_topk), -1, device=self._device)
         weights = torch.zeros(1, spec.num_topk, device=self._device)
         wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=self._device)
-        extras = (torch.zeros(1, spec.extra_bytes, dtype=torch.uint8, device=self._device),) if spec.extra_bytes else ()
         x: Tensor | Quantized = wide.to(spec.wire.dtype)
         if isinstance(spec.wire, Fp8):
             x = spec.wire.quantize(wide)
+        calls = [
+            Outgoing(x=x, weights=None, extras=()),
+            Outgoing(x=x if isinstance(x, Tensor) else wide, weights=weights, extras=()),
+            Outgoing(x=wide, weights=weights, extras=(), wide=True),
+        ]
+        if spec.extra_bytes:
+            extras = (torch.zeros(1, spec.extra_bytes, dtype=torch.uint8, device=self._device),)
+            calls += [Outgoing(x=x, weights=given, extras=extras) for given in (None, weights)]
         with self.on_stream():
-            for outgoing in (
-                Outgoing(x=x, weights=None, extras=()),
-                Outgoing(x=x if isinstance(x, Tensor) else wide, weights=weights, extras=()),
-                Outgoing(x=wide, weights=weights, extras=(), wide=True),
-                Outgoing(x=x, weights=None, extras=extras),
-                Outgoing(x=x, weights=weights, extras=extras),
-            ):
+            for outgoing in calls:
                 self.post_counts(0, picks)
                 self._consent.warm_up()
                 plan: Plan = self.make_plan(0, picks, "exact")
@@ -274,9 +276,9 @@ class CudaBackend:
                 plans.append(self.landed(plan, outgoing, 0, num_rows=1).plan)
             self._consent.warm_up()
             plan = plans[0]
-            for along in (Outgoing(x=x, weights=weights, extras=()), Outgoing(x=x, weights=None, extras=extras)):
-                self.push_rows(plan, along, ())
-                self.landed(plan, along, 0, num_rows=1)
+            for outgoing in calls:
+                self.push_rows(plan, outgoing, ())
+                self.landed(plan, outgoing, 0, num_rows=1)
             row_weights = torch.zeros(1, device=self._device) if spec.reduce == "rank" else None
             for given in (None, row_weights):
                 self.push_outputs(plan, wide, (weights[:, :1],), given, ())
@@ -376,11 +378,11 @@ class CudaBackend:
         more = rows.new_full((num_rows - rows.shape[0], *rows.shape[1:]), -1)
         return torch.cat([rows, more])
 
-    def _packed(self, extras: Sequence[Tensor], num_rows: int, num_bytes: int) -> Tensor:
+    def _packed(self, extras: Sequence[Tensor], num_bytes: int) -> Tensor:
         """Small tensors ``[n, ...]`` side by side, int32 ``[n, words]``: as many as there is room for, zeros behind."""
         with self.on_stream():
             raw = torch.cat([_raw(extra.contiguous()) for extra in extras], dim=1)
-            packed = torch.zeros(num_rows, num_bytes, dtype=torch.uint8, device=self._device)
+            packed = torch.zeros(raw.shape[0], num_bytes, dtype=torch.uint8, device=self._device)
             packed[:, : raw.shape[1]].copy_(raw)
             return packed.view(torch.int32)
 

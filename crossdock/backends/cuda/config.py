@@ -41,10 +41,10 @@ class LaunchConfig:
     With all visible multiprocessors there is a program of one or two warps for each piece of some KiB; with fewer, one
     program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under
     MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by multiprocessors of a rank (and
-    by KiB and warps of a piece, where it sees no more)::
+    by KiB and warps of a piece, where it sees no more; with fewer than 16 of 8 ranks in an earlier run)::
 
-        8 ranks  dispatch  16: 815 (4 KiB, 2 warps: 814; 4, 4: 816; 2, 2: 816)   in turns: 850   8: 903   4: 1704
-                 combine   16: 774 (2, 1: 857; 2, 2: 823; 4, 4: 816; 1, 1: 783)  in turns: 756   8: 1227  4: 2351
+        8 ranks  dispatch  16: 814 (2, 1: 816; 4, 4: 816; 2, 2: 816)             8: 903   4: 1704
+                 combine   16: 774 (2, 1: 857; 2, 2: 823; 4, 4: 816; 1, 1: 783)  8: 1227  4: 2351
         4 ranks  dispatch  32: 314 (2, 1: 318; 4, 4: 313; 2, 2: 336)             16: 367   8: 523   4: 1020   2: 2010
                  combine   32: 281 (4, 2: 308; 2, 2: 292; 4, 4: 305; 1, 1: 287)  16: 526   8: 984   4: 1870   2: 3660
     """

@@ -76,7 +76,7 @@ class DeviceConsent(Consent):
 
     def words(self, sequence: int, own: Word) -> Steps[Sequence[Word]]:
         """The words stay on the device, where the kernels that follow read them."""
-        self._posts = False
+        self._posts, self._tokens = False, None
         plan, self._fresh = self._fresh, None
         self._kernels.begin_call(own.payload(), plan)
         yield from ()
@@ -88,8 +88,7 @@ class DeviceConsent(Consent):
 
     def arrivals(self, sequence: int, words: Sequence[Word], *, from_all: bool) -> Waiting:
         """See Consent; nothing is waited for on the host."""
-        tokens, self._tokens = self._tokens, None
-        self._kernels.finish_call(posts=self._posts, awaits_all=from_all, tokens=tokens)
+        self._kernels.finish_call(posts=self._posts, awaits_all=from_all, tokens=self._tokens)
         yield from ()
 
     def check(self, sequence: int) -> None:
@@ -134,7 +133,7 @@ class DeviceConsent(Consent):
             self._picks.append(plan.topk_idx)  # to say what is wrong with them if the device refuses them
 
     def counts(self, tokens: torch.Tensor) -> None:
-        """The next arrivals are of a call that is counted: with so many picks of each local expert, ``[L]``."""
+        """The call under way is counted once its rows have arrived: so many picks of each local expert, ``[L]``."""
         self._tokens = tokens
 
     def failure(self) -> CrossdockError | None:

@@ -147,6 +147,6 @@ class Launcher:
         return self._slot_size[region]
 
 
-def kind_of(tensor: Tensor) -> tuple[torch.dtype, bool]:
+def kind_of(tensor: Tensor | None) -> tuple[torch.dtype | None, bool]:
     """What a compiler may make use of in a tensor that is not ours: its type, and whether it begins at 16 bytes."""
-    return tensor.dtype, tensor.data_ptr() % 16 == 0
+    return (None, True) if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)

@@ -131,7 +131,7 @@ class RowKernels:
             EXTRA=0 if extras is None else extras.shape[1],
             HAS_WEIGHTS=weights is not None,
             TOKENS=_TOKENS,
-            given=(kind_of(topk_idx), _kind_of_any(weights)),
+            given=(kind_of(topk_idx), kind_of(weights)),
             num_warps=4,
         )
 
@@ -290,7 +290,7 @@ class RowKernels:
             H=self._hidden,
             PIECE=max(1, shape.piece_bytes // y.element_size()),
             HAS_WEIGHTS=weights is not None,
-            given=(*kind_of(y), y.stride(0), _kind_of_any(weights), _kind_of_any(plan.partial_rows)),
+            given=(*kind_of(y), y.stride(0), kind_of(weights), kind_of(plan.partial_rows)),
             num_warps=shape.num_warps,
             enable_fp_fusion=False,
         )
@@ -326,7 +326,7 @@ class RowKernels:
             PIECE=piece,
             HAS_WEIGHTS=weights is not None,
             HAS_BIAS=bias is not None,
-            given=(_kind_of_any(weights), _kind_of_any(bias), landing < 2**31),
+            given=(kind_of(weights), kind_of(bias), landing < 2**31),
             num_warps=shape.num_warps,
             enable_fp_fusion=False,
         )
@@ -389,10 +389,6 @@ def as_words(rows_of: Tensor, *others: int) -> Tensor:
     bytes_of = (rows_of.shape[1] * size, rows_of.stride(0) * size, rows_of.storage_offset() * size)
     widest = math.gcd(8, *bytes_of, rows_of.data_ptr(), *others)
     return rows_of.view(_WORDS[widest]) if widest != size or rows_of.dtype.is_floating_point else rows_of
-
-
-def _kind_of_any(tensor: Tensor | None) -> object:
-    return None if tensor is None else kind_of(tensor)
 
 
 def _grid(num_items: int, shape: Shape) -> tuple[int]:

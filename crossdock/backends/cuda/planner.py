@@ -63,6 +63,8 @@ class Planner:
         self._nobody = self._rows[-1]
         self._chunk_tokens = max(1, _PICKS // power_of_two(arena.spec.num_topk))
         num_chunks = -(-arena.spec.max_tokens // self._chunk_tokens)
+        self._columns = _CELLS // min(power_of_two(num_chunks), 256)
+        """Counts that a program sums, of as many chunks as make ``_CELLS`` with them."""
         num_counts = arena.spec.num_counts(arena.topology)
         self._partial_sums = torch.zeros(num_chunks, num_counts, dtype=torch.int32, device=launcher.device)
         """Of the plan that is being made: for each chunk of tokens, the counts of those before it."""
@@ -152,8 +154,6 @@ class Planner:
     def _count_picks(self, topk_idx: Tensor) -> None:
         """Counts picks ``[T, K]``, by chunks of tokens and all together."""
         num_counts, num_chunks = self._on.counts.shape[0], self._num_chunks(topk_idx)
-        tile = min(power_of_two(self._partial_sums.shape[0]), 256)
-        columns = _CELLS // tile
         if num_chunks:
             self._on.launch(
                 places.count_picks,
@@ -171,13 +171,13 @@ class Planner:
             )
         self._on.launch(
             places.sum_chunks,
-            (-(-num_counts // columns),),
+            (-(-num_counts // self._columns),),
             self._partial_sums,
             self._on.counts,
             num_chunks,
             W=num_counts,
-            TILE=tile,
-            COLUMNS=columns,
+            TILE=_CELLS // self._columns,
+            COLUMNS=self._columns,
             num_warps=4,
         )
 
