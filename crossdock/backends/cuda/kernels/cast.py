@@ -58,7 +58,8 @@ def quotient(value, scale, POW2: tl.constexpr):
     reciprocal = tl.broadcast_to((reciprocal * tl.where(is_small, DOWN, 1.0))[:, None], value.shape)
     ratio = value * reciprocal
     ratio = tl.fma(tl.fma(-ratio, scale, value), reciprocal, ratio)
-    return tl.fma(tl.fma(-ratio, scale, value), reciprocal, ratio)
+    ratio = tl.fma(tl.fma(-ratio, scale, value), reciprocal, ratio)
+    return tl.where(value == 0, value, ratio)  # -0 has a remainder of +0, which would make it +0
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
