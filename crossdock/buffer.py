@@ -182,8 +182,8 @@ class Buffer:
             ConfigError: bad input here; the other ranks raise PeerFailed.
             CapacityError, PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        pending = self.dispatch_start(
-            x, routing, weights=weights, extras=extras, rows=rows, wide=wide, copy=copy, num_sms=num_sms
+        pending = self._start_dispatch(
+            x, routing, weights, extras, rows, at_once=True, wide=wide, copy=copy, num_sms=num_sms
         )
         return pending.wait()
 
@@ -200,6 +200,23 @@ class Buffer:
         num_sms: int | None = None,
     ) -> Pending[Received]:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
+        return self._start_dispatch(
+            x, routing, weights, extras, rows, at_once=False, wide=wide, copy=copy, num_sms=num_sms
+        )
+
+    def _start_dispatch(
+        self,
+        x: Tensor | Quantized,
+        routing: Tensor | Plan,
+        weights: Tensor | None,
+        extras: Sequence[Tensor],
+        rows: Rows | None,
+        *,
+        at_once: bool,
+        wide: bool,
+        copy: bool,
+        num_sms: int | None,
+    ) -> Pending[Received]:
         self._check_room()
         self._slots.check_free(self._queue.is_unwaited)
         default: Rows = "capacity" if isinstance(self.spec.layout, Padded) else "exact"
@@ -241,7 +258,7 @@ class Buffer:
             self._slots.poison(slot, "data", "scale", "record")
         signature = (mode, wide, weights is None, _shapes(extras), plan.stamp if plan else None)
         word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
-        call = self._begin(word, None if plan else topk_idx, num_sms)
+        call = self._begin(word, None if plan else topk_idx, num_sms, at_once=at_once)
         pending = self._start(call, self._calls.dispatch(call, outgoing, plan or topk_idx, mode, copy=copy))
         self._slots.fill(slot, pending)
         return pending
@@ -302,9 +319,8 @@ class Buffer:
             ConfigError: bad input here; the other ranks raise PeerFailed.
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        if extras is None:
-            return self.combine_start(y, plan, weights=weights, bias=bias, num_sms=num_sms).wait()
-        return self.combine_start(y, plan, weights=weights, bias=bias, extras=extras, num_sms=num_sms).wait()
+        pending = self._start_combine(y, plan, weights, bias, extras, at_once=True, num_sms=num_sms)
+        return pending.wait()
 
     @overload
     def combine_start(
@@ -338,6 +354,19 @@ class Buffer:
         num_sms: int | None = None,
     ) -> Pending[Any]:
         """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
+        return self._start_combine(y, plan, weights, bias, extras, at_once=False, num_sms=num_sms)
+
+    def _start_combine(
+        self,
+        y: Tensor,
+        plan: Plan,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        extras: Sequence[Tensor] | None,
+        *,
+        at_once: bool,
+        num_sms: int | None,
+    ) -> Pending[Any]:
         self._check_room()
 
         def prepare() -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], int]:
@@ -357,7 +386,7 @@ class Buffer:
         sums_here = self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None)
         signature = _checksum((plan.stamp, None if extras is None else _shapes(small)))
         word = Word(Kind.COMBINE, self._calls.next_landing(), PUSHED if sums_here else output_slot, signature)
-        call = self._begin(word, None, num_sms)
+        call = self._begin(word, None, num_sms, at_once=at_once)
         return self._start(
             call, self._calls.combine(call, plan, flat, row_weights, bias, None if extras is None else small)
         )
@@ -387,7 +416,8 @@ class Buffer:
 
         small = self._vetted(prepare)
         signature = _checksum(("extras", plan.stamp, _shapes(small)))
-        call = self._begin(Word(Kind.COMBINE, self._calls.next_landing(), PUSHED, signature), None, None)
+        word = Word(Kind.COMBINE, self._calls.next_landing(), PUSHED, signature)
+        call = self._begin(word, None, None, at_once=True)
         return self._start(call, self._calls.return_extras(call, plan, small)).wait()
 
     def remake_plan(self, tensors: PlanTensors) -> Plan:
@@ -405,6 +435,7 @@ class Buffer:
         not allowed.
         """
         self._check_open()
+        self._queue.settle()
         self._backend.synchronize()
         self._queue.check_failure()
         self._check_overflow()
@@ -474,8 +505,8 @@ class Buffer:
         state = "closed" if self._is_closed else "open"
         return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
 
-    def _begin(self, word: Word, topk_idx: Tensor | None, num_sms: int | None) -> Call:
-        return self._calls.begin(word, topk_idx, is_next=self._queue.is_idle, num_sms=num_sms)
+    def _begin(self, word: Word, topk_idx: Tensor | None, num_sms: int | None, *, at_once: bool) -> Call:
+        return self._calls.begin(word, topk_idx, is_next=self._queue.is_idle, at_once=at_once, num_sms=num_sms)
 
     def _start(self, call: Call, steps: Steps[Result]) -> Pending[Result]:
         with self._backend.marked(f"crossdock {call.word.kind}"):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Backend, Event, Landed, Outgoing, Rows
+from crossdock.backends.base import Backend, Event, Landed, Outgoing, Rows, Small
 from crossdock.consent import PUSHED, Consent, Steps, Word
 from crossdock.layout import Expanded, Padded
 from crossdock.plan import Plan
-from crossdock.received import Received
+from crossdock.received import Received, Records
 from crossdock.slots import ReceiveSlots
 from crossdock.wire import Quantized
 
@@ -29,6 +29,8 @@ class Call:
     sequence: int
     word: Word
     num_sms: int | None = None
+    at_once: bool = False
+    """Whether it is waited for where it is started."""
     post: Callable[[], None] | None = None
     event: Event | None = None
     """The end of its work, once all of that has been issued; None where it is done when it returns."""
@@ -49,11 +51,20 @@ class Calls:
         self._slot_rows = arena.spec.num_slot_rows(arena.topology.num_ranks)
         self._num_combines = 0
 
-    def begin(self, word: Word, topk_idx: Tensor | None, *, is_next: bool, num_sms: int | None = None) -> Call:
+    def begin(
+        self,
+        word: Word,
+        topk_idx: Tensor | None,
+        *,
+        is_next: bool,
+        at_once: bool = False,
+        num_sms: int | None = None,
+    ) -> Call:
         """Takes the next sequence number and gives this rank's word (and counts), if that need not wait for anybody.
 
         Args:
             is_next: whether no call before it is still to be driven to its end.
+            at_once: whether it is waited for where it is started.
         """
         sequence = self._consent.take()
         if not is_next:  # it goes on later, maybe from another stream, which it will wait for too
@@ -65,29 +76,30 @@ class Calls:
             self._consent.post(sequence, word)
 
         if not self._consent.may_post(sequence):
-            return Call(sequence=sequence, word=word, num_sms=num_sms, post=post)
+            return Call(sequence=sequence, word=word, num_sms=num_sms, at_once=at_once, post=post)
         post()
-        return Call(sequence=sequence, word=word, num_sms=num_sms)
+        return Call(sequence=sequence, word=word, num_sms=num_sms, at_once=at_once)
 
     def _words(self, call: Call) -> Steps[Any]:
         """Everybody's words for the call; this rank's own is given first where it had to wait."""
         if call.post is not None:
-            yield from self._consent.opening(call.sequence)
-            self._backend.enter()
+            yield from self._turn(call)
             call.post()
             call.post = None
         self._backend.use_sms(call.num_sms)
         return (yield from self._consent.words(call.sequence, call.word))
 
+    def _turn(self, call: Call) -> Steps[None]:
+        """Done when nothing is in the way of the call's first word."""
+        yield from self._consent.opening(call.sequence)
+        self._backend.enter()
+        self._backend.use_sms(call.num_sms)
+
     def dispatch(
         self, call: Call, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows, *, copy: bool
     ) -> Steps[Received]:
         call.held = (outgoing, routing)
-        words = yield from self._words(call)
-        plan = routing if isinstance(routing, Plan) else self._backend.make_plan(call.sequence, routing, mode)
-        self._backend.push_rows(plan, outgoing, words)
-        self._consent.signal(call.sequence)
-        yield from self._consent.arrivals(call.sequence, words, from_all=True)
+        plan = yield from self._send(call, outgoing, routing, mode)
         num_rows = self._num_rows(plan, mode)
         landed = self._backend.landed(plan, outgoing, call.word.slot, num_rows=num_rows)
         if self._debug and self._arena.region_of_rows(wide=outgoing.wide) == "data":
@@ -102,6 +114,22 @@ class Calls:
             call.event = self._backend.event()
         return recv
 
+    def _send(self, call: Call, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows) -> Steps[Plan]:
+        """Everybody's rows on their way, until they are in place."""
+        whole = self._backend.whole
+        if whole is not None and whole.takes_dispatch(outgoing, routing):
+            yield from self._turn(call)
+            assert isinstance(routing, Tensor)
+            return (
+                yield from whole.dispatch(call.sequence, call.word, outgoing, routing, mode, at_once=call.at_once)
+            )
+        words = yield from self._words(call)
+        plan = routing if isinstance(routing, Plan) else self._backend.make_plan(call.sequence, routing, mode)
+        self._backend.push_rows(plan, outgoing, words)
+        self._consent.signal(call.sequence)
+        yield from self._consent.arrivals(call.sequence, words, from_all=True)
+        return plan
+
     def combine(
         self,
         call: Call,
@@ -112,9 +140,15 @@ class Calls:
         extras: tuple[Tensor, ...] | None,
     ) -> Steps[Any]:
         call.held = (plan, y, weights, bias, extras)
-        words = yield from self._words(call)
         pushes = call.word.output_slot == PUSHED
         sums_here = self._spec.reduce == "rank"
+        whole = self._backend.whole
+        if whole is not None and whole.takes_combine(plan, pushes=pushes, has_extras=extras is not None):
+            yield from self._turn(call)
+            out = yield from whole.combine(call.word, plan, weights, bias, at_once=call.at_once)
+            call.event = self._backend.event()
+            return out
+        words = yield from self._words(call)
         if pushes or extras:
             row_weights = weights if sums_here else None
             self._backend.push_outputs(plan, y if pushes else None, extras or (), row_weights, words)
@@ -154,17 +188,24 @@ class Calls:
         def shaped(rows: Tensor) -> Tensor:
             return rows[:num_rows].view(*lead, *rows.shape[1:])
 
-        lease = self._slots.lease(slot, plan.stamp)
-        data, scale, topk_idx = shaped(landed.data), landed.scale, landed.topk_idx
+        def small() -> Small:
+            small = landed.small()
+            return Small(
+                src_idx=shaped(small.src_idx),
+                topk_idx=None if small.topk_idx is None else small.topk_idx[:num_rows],
+                weights=None if small.weights is None else shaped(small.weights),
+                extras=tuple(shaped(extra) for extra in small.extras),
+            )
+
+        records = Records(small)
+        lease = self._slots.lease(slot, plan.stamp, records)
+        data, scale = shaped(landed.data), landed.scale
         return Received(
             plan=plan,
             num_rows=plan.num_rows,
             num_tokens_per_expert=plan.num_tokens_per_expert,
             expert_offsets=plan.segment_starts.to(torch.int32) if isinstance(self._spec.layout, Expanded) else None,
-            topk_idx=None if topk_idx is None else topk_idx[:num_rows],
-            weights=None if landed.weights is None else shaped(landed.weights),
-            src_idx=shaped(landed.src_idx),
-            extras=tuple(shaped(extra) for extra in landed.extras),
+            _records=records,
             _rows=data if scale is None else Quantized(data, shaped(scale)),
             _lease=lease,
             _outputs=shaped(self._slots.outputs(slot, num_rows)),

@@ -49,6 +49,8 @@ class Missing:
 
     peers: Sequence[int]
     what: str
+    has_sent: bool = False
+    """Whether all that peers wait for has been issued, or is up to ``wait()``: the next call may begin."""
 
 
 Result = TypeVar("Result")
@@ -270,6 +272,13 @@ class Consent:
         for peer in self._peers:
             if (gone := self._void(peer, sequence)) is not None:
                 raise gone
+
+    def settle(self) -> None:
+        """Returns once all that was issued to a device is done; here nothing is.
+
+        Raises:
+            PeerTimeout: a peer that is waited for is gone.
+        """
 
     def failure(self) -> CrossdockError | None:
         """What has ended the epoch without this rank's host having been told; None here, where the host sees to it."""

@@ -41,6 +41,8 @@ class Pending(Generic[Result]):
         self._work = work
         self._result: list[Result] = []
         self._error: BaseException | None = None
+        self.has_sent = False
+        """Whether the next call may begin though this one is not done."""
 
     @property
     def is_done(self) -> bool:
@@ -78,7 +80,9 @@ class Pending(Generic[Result]):
     def advance(self) -> Missing | None:
         """Goes as far as it can without waiting: what it waits for, or None when it is done."""
         try:
-            return next(self._steps)
+            missing = next(self._steps)
+            self.has_sent = missing.has_sent
+            return missing
         except StopIteration as stop:
             self._result.append(stop.value)
         except CrossdockError as error:
@@ -135,6 +139,14 @@ class CallQueue:
             self.last_error, self._untold = self._untold, None
             raise self.last_error
 
+    def settle(self) -> None:
+        """Waits for what was issued to a device; ``check_failure`` raises what went wrong."""
+        try:
+            self._consent.settle()
+        except PeerTimeout as error:
+            self._fail(error)
+            self._untold = error
+
     def start(
         self,
         kind: Kind,
@@ -151,7 +163,11 @@ class CallQueue:
         self.last_error = None
         self._running.append(pending)  # type: ignore[arg-type]
         self._unwaited.append(pending)  # type: ignore[arg-type]
-        self._advance()
+        *before, new = self._running
+        if before and all(call.has_sent for call in before):
+            self._step(new)
+        else:
+            self._advance()
         return pending
 
     def finish(self, pending: Pending[Result]) -> None:
@@ -214,21 +230,27 @@ class CallQueue:
     def _advance(self) -> Missing | None:
         """Moves the oldest call, then the next: what the oldest waits for, or None when none is left."""
         while self._running:
-            head = self._running[0]
-            try:
-                missing = head.advance()
-            except BaseException as error:
-                self._fail(f"{type(error).__name__}: {error}")
-                raise
+            missing = self._step(self._running[0])
             if missing is not None:
                 return missing
-            if isinstance(head.error, TransportError):
-                self._untold = head.error
-                self._fail(head.error)
-            elif isinstance(head.error, CrossdockError) and self._consent.failure() is not None:
-                self._fail(head.error)  # the device has ended the epoch by it
-            else:
-                self._running.popleft()
+        return None
+
+    def _step(self, call: Pending[object]) -> Missing | None:
+        """Moves a call as far as it can without waiting: what it waits for, or None when it is done or has failed."""
+        try:
+            missing = call.advance()
+        except BaseException as error:
+            self._fail(f"{type(error).__name__}: {error}")
+            raise
+        if missing is not None:
+            return missing
+        if isinstance(call.error, TransportError):
+            self._untold = call.error
+            self._fail(call.error)
+        elif isinstance(call.error, CrossdockError) and self._consent.failure() is not None:
+            self._fail(call.error)  # the device has ended the epoch by it
+        else:
+            self._running.remove(call)
         return None
 
     def _wait_until(self, is_done: Callable[[], bool]) -> None:

@@ -5,23 +5,63 @@ Letters: R rows, L local experts, C capacity per expert, K top-k, H hidden, G sc
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from weakref import ref
 
 from torch import Tensor
 
+from crossdock.backends.base import Small
 from crossdock.errors import ConfigError
 from crossdock.plan import Plan
 from crossdock.wire import Quantized
 
 
+class Records:
+    """The small things that came with rows, read when somebody asks for them, and before their slot comes round."""
+
+    def __init__(self, read: Callable[[], Small]) -> None:
+        self._read: Callable[[], Small] | None = read
+        self._small: Small | None = None
+
+    def small(self) -> Small:
+        """Reads them, the first time.
+
+        Raises:
+            ConfigError: they could not be read before their slot came round, or cannot be read here.
+        """
+        if self._small is None:
+            if self._read is None:
+                raise ConfigError(
+                    "what came with these rows is gone: their receive slot was taken in a CUDA graph's capture before "
+                    "anybody read it; ask for recv.src_idx (and weights) before the capture begins"
+                )
+            self._small, self._read = self._read(), None
+        return self._small
+
+    def end(self) -> None:
+        """Their slot comes round: reads them now, if that can be."""
+        with contextlib.suppress(ConfigError):
+            self.small()
+        self._read = None
+
+
 class Lease:
     """The right to the rows of one receive slot, until a later dispatch takes the slot."""
 
-    def __init__(self, slot: int, stamp: int) -> None:
+    def __init__(self, slot: int, stamp: int, records: Records) -> None:
         self.slot = slot
         self.stamp = stamp
         """The plan whose rows lie in the slot."""
         self.is_valid = True
+        self._records = ref(records)
+
+    def end(self) -> None:
+        """The slot comes round: rows in it are stale from now on."""
+        self.is_valid = False
+        if (records := self._records()) is not None:
+            records.end()
 
     def check(self) -> None:
         """Raises ConfigError when the slot has come round."""
@@ -48,14 +88,7 @@ class Received:
     """int32 [L], the picks of each local expert."""
     expert_offsets: Tensor | None
     """Expanded: int32 [L + 1], where each expert's rows start, and the end."""
-    topk_idx: Tensor | None
-    """Compact: int32 [R, K], the local experts each row is for, in pick order; -1 for picks of other ranks."""
-    weights: Tensor | None
-    """float32, when dispatch was given weights: [R, K] for Compact (0 for picks of other ranks), one per row else."""
-    src_idx: Tensor
-    """int32: source rank * max_tokens + source token; -1 in rows that hold none."""
-    extras: tuple[Tensor, ...]
-    """The opaque tensors dispatch was given, by row."""
+    _records: Records
     _rows: Tensor | Quantized
     _lease: Lease | None
     _outputs: Tensor
@@ -64,6 +97,26 @@ class Received:
     def __repr__(self) -> str:
         tokens = self.num_tokens_per_expert.tolist()
         return f"Received(num_rows={self.num_rows}, num_tokens_per_expert={tokens}, is_stale={self.is_stale})"
+
+    @property
+    def topk_idx(self) -> Tensor | None:
+        """Compact: int32 [R, K], the local experts each row is for, in pick order; -1 for picks of other ranks."""
+        return self._records.small().topk_idx
+
+    @property
+    def weights(self) -> Tensor | None:
+        """float32, when dispatch was given weights: [R, K] for Compact (0 for picks of other ranks), one per row else."""
+        return self._records.small().weights
+
+    @property
+    def src_idx(self) -> Tensor:
+        """int32: source rank * max_tokens + source token; -1 in rows that hold none."""
+        return self._records.small().src_idx
+
+    @property
+    def extras(self) -> tuple[Tensor, ...]:
+        """The opaque tensors dispatch was given, by row."""
+        return self._records.small().extras
 
     @property
     def x(self) -> Tensor | Quantized:

@@ -11,7 +11,7 @@ from crossdock.arena import Arena
 from crossdock.consent import PUSHED
 from crossdock.errors import ConfigError
 from crossdock.pending import Pending
-from crossdock.received import Lease, Received
+from crossdock.received import Lease, Received, Records
 
 
 class ReceiveSlots:
@@ -41,16 +41,16 @@ class ReceiveSlots:
         self._num_taken += 1
         lease, self._leases[slot], self._calls[slot] = self._leases[slot], None, None
         if lease is not None:
-            lease.is_valid = False
+            lease.end()
         return slot
 
     def fill(self, slot: int, call: Pending[Received]) -> None:
         """Says which call the slot was taken for."""
         self._calls[slot] = call
 
-    def lease(self, slot: int, stamp: int) -> Lease:
+    def lease(self, slot: int, stamp: int, records: Records) -> Lease:
         """The right to the rows that have just landed in the slot, by the plan of that stamp."""
-        self._leases[slot] = lease = Lease(slot, stamp)
+        self._leases[slot] = lease = Lease(slot, stamp, records)
         return lease
 
     def outputs(self, slot: int, num_rows: int) -> Tensor:

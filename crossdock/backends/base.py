@@ -5,7 +5,7 @@ Letters: T tokens here, K top-k, H hidden, R rows received, Q rows sent, P ranks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -83,17 +83,24 @@ class Outgoing:
     """x travels in the combine format; ``Arena.region_of_rows`` says where it lands."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Landed:
-    """What lies in a receive slot once all rows have arrived; rows are views, the small things are copies."""
+class Small(NamedTuple):
+    """The small things that came with rows: copies, which no later dispatch overwrites."""
 
-    plan: Plan
-    data: Tensor  # [R, H]
-    scale: Tensor | None  # [R, G]
     src_idx: Tensor  # [R] int32
     topk_idx: Tensor | None  # [R, K] int32, one row per (token, rank)
     weights: Tensor | None  # [R, K] there, [R] where a row is one pick; float32
     extras: tuple[Tensor, ...]  # [R, ...] each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Landed:
+    """What lies in a receive slot once all rows have arrived; rows are views."""
+
+    plan: Plan
+    data: Tensor  # [R, H]
+    scale: Tensor | None  # [R, G]
+    small: Callable[[], Small]
+    """Gives the small things; to be called once, before the slot comes round."""
 
 
 class Event(Protocol):
@@ -109,6 +116,29 @@ class Event(Protocol):
         """Returns once it has passed."""
 
 
+class WholeCalls(Protocol):
+    """Calls of few tokens, as a backend does them as a whole; on the wire the same as by the verbs of ``Backend``."""
+
+    def takes_dispatch(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
+        """Whether ``dispatch`` does that."""
+
+    def dispatch(
+        self, sequence: int, word: Word, outgoing: Outgoing, topk_idx: Tensor, mode: Rows, *, at_once: bool
+    ) -> Steps[Plan]:
+        """From picks to rows in place: the plan, once its rows are here.
+
+        Where it is not to be done at once, it yields after rows have been sent, or when a peer is late.
+        """
+
+    def takes_combine(self, plan: Plan, *, pushes: bool, has_extras: bool) -> bool:
+        """Whether ``combine`` does that."""
+
+    def combine(
+        self, word: Word, plan: Plan, weights: Tensor | None, bias: Tensor | None, *, at_once: bool
+    ) -> Steps[Tensor]:
+        """The sums of outputs that lie where they were written. Where not at once, it yields after the word."""
+
+
 class Backend(Protocol):
     """Moves rows between this rank and its peers. Called only between the words that permit it.
 
@@ -120,6 +150,11 @@ class Backend(Protocol):
 
     has_pairs: bool
     """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
+
+    @property
+    def whole(self) -> WholeCalls | None:
+        """Calls that it does as a whole, if there are such."""
+        raise NotImplementedError
 
     @property
     def overflows(self) -> list[tuple[int, CapacityError]]:

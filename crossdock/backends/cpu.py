@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Landed, Outgoing, PlanTensors, Rows
+from crossdock.backends.base import Landed, Outgoing, PlanTensors, Rows, Small
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Steps, Word, stamped
 from crossdock.errors import CapacityError
@@ -41,6 +41,7 @@ class CpuBackend:
 
     def __init__(self, arena: Arena, transport: HostTransport, *, buffer_id: int) -> None:
         self.has_pairs = arena.spec.ranks_sum_picks
+        self.whole = None
         self._overflows: list[tuple[int, CapacityError]] = []
         self.num_tokens_per_expert = torch.zeros(arena.spec.num_local_experts(transport.num_ranks), dtype=torch.int64)
         self._arena = arena
@@ -130,12 +131,10 @@ class CpuBackend:
         if plan.hops[0] is not plan.back:
             num_pairs = int(plan.back.counts[:, self._rank].sum())
             plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
-        src_idx, topk_idx, weights, extras = self._unpack_records(record, is_real, outgoing)
+        small = self._unpack_records(record, is_real, outgoing)
         if not outgoing.wide:
             self.num_tokens_per_expert += plan.num_tokens_per_expert
-        return Landed(
-            plan=plan, data=data, scale=scale, src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras
-        )
+        return Landed(plan=plan, data=data, scale=scale, small=lambda: small)
 
     def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
         """See Backend."""
@@ -312,8 +311,8 @@ class CpuBackend:
 
     def _unpack_records(
         self, record: Bytes, is_real: npt.NDArray[np.bool_], outgoing: Outgoing
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
-        """Source index, local expert ids, weights and extras out of [R, record_bytes]; -1 and 0 where no row is."""
+    ) -> Small:
+        """The small things out of [R, record_bytes]; -1 and 0 where no row is."""
         spec, num_rows = self._arena.spec, record.shape[0]
         words, num_topk = record.view(np.int32), spec.num_topk
         src_idx = np.where(is_real, words[:, 0], -1)
@@ -334,11 +333,11 @@ class CpuBackend:
             raw = np.where(is_real[:, None], record[:, at : at + num_bytes], np.uint8(0))
             extras.append(torch.from_numpy(raw).view(-1).view(extra.dtype).view(num_rows, *extra.shape[1:]))
             at += num_bytes
-        return (
-            torch.from_numpy(src_idx),
-            None if topk_idx is None else torch.from_numpy(topk_idx),
-            None if weights is None else torch.from_numpy(weights),
-            tuple(extras),
+        return Small(
+            src_idx=torch.from_numpy(src_idx),
+            topk_idx=None if topk_idx is None else torch.from_numpy(topk_idx),
+            weights=None if weights is None else torch.from_numpy(weights),
+            extras=tuple(extras),
         )
 
 

@@ -37,10 +37,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"expand": "receiver"},
     ),
     "padded": ({"layout": Padded(), "wire": Bf16()}, {}),
+    "padded fp8": ({"layout": Padded(), "wire": Fp8()}, {}),
 }
-MOVERS = {"push_rows", "push_home", "push_sums", "sum_rows", "push_cast", "expand_rows"}
+MOVERS = {"push_rows", "push_home", "push_sums", "sum_rows", "push_cast", "expand_rows", "dispatch_rows", "combine_rows"}
 WAITERS = {"begin_call": 2, "begin_dispatch": 2, "finish_call": 2}
 """And how many boxes of words each polls."""
+WHOLE = {"dispatch_rows": 2, "combine_rows": 2}
+"""The same, of calls that are one kernel; their programs also wait for each other."""
 
 
 def _compiled(case: str, backend: str) -> list[Launch]:
@@ -85,7 +88,7 @@ def test_rows_are_stored_in_words_of_16_bytes(ptx):
 
 def test_rows_over_a_table_of_addresses_are_loaded_in_words_of_16_bytes(ptx):
     for launch in ptx:
-        if launch.name == "sum_rows":
+        if launch.name in ("sum_rows", "combine_rows"):
             assert len(re.findall(r"ld\.global[\w:.]*\.v4\.b32", launch.code)) >= launch.constants["J"]
             assert "ld.global.b16" not in launch.code
 
@@ -97,34 +100,37 @@ def test_what_moves_rows_uses_no_local_memory(ptx):
 
 def test_every_wait_is_a_loop_that_polls_and_then_acquires(ptx, amdgcn):
     for launches, steps_of in ((ptx, ptx_steps), (amdgcn, amdgcn_steps)):
-        waits = [launch for launch in launches if launch.name in WAITERS]
-        assert {launch.name for launch in waits} == set(WAITERS)
+        boxes = WAITERS | WHOLE
+        waits = [launch for launch in launches if launch.name in boxes]
+        assert {launch.name for launch in waits} in (set(WAITERS), set(boxes))
         for launch in waits:
             # Of counts, once words are here, loads are in loops too; of polls, test_cuda_sync.py looks for them.
-            faults = set(faults_of_wait(steps_of(launch.code), num_boxes=WAITERS[launch.name]))
+            faults = set(faults_of_wait(steps_of(launch.code), num_boxes=boxes[launch.name]))
             assert faults <= {"a load in a loop"}, (launch.name, launch.constants)
 
 
 def test_words_are_released_behind_a_barrier(ptx, amdgcn):
     for launches, steps_of in ((ptx, ptx_steps), (amdgcn, amdgcn_steps)):
         for launch in launches:
-            if launch.name in WAITERS and launch.constants.get("POSTS", True):
+            if launch.name in {*WAITERS, *WHOLE, "begin_combine"} and launch.constants.get("POSTS", True):
                 steps = steps_of(launch.code)
                 assert faults_of_release(steps, "sys") == [], launch.name
+                if launch.name in WHOLE:  # the verdict and the ticket
+                    assert faults_of_release(steps, "gpu") == [], launch.name
                 if launches is amdgcn:
                     assert faults_of_write_back(steps, "sys") == [], launch.name
 
 
 def test_sums_are_of_products_that_are_rounded_by_themselves(ptx):
     for launch in ptx:
-        if launch.name in ("sum_rows", "push_sums"):
+        if launch.name in ("sum_rows", "push_sums", "combine_rows"):
             assert not re.search(r"\bfma\.rn\.f32\b", launch.code), launch.name
 
 
 def test_casts_divide_without_branches_and_round_as_asked(ptx):
     """By reciprocals that are rounded correctly; of other scales than powers of two, corrected twice by remainders."""
     for launch in ptx:
-        if launch.name == "push_cast":
+        if launch.name == "push_cast" or launch.constants.get("BLOCK", 0) and launch.name == "dispatch_rows":
             num_casts = 2 * launch.code.count("cvt.rn.satfinite.e4m3x2.f32")
             num_corrections = 0 if launch.constants["POW2"] else 4
             assert len(re.findall(r"\bfma\.rn\.f32\b", launch.code)) == num_corrections * num_casts

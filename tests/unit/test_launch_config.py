@@ -20,7 +20,7 @@ SLOW_MEMORY = Topology(num_ranks=8, memory_bandwidth=1e9)
 
 
 def spec_of(**kwargs):
-    return Spec(**{"num_experts": 256, "num_topk": 8, "hidden": 7168, "max_tokens": 64} | kwargs)
+    return Spec(**{"num_experts": 256, "num_topk": 8, "hidden": 7168, "max_tokens": 4096} | kwargs)
 
 
 def decided(spec=None, topology=NVLINK, visible_sms=132, ranks_here=1, **wishes):
@@ -65,6 +65,18 @@ def test_the_cheaper_one_makes_copies_unless_somebody_is_asked_for(layout):
     for topology in (FAST_MEMORY, SLOW_MEMORY):
         for expand in ("sender", "receiver"):
             assert decided(spec, topology, expand=expand).expand == expand
+
+
+@pytest.mark.parametrize("layout", [Expanded(), Padded(capacity=64)], ids=repr)
+def test_calls_of_few_tokens_are_one_kernel_on_all_multiprocessors(layout):
+    few = spec_of(layout=layout, max_tokens=512)
+    assert decided(few).one_kernel
+    assert decided(few, FAST_MEMORY).expand == "sender"
+    assert decided(few).num_sms == 132
+    assert "one kernel" in str(decided(few))
+    others = [spec_of(max_tokens=512), replace(few, max_tokens=513), replace(few, reduce="rank")]
+    assert not any(decided(spec).one_kernel for spec in others)
+    assert not decided(few, expand="receiver").one_kernel
 
 
 FITS = {

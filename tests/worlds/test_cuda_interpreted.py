@@ -3,6 +3,8 @@
 Tiny shapes; sums in float32, because the interpreter cuts float32 off where it makes bfloat16 of it.
 """
 
+from unittest import mock
+
 import pytest
 
 pytest.importorskip("triton", reason="the kernels are written in Triton: pip install triton")
@@ -21,7 +23,10 @@ from crossdock import (
     PeerTimeout,
     Spec,
 )
-from tests.cases import EXTRA_BYTES, check_received, loads, make_case
+from crossdock.backends.cuda import config
+from crossdock.backends.cuda.kernels.calls import BEGUN, PROGRESS, SENT
+from tests import oracle
+from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
 from tests.world import meet, open_buffer
 from tests.worlds import test_autograd as gradients
 from tests.worlds import test_combine as combine
@@ -114,6 +119,43 @@ def test_all_gradients_are_those_of_the_dense_sum(world, layout, reduce, way):
 @pytest.mark.parametrize("first", [2**40 - 2, 2**39 - 3, 3 * 2**32 - 5], ids=hex)
 def test_sequence_numbers_come_round(world, first):
     check_near_the_end(world, [make_case(spec_of(Expanded()), [4, 2], seed=seed) for seed in range(3)], first)
+
+
+@two_ranks
+@pytest.mark.parametrize("patience", [0, 2**30])
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=repr)
+def test_what_is_started_is_sent_at_once_or_by_wait(world, layout, patience):
+    """Two calls in flight; without patience nothing is sent before ``wait()``."""
+    case = make_case(spec_of(layout), [4, 3])
+    others = make_case(spec_of(layout), [1, 4], seed=1)
+    got = world.run(start_two, [case, others], patience)
+    for i, each in enumerate([case, others]):
+        check_received(each, [mine[0][i] for mine in got], extras=False)
+        wants = oracle.combined(each.spec, each.topk, each.flat_y())
+        assert all(same_bits(mine[1][i], want) for mine, want in zip(got, wants, strict=True))
+    if patience == 0:
+        assert all(progress == (BEGUN.value, SENT.value) for mine in got for progress in mine[2])
+
+
+def start_two(group, cases, patience):
+    """Rows and sums of two batches whose calls overlap, and how far each dispatch was before and after its wait."""
+    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(config, "_PATIENCE", patience):
+        r, on = buffer.rank, buffer._backend._on
+        started, rooms = [], []
+        for case in cases:
+            started.append(buffer.dispatch_start(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity"))
+            rooms.append(on.call)
+        before = [int(room[group.size() + PROGRESS.value]) for room in rooms]
+        received = [pending.wait() for pending in started]
+        progress = list(zip(before, [int(room[group.size() + PROGRESS.value]) for room in rooms], strict=True))
+        rows = [observed(recv) for recv in received]
+        sums = []
+        for case, recv in zip(cases, received, strict=True):
+            outputs = recv.output_rows()
+            y = case.y[r]
+            outputs.view(-1, outputs.shape[-1])[: y.reshape(-1, y.shape[-1]).shape[0]].copy_(y.reshape(-1, y.shape[-1]))
+            sums.append(buffer.combine_start(outputs, recv.plan))
+        return rows, [pending.wait() for pending in sums], progress
 
 
 def overflow_unasked(group):

@@ -8,9 +8,9 @@ Letters: T tokens here, K top-k, J places of a token, H hidden, R rows received,
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Landed, Outgoing, PlanTensors, Rows, Wishes
+from crossdock.backends.base import Landed, Outgoing, PlanTensors, Rows, Small, Wishes
 from crossdock.backends.cuda.config import decide
 from crossdock.backends.cuda.control import DeviceConsent
+from crossdock.backends.cuda.decode import DecodeCalls
 from crossdock.backends.cuda.launch import Launcher
-from crossdock.backends.cuda.movers import RowKernels
-from crossdock.backends.cuda.plan import DevicePlan, Report, Table
-from crossdock.backends.cuda.planner import NUM_REPORTS, Planner
+from crossdock.backends.cuda.movers import RowKernels, rowwise
+from crossdock.backends.cuda.plan import DevicePlan, Table
+from crossdock.backends.cuda.planner import Planner
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Expanded
@@ -33,10 +34,6 @@ from crossdock.plan import Plan
 from crossdock.spec import Topology
 from crossdock.transport.device import DeviceTransport
 from crossdock.wire import Fp8, Quantized
-
-_TOLD_AFTER = NUM_REPORTS // 2
-"""Fresh dispatches after which an overflow is told that nobody has asked for: all ranks then know of it."""
-
 
 class CudaBackend:
     """The Backend protocol over device memory that every rank has mapped."""
@@ -55,14 +52,16 @@ class CudaBackend:
         self._consent = consent
         self._planner = Planner(arena, launcher, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
         self._device = transport.device
+        self.whole = DecodeCalls(arena, launcher, self._planner, consent) if self.launch.one_kernel else None
         self._fresh: DevicePlan | None = None
         self._is_narrow = isinstance(spec.wire, Fp8)
         self._is_aligned = isinstance(spec.layout, Expanded) and spec.layout.alignment > 1
         self.num_tokens_per_expert = launcher.tokens
-        self.overflows: list[tuple[int, CapacityError]] = []
-        self._num_fresh = 0
-        self._untold: deque[tuple[int, int, Report]] = deque()
-        """Of dispatches whose report nobody has looked at: its number among the fresh ones, sequence number, report."""
+
+    @property
+    def overflows(self) -> list[tuple[int, CapacityError]]:
+        """See Backend."""
+        return self._planner.overflows
 
     def enter(self) -> None:
         """See Backend."""
@@ -82,12 +81,7 @@ class CudaBackend:
         plan, self._fresh = self._fresh, None
         assert plan is not None
         self._planner.place(plan)
-        assert plan.report is not None
-        if not plan.report.is_captured:
-            self._num_fresh += 1
-            if mode == "capacity":
-                self._untold.append((self._num_fresh, sequence, plan.report))
-            self._look_at_reports(_TOLD_AFTER)
+        self._planner.placed(plan, sequence, mode)
         return plan
 
     def remake_plan(self, tensors: PlanTensors) -> DevicePlan:
@@ -105,7 +99,7 @@ class CudaBackend:
             extras = None
             if outgoing.extras:
                 extras = self._packed(outgoing.extras, self._arena.record_bytes - self._arena.extras_offset)
-            weights = None if outgoing.weights is None else self._dense(outgoing.weights)
+            weights = None if outgoing.weights is None else self._on.dense(outgoing.weights)
             self._kernels.push_records(plan.topk_idx, weights, extras, plan.rows)
         if plan.pairs is not None and plan.partial_rows is None:
             self._kernels.push_partial_rows(plan.rows, plan.pairs)
@@ -132,19 +126,12 @@ class CudaBackend:
             kernels.zero_gaps(slot, region, plan)
             if has_scale:
                 kernels.zero_gaps(slot, "scale", plan)
-        weights: Tensor | None = None
-        extras: tuple[Tensor, ...] = ()
-        if _has_records(plan, outgoing):
-            plan, weights, extras = self._unpack(plan, outgoing, slot, num_rows)
-        assert plan.src_idx is not None
+        plan, small = self._small(plan, outgoing, slot, num_rows)
         return Landed(
             plan=plan,
             data=self._on.view(region, slot)[:num_rows],
             scale=self._on.view("scale", slot)[:num_rows] if has_scale else None,
-            src_idx=self._up_to(plan.src_idx, num_rows),
-            topk_idx=None if plan.local_idx is None else self._up_to(plan.local_idx, num_rows),
-            weights=weights,
-            extras=extras,
+            small=small,
         )
 
     def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
@@ -166,10 +153,12 @@ class CudaBackend:
     ) -> None:
         """See Backend."""
         plan, kernels = _of_device(plan), self._kernels
+        if plan.src_idx is None:  # of a whole call: so far nobody has had to know
+            self._planner.find_origins(plan, plan.rows)
         if y is not None:
-            y = self._rowwise(y)
+            y = rowwise(y, self._on)
             if plan.sums_pairs or weights is not None:
-                kernels.push_sums(y, plan, None if weights is None else self._dense(weights))
+                kernels.push_sums(y, plan, None if weights is None else self._on.dense(weights))
             else:
                 row_bytes = self._arena.spec.hidden * y.element_size()
                 kernels.push_home(y, plan, plan.rows, "landing", row_bytes)
@@ -184,11 +173,11 @@ class CudaBackend:
         plan, spec = _of_device(plan), self._arena.spec
         out = self._empty(plan.num_tokens, spec.hidden, dtype=spec.combine_dtype)
         if weights is not None:
-            weights = self._dense(weights)
+            weights = self._on.dense(weights)
             if not spec.layout.per_pick:
                 of_picks, weights = weights, self._ours(*plan.rows.places.shape, dtype=torch.float32)
                 self._kernels.weigh_places(plan.topk_idx, of_picks, plan.rows, weights)
-        self._kernels.sum_rows(out, plan, weights, None if bias is None else self._dense(bias), landing_slot)
+        self._kernels.sum_rows(out, plan, weights, None if bias is None else self._on.dense(bias), landing_slot)
         return out
 
     def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
@@ -242,23 +231,22 @@ class CudaBackend:
     def synchronize(self) -> None:
         """See Backend."""
         self._on.synchronize()
-        self._look_at_reports(0)
-        for report in self._planner.captured:
-            if (error := self._planner.overflow_of(report)) is not None:
-                self.overflows.append((0, error))
+        self._planner.look_at_all_reports()
 
     def warm_up(self) -> None:
         """Does every kind of call on no rows, so that kernels are compiled and loaded. Only while calls are void.
 
         A kernel that is loaded in the middle of a call can wait for a peer's kernel that waits for this rank.
         """
-        spec, plans = self._arena.spec, []
+        spec = self._arena.spec
+        plans: list[Plan] = []
         picks = torch.full((1, spec.num_topk), -1, device=self._device)
         weights = torch.zeros(1, spec.num_topk, device=self._device)
         wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=self._device)
         x: Tensor | Quantized = wide.to(spec.wire.dtype)
         if isinstance(spec.wire, Fp8):
             x = spec.wire.quantize(wide)
+        kinds = (x,) if isinstance(x, Tensor) else (x, wide)
         calls = [
             Outgoing(x=x, weights=None, extras=()),
             Outgoing(x=x if isinstance(x, Tensor) else wide, weights=weights, extras=()),
@@ -268,6 +256,12 @@ class CudaBackend:
             extras = (torch.zeros(1, spec.extra_bytes, dtype=torch.uint8, device=self._device),)
             calls += [Outgoing(x=x, weights=given, extras=extras) for given in (None, weights)]
         with self.on_stream():
+            if self.whole is not None:
+                for given_x, given in itertools.product(kinds, (None, weights)):
+                    outgoing = Outgoing(x=given_x, weights=given, extras=())
+                    begun = self.whole.warm_up(outgoing, picks)
+                    self._unpack(begun, outgoing, 0, 1)
+                self._planner.find_origins(begun, begun.rows)
             for outgoing in calls:
                 self.post_counts(0, picks)
                 self._consent.warm_up()
@@ -285,15 +279,9 @@ class CudaBackend:
             for given in (None, None if spec.reduce == "rank" else weights):
                 for bias in (None, wide):
                     self.sum_rows(plan, given, bias, (), 0)
+                    if self.whole is not None:
+                        self.whole.warm_up_sums(plan, given, bias)
         self.synchronize()
-
-    def _look_at_reports(self, age: int) -> None:
-        """Notes the overflows of dispatches ``age`` before the last, or earlier; all ranks look at the same ones."""
-        while self._untold and self._num_fresh - self._untold[0][0] >= age:
-            _, sequence, report = self._untold.popleft()
-            report.event.synchronize()
-            if (error := self._planner.overflow_of(report)) is not None:
-                self.overflows.append((sequence, error))
 
     def _push(self, plan: DevicePlan, outgoing: Outgoing) -> None:
         """Rows alone, by kernels or by copies of whole blocks."""
@@ -302,10 +290,10 @@ class CudaBackend:
             return
         way, x = self._way(plan, outgoing), outgoing.x
         if isinstance(x, Tensor) and self._is_narrow and not outgoing.wide:
-            self._kernels.push_cast(self._rowwise(x), way.table, landed=way.is_landed)
+            self._kernels.push_cast(rowwise(x, self._on), way.table, landed=way.is_landed)
             return
-        data, scale = (self._rowwise(x.data), self._rowwise(x.scale)) if isinstance(x, Quantized) else (x, None)
-        self._kernels.push_rows(self._rowwise(data), way.table, way.region, row_bytes=way.row_bytes)
+        data, scale = (rowwise(x.data, self._on), rowwise(x.scale, self._on)) if isinstance(x, Quantized) else (x, None)
+        self._kernels.push_rows(rowwise(data, self._on), way.table, way.region, row_bytes=way.row_bytes)
         if scale is not None:
             region = way.region if way.is_landed else "scale"
             self._kernels.push_rows(scale, way.table, region, offset=way.scale_offset, row_bytes=way.row_bytes)
@@ -329,7 +317,7 @@ class CudaBackend:
                 x = spec.wire.quantize(x)
         parts = [(x.data, region), (x.scale, "scale")] if isinstance(x, Quantized) else [(x, region)]
         with self.on_stream():  # the host waits for the words
-            seen, counts = self._on.seen.tolist(), plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
+            seen, counts = self._on.call[: self._transport.num_ranks].tolist(), plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
         if self._consent.failure() is not None or not bool(counts.any()):
             return
         starts = counts.cumsum(1)[rank] - counts[rank]
@@ -348,13 +336,41 @@ class CudaBackend:
 
     def _pack(self, rows: Tensor, table: Table, *, num_rows: int) -> Tensor:
         packed = self._ours(num_rows, *rows.shape[1:], dtype=rows.dtype)
-        self._kernels.pack_rows(self._rowwise(rows), table, packed)
+        self._kernels.pack_rows(rowwise(rows, self._on), table, packed)
         return packed
+
+    def _small(
+        self, plan: DevicePlan, outgoing: Outgoing, slot: int, num_rows: int
+    ) -> tuple[DevicePlan, Callable[[], Small]]:
+        """The small things of a slot, and the plan with what it keeps of them; of whole calls when they are asked for."""
+        if plan.is_whole and plan.src_idx is None and not outgoing.extras:
+            is_captured = torch.cuda.is_current_stream_capturing()
+
+            def read() -> Small:
+                if torch.cuda.is_current_stream_capturing() != is_captured:
+                    raise ConfigError(
+                        "what came with these rows is read when it is asked for: of a dispatch in a CUDA graph ask "
+                        "within the capture, of any other outside of it"
+                    )
+                self.enter()
+                return self._unpack(plan, outgoing, slot, num_rows)[1]
+
+            return plan, read
+        weights: Tensor | None = None
+        extras: tuple[Tensor, ...] = ()
+        if _has_records(plan, outgoing):
+            plan, small = self._unpack(plan, outgoing, slot, num_rows)
+            weights, extras = small.weights, small.extras
+        assert plan.src_idx is not None
+        src_idx = self._up_to(plan.src_idx, num_rows)
+        topk_idx = None if plan.local_idx is None else self._up_to(plan.local_idx, num_rows)
+        small = Small(src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras)
+        return plan, lambda: small
 
     def _unpack(
         self, plan: DevicePlan, outgoing: Outgoing, slot: int, num_rows: int
-    ) -> tuple[DevicePlan, Tensor | None, tuple[Tensor, ...]]:
-        """The small things out of the records: the plan with sources and ids, weights, extras."""
+    ) -> tuple[DevicePlan, Small]:
+        """The small things out of the records, and the plan with sources and ids."""
         spec = self._arena.spec
         per_row = () if spec.layout.per_pick else (spec.num_topk,)
         src_idx = self._empty(num_rows, dtype=torch.int32)
@@ -369,7 +385,8 @@ class CudaBackend:
                 part = record[:, at : at + raw.shape[1]]
                 raw.copy_(part.masked_fill(plan.rows.origins[:num_rows, None] < 0, 0))
             at += raw.shape[1]
-        return replace(plan, src_idx=src_idx, local_idx=local_idx), weights, extras
+        small = Small(src_idx=src_idx, topk_idx=local_idx, weights=weights, extras=extras)
+        return replace(plan, src_idx=src_idx, local_idx=local_idx), small
 
     def _up_to(self, rows: Tensor, num_rows: int) -> Tensor:
         """As many rows as are asked for; where a plan knows of fewer, the rest are none."""
@@ -385,17 +402,6 @@ class CudaBackend:
             packed = torch.zeros(raw.shape[0], num_bytes, dtype=torch.uint8, device=self._device)
             packed[:, : raw.shape[1]].copy_(raw)
             return packed.view(torch.int32)
-
-    def _rowwise(self, rows: Tensor) -> Tensor:
-        """Rows ``[n, ...]`` each of which has no gaps: themselves, or copies that are ours."""
-        return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else self._dense(rows)
-
-    def _dense(self, tensor: Tensor) -> Tensor:
-        """The tensor without gaps: itself, or a copy that is ours."""
-        if tensor.is_contiguous():
-            return tensor
-        with self.on_stream():
-            return tensor.contiguous()
 
     def _ours(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory for our stream alone."""

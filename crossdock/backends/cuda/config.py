@@ -14,6 +14,14 @@ _ORIGIN_CELLS = 16384
 """Rows times blocks of rows that a program compares."""
 _COUNTS = 4096
 """Counts that a program moves at a time."""
+_FEW_PICKS = 4096
+"""Picks up to which a call of rows with one pick each is one kernel."""
+FEW_WARPS = 8
+FEW_PER_SM = 4
+FEW_SUM_WARPS = 4
+FEW_SUMS_PER_SM = 4
+"""Warps and programs of such calls, on a multiprocessor: half of what it has, as they may wait for a peer."""
+_PATIENCE = 32
 PROGRAMS_PER_SM = 16
 """Of kernels whose number of rows only the device knows: each program takes its share of them."""
 
@@ -28,6 +36,21 @@ class Shape:
     """None: one for each piece."""
     num_rows: int = 1
     """Rows of which a copy moves a piece at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Few:
+    """How the programs of a whole call share out its rows, beside the one that speaks with the peers."""
+
+    tokens: int
+    """Whose rows are one program's, or those of ``parts`` programs that share the pieces of each."""
+    parts: int
+    piece: int
+    """Words of a row, or blocks that are cast."""
+    num_warps: int
+    programs: int
+    patience: int
+    """Polls after which a call that is only started leaves its rows to ``wait()``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +77,7 @@ class LaunchConfig:
     expand: Literal["sender", "receiver"]
     engine: Literal["kernel", "copy"]
     topology: Topology
+    one_kernel: bool = False
 
     @property
     def is_capped(self) -> bool:
@@ -83,10 +107,45 @@ class LaunchConfig:
             return _shape(row_bytes, piece_bytes=2048, num_warps=1)
         return _shape(row_bytes, piece_bytes=4096, num_warps=2)
 
+    @property
+    def few_programs(self) -> int:
+        """The most that move rows of a whole dispatch."""
+        return self.num_sms * FEW_PER_SM
+
+    def few(self, num_words: int, num_tokens: int, *, max_tokens: int, casts: bool) -> Few:
+        """For the kernel that is a whole dispatch, of rows of as many words, or blocks that are cast."""
+        piece = min(power_of_two(num_words), 16 if casts else 512)
+        most = self.few_programs
+        tokens = power_of_two(-(-max_tokens // most))
+        blocks = -(-num_tokens // tokens)
+        parts = max(1, min(most // max(blocks, 1), -(-num_words // piece)))
+        return Few(
+            tokens=tokens,
+            parts=parts,
+            piece=piece,
+            num_warps=FEW_WARPS,
+            programs=blocks * parts,
+            patience=_PATIENCE,
+        )
+
+    def few_sums(self, item_bytes: int, hidden: int, num_tokens: int) -> Few:
+        """For the kernel that is a whole combine."""
+        piece = min(power_of_two(hidden), 2048 // item_bytes)
+        items = max(1, num_tokens) * -(-hidden // piece)
+        return Few(
+            tokens=1,
+            parts=1,
+            piece=piece,
+            num_warps=FEW_SUM_WARPS,
+            programs=min(items, self.num_sms * FEW_SUMS_PER_SM),
+            patience=_PATIENCE,
+        )
+
     def __str__(self) -> str:
+        one_kernel = ", one kernel per call" if self.one_kernel else ""
         return (
             f"LaunchConfig(num_sms={self.num_sms} of {self.visible_sms}, expand={self.expand!r}, "
-            f"engine={self.engine!r}, link {self.topology.link_bandwidth / 1e9:.0f} GB/s, "
+            f"engine={self.engine!r}{one_kernel}, link {self.topology.link_bandwidth / 1e9:.0f} GB/s, "
             f"memory {self.topology.memory_bandwidth / 1e9:.0f} GB/s)"
         )
 
@@ -102,19 +161,30 @@ def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int, 
     """The configuration of a buffer: what was asked for, and the analytic default for the rest.
 
     Twice as many multiprocessors as fill the link with stores, because a combine loads over it, which takes more in
-    flight. All that there are, where that is fewer, or where several ranks share the GPU and its memory is the link.
+    flight. All that there are, where that is fewer, where several ranks share the GPU and its memory is the link, and
+    for calls of few tokens: these are one kernel each, with rows whose copies the sender makes.
 
     >>> spec = Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=4)
     >>> print(decide(spec, Topology(num_ranks=8), Wishes(), visible_sms=132))
     LaunchConfig(num_sms=16 of 132, expand='sender', engine='kernel', link 450 GB/s, memory 4100 GB/s)
     """
-    default = 2 * cost.sms_to_fill(topology.link_bandwidth) if ranks_here == 1 else visible_sms
+    one_kernel = (
+        spec.layout.per_pick
+        and spec.reduce == "token"
+        and spec.max_tokens * spec.num_topk <= _FEW_PICKS
+        and wishes.expand != "receiver"
+        and wishes.engine == "kernel"
+    )
+    default = visible_sms
+    if ranks_here == 1 and not one_kernel:
+        default = 2 * cost.sms_to_fill(topology.link_bandwidth)
     return LaunchConfig(
         num_sms=min(wishes.num_sms or default, visible_sms),
         visible_sms=visible_sms,
-        expand=wishes.expand or cost.cheaper_expand(spec, topology),
+        expand=wishes.expand or ("sender" if one_kernel else cost.cheaper_expand(spec, topology)),
         engine=wishes.engine,
         topology=topology,
+        one_kernel=one_kernel,
     )
 
 

@@ -106,6 +106,14 @@ class DeviceConsent(Consent):
             self._kernels.finish_call(posts=True, awaits_all=True, tokens=plan.num_tokens_per_expert)
         self._kernels.check_call()
 
+    def settle(self) -> None:
+        """See Consent."""
+        for stream in self._on.streams:
+            event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+            for num_polls, _ in enumerate(self.until(event, "do its part of the last call")):
+                self._transport.idle(num_polls)
+
     def until(self, event: Event, what: str) -> Generator[Missing, None, None]:
         """Done when the event has passed: on the device everything has its deadline.
 
@@ -129,8 +137,12 @@ class DeviceConsent(Consent):
     def tells(self, plan: DevicePlan) -> None:
         """The next word goes with the counts of a fresh dispatch, whose plan is filled from everybody's."""
         self._fresh = plan
+        self.remembers(plan.topk_idx)
+
+    def remembers(self, topk_idx: torch.Tensor) -> None:
+        """The picks of a dispatch, to say what is wrong with them if the device refuses them."""
         if not torch.cuda.is_current_stream_capturing():
-            self._picks.append(plan.topk_idx)  # to say what is wrong with them if the device refuses them
+            self._picks.append(topk_idx)
 
     def counts(self, tokens: torch.Tensor) -> None:
         """The call under way is counted once its rows have arrived: so many picks of each local expert, ``[L]``."""

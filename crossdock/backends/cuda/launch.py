@@ -44,8 +44,11 @@ class Launcher:
         self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.failure = torch.zeros(RECORD_WORDS.value, dtype=torch.int64, pin_memory=True)
         """The record of the call that has failed, in host memory; zero while none has."""
-        self.seen = torch.zeros(self.num_ranks, dtype=torch.int64, device=self.device)
-        """The words of the call under way."""
+        call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
+        self._calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device)
+        self._num_calls = 0
+        self.call = self._calls[0]
+        """What kernels keep of the call under way."""
         self.tokens = torch.zeros(self.num_local, dtype=torch.int64, device=self.device)
         """``[L]``, picks of each local expert in all calls."""
         self.counts = torch.zeros(spec.num_counts(arena.topology), dtype=torch.int64, device=self.device)
@@ -69,22 +72,37 @@ class Launcher:
         self.stream.synchronize()
 
     def enter(self) -> None:
-        """What the caller has issued on its current stream comes before what is launched from now on."""
-        self._entered.record(torch.cuda.current_stream(self.device))
-        self.stream.wait_event(self._entered)
+        """What the caller has issued on its current stream comes before what is launched from now on.
+
+        Calls of one kernel go on that stream themselves; behind those before, wherever they were.
+        """
+        current = torch.cuda.current_stream(self.device)
+        if not self.config.one_kernel:
+            self._entered.record(current)
+            self.stream.wait_event(self._entered)
+        elif current != self.stream:
+            if not torch.cuda.is_current_stream_capturing():  # which begins when all is done, and allows no such look
+                self._entered.record(self.stream)
+                current.wait_event(self._entered)
+            self.stream = current
 
     @property
-    def is_idle(self) -> bool:
-        """Whether all kernels that this host has issued are done, and the graphs that it has replayed."""
-        return self.stream.query() and torch.cuda.current_stream(self.device).query()
-
-    def synchronize(self) -> None:
-        """Waits for the kernels that this host has issued, and for graphs that it has replayed.
+    def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """Where kernels that this host has issued may run, and the graphs that it has replayed.
 
         A graph runs where it is replayed: on the current stream, or on one that the caller has ordered before it.
         """
-        torch.cuda.current_stream(self.device).synchronize()
-        self.stream.synchronize()
+        return torch.cuda.current_stream(self.device), self.stream
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was issued is done."""
+        return all(stream.query() for stream in self.streams)
+
+    def synchronize(self) -> None:
+        """Waits for all that was issued."""
+        for stream in self.streams:
+            stream.synchronize()
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory that belongs to the current stream, for kernels to write at once."""
@@ -93,9 +111,22 @@ class Launcher:
             self.enter()
         return tensor
 
+    def dense(self, tensor: Tensor) -> Tensor:
+        """The tensor without gaps: itself, or a copy that is ours."""
+        if tensor.is_contiguous():
+            return tensor
+        with torch.cuda.stream(self.stream):
+            return tensor.contiguous()
+
     def view(self, region: str, slot: int) -> Tensor:
         """A slot of a region of this rank's own segment."""
         return self._regions[region][slot]
+
+    def next_call(self) -> Tensor:
+        """Room for what kernels keep of the next call; as many calls may be in flight as there are slots."""
+        self._num_calls += 1
+        self.call = self._calls[self._num_calls % self._calls.shape[0]]
+        return self.call
 
     def use_sms(self, num_sms: int | None, default: LaunchConfig) -> None:
         """Chooses the configuration of the call that comes now."""
@@ -142,6 +173,11 @@ class Launcher:
             "ALIGNMENT": 0 if isinstance(layout, Padded) and not is_pairs else alignment,
             "AT_ONCE": counts_at_once(self.num_ranks, self.counts.shape[0]),
         }
+
+    def blocks_of_rows(self) -> dict[str, int]:
+        """The same, of rows with one pick each."""
+        blocks = self.blocks(is_pairs=False)
+        return {name: blocks[name] for name in ("L", "ALIGNMENT", "AT_ONCE")}
 
     def slot_bytes(self, region: str) -> int:
         return self._slot_size[region]

@@ -46,7 +46,7 @@ class RowKernels:
             words,
             table.places,
             self._on.segments,
-            self._on.seen,
+            self._on.call,
             self._on.state,
             num_tokens,
             words.stride(0),
@@ -82,7 +82,7 @@ class RowKernels:
             x,
             table.places,
             self._on.segments,
-            self._on.seen,
+            self._on.call,
             self._on.state,
             num_tokens,
             x.stride(0),
@@ -118,7 +118,7 @@ class RowKernels:
             topk_idx if extras is None else extras,
             table.places,
             self._on.segments,
-            self._on.seen,
+            self._on.call,
             self._on.state,
             num_tokens,
             self._on.rank * spec.max_tokens,
@@ -184,7 +184,7 @@ class RowKernels:
             rows_table.places,
             pairs.places,
             self._on.segments,
-            self._on.seen,
+            self._on.call,
             self._on.state,
             num_tokens,
             self._on.arena["partial_rows"].offset,
@@ -253,7 +253,7 @@ class RowKernels:
             table.origins,
             plan.scalars,
             self._on.segments,
-            self._on.seen,
+            self._on.call,
             self._on.state,
             words.stride(0),
             self._on.arena[region].offset,
@@ -280,7 +280,7 @@ class RowKernels:
             table.origins,
             plan.scalars,
             self._on.segments,
-            self._on.seen,
+            self._on.call,
             self._on.state,
             y.stride(0),
             self._on.arena["landing"].offset,
@@ -313,7 +313,7 @@ class RowKernels:
             table.places,
             table.homes,
             self._on.segments,
-            self._on.seen,
+            self._on.call,
             self._on.state,
             num_tokens,
             self._on.rank,
@@ -389,6 +389,11 @@ def as_words(rows_of: Tensor, *others: int) -> Tensor:
     bytes_of = (rows_of.shape[1] * size, rows_of.stride(0) * size, rows_of.storage_offset() * size)
     widest = math.gcd(8, *bytes_of, rows_of.data_ptr(), *others)
     return rows_of.view(_WORDS[widest]) if widest != size or rows_of.dtype.is_floating_point else rows_of
+
+
+def rowwise(rows: Tensor, on: Launcher) -> Tensor:
+    """Rows ``[n, ...]`` each of which has no gaps: themselves, or copies that are ours."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else on.dense(rows)
 
 
 def _grid(num_items: int, shape: Shape) -> tuple[int]:

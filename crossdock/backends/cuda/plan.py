@@ -57,6 +57,8 @@ class DevicePlan(Plan):
     src_idx: Int32[Tensor, "R"] | None = None
     """Filled on arrival, for later dispatches on this plan."""
     local_idx: Int32[Tensor, "R K"] | None = None
+    is_whole: bool = False
+    """Whether its dispatch was done as a whole: then origins and sources are looked for when somebody asks."""
     sums_pairs: bool = False
     """Whether ranks sum a token's rows, and one goes home."""
 

@@ -5,13 +5,14 @@ Letters: T tokens here, K top-k, J places of a token, C rows of a receive slot, 
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import PlanTensors
+from crossdock.backends.base import PlanTensors, Rows
 from crossdock.backends.cuda.config import origins_at_once, power_of_two
 from crossdock.backends.cuda.kernels import places
 from crossdock.backends.cuda.kernels.places import (
@@ -34,6 +35,8 @@ _CELLS = 4096
 """Counts of chunks that a program sums at a time."""
 NUM_REPORTS = 64
 """Dispatches whose reports are kept."""
+_TOLD_AFTER = NUM_REPORTS // 2
+"""Fresh dispatches after which an overflow is told that nobody has asked for: all ranks then know of it."""
 _NUM_CAPTURED = 1024
 REMADE = 1
 """The stamp of plans that are made again: no dispatch has such a number."""
@@ -60,6 +63,12 @@ class Planner:
         self._reports: list[Report | None] = [None] * NUM_REPORTS
         self._num_reports = 0
         self._captured: list[Report] = []
+        """Those that graphs write, whenever they are replayed."""
+        self.overflows: list[tuple[int, CapacityError]] = []
+        """See Backend."""
+        self._num_fresh = 0
+        self._untold: deque[tuple[int, int, Report]] = deque()
+        """Of dispatches whose report nobody has looked at: its number among the fresh ones, sequence number, report."""
         self._nobody = self._rows[-1]
         self._chunk_tokens = max(1, _PICKS // power_of_two(arena.spec.num_topk))
         num_chunks = -(-arena.spec.max_tokens // self._chunk_tokens)
@@ -74,18 +83,30 @@ class Planner:
 
         Until it has its places, no other is counted.
         """
-        spec, topology = self._arena.spec, self._arena.topology
-        gathered = self._ints(self._num_ranks, spec.num_counts(topology), dtype=torch.int64)
-        plan = self._blank(topk_idx, gathered, stamp=stamp, report=self._report())
+        plan = self._fresh(topk_idx, stamp=stamp)
         self._count_picks(topk_idx)
         return plan
+
+    def blank(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
+        """The plan of a dispatch as a whole, which counts for itself and fills it."""
+        return replace(self._fresh(topk_idx, stamp=stamp), is_whole=True)
 
     def place(self, plan: DevicePlan) -> None:
         """Fills in where rows go, once everybody's counts are here."""
         assert plan.report is not None
         self._place(plan, plan.report.row)
-        if not plan.report.is_captured:
-            plan.report.event.record(self._on.stream)
+
+    def placed(self, plan: DevicePlan, sequence: int, mode: Rows) -> None:
+        """What fills the plan of a dispatch has been issued: its report is on its way."""
+        report = plan.report
+        assert report is not None
+        if report.is_captured:
+            return
+        report.event.record(self._on.stream)
+        self._num_fresh += 1
+        if mode == "capacity":
+            self._untold.append((self._num_fresh, sequence, report))
+        self._look_at_reports(_TOLD_AFTER)
 
     def remake(self, tensors: PlanTensors) -> DevicePlan:
         """The plan again, from the tensors that decide it."""
@@ -140,10 +161,25 @@ class Planner:
         worst = int(told[REPORT_WORST.value])
         return overflow(self._arena.spec, self._arena.topology, worst=worst, needed=needed)
 
-    @property
-    def captured(self) -> list[Report]:
-        """Reports that graphs write, whenever they are replayed."""
-        return self._captured
+    def look_at_all_reports(self) -> None:
+        """Notes all overflows, also of graphs that were replayed; what was issued is done."""
+        self._look_at_reports(0)
+        for report in self._captured:
+            if (error := self.overflow_of(report)) is not None:
+                self.overflows.append((0, error))
+
+    def _look_at_reports(self, age: int) -> None:
+        """Notes the overflows of dispatches ``age`` before the last, or earlier; all ranks look at the same ones."""
+        while self._untold and self._num_fresh - self._untold[0][0] >= age:
+            _, sequence, report = self._untold.popleft()
+            report.event.synchronize()
+            if (error := self.overflow_of(report)) is not None:
+                self.overflows.append((sequence, error))
+
+    def _fresh(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
+        num_counts = self._arena.spec.num_counts(self._arena.topology)
+        gathered = self._ints(self._num_ranks, num_counts, dtype=torch.int64)
+        return self._blank(topk_idx, gathered, stamp=stamp, report=self._report())
 
     def _place(self, plan: DevicePlan, told: Tensor) -> None:
         self._place_rows(plan, plan.rows, is_pairs=False)

@@ -17,10 +17,11 @@ class WordKernels:
 
     def begin_call(self, payload: int, plan: DevicePlan | None) -> None:
         """Words to all and from all; of a fresh dispatch with counts, and its plan's blocks of rows from them."""
+        self._on.next_call()
         words = (
             self._on.segments,
             self._on.state,
-            self._on.seen,
+            self._on.call,
             self._on.record,
             self._on.failure,
             payload,
@@ -73,7 +74,7 @@ class WordKernels:
             (1,),
             self._on.segments,
             self._on.state,
-            self._on.seen,
+            self._on.call,
             self._on.record,
             self._on.failure,
             self._on.rank,
@@ -97,6 +98,7 @@ class WordKernels:
             (1,),
             self._on.segments,
             self._on.state,
+            self._on.call,
             self._on.record,
             self._on.failure,
             self._on.rank,

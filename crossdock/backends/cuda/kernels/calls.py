@@ -1,8 +1,8 @@
 """The two ends of every call: words to all and from all, on the device. One program each; Triton only.
 
-What a buffer's kernels share is an int64 ``state``: the number of the next call and of the one under way, the epochs
-that have ended, and whether the call under way is OK. A call that is not OK ends the epoch: no kernel of this rank
-touches peer memory any more, none waits, until the host has begun the next epoch.
+What a buffer's kernels share is an int64 ``state``: the number of the next call and of the one begun last, the epochs
+that have ended, and whether all is OK. A call that is not OK ends the epoch: no kernel of this rank touches peer memory
+any more, none waits, until the host has begun the next epoch. What belongs to one call is an int64 ``call``.
 
 Letters: P ranks, W counts of a rank.
 """
@@ -33,7 +33,17 @@ CURRENT = tl.constexpr(1)
 NUM_ENDED = tl.constexpr(2)
 STATUS = tl.constexpr(3)
 STATE_WORDS = tl.constexpr(4)
-"""Entries of the state."""
+"""Entries of the state; CURRENT is the call that was begun last, or the one that has failed."""
+
+SEQUENCE = tl.constexpr(0)
+PROGRESS = tl.constexpr(1)
+CALL_WORDS = tl.constexpr(2)
+"""Entries of a call, int64, behind the words of all ranks: its number, and how far this rank is."""
+
+BEGUN = tl.constexpr(0)
+READY = tl.constexpr(1)
+SENT = tl.constexpr(2)
+"""Progress of a call that one kernel does: its word is given; it knows where rows go; they are there."""
 
 BEGIN = tl.constexpr(1)
 ARRIVE = tl.constexpr(2)
@@ -46,6 +56,7 @@ SLOT_MASK = tl.constexpr(consent.SLOT_MASK)
 SIGNATURE_MASK = tl.constexpr(consent.SIGNATURE_MASK)
 PUSHED = tl.constexpr(consent.PUSHED)
 PAYLOAD_MASK = tl.constexpr(consent.PAYLOAD_MASK)
+WITHOUT_KIND = tl.constexpr((1 << consent.KIND_SHIFT) - 1)
 
 
 @triton.jit
@@ -55,22 +66,123 @@ def is_ok(state):
 
 
 @triton.jit
-def slot_of(seen, peer):
+def slot_of(call, peer):
     """Where a peer wants the rows of this call."""
-    return (tl.load(seen + peer) >> SLOT_SHIFT) & SLOT_MASK
+    return (tl.load(call + peer) >> SLOT_SHIFT) & SLOT_MASK
 
 
 @triton.jit
-def output_slot_of(seen, peer):
+def output_slot_of(call, peer):
     """Where a peer's outputs lie, or PUSHED."""
-    return (tl.load(seen + peer) >> OUTPUT_SHIFT) & SLOT_MASK
+    return (tl.load(call + peer) >> OUTPUT_SHIFT) & SLOT_MASK
+
+
+@triton.jit
+def give_word(
+    segments,
+    state,
+    call,
+    payload,
+    is_refused,
+    mine,
+    rank,
+    words_offset,
+    counts_offset,
+    P: tl.constexpr,
+    RING: tl.constexpr,
+    W: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Takes the next call's number, and gives this rank's word for it, behind its counts where there are any (W > 0).
+
+    Args:
+        payload: int64, this rank's word without its stamp.
+        is_refused: whether this rank's picks are not allowed: its word then has no kind.
+        mine: int64 ``[next_power_of_2(W)]``.
+        AT_ONCE: ranks whose counts are moved at a time, a power of two.
+    """
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    sequence = tl.load(state + NEXT)
+    tl.debug_barrier()  # every warp has read it
+    tl.store(state + CURRENT, sequence)
+    tl.store(state + NEXT, next_call(sequence))
+    tl.store(call + P + SEQUENCE, sequence)
+    tl.store(call + P + PROGRESS, tl.full([], BEGUN, tl.int64))
+    entry = (sequence & (RING - 1)) * P
+    given = tl.zeros_like(lanes).to(tl.int64) + payload
+    if W > 0:
+        given = tl.where(is_refused, given & WITHOUT_KIND, given)
+        columns = tl.arange(0, triton.next_power_of_2(W))
+        for first in range(0, P, AT_ONCE):
+            peer = first + tl.arange(0, AT_ONCE)
+            there = words_at(tl.load(segments + peer, mask=peer < P, other=0), counts_offset) + (entry + rank) * W
+            is_there = (peer < P)[:, None] & (columns < W)[None, :]
+            tl.store(there[:, None] + columns[None, :], stamped(sequence, mine)[None, :], mask=is_there)
+    post_words(segments, words_offset + 8 * (entry + rank), stamped(sequence, given), P)
+    return sequence
+
+
+@triton.jit
+def take_words(
+    segments,
+    state,
+    call,
+    record,
+    report,
+    sequence,
+    payload,
+    gathered,
+    rank,
+    max_polls,
+    words_offset,
+    aborts_offset,
+    counts_offset,
+    P: tl.constexpr,
+    RING: tl.constexpr,
+    W: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Waits for everybody's words for a call, and leaves them in ``call``; everybody's counts go to ``gathered``.
+
+    Args:
+        gathered: int64 ``[P, W]``.
+    """
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    is_rank = lanes < P
+    entry = (sequence & (RING - 1)) * P
+    own = tl.load(segments + rank)
+    words, aborts = words_at(own, words_offset) + entry, words_at(own, aborts_offset)
+    ended = tl.load(state + NUM_ENDED)
+    status, theirs = wait_words(words, aborts, stamped(sequence, 0), True, ended, max_polls, BEGIN, record, P)
+    theirs = theirs & PAYLOAD_MASK
+    if status == OK:
+        differs = is_rank & ((theirs >> KIND_SHIFT) != (payload >> KIND_SHIFT))
+        peer = tl.min(tl.where(differs, lanes, P), axis=0)
+        if peer == P:
+            differs = is_rank & ((theirs & SIGNATURE_MASK) != (payload & SIGNATURE_MASK))
+            peer = tl.min(tl.where(differs, lanes, P), axis=0)
+        if peer < P:
+            status = tl.full([], MISMATCHED, tl.int32)
+            write_record(record, status, peer, BEGIN, payload, tl.sum(tl.where(lanes == peer, theirs, 0), axis=0))
+    tl.store(call + lanes, theirs, mask=is_rank)
+    if W > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
+        if status == OK:
+            columns = tl.arange(0, triton.next_power_of_2(W))
+            for first in range(0, P, AT_ONCE):
+                peer = first + tl.arange(0, AT_ONCE)
+                is_there = (peer < P)[:, None] & (columns < W)[None, :]
+                at = peer[:, None] * W + columns[None, :]
+                came = tl.load(words_at(own, counts_offset) + entry * W + at, mask=is_there)
+                tl.store(gathered + at, came & PAYLOAD_MASK, mask=is_there)
+    tell_status(state, sequence, status, record, report)
+    return status
 
 
 @triton.jit(do_not_specialize=["payload", "rank", "max_polls"])
 def begin_call(
     segments,
     state,
-    seen,
+    call,
     record,
     report,
     payload,
@@ -87,7 +199,7 @@ def begin_call(
     W: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Takes the next call's number, gives this rank's word for it, and waits for everybody's; leaves them in ``seen``.
+    """Takes the next call's number, gives this rank's word for it, and waits for everybody's; leaves them in ``call``.
 
     In a fresh dispatch (W > 0) the counts go first, stamped like every word, and everybody's are left in ``gathered``.
 
@@ -97,60 +209,76 @@ def begin_call(
         counts, gathered: int64 ``[W]`` and ``[P, W]``.
         AT_ONCE: ranks whose counts are moved at a time, a power of two.
     """
-    lanes = tl.arange(0, triton.next_power_of_2(P))
-    is_rank = lanes < P
     if is_ok(state):
-        sequence = tl.load(state + NEXT)
-        tl.debug_barrier()  # every warp has read it
-        tl.store(state + CURRENT, sequence)
-        tl.store(state + NEXT, next_call(sequence))
-        entry = (sequence & (RING - 1)) * P
-        given = tl.zeros_like(lanes).to(tl.int64) + payload
-        own = tl.load(segments + rank)
+        is_refused = False
+        mine = tl.zeros([1], tl.int64)
         if W > 0:
-            if tl.load(refused) != 0:
-                given = given & ((1 << KIND_SHIFT) - 1)
+            is_refused = tl.load(refused) != 0
             tl.debug_barrier()  # every warp has read it
             tl.store(refused, 0)
             columns = tl.arange(0, triton.next_power_of_2(W))
             mine = tl.load(counts + columns, mask=columns < W, other=0)
-            for first in range(0, P, AT_ONCE):
-                peer = first + tl.arange(0, AT_ONCE)
-                there = words_at(tl.load(segments + peer, mask=peer < P, other=0), counts_offset) + (entry + rank) * W
-                is_there = (peer < P)[:, None] & (columns < W)[None, :]
-                tl.store(there[:, None] + columns[None, :], stamped(sequence, mine)[None, :], mask=is_there)
-        post_words(segments, words_offset + 8 * (entry + rank), stamped(sequence, given), P)
-        words, aborts = words_at(own, words_offset) + entry, words_at(own, aborts_offset)
-        ended = tl.load(state + NUM_ENDED)
-        status, theirs = wait_words(words, aborts, stamped(sequence, 0), True, ended, max_polls, BEGIN, record, P)
-        theirs = theirs & PAYLOAD_MASK
+        sequence = give_word(
+            segments, state, call, payload, is_refused, mine, rank, words_offset, counts_offset, P, RING, W, AT_ONCE
+        )
+        take_words(
+            segments, state, call, record, report, sequence, payload, gathered, rank, max_polls,
+            words_offset, aborts_offset, counts_offset, P, RING, W, AT_ONCE,
+        )  # fmt: skip
+
+
+@triton.jit
+def await_rows(
+    segments,
+    state,
+    call,
+    record,
+    report,
+    rank,
+    max_polls,
+    arrived_offset,
+    aborts_offset,
+    tokens,
+    all_tokens,
+    P: tl.constexpr,
+    RING: tl.constexpr,
+    AWAITS_ALL: tl.constexpr,
+    L: tl.constexpr,
+):
+    """Waits until the rows of a call are here; then they count. See ``finish_call``."""
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    sequence = tl.load(call + P + SEQUENCE)
+    entry = (sequence & (RING - 1)) * P
+    is_awaited = lanes < P
+    if not AWAITS_ALL:
+        theirs = tl.load(call + lanes, mask=lanes < P, other=0)
+        is_awaited = is_awaited & (((theirs >> OUTPUT_SHIFT) & SLOT_MASK) == PUSHED)
+    own = tl.load(segments + rank)
+    words, aborts = words_at(own, arrived_offset) + entry, words_at(own, aborts_offset)
+    ended, word = tl.load(state + NUM_ENDED), stamped(sequence, 0)
+    status, _ = wait_words(words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P)
+    if L > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
         if status == OK:
-            differs = is_rank & ((theirs >> KIND_SHIFT) != (payload >> KIND_SHIFT))
-            peer = tl.min(tl.where(differs, lanes, P), axis=0)
-            if peer == P:
-                differs = is_rank & ((theirs & SIGNATURE_MASK) != (payload & SIGNATURE_MASK))
-                peer = tl.min(tl.where(differs, lanes, P), axis=0)
-            if peer < P:
-                status = tl.full([], MISMATCHED, tl.int32)
-                write_record(record, status, peer, BEGIN, payload, tl.sum(tl.where(lanes == peer, theirs, 0), axis=0))
-        tl.store(seen + lanes, theirs, mask=is_rank)
-        if W > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
-            if status == OK:
-                columns = tl.arange(0, triton.next_power_of_2(W))
-                for first in range(0, P, AT_ONCE):
-                    peer = first + tl.arange(0, AT_ONCE)
-                    is_there = (peer < P)[:, None] & (columns < W)[None, :]
-                    at = peer[:, None] * W + columns[None, :]
-                    came = tl.load(words_at(own, counts_offset) + entry * W + at, mask=is_there)
-                    tl.store(gathered + at, came & PAYLOAD_MASK, mask=is_there)
-        tell_status(state, status, record, report)
+            local = tl.arange(0, triton.next_power_of_2(L))
+            so_far = tl.load(all_tokens + local, mask=local < L)
+            tl.store(all_tokens + local, so_far + tl.load(tokens + local, mask=local < L), mask=local < L)
+    tell_status(state, sequence, status, record, report)
+    return status
+
+
+@triton.jit
+def post_arrived(segments, call, rank, arrived_offset, P: tl.constexpr, RING: tl.constexpr):
+    """Tells every rank that this rank's rows of a call are in place."""
+    sequence = tl.load(call + P + SEQUENCE)
+    entry = (sequence & (RING - 1)) * P
+    post_words(segments, arrived_offset + 8 * (entry + rank), stamped(sequence, 0), P)
 
 
 @triton.jit(do_not_specialize=["rank", "max_polls"])
 def finish_call(
     segments,
     state,
-    seen,
+    call,
     record,
     report,
     rank,
@@ -175,50 +303,43 @@ def finish_call(
         tokens, all_tokens: int32 and int64 ``[L]``, picks of each local expert in this call, and in all that were OK;
             L is 0 in calls that are not counted.
     """
-    lanes = tl.arange(0, triton.next_power_of_2(P))
     if is_ok(state):
-        sequence = tl.load(state + CURRENT)
-        entry = (sequence & (RING - 1)) * P
-        word = stamped(sequence, 0)
         if POSTS:
-            post_words(segments, arrived_offset + 8 * (entry + rank), word, P)
-        is_awaited = lanes < P
-        if not AWAITS_ALL:
-            theirs = tl.load(seen + lanes, mask=lanes < P, other=0)
-            is_awaited = is_awaited & (((theirs >> OUTPUT_SHIFT) & SLOT_MASK) == PUSHED)
-        own = tl.load(segments + rank)
-        words, aborts = words_at(own, arrived_offset) + entry, words_at(own, aborts_offset)
-        ended = tl.load(state + NUM_ENDED)
-        status, _ = wait_words(words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P)
-        if L > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
-            if status == OK:
-                local = tl.arange(0, triton.next_power_of_2(L))
-                so_far = tl.load(all_tokens + local, mask=local < L)
-                tl.store(all_tokens + local, so_far + tl.load(tokens + local, mask=local < L), mask=local < L)
-        tell_status(state, status, record, report)
+            post_arrived(segments, call, rank, arrived_offset, P, RING)
+        await_rows(
+            segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset, tokens, all_tokens,
+            P, RING, AWAITS_ALL, L,
+        )  # fmt: skip
 
 
 @triton.jit
-def tell_status(state, status, record, report):
+def tell_status(state, sequence, status, record, report):
     """Where a call is not OK, says so to the kernels that follow, and gives the host the record."""
     tl.debug_barrier()  # every warp has read the state
     if status != OK:
         tl.store(state + STATUS, status.to(tl.int64))
+        tl.store(state + CURRENT, sequence)
         words = tl.arange(0, triton.next_power_of_2(RECORD_WORDS))
         is_word = words < RECORD_WORDS
         tl.debug_barrier()
         tl.store(report + words, tl.load(record + words, mask=is_word, volatile=True), mask=is_word)
 
 
-@triton.jit(do_not_specialize=["rank"])
-def check_call(segments, state, record, report, rank, aborts_offset, P: tl.constexpr):
-    """Ends the call where a rank has given it up: what it let this rank read may have changed since."""
+@triton.jit
+def look_for_abort(segments, state, call, record, report, rank, aborts_offset, P: tl.constexpr):
+    """Ends a call where a rank has given it up: what it let this rank read may have changed since."""
     lanes = tl.arange(0, triton.next_power_of_2(P))
+    sequence = tl.load(call + P + SEQUENCE)
+    aborts = words_at(tl.load(segments + rank), aborts_offset)
+    peer, flag = find_abort(aborts, lanes < P, tl.load(state + NUM_ENDED), sequence & CALL_MASK, P)
+    status = tl.where(peer == P, OK, ABORTED)
+    if status != OK:
+        write_record(record, status, peer, ARRIVE, stamped(sequence, 0), flag)
+    tell_status(state, sequence, status, record, report)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def check_call(segments, state, call, record, report, rank, aborts_offset, P: tl.constexpr):
+    """``look_for_abort``, behind the kernels that read."""
     if is_ok(state):
-        sequence = tl.load(state + CURRENT)
-        aborts = words_at(tl.load(segments + rank), aborts_offset)
-        peer, flag = find_abort(aborts, lanes < P, tl.load(state + NUM_ENDED), sequence & CALL_MASK, P)
-        status = tl.where(peer == P, OK, ABORTED)
-        if status != OK:
-            write_record(record, status, peer, ARRIVE, stamped(sequence, 0), flag)
-        tell_status(state, status, record, report)
+        look_for_abort(segments, state, call, record, report, rank, aborts_offset, P)

@@ -62,12 +62,36 @@ def quotient(value, scale, POW2: tl.constexpr):
     return tl.where(value == 0, value, ratio)  # -0 has a remainder of +0, which would make it +0
 
 
+@triton.jit
+def cast_blocks(value, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
+    """Blocks of float32 values ``[G, BLOCK]`` (0 behind a block's end) as bytes of e4m3, and their scales ``[G]``.
+
+    Args:
+        POW2: round scales up to powers of two; EXPONENTS: give their biased exponents.
+    """
+    size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    is_finite = size < 0x7F800000
+    value = tl.where(is_finite, value, 0.0)
+    # Sizes of finite floats are ordered as their bits are, and integers have no NaN to take care of.
+    amax = tl.max(tl.where(is_finite, size, 0), axis=1).to(tl.float32, bitcast=True)
+    scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, E4M3_MAX, tl.float32)), SMALLEST_NORMAL)
+    if POW2:
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    if tl.target_info.cuda_capability_geq(8, 9):  # its casts are to nearest, ties to even, within +-448
+        data = quotient(value, scale, POW2).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        ratio = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
+        data = e4m3_bits(tl.minimum(tl.maximum(ratio, -E4M3_MAX), E4M3_MAX)).to(tl.uint8)
+    data = tl.where(is_finite, data, E4M3_NAN).to(tl.uint8)
+    return data, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8) if EXPONENTS else scale
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def push_cast(
     x,
     places,
     segments,
-    seen,
+    call,
     state,
     num_tokens,
     stride,
@@ -105,26 +129,12 @@ def push_cast(
             at = group[:, None] * BLOCK + within[None, :]
             is_value = (group < G)[:, None] & (within < BLOCK)[None, :]
             value = tl.load(x + wide(token) * stride + at, mask=is_value, other=0.0).to(tl.float32)
-            size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            is_finite = size < 0x7F800000
-            value = tl.where(is_finite, value, 0.0)
-            # Sizes of finite floats are ordered as their bits are, and integers have no NaN to take care of.
-            amax = tl.max(tl.where(is_finite, size, 0), axis=1).to(tl.float32, bitcast=True)
-            scale = tl.maximum(tl.div_rn(amax, tl.full([GROUPS], E4M3_MAX, tl.float32)), SMALLEST_NORMAL)
-            if POW2:
-                scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-            if tl.target_info.cuda_capability_geq(8, 9):  # its casts are to nearest, ties to even, within +-448
-                data = quotient(value, scale, POW2).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-            else:
-                ratio = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
-                data = e4m3_bits(tl.minimum(tl.maximum(ratio, -E4M3_MAX), E4M3_MAX)).to(tl.uint8)
-            data = tl.where(is_finite, data, E4M3_NAN).to(tl.uint8)
-            stored = (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8) if EXPONENTS else scale
+            data, stored = cast_blocks(value, POW2, EXPONENTS)
             stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
             for j in tl.static_range(J):  # without branches, as push_rows
                 place = tl.load(places + token * J + j)
                 peer, row = tl.where(place >= 0, place >> ROW_BITS, 0), place & ROW_MASK
-                slot, base = slot_of(seen, peer), tl.load(segments + peer)
+                slot, base = slot_of(call, peer), tl.load(segments + peer)
                 there = base + data_region + slot * data_slot_bytes + row * DATA_BYTES
                 there = there.to(tl.pointer_type(tl.uint8), bitcast=True)
                 if DATA_BYTES % 16 == 0:

@@ -35,11 +35,11 @@ ROW_MASK = tl.constexpr(2**32 - 1)
 
 
 @triton.jit
-def load_picks(topk_idx, num_tokens, K: tl.constexpr, S: tl.constexpr):
+def load_picks(topk_idx, num_tokens, chunk, K: tl.constexpr, S: tl.constexpr):
     """A chunk's picks, token by token, ``[S * next_power_of_2(K)]``: expert (-1: none), token, pick."""
     KP: tl.constexpr = triton.next_power_of_2(K)
     i = tl.arange(0, S * KP)
-    token, pick = tl.program_id(0) * S + i // KP, i % KP
+    token, pick = chunk * S + i // KP, i % KP
     is_here = (token < num_tokens) & (pick < K)
     return tl.load(topk_idx + token * K + pick, mask=is_here, other=-1).to(tl.int32), token, pick
 
@@ -79,6 +79,14 @@ def nth_of_key(key, is_row, B: tl.constexpr):
     return tl.sum(is_before.to(tl.int32), axis=1)
 
 
+@triton.jit
+def has_bad_picks(expert, E: tl.constexpr, S: tl.constexpr):
+    """Of picks, token by token: whether one is no expert, or one expert is picked twice by a token."""
+    is_pick = (expert >= 0) & (expert < E)
+    is_bad = (expert < -1) | (expert >= E) | (is_pick & ~is_first_there(expert, S))
+    return tl.max(is_bad.to(tl.int32), axis=0) > 0
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def count_picks(
     topk_idx, num_tokens, sums, refused, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, S: tl.constexpr
@@ -88,10 +96,9 @@ def count_picks(
     ``refused`` becomes 1 where a pick is no expert, or one expert is picked twice by a token.
     """
     L: tl.constexpr = E // P
-    expert, _, _ = load_picks(topk_idx, num_tokens, K, S)
+    expert, _, _ = load_picks(topk_idx, num_tokens, tl.program_id(0), K, S)
     is_pick = (expert >= 0) & (expert < E)
-    is_bad = (expert < -1) | (expert >= E) | (is_pick & ~is_first_there(expert, S))
-    if tl.max(is_bad.to(tl.int32), axis=0) > 0:
+    if has_bad_picks(expert, E, S):
         tl.store(refused, 1)
     here = sums + tl.program_id(0) * (E + P)
     BINS: tl.constexpr = triton.next_power_of_2(E)
@@ -126,6 +133,133 @@ def load_counts(counts, source, column, is_column, P: tl.constexpr, W: tl.conste
     """Columns of the counts ``[P, W]`` of some sources, int32 ``[sources, columns]``; 0 where there are none."""
     at = counts + source[:, None] * W + column[None, :]
     return tl.load(at, mask=(source < P)[:, None] & is_column[None, :], other=0).to(tl.int32)
+
+
+@triton.jit
+def derive_outgoing(
+    counts,
+    good,
+    scalars,
+    report,
+    outgoing,
+    capacity,
+    rank,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    FIRST: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    IS_PAIRS: tl.constexpr,
+):
+    """From everybody's counts: where this rank's blocks of rows begin. See ``derive_blocks``.
+
+    Returns:
+        Where each key's rows begin at their receiver, int32 ``[next_power_of_2(B)]``; the end of this rank's rows; and
+        whether rows are moved at all.
+    """
+    B: tl.constexpr = N * P
+    W: tl.constexpr = (L + 1) * P
+    key = tl.arange(0, triton.next_power_of_2(B))
+    is_key = key < B
+    total = tl.zeros_like(key)
+    before = tl.zeros_like(key)
+    for first in range(0, P, AT_ONCE):
+        source = first + tl.arange(0, AT_ONCE)
+        sent = load_counts(counts + FIRST, source, key, is_key & good, P, W)
+        total += tl.sum(sent, axis=0)
+        before += tl.sum(tl.where((source < rank)[:, None], sent, 0), axis=0)
+    own = tl.load(counts + rank * W + FIRST + key, mask=is_key & good, other=0).to(tl.int32)
+    if ALIGNMENT == 0:
+        base = key % N * capacity
+        size = total
+        needed = total
+    else:
+        size = (total + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+        ends = tl.cumsum(size, axis=0)
+        tl.store(outgoing + key, ends - size, mask=is_key)
+        tl.debug_barrier()
+        of_rank = tl.load(outgoing + key // N * N, mask=is_key, other=0)
+        tl.debug_barrier()
+        base = ends - size - of_rank
+        needed = tl.where(key % N == N - 1, base + size, 0)
+    if not IS_PAIRS:
+        most = tl.max(tl.where(is_key, needed, 0), axis=0)
+        worst = tl.min(tl.where(is_key & (needed == most), key, B), axis=0)
+        fits = most <= capacity
+        tl.store(scalars + OVERFLOW, (fits == 0).to(tl.int32))
+        tl.store(report + REPORT_NEEDED, tl.where(fits, 0, most).to(tl.int64))
+        tl.store(report + REPORT_WORST, (worst if ALIGNMENT == 0 else worst // N).to(tl.int64))
+        good = good & fits
+        base = tl.where(good, base, key % N * capacity if ALIGNMENT == 0 else 0)
+        own = tl.where(good, own, 0)
+    tl.store(outgoing + key, base + before, mask=is_key)
+    tl.store(outgoing + B + key, tl.cumsum(own, axis=0) - own, mask=is_key)
+    end = tl.max(tl.where(is_key & (key // N == rank) & good, base + size, 0), axis=0)
+    return base, end, good
+
+
+@triton.jit
+def derive_incoming(
+    counts,
+    base,
+    end,
+    good,
+    scalars,
+    report,
+    incoming,
+    starts,
+    tokens,
+    capacity,
+    rank,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    FIRST: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    IS_PAIRS: tl.constexpr,
+):
+    """From what ``derive_outgoing`` gives: where others' blocks begin here. See ``derive_blocks``."""
+    B: tl.constexpr = N * P
+    W: tl.constexpr = (L + 1) * P
+    key = tl.arange(0, triton.next_power_of_2(B))
+    is_mine = (key < B) & (key // N == rank)
+    if IS_PAIRS:
+        tl.store(scalars + NUM_PAIRS, end)
+        tl.store(report + REPORT_PAIRS, end.to(tl.int64))
+    else:
+        end = N * capacity if ALIGNMENT == 0 else end
+        tl.store(scalars + NUM_ROWS, end)
+        tl.store(report + REPORT_ROWS, tl.zeros([], tl.int64) + end)
+        tl.store(starts + key - rank * N, base, mask=is_mine)
+        tl.store(starts + N, end)
+    here = base
+    for first in range(0, P, AT_ONCE):
+        source = first + tl.arange(0, AT_ONCE)
+        sent = load_counts(counts + FIRST, source, key, (key < B) & good, P, W)
+        at = incoming + (key - rank * N)[None, :] * P + source[:, None]
+        is_block = (source < P)[:, None] & is_mine[None, :]
+        tl.store(at, here[None, :] + tl.cumsum(sent, axis=0) - sent, mask=is_block)
+        tl.store(at + N * P, sent, mask=is_block)
+        tl.store(at + 2 * N * P, tl.cumsum(sent, axis=1) - sent, mask=is_block)
+        here += tl.sum(sent, axis=0)
+    if not IS_PAIRS:
+        local = tl.arange(0, triton.next_power_of_2(L))
+        picks = tl.zeros_like(local)
+        for first in range(0, P, AT_ONCE):
+            source = first + tl.arange(0, AT_ONCE)
+            picks += tl.sum(load_counts(counts + rank * L, source, local, (local < L) & good, P, W), axis=0)
+        tl.store(tokens + local, picks, mask=local < L)
+
+
+@triton.jit
+def forget_counts(counts, P: tl.constexpr, W: tl.constexpr):
+    """Zeroes the counts of a dispatch whose rows do not move."""
+    tl.debug_barrier()
+    column = tl.arange(0, triton.next_power_of_2(W))
+    for source in range(P):
+        tl.store(counts + source * W + column, tl.zeros_like(column).to(tl.int64), mask=column < W)
 
 
 @triton.jit(do_not_specialize=["capacity", "rank"])
@@ -163,85 +297,26 @@ def derive_blocks(
         AT_ONCE: ranks whose counts are looked at at a time, a power of two.
         IS_PAIRS: (token, rank) pairs are counted; capacity, starts and tokens are not looked at.
     """
-    B: tl.constexpr = N * P
-    W: tl.constexpr = (L + 1) * P
-    key = tl.arange(0, triton.next_power_of_2(B))
-    is_key = key < B
     good = is_ok(state)
     if IS_PAIRS:
         good = good & (tl.load(scalars + OVERFLOW) == 0)
-    total = tl.zeros_like(key)
-    before = tl.zeros_like(key)
-    for first in range(0, P, AT_ONCE):
-        source = first + tl.arange(0, AT_ONCE)
-        sent = load_counts(counts + FIRST, source, key, is_key & good, P, W)
-        total += tl.sum(sent, axis=0)
-        before += tl.sum(tl.where((source < rank)[:, None], sent, 0), axis=0)
-    if ALIGNMENT == 0:
-        base = key % N * capacity
-        size = total
-        needed = total
-    else:
-        size = (total + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-        ends = tl.cumsum(size, axis=0)
-        tl.store(outgoing + key, ends - size, mask=is_key)
-        tl.debug_barrier()
-        of_rank = tl.load(outgoing + key // N * N, mask=is_key, other=0)
-        tl.debug_barrier()
-        base = ends - size - of_rank
-        needed = tl.where(key % N == N - 1, base + size, 0)
-    is_mine = is_key & (key // N == rank)
-    if not IS_PAIRS:
-        most = tl.max(tl.where(is_key, needed, 0), axis=0)
-        worst = tl.min(tl.where(is_key & (needed == most), key, B), axis=0)
-        fits = most <= capacity
-        tl.store(scalars + OVERFLOW, (fits == 0).to(tl.int32))
-        tl.store(report + REPORT_NEEDED, tl.where(fits, 0, most).to(tl.int64))
-        tl.store(report + REPORT_WORST, (worst if ALIGNMENT == 0 else worst // N).to(tl.int64))
-        good = good & fits
-        base = tl.where(good, base, key % N * capacity if ALIGNMENT == 0 else 0)
-    end = tl.max(tl.where(is_mine & good, base + size, 0), axis=0)
-    if IS_PAIRS:
-        tl.store(scalars + NUM_PAIRS, end)
-        tl.store(report + REPORT_PAIRS, end.to(tl.int64))
-    else:
-        end = N * capacity if ALIGNMENT == 0 else end
-        tl.store(scalars + NUM_ROWS, end)
-        tl.store(report + REPORT_ROWS, tl.zeros([], tl.int64) + end)
-        tl.store(starts + key - rank * N, base, mask=is_mine)
-        tl.store(starts + N, end)
-    own = tl.load(counts + rank * W + FIRST + key, mask=is_key & good, other=0).to(tl.int32)
-    tl.store(outgoing + key, base + before, mask=is_key)
-    tl.store(outgoing + B + key, tl.cumsum(own, axis=0) - own, mask=is_key)
-    here = base
-    for first in range(0, P, AT_ONCE):
-        source = first + tl.arange(0, AT_ONCE)
-        sent = load_counts(counts + FIRST, source, key, is_key & good, P, W)
-        at = incoming + (key - rank * N)[None, :] * P + source[:, None]
-        is_block = (source < P)[:, None] & is_mine[None, :]
-        tl.store(at, here[None, :] + tl.cumsum(sent, axis=0) - sent, mask=is_block)
-        tl.store(at + N * P, sent, mask=is_block)
-        tl.store(at + 2 * N * P, tl.cumsum(sent, axis=1) - sent, mask=is_block)
-        here += tl.sum(sent, axis=0)
-    if not IS_PAIRS:
-        local = tl.arange(0, triton.next_power_of_2(L))
-        picks = tl.zeros_like(local)
-        for first in range(0, P, AT_ONCE):
-            source = first + tl.arange(0, AT_ONCE)
-            picks += tl.sum(load_counts(counts + rank * L, source, local, (local < L) & good, P, W), axis=0)
-        tl.store(tokens + local, picks, mask=local < L)
-        if (good == 0) & (not KEEPS_COUNTS):
-            tl.debug_barrier()
-            column = tl.arange(0, triton.next_power_of_2(W))
-            for source in range(P):
-                tl.store(counts + source * W + column, tl.zeros_like(column).to(tl.int64), mask=column < W)
+    base, end, good = derive_outgoing(
+        counts, good, scalars, report, outgoing, capacity, rank, P, L, N, FIRST, ALIGNMENT, AT_ONCE, IS_PAIRS
+    )
+    derive_incoming(
+        counts, base, end, good, scalars, report, incoming, starts, tokens, capacity, rank,
+        P, L, N, FIRST, ALIGNMENT, AT_ONCE, IS_PAIRS,
+    )  # fmt: skip
+    if not (IS_PAIRS or KEEPS_COUNTS):  # noqa: SIM102 - one is of the compiler, the other of the device
+        if good == 0:
+            forget_counts(counts, P, (L + 1) * P)
 
 
 @triton.jit(do_not_specialize=["payload", "rank", "max_polls", "capacity"])
 def begin_dispatch(
     segments,
     state,
-    seen,
+    call,
     record,
     failure,
     payload,
@@ -270,7 +345,7 @@ def begin_dispatch(
 ):
     """``begin_call`` of a fresh dispatch, and ``derive_blocks`` from what it has gathered: one launch, not two."""
     begin_call(
-        segments, state, seen, record, failure, payload, refused, counts, gathered, rank, max_polls,
+        segments, state, call, record, failure, payload, refused, counts, gathered, rank, max_polls,
         words_offset, aborts_offset, counts_offset, P, RING, (L + 1) * P, AT_ONCE,
     )  # fmt: skip
     tl.debug_barrier()  # every warp's part of the state and of the counts is there
@@ -310,7 +385,7 @@ def place_rows(
     W: tl.constexpr = (L + 1) * P
     N: tl.constexpr = 1 if BY_RANK else L
     FIRST: tl.constexpr = L * P if BY_RANK else 0
-    expert, token, pick = load_picks(topk_idx, num_tokens, K, S)
+    expert, token, pick = load_picks(topk_idx, num_tokens, tl.program_id(0), K, S)
     good = is_ok(state) & (tl.load(scalars + OVERFLOW) == 0)
     is_row = (expert >= 0) & (expert < L * P) & good
     key = tl.where(is_row, expert // L if BY_RANK else expert, -1)

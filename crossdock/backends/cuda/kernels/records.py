@@ -23,7 +23,7 @@ def push_records(
     extras,
     places,
     segments,
-    seen,
+    call,
     state,
     num_tokens,
     source,
@@ -67,7 +67,7 @@ def push_records(
         for j in tl.static_range(J):
             place = tl.load(places + token * J + j, mask=is_token, other=-1)
             peer = tl.where(place >= 0, place >> ROW_BITS, 0)
-            base = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
+            base = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
             base += (place & ROW_MASK) * (4 * RECORD)
             if PER_PICK:  # noqa: SIM102 - Triton's compiler takes no ``and`` of constants that decide on code
                 if HAS_WEIGHTS:
@@ -134,7 +134,7 @@ def push_partial_rows(
     places,
     pair_places,
     segments,
-    seen,
+    call,
     state,
     num_tokens,
     region,
@@ -156,7 +156,7 @@ def push_partial_rows(
         for j in tl.static_range(J):
             pair = tl.load(pair_places + token * J + j, mask=token < num_tokens, other=-1)
             peer = tl.where(pair >= 0, pair >> ROW_BITS, 0)
-            base = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
+            base = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
             there = words_at(base, (pair & ROW_MASK) * (4 * K)).to(tl.pointer_type(tl.int32), bitcast=True)
             is_its = is_pick & (place >= 0) & ((place >> ROW_BITS) == peer[:, None])
             rows = tl.where(is_its, place & ROW_MASK, -1).to(tl.int32)

@@ -35,7 +35,7 @@ def push_rows(
     x,
     places,
     segments,
-    seen,
+    call,
     state,
     num_tokens,
     stride,
@@ -67,7 +67,7 @@ def push_rows(
             for j in tl.static_range(J):
                 place = tl.load(places + token * J + j, mask=token < num_tokens, other=-1)
                 peer = tl.where(place >= 0, place >> ROW_BITS, 0)
-                there = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
+                there = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
                 there = row_at(there, place & ROW_MASK, x, ROW_BYTES)[:, None]
                 tl.store(there + at[None, :], row, mask=is_word & (place >= 0)[:, None])
 
@@ -104,7 +104,7 @@ def push_home(
     origins,
     scalars,
     segments,
-    seen,
+    call,
     state,
     stride,
     region,
@@ -127,7 +127,7 @@ def push_home(
                 at = i % PIECES * PIECE + tl.arange(0, PIECE)
                 row = tl.load(y + wide(i // PIECES) * stride + at, mask=at < ROW)
                 peer = origin >> ROW_BITS
-                there = tl.load(segments + peer) + region + slot_of(seen, peer) * slot_bytes
+                there = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
                 tl.store(row_at(there, origin & ROW_MASK, y, ROW_BYTES) + at, row, mask=at < ROW)
 
 

@@ -172,6 +172,24 @@ def wait_words(
 
 
 @triton.jit
+def are_here(words, expected, num_polls, P: tl.constexpr):
+    """Whether all words are those expected, but for their payloads, within so many polls. Orders nothing.
+
+    Args:
+        words: this rank's words, int64 ``[P]``; expected: int64, the same for all.
+    """
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    nothing = tl.zeros_like(lanes).to(tl.int64)
+    num_missing = tl.full([], P, tl.int32)
+    while (num_missing > 0) & (num_polls > 0):
+        here = tl.atomic_or(words + lanes, nothing, mask=lanes < P, sem="relaxed", scope="sys")
+        is_missing = (lanes < P) & (here >> PAYLOAD_BITS != expected >> PAYLOAD_BITS)
+        num_missing = tl.sum(is_missing.to(tl.int32), axis=0)
+        num_polls -= 1
+    return num_missing == 0
+
+
+@triton.jit
 def write_record(record, status, peer, phase, expected, seen):
     """Leaves a failure for the host, unless an earlier one is there; the status comes last, and releases the rest."""
     free, claimed = tl.full([], 0, tl.int64), tl.full([], CLAIMED, tl.int64)
@@ -202,6 +220,31 @@ def is_last_program(ticket):
     if is_last:
         tl.atomic_xchg(ticket, 0, sem="relaxed", scope="gpu")
     return is_last
+
+
+@triton.jit
+def release_programs(verdict, value):
+    """Lets the grid's programs that wait in ``take_verdict`` go on; what this one has stored is visible to them.
+
+    Args:
+        verdict: int32, 0 before the kernel, and to be zeroed by ``is_last_program``'s last one.
+        value: int32, not 0.
+    """
+    complete_stores()
+    tl.atomic_xchg(verdict, value, sem="release", scope="gpu")
+
+
+@triton.jit
+def take_verdict(verdict):
+    """Waits for the program of this grid that calls ``release_programs``: what it has released.
+
+    Without a deadline of its own: that program comes first in the grid, and has one.
+    """
+    value = tl.atomic_or(verdict, 0, sem="acquire", scope="gpu")
+    while value == 0:
+        value = tl.atomic_or(verdict, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+    return value
 
 
 @triton.jit

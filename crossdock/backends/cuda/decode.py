@@ -1,0 +1,261 @@
+"""Calls of few tokens, each one kernel on the caller's stream, or two where work of the caller's goes in between.
+
+Letters: T tokens here, K top-k, H hidden, P ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from crossdock.arena import Arena
+from crossdock.backends.base import Outgoing, Rows
+from crossdock.backends.cuda.control import DeviceConsent
+from crossdock.backends.cuda.kernels import decode
+from crossdock.backends.cuda.launch import Launcher, kind_of
+from crossdock.backends.cuda.movers import as_words, rowwise
+from crossdock.backends.cuda.plan import DevicePlan
+from crossdock.backends.cuda.planner import Planner
+from crossdock.consent import Kind, Missing, Steps, Word
+from crossdock.plan import Plan
+from crossdock.wire import Fp8, Quantized
+
+_LEFT = Missing((), "finish", has_sent=True)
+"""What a call that has been started leaves to ``wait()``."""
+_NO_WORD = Word(Kind.DISPATCH, 0)
+
+
+class DecodeCalls:
+    """The WholeCalls of a buffer whose ``LaunchConfig`` says ``one_kernel``."""
+
+    def __init__(self, arena: Arena, launcher: Launcher, planner: Planner, consent: DeviceConsent) -> None:
+        self._arena = arena
+        self._spec = arena.spec
+        self._on = launcher
+        self._planner = planner
+        self._consent = consent
+        self._verdict = torch.zeros(1, dtype=torch.int32, device=launcher.device)
+        self._ticket = torch.zeros(1, dtype=torch.int32, device=launcher.device)
+        num_picks = self._spec.max_tokens * self._spec.num_topk
+        num_programs = 1 + replace(launcher.config, num_sms=launcher.config.visible_sms).few_programs
+        self._room = torch.zeros(num_programs, self._spec.num_experts, dtype=torch.int32, device=launcher.device)
+        self._to_rows, self._to_scales = torch.zeros(2, num_picks, dtype=torch.int64, device=launcher.device).unbind()
+
+    def takes_dispatch(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
+        """See WholeCalls. Fresh ones, of what has room in a record as it is."""
+        return isinstance(routing, Tensor) and not outgoing.wide and not outgoing.extras
+
+    def dispatch(
+        self, sequence: int, word: Word, outgoing: Outgoing, topk_idx: Tensor, mode: Rows, *, at_once: bool
+    ) -> Steps[DevicePlan]:
+        """See WholeCalls."""
+        self._consent.remembers(topk_idx)
+        plan, call = self._planner.blank(topk_idx, stamp=sequence), self._on.next_call()
+        self._send_rows(plan, word, outgoing, call, begins=True, awaits=at_once)
+        if not at_once:
+            yield _LEFT
+            self._on.enter()
+            self._send_rows(plan, word, outgoing, call, begins=False, awaits=True)
+        self._planner.placed(plan, sequence, mode)
+        return plan
+
+    def takes_combine(self, plan: Plan, *, pushes: bool, has_extras: bool) -> bool:
+        """See WholeCalls."""
+        return not pushes and not has_extras
+
+    def combine(
+        self, word: Word, plan: Plan, weights: Tensor | None, bias: Tensor | None, *, at_once: bool
+    ) -> Steps[Tensor]:
+        """See WholeCalls."""
+        assert isinstance(plan, DevicePlan)
+        call = self._on.next_call()
+        if not at_once:
+            self._give_word(word, call)
+            yield _LEFT
+            self._on.enter()
+        weights, bias = (None if given is None else self._on.dense(given) for given in (weights, bias))
+        out = self._on.empty(plan.num_tokens, self._spec.hidden, dtype=self._spec.combine_dtype)
+        self._sum_rows(out, plan, word, weights, bias, call, begins=at_once)
+        return out
+
+    def _give_word(self, word: Word, call: Tensor) -> None:
+        """This rank's word for a call that another kernel goes on with."""
+        self._on.launch(
+            decode.begin_combine,
+            (1,),
+            self._on.segments,
+            self._on.state,
+            call,
+            word.payload(),
+            self._on.rank,
+            self._arena["words"].offset,
+            P=self._on.num_ranks,
+            RING=self._arena.ring,
+            given=(word.payload() < 2**31,),
+            num_warps=1,
+        )
+
+    def _send_rows(
+        self, plan: DevicePlan, word: Word, outgoing: Outgoing, call: Tensor, *, begins: bool, awaits: bool
+    ) -> None:
+        on, arena, spec, wire = self._on, self._arena, self._spec, self._spec.wire
+        x, scale, weights = outgoing.x, None, outgoing.weights
+        casts = isinstance(wire, Fp8) and isinstance(x, Tensor)
+        if isinstance(x, Quantized):
+            x, scale = x.data, as_words(rowwise(x.scale, on))
+        rows = rowwise(x, on)
+        rows = rows if casts else as_words(rows)
+        row_bytes = spec.hidden * wire.dtype.itemsize
+        num_scales = 0 if scale is None else scale.shape[1]
+        scale_bytes = wire.num_scales(spec.hidden) * wire.scale_dtype.itemsize
+        block, is_exponents = 0, False
+        if casts:
+            assert isinstance(wire, Fp8)
+            block, is_exponents = wire.block, wire.scale == "ue8m0"
+            num_scales = scale_bytes if is_exponents else spec.hidden // block
+        num_words = num_scales if casts else rows.shape[1]
+        shape = on.config.few(num_words, plan.num_tokens, max_tokens=spec.max_tokens, casts=casts)
+        assert plan.report is not None
+        on.launch(
+            decode.dispatch_rows,
+            (1 + shape.programs,),
+            on.segments,
+            on.state,
+            call,
+            on.record,
+            on.failure,
+            word.payload(),
+            on.rank,
+            on.max_polls,
+            shape.patience,
+            int(begins),
+            int(awaits),
+            arena["words"].offset,
+            arena["arrived"].offset,
+            arena["aborts"].offset,
+            arena["counts"].offset,
+            plan.counts,
+            plan.scalars,
+            plan.report.row,
+            on.outgoing,
+            plan.rows.incoming,
+            plan.segment_starts,
+            plan.num_tokens_per_expert,
+            on.tokens,
+            plan.rows.places,
+            plan.rows.homes,
+            spec.capacity(on.num_ranks),
+            self._verdict,
+            self._ticket,
+            self._to_rows,
+            self._to_scales,
+            self._room,
+            shape.parts,
+            plan.topk_idx,
+            plan.topk_idx if weights is None else on.dense(weights).view(torch.int32),
+            rows,
+            rows if scale is None else scale,
+            plan.num_tokens,
+            rows.stride(0),
+            0 if scale is None else scale.stride(0),
+            on.rank * spec.max_tokens,
+            arena["data"].offset,
+            on.slot_bytes("data"),
+            0 if not scale_bytes else arena["scale"].offset,
+            0 if not scale_bytes else on.slot_bytes("scale"),
+            arena["record"].offset,
+            on.slot_bytes("record"),
+            P=on.num_ranks,
+            RING=arena.ring,
+            **on.blocks_of_rows(),
+            K=spec.num_topk,
+            S=shape.tokens,
+            ROW=spec.hidden if casts else rows.shape[1],
+            PIECE=shape.piece,
+            ROW_BYTES=row_bytes,
+            BLOCK=block,
+            SCALES=num_scales,
+            SCALE_BYTES=scale_bytes,
+            POW2=is_exponents or (casts and wire.pow2),
+            EXPONENTS=is_exponents,
+            RECORD=arena.record_bytes // 4,
+            HAS_WEIGHTS=weights is not None,
+            given=(
+                *(kind_of(tensor) for tensor in (plan.topk_idx, weights, rows, scale)),
+                rows.stride(0),
+                None if scale is None else scale.stride(0),
+                word.payload() < 2**31,
+            ),
+            num_warps=shape.num_warps,
+            enable_fp_fusion=not casts,
+        )
+
+    def _sum_rows(
+        self,
+        out: Tensor,
+        plan: DevicePlan,
+        word: Word,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        call: Tensor,
+        *,
+        begins: bool,
+    ) -> None:
+        on, arena, table = self._on, self._arena, plan.rows
+        landing = arena["landing"].offset + word.slot * on.slot_bytes("landing")
+        shape = on.config.few_sums(out.element_size(), self._spec.hidden, plan.num_tokens)
+        on.launch(
+            decode.combine_rows,
+            (shape.programs,),
+            on.segments,
+            on.state,
+            call,
+            on.record,
+            on.failure,
+            word.payload(),
+            on.rank,
+            on.max_polls,
+            int(begins),
+            arena["words"].offset,
+            arena["arrived"].offset,
+            arena["aborts"].offset,
+            self._verdict,
+            self._ticket,
+            out,
+            out if bias is None else bias,
+            out if weights is None else weights,
+            table.places,
+            table.homes,
+            plan.num_tokens,
+            arena["outputs"].offset,
+            on.slot_bytes("outputs"),
+            landing,
+            int(bias is not None and bias.dim() == 2),
+            P=on.num_ranks,
+            RING=arena.ring,
+            J=table.places.shape[1],
+            H=self._spec.hidden,
+            PIECE=shape.piece,
+            HAS_WEIGHTS=weights is not None,
+            HAS_BIAS=bias is not None,
+            given=(kind_of(weights), kind_of(bias), word.payload() < 2**31, landing < 2**31),
+            num_warps=shape.num_warps,
+            enable_fp_fusion=False,
+        )
+
+
+    def warm_up(self, outgoing: Outgoing, picks: Tensor) -> DevicePlan:
+        """Launches all that a dispatch may launch; only while calls are void."""
+        plan, call = self._planner.blank(picks, stamp=0), self._on.next_call()
+        self._send_rows(plan, _NO_WORD, outgoing, call, begins=True, awaits=True)
+        return plan
+
+    def warm_up_sums(self, plan: Plan, weights: Tensor | None, bias: Tensor | None) -> None:
+        """Launches all that a combine may launch; only while calls are void."""
+        assert isinstance(plan, DevicePlan)
+        call = self._on.next_call()
+        self._give_word(_NO_WORD, call)
+        out = self._on.empty(plan.num_tokens, self._spec.hidden, dtype=self._spec.combine_dtype)
+        self._sum_rows(out, plan, _NO_WORD, weights, bias, call, begins=True)
