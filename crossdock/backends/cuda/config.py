@@ -16,11 +16,10 @@ _COUNTS = 4096
 """Counts that a program moves at a time."""
 _FEW_PICKS = 4096
 """Picks up to which a call of rows with one pick each is one kernel."""
-FEW_WARPS = 8
-FEW_PER_SM = 4
-FEW_SUM_WARPS = 4
-FEW_SUMS_PER_SM = 4
-"""Warps and programs of such calls, on a multiprocessor: half of what it has, as they may wait for a peer."""
+FEW_WARPS, FEW_PER_SM, FEW_REGISTERS = 8, 3, 80
+FEW_SUM_WARPS, FEW_SUMS_PER_SM, FEW_SUM_REGISTERS = 4, 8, 64
+"""Warps, programs of a multiprocessor, and registers of a thread, of such calls. All programs must fit at once: they
+wait for the first, which waits for the peers."""
 _PATIENCE = 32
 PROGRAMS_PER_SM = 16
 """Of kernels whose number of rows only the device knows: each program takes its share of them."""
@@ -40,15 +39,16 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Few:
-    """How the programs of a whole call share out its rows, beside the one that speaks with the peers."""
+    """How programs share out the rows of a whole call; the first also speaks with the peers."""
 
-    tokens: int
-    """Whose rows are one program's, or those of ``parts`` programs that share the pieces of each."""
+    shares: int
+    """Of tokens."""
     parts: int
+    """Programs of a share, which take the pieces of its rows in turn."""
     piece: int
     """Words of a row, or blocks that are cast."""
     num_warps: int
-    programs: int
+    most_registers: int | None = None
     patience: int
     """Polls after which a call that is only started leaves its rows to ``wait()``."""
 
@@ -112,32 +112,32 @@ class LaunchConfig:
         """The most that move rows of a whole dispatch."""
         return self.num_sms * FEW_PER_SM
 
-    def few(self, num_words: int, num_tokens: int, *, max_tokens: int, casts: bool) -> Few:
+    def few(self, num_words: int, num_tokens: int, *, casts: bool) -> Few:
         """For the kernel that is a whole dispatch, of rows of as many words, or blocks that are cast."""
         piece = min(power_of_two(num_words), 16 if casts else 512)
-        most = self.few_programs
-        tokens = power_of_two(-(-max_tokens // most))
-        blocks = -(-num_tokens // tokens)
-        parts = max(1, min(most // max(blocks, 1), -(-num_words // piece)))
+        shares = max(1, min(num_tokens, self.few_programs))
+        parts = max(1, min(self.few_programs // shares, -(-num_words // piece)))
         return Few(
-            tokens=tokens,
+            shares=shares,
             parts=parts,
             piece=piece,
             num_warps=FEW_WARPS,
-            programs=blocks * parts,
+            most_registers=FEW_REGISTERS,
             patience=_PATIENCE,
         )
 
     def few_sums(self, item_bytes: int, hidden: int, num_tokens: int) -> Few:
         """For the kernel that is a whole combine."""
         piece = min(power_of_two(hidden), 2048 // item_bytes)
-        items = max(1, num_tokens) * -(-hidden // piece)
+        most = self.num_sms * FEW_SUMS_PER_SM
+        shares = max(1, min(num_tokens, most))
+        parts = max(1, min(most // shares, -(-hidden // piece)))
         return Few(
-            tokens=1,
-            parts=1,
+            shares=shares,
+            parts=parts,
             piece=piece,
             num_warps=FEW_SUM_WARPS,
-            programs=min(items, self.num_sms * FEW_SUMS_PER_SM),
+            most_registers=FEW_SUM_REGISTERS,
             patience=_PATIENCE,
         )
 

@@ -39,7 +39,7 @@ class DecodeCalls:
         self._verdict = torch.zeros(1, dtype=torch.int32, device=launcher.device)
         self._ticket = torch.zeros(1, dtype=torch.int32, device=launcher.device)
         num_picks = self._spec.max_tokens * self._spec.num_topk
-        num_programs = 1 + replace(launcher.config, num_sms=launcher.config.visible_sms).few_programs
+        num_programs = replace(launcher.config, num_sms=launcher.config.visible_sms).few_programs
         self._room = torch.zeros(num_programs, self._spec.num_experts, dtype=torch.int32, device=launcher.device)
         self._to_rows, self._to_scales = torch.zeros(2, num_picks, dtype=torch.int64, device=launcher.device).unbind()
 
@@ -116,11 +116,11 @@ class DecodeCalls:
             block, is_exponents = wire.block, wire.scale == "ue8m0"
             num_scales = scale_bytes if is_exponents else spec.hidden // block
         num_words = num_scales if casts else rows.shape[1]
-        shape = on.config.few(num_words, plan.num_tokens, max_tokens=spec.max_tokens, casts=casts)
+        shape = on.config.few(num_words, plan.num_tokens, casts=casts)
         assert plan.report is not None
         on.launch(
             decode.dispatch_rows,
-            (1 + shape.programs,),
+            (shape.shares * shape.parts,),
             on.segments,
             on.state,
             call,
@@ -152,6 +152,7 @@ class DecodeCalls:
             self._to_rows,
             self._to_scales,
             self._room,
+            shape.shares,
             shape.parts,
             plan.topk_idx,
             plan.topk_idx if weights is None else on.dense(weights).view(torch.int32),
@@ -171,7 +172,6 @@ class DecodeCalls:
             RING=arena.ring,
             **on.blocks_of_rows(),
             K=spec.num_topk,
-            S=shape.tokens,
             ROW=spec.hidden if casts else rows.shape[1],
             PIECE=shape.piece,
             ROW_BYTES=row_bytes,
@@ -190,6 +190,7 @@ class DecodeCalls:
             ),
             num_warps=shape.num_warps,
             enable_fp_fusion=not casts,
+            maxnreg=shape.most_registers,
         )
 
     def _sum_rows(
@@ -208,7 +209,7 @@ class DecodeCalls:
         shape = on.config.few_sums(out.element_size(), self._spec.hidden, plan.num_tokens)
         on.launch(
             decode.combine_rows,
-            (shape.programs,),
+            (shape.shares * shape.parts,),
             on.segments,
             on.state,
             call,
@@ -223,6 +224,8 @@ class DecodeCalls:
             arena["aborts"].offset,
             self._verdict,
             self._ticket,
+            shape.shares,
+            shape.parts,
             out,
             out if bias is None else bias,
             out if weights is None else weights,
@@ -242,6 +245,7 @@ class DecodeCalls:
             HAS_BIAS=bias is not None,
             given=(kind_of(weights), kind_of(bias), word.payload() < 2**31, landing < 2**31),
             num_warps=shape.num_warps,
+            maxnreg=shape.most_registers,
             enable_fp_fusion=False,
         )
 

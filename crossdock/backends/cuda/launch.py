@@ -142,6 +142,7 @@ class Launcher:
         num_warps: int,
         given: Any = (),
         enable_fp_fusion: Any = True,
+        maxnreg: int | None = None,
         **sizes: Any,
     ) -> None:
         """Launches a kernel on our stream, once compiled by its handle, without Triton's look at every argument.
@@ -156,6 +157,7 @@ class Launcher:
             handle[(*grid, 1, 1)[:3]](*args, *sizes.values(), stream=self.stream.cuda_stream)
             return
         options = {} if enable_fp_fusion else {"enable_fp_fusion": False}
+        options |= {} if maxnreg is None else {"maxnreg": maxnreg}
         with torch.cuda.stream(self.stream):
             handle = kernel[grid](*args, **sizes, num_warps=num_warps, **options)
         if handle is not None:

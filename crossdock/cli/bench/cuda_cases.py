@@ -26,6 +26,9 @@ from crossdock.wire import Bf16, Fp8, Quantized
 
 CACHED, STEP = "dispatch (cached plan, graph)", "training step"
 FUSED, PULL, PUSH = "dispatch (fused cast, graph)", "combine (pull)", "combine (push)"
+FRESH, WEIGHTED = "dispatch (from picks, graph)", "combine (pull, weighted)"
+WEIGHT = 0.5
+"""Of every pick: products with it are exact, so the bits of weighted sums are known from those of sums."""
 
 Results: TypeAlias = tuple[Rows, ...]
 
@@ -63,6 +66,9 @@ def open_cuda_cases(member: Member, job: Job) -> Iterator[tuple[list[CudaCase], 
     with ExitStack() as stack:
         side = stack.enter_context(_side(job.spec, member, job))
         cases = [side.cached(), side.eager(), *side.homes(), side.step()]
+        if isinstance(job.spec.layout, Padded):
+            cases[1:1] = [side.fresh()]
+            cases += [side.weighted()] if job.spec.reduce == "token" else []
         if isinstance(job.spec.wire, Fp8):
             wide = stack.enter_context(_side(replace(job.spec, wire=Bf16()), member, job))
             cases[1:1] = [side.fused_cast(), wide.cached()]
@@ -117,6 +123,25 @@ class _Side:
     def fused_cast(self) -> CudaCase:
         """Rows that are cast on their way."""
         return self._out(FUSED, lambda: lambda: (self.buffer.dispatch(self.unquantised, self.plan),), None)
+
+    def fresh(self) -> CudaCase:
+        """From picks to rows without a host sync, as a decoding step has it; quantised on the way."""
+        call = lambda: (self.buffer.dispatch(self.unquantised, self.topk_idx),)  # noqa: E731 - as above
+        return self._out(FRESH, lambda: call, None)
+
+    def weighted(self) -> CudaCase:
+        """Outputs that stay where the experts wrote them, and a weight for each pick, as a decoding step has it."""
+
+        def pull() -> Callable[[], Results]:
+            recv = self.buffer.dispatch(self.x, self.plan)
+            rows = recv.output_rows()
+            rows.copy_(self.y)
+            weights = torch.full(self.topk_idx.shape, WEIGHT, device=self._device)
+            return lambda: (self.buffer.combine(rows, recv.plan, weights=weights),)
+
+        sums = self._exchange.combine(self._y, self._route)
+        moved_rows = self._traffic.home_received + self._traffic.num_tokens
+        return replace(self._home(WEIGHTED, pull, moved_rows, None), wanted=self._on_gpu((sums * WEIGHT,)))
 
     def homes(self, num_sms: int | None = None) -> list[CudaCase]:
         """Outputs that stay where the experts wrote them, and those that are an ordinary tensor.

@@ -131,22 +131,14 @@ def take_words(
     report,
     sequence,
     payload,
-    gathered,
     rank,
     max_polls,
     words_offset,
     aborts_offset,
-    counts_offset,
     P: tl.constexpr,
     RING: tl.constexpr,
-    W: tl.constexpr,
-    AT_ONCE: tl.constexpr,
 ):
-    """Waits for everybody's words for a call, and leaves them in ``call``; everybody's counts go to ``gathered``.
-
-    Args:
-        gathered: int64 ``[P, W]``.
-    """
+    """Waits for everybody's words for a call, and leaves them in ``call``; everybody's counts are visible then."""
     lanes = tl.arange(0, triton.next_power_of_2(P))
     is_rank = lanes < P
     entry = (sequence & (RING - 1)) * P
@@ -165,17 +157,19 @@ def take_words(
             status = tl.full([], MISMATCHED, tl.int32)
             write_record(record, status, peer, BEGIN, payload, tl.sum(tl.where(lanes == peer, theirs, 0), axis=0))
     tl.store(call + lanes, theirs, mask=is_rank)
-    if W > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
-        if status == OK:
-            columns = tl.arange(0, triton.next_power_of_2(W))
-            for first in range(0, P, AT_ONCE):
-                peer = first + tl.arange(0, AT_ONCE)
-                is_there = (peer < P)[:, None] & (columns < W)[None, :]
-                at = peer[:, None] * W + columns[None, :]
-                came = tl.load(words_at(own, counts_offset) + entry * W + at, mask=is_there)
-                tl.store(gathered + at, came & PAYLOAD_MASK, mask=is_there)
     tell_status(state, sequence, status, record, report)
     return status
+
+
+@triton.jit
+def copy_counts(came, gathered, good, P: tl.constexpr, W: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Everybody's counts as they came, stamped, into ``gathered``, int64 ``[P, W]``; zeros where the call is not good."""
+    columns = tl.arange(0, triton.next_power_of_2(W))
+    for first in range(0, P, AT_ONCE):
+        peer = first + tl.arange(0, AT_ONCE)
+        is_there = (peer < P)[:, None] & (columns < W)[None, :]
+        at = peer[:, None] * W + columns[None, :]
+        tl.store(gathered + at, tl.load(came + at, mask=is_there & good, other=0) & PAYLOAD_MASK, mask=is_there)
 
 
 @triton.jit(do_not_specialize=["payload", "rank", "max_polls"])
@@ -221,10 +215,13 @@ def begin_call(
         sequence = give_word(
             segments, state, call, payload, is_refused, mine, rank, words_offset, counts_offset, P, RING, W, AT_ONCE
         )
-        take_words(
-            segments, state, call, record, report, sequence, payload, gathered, rank, max_polls,
-            words_offset, aborts_offset, counts_offset, P, RING, W, AT_ONCE,
+        status = take_words(
+            segments, state, call, record, report, sequence, payload, rank, max_polls, words_offset, aborts_offset,
+            P, RING,
         )  # fmt: skip
+        if W > 0:
+            came = words_at(tl.load(segments + rank), counts_offset) + (sequence & (RING - 1)) * (P * W)
+            copy_counts(came, gathered, status == OK, P, W, AT_ONCE)
 
 
 @triton.jit

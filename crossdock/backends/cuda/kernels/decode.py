@@ -7,7 +7,7 @@ Whoever is last tells the peers that this rank's rows are in place, and may wait
 The grid's programs wait for the clerk, so all of them that run must leave room for it: half of a multiprocessor's
 registers is theirs. On the wire such a call is the same as one by several kernels: ranks may do either.
 
-Letters: T tokens here, K top-k, E experts, L local experts, P ranks, S tokens of a program, H hidden, G scale groups.
+Letters: T tokens here, K top-k, E experts, L local experts, P ranks, H hidden, G scale groups.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from crossdock.backends.cuda.kernels.calls import (
     SEQUENCE,
     SLOT_MASK,
     await_rows,
+    copy_counts,
     give_word,
     is_ok,
     look_for_abort,
+    output_slot_of,
     post_arrived,
     slot_of,
     take_words,
@@ -35,15 +37,13 @@ from crossdock.backends.cuda.kernels.calls import (
 from crossdock.backends.cuda.kernels.cast import cast_blocks
 from crossdock.backends.cuda.kernels.places import (
     ROW_BITS,
+    ROW_MASK,
     derive_incoming,
     derive_outgoing,
-    forget_counts,
     has_bad_picks,
     load_picks,
-    nth_of_key,
 )
 from crossdock.backends.cuda.kernels.rows import wide
-from crossdock.backends.cuda.kernels.sums import sum_share
 from crossdock.backends.cuda.kernels.sync import (
     ABORTED,
     OK,
@@ -83,24 +83,32 @@ def count_all(topk_idx, num_tokens, E: tl.constexpr, P: tl.constexpr, K: tl.cons
 
 
 @triton.jit
-def nth_of_expert(expert, topk_idx, num_before, room, E: tl.constexpr):
-    """Of a program's picks, how many rows of their experts come before: of earlier tokens' picks, and of these.
+def count_before(topk_idx, num_picks, E: tl.constexpr):
+    """Picks of each expert among the first ones, int32 ``[next_power_of_2(E)]``."""
+    BINS: tl.constexpr = triton.next_power_of_2(E)
+    total = tl.zeros([BINS], tl.int32)
+    for first in range(0, num_picks, _OTHERS):
+        at = first + tl.arange(0, _OTHERS)
+        expert = tl.load(topk_idx + at, mask=at < num_picks, other=-1).to(tl.int32)
+        is_pick = (expert >= 0) & (expert < E)
+        total += tl.histogram(tl.where(is_pick, expert, 0), BINS, mask=is_pick)
+    return total
+
+
+@triton.jit
+def look_up(table, room, index, is_there, E: tl.constexpr):
+    """Values of a block ``[next_power_of_2(E)]`` at some indices, 0 where none is asked for.
+
+    Through memory: to look them up in registers takes hundreds of these.
 
     Args:
-        num_before: picks of all earlier tokens.
         room: int32 ``[E]`` of the program's own.
     """
-    BINS: tl.constexpr = triton.next_power_of_2(E)
-    before = tl.zeros([BINS], tl.int32)
-    for first in range(0, num_before, _OTHERS):
-        at = first + tl.arange(0, _OTHERS)
-        other = tl.load(topk_idx + at, mask=at < num_before, other=-1).to(tl.int32)
-        is_pick = (other >= 0) & (other < E)
-        before += tl.histogram(tl.where(is_pick, other, 0), BINS, mask=is_pick)
-    bins = tl.arange(0, BINS)
-    tl.store(room + bins, before, mask=bins < E)  # to look it up by a block of experts: from registers takes hundreds
+    at = tl.arange(0, table.shape[0])
+    tl.debug_barrier()  # the last ones have been looked up
+    tl.store(room + at, table, mask=at < E)
     tl.debug_barrier()
-    return nth_of_key(expert, expert >= 0, E) + tl.load(room + expert, mask=expert >= 0, other=0)
+    return tl.load(room + index, mask=is_there, other=0)
 
 
 @triton.jit
@@ -118,24 +126,25 @@ def piece_at(piece, ROW: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit
 def load_piece(
     x,
-    first_token,
-    item,
-    num_items,
+    token,
+    piece,
+    is_there,
     stride,
     ROW: tl.constexpr,
     PIECE: tl.constexpr,
-    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One of the pieces of rows ``x`` from a token on, counted through; 0 where there is none."""
-    words, is_word = piece_at(item % PIECES, ROW, PIECE, BLOCK)
-    row = x + wide(first_token + item // PIECES) * stride
-    return tl.load(row + words, mask=is_word & (item < num_items), other=0)
+    """A piece of a token's row; 0 where there is none."""
+    words, is_word = piece_at(piece, ROW, PIECE, BLOCK)
+    return tl.load(x + wide(token) * stride + words, mask=is_word & is_there, other=0)
 
 
 @triton.jit(
-    do_not_specialize=["payload", "rank", "max_polls", "patience", "num_tokens", "capacity", "source", "begins", "awaits", "parts"]
-)
+    do_not_specialize=[
+        "payload", "rank", "max_polls", "patience", "begins", "awaits", "num_shares", "parts", "num_tokens", "capacity",
+        "source",
+    ]
+)  # fmt: skip
 def dispatch_rows(
     segments,
     state,
@@ -168,6 +177,7 @@ def dispatch_rows(
     to_rows,
     to_scales,
     rooms,
+    num_shares,
     parts,
     topk_idx,
     weights,
@@ -189,7 +199,6 @@ def dispatch_rows(
     ALIGNMENT: tl.constexpr,
     AT_ONCE: tl.constexpr,
     K: tl.constexpr,
-    S: tl.constexpr,
     ROW: tl.constexpr,
     PIECE: tl.constexpr,
     ROW_BYTES: tl.constexpr,
@@ -212,7 +221,7 @@ def dispatch_rows(
         verdict, ticket: int32, both 0.
         to_rows, to_scales: int64 ``[T, K]``, room for the addresses of rows and scales at their receivers.
         rooms: int32 ``[programs, E]``, of nobody in particular.
-        parts: programs that share the pieces of S tokens.
+        num_shares, parts: tokens are shared out, and the pieces of each token's row.
         topk_idx: int64 ``[T, K]``; weights: int32 ``[T, K]``, the bits of float32.
         x: words ``[T, ROW]``, or values that are cast (BLOCK > 0: of so many with one scale); scale: words
             ``[T, SCALES]`` of rows that were cast before.
@@ -223,10 +232,15 @@ def dispatch_rows(
     E: tl.constexpr = L * P
     ITS: tl.constexpr = SCALES if BLOCK > 0 else ROW
     PIECES: tl.constexpr = (ITS + PIECE - 1) // PIECE
+    settles = tl.full([], 0, tl.int32)
+    moves = tl.full([], 0, tl.int32)
+    end = tl.full([], 0, tl.int32)
+    base = tl.zeros([triton.next_power_of_2(E)], tl.int32)
+    counts = words_at(tl.load(segments + rank), counts_offset)
     if tl.program_id(0) == 0:
         good = is_ok(state)
         sequence = tl.load(call + P + SEQUENCE)
-        settles = tl.full([], 1, tl.int32)
+        settles += 1
         if good:
             if begins != 0:
                 mine, is_refused = count_all(topk_idx, num_tokens, E, P, K)
@@ -241,38 +255,36 @@ def dispatch_rows(
                 settles = are_here(words, stamped(sequence, 0), patience, P).to(tl.int32)
         if settles != 0:
             status = tl.full([], ABORTED, tl.int32)
+            counts += (sequence & (RING - 1)) * (P * (E + P))
             if good:
                 status = take_words(
-                    segments, state, call, record, report, sequence, payload, gathered, rank, max_polls,
-                    words_offset, aborts_offset, counts_offset, P, RING, E + P, AT_ONCE,
+                    segments, state, call, record, report, sequence, payload, rank, max_polls,
+                    words_offset, aborts_offset, P, RING,
                 )  # fmt: skip
-                tl.debug_barrier()  # every warp's part of the counts is there
-            base, end, moves = derive_outgoing(
-                gathered, status == OK, scalars, told, outgoing, capacity, rank,
+            base, end, is_moving = derive_outgoing(
+                counts, status == OK, scalars, told, outgoing, capacity, rank,
                 P, L, L, 0, ALIGNMENT, AT_ONCE, False,
             )  # fmt: skip
+            moves = is_moving.to(tl.int32)
             if status == OK:
                 tl.store(call + P + PROGRESS, tl.full([], READY, tl.int64))
-            release_programs(verdict, tl.where(moves, GO, NO_ROWS))
-            derive_incoming(
-                gathered, base, end, moves, scalars, told, incoming, starts, tokens, capacity, rank,
-                P, L, L, 0, ALIGNMENT, AT_ONCE, False,
-            )  # fmt: skip
-            if moves == 0:
-                forget_counts(gathered, P, E + P)
+            release_programs(verdict, tl.where(is_moving, GO, NO_ROWS))
         else:
             release_programs(verdict, tl.full([], NOTHING, tl.int32))
-    else:
-        PARTS_TYPE: tl.constexpr = tl.uint8 if BLOCK > 0 else x.dtype.element_ty
-        block, part = (tl.program_id(0) - 1) // parts, (tl.program_id(0) - 1) % parts
-        expert, token, pick = load_picks(topk_idx, num_tokens, block, K, S)
-        expert = tl.where(expert < E, expert, -1)
-        nth = nth_of_expert(expert, topk_idx, block * (S * K), rooms + tl.program_id(0) * E, E)
-        decided = tl.full([], 0, tl.int32)
-        num_items = tl.minimum(S, num_tokens - block * S) * PIECES
-        values = load_piece(x, block * S, part, num_items, stride, ROW, PIECE, PIECES, BLOCK)
-        for item in range(part, num_items, parts):
-            row_token, piece = block * S + item // PIECES, item % PIECES
+    WORD: tl.constexpr = tl.uint8 if BLOCK > 0 else x.dtype.element_ty
+    share, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    first_token = share * num_tokens // num_shares
+    last_token = (share + 1) * num_tokens // num_shares
+    pick = tl.arange(0, triton.next_power_of_2(K))
+    before = count_before(topk_idx, first_token * K, E)
+    values = load_piece(x, first_token, part, first_token < last_token, stride, ROW, PIECE, BLOCK)
+    decided = tl.full([], 0, tl.int32)
+    for token in range(first_token, last_token):
+        expert = tl.load(topk_idx + token * K + pick, mask=pick < K, other=-1).to(tl.int32)
+        is_pick = (expert >= 0) & (expert < E)
+        nth = look_up(before, rooms + tl.program_id(0) * E, expert, is_pick, E)
+        before += tl.histogram(tl.where(is_pick, expert, 0), before.shape[0], mask=is_pick)
+        for piece in range(part, PIECES, parts):
             words, is_word = piece_at(piece, ROW, PIECE, BLOCK)
             if BLOCK > 0:
                 at = piece * PIECE + tl.arange(0, PIECE)
@@ -284,42 +296,50 @@ def dispatch_rows(
                 if SCALES > 0:
                     at = tl.arange(0, triton.next_power_of_2(SCALES))
                     is_scale = (at < SCALES) & (piece == 0)
-                    scales = tl.load(scale + wide(row_token) * scale_stride + at, mask=is_scale)
+                    scales = tl.load(scale + wide(token) * scale_stride + at, mask=is_scale)
             if decided == 0:  # the first rows are here, and cast, when peers' words are
                 decided = take_verdict(verdict)
-                is_row = (expert >= 0) & (decided == GO)
+            if (piece == part) & (decided != NOTHING):
+                is_row = is_pick & (decided == GO)
                 row = tl.load(outgoing + expert, mask=is_row, other=0) + nth
-                home = tl.load(outgoing + E + expert, mask=is_row, other=0) + nth
                 peer = tl.where(is_row, expert // L, 0)
                 segment, slot, place = tl.load(segments + peer), slot_of(call, peer), token * K + pick
-                is_pick = (token < num_tokens) & (pick < K) & (decided != NOTHING)
                 there = segment + data_region + slot * data_slot_bytes + row.to(tl.int64) * ROW_BYTES
-                tl.store(to_rows + place, tl.where(is_row, there, 0), mask=is_pick)
+                tl.store(to_rows + place, tl.where(is_row, there, 0), mask=pick < K)
                 if SCALES > 0:
                     there = segment + scale_region + slot * scale_slot_bytes + row.to(tl.int64) * SCALE_BYTES
-                    tl.store(to_scales + place, there, mask=is_pick)
+                    tl.store(to_scales + place, there, mask=pick < K)
+                tl.debug_barrier()
                 if part == 0:
+                    home = tl.load(outgoing + E + expert, mask=is_row, other=0) + nth
                     there = (peer.to(tl.int64) << ROW_BITS) | row
-                    tl.store(places + place, tl.where(is_row, there, -1), mask=is_pick)
-                    tl.store(homes + place, tl.where(is_row, home, -1), mask=is_pick)
+                    tl.store(places + place, tl.where(is_row, there, -1), mask=pick < K)
+                    tl.store(homes + place, tl.where(is_row, home, -1), mask=pick < K)
                     there = segment + record_region + slot * record_slot_bytes + row.to(tl.int64) * (4 * RECORD)
                     to_record = there.to(tl.pointer_type(tl.int32), bitcast=True)
-                    tl.store(to_record, source + token, mask=is_row)
+                    tl.store(to_record, source + tl.zeros_like(pick) + token, mask=is_row)
                     if HAS_WEIGHTS:
                         tl.store(to_record + 1, tl.load(weights + place, mask=is_row, other=0), mask=is_row)
-                tl.debug_barrier()
-            values = load_piece(x, block * S, item + parts, num_items, stride, ROW, PIECE, PIECES, BLOCK)
+            is_next = piece + parts < PIECES
+            next_token, next_piece = token + tl.where(is_next, 0, 1), tl.where(is_next, piece + parts, part)
+            values = load_piece(x, next_token, next_piece, next_token < last_token, stride, ROW, PIECE, BLOCK)
             if decided == GO:
                 for k in tl.static_range(K):
-                    there = tl.load(to_rows + row_token * K + k)
-                    to_row = there.to(tl.pointer_type(PARTS_TYPE), bitcast=True)
+                    there = tl.load(to_rows + token * K + k)
+                    to_row = there.to(tl.pointer_type(WORD), bitcast=True)
                     if ROW_BYTES % 16 == 0:
                         to_row = tl.multiple_of(to_row, 16)
                     tl.store(to_row + words, data, mask=is_word & (there != 0))
                     if SCALES > 0:
-                        to_scale = tl.load(to_scales + row_token * K + k)
+                        to_scale = tl.load(to_scales + token * K + k)
                         to_scale = to_scale.to(tl.pointer_type(scales.dtype), bitcast=True)
                         tl.store(to_scale + at, scales, mask=is_scale & (there != 0))
+    if (tl.program_id(0) == 0) & (settles != 0):  # behind its rows, which peers wait for
+        derive_incoming(
+            counts, base, end, moves != 0, scalars, told, incoming, starts, tokens, capacity, rank,
+            P, L, L, 0, ALIGNMENT, 1, False,
+        )  # fmt: skip
+        copy_counts(counts, gathered, moves != 0, P, E + P, 1)
     if is_last_program(ticket):
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
         if is_ok(state):
@@ -340,7 +360,11 @@ def begin_combine(segments, state, call, payload, rank, words_offset, P: tl.cons
         give_word(segments, state, call, payload, False, tl.zeros([1], tl.int64), rank, words_offset, 0, P, RING, 0, 1)
 
 
-@triton.jit(do_not_specialize=["payload", "rank", "max_polls", "begins", "num_tokens", "landing", "bias_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "payload", "rank", "max_polls", "begins", "num_shares", "parts", "num_tokens", "landing", "bias_rows",
+    ]
+)  # fmt: skip
 def combine_rows(
     segments,
     state,
@@ -356,6 +380,8 @@ def combine_rows(
     aborts_offset,
     verdict,
     ticket,
+    num_shares,
+    parts,
     out,
     bias,
     weights,
@@ -374,7 +400,9 @@ def combine_rows(
     HAS_WEIGHTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """A combine of outputs that this rank leaves where they are: words, and the sums of ``sum_rows``.
+    """A combine of outputs that this rank leaves where they are: words, and the sums that ``sum_rows`` makes.
+
+    A program takes tokens one after another, so that the addresses of a token's rows are worked out once.
 
     Args:
         begins: whether this rank's word is still to be given.
@@ -390,8 +418,8 @@ def combine_rows(
                     P, RING, 0, 1,
                 )  # fmt: skip
             status = take_words(
-                segments, state, call, record, report, sequence, payload, record, rank, max_polls,
-                words_offset, aborts_offset, 0, P, RING, 0, 1,
+                segments, state, call, record, report, sequence, payload, rank, max_polls,
+                words_offset, aborts_offset, P, RING,
             )  # fmt: skip
             if status == OK:
                 lanes = tl.arange(0, triton.next_power_of_2(P))
@@ -402,11 +430,40 @@ def combine_rows(
                         record, record, P, RING, False, 0,
                     )  # fmt: skip
         release_programs(verdict, tl.where(status == OK, GO, NO_ROWS))
+    PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
+    ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
+    share, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     good = take_verdict(verdict) == GO
-    sum_share(
-        out, bias, weights, places, homes, segments, call, good, num_tokens, rank, outputs, slot_bytes, landing,
-        bias_rows, J, H, PIECE, HAS_WEIGHTS, HAS_BIAS,
-    )  # fmt: skip
+    own = tl.load(segments + rank) + landing
+    for token in range(share * num_tokens // num_shares, (share + 1) * num_tokens // num_shares):
+        rows = ()
+        weights_of = ()
+        for j in tl.static_range(J):
+            place = tl.load(places + token * J + j)
+            is_row = (place >= 0) & good
+            peer = tl.where(is_row, place >> ROW_BITS, rank)
+            slot = output_slot_of(call, peer)
+            there = tl.load(segments + peer) + outputs + slot * slot_bytes + (place & ROW_MASK) * ROW_BYTES
+            if slot == PUSHED:
+                there = own + tl.load(homes + token * J + j).to(tl.int64) * ROW_BYTES
+            rows = rows + (tl.where(is_row, there, 0),)  # noqa: RUF005 - Triton's compiler knows no unpacking
+            if HAS_WEIGHTS:
+                weight = tl.load(weights + token * J + j, mask=is_row, other=0.0)
+                weights_of = weights_of + (weight,)  # noqa: RUF005
+        for piece in range(part, PIECES, parts):
+            at = piece * PIECE + tl.arange(0, PIECE)
+            total = tl.zeros([PIECE], tl.float32)
+            for j in tl.static_range(J):
+                row = rows[j].to(out.dtype, bitcast=True)
+                if ROW_BYTES % 16 == 0:
+                    row = tl.multiple_of(row, 16)
+                value = tl.load(row + at, mask=(at < H) & (rows[j] != 0), other=0.0).to(tl.float32)
+                if HAS_WEIGHTS:
+                    value = value * weights_of[j]
+                total += value
+            if HAS_BIAS:
+                total += tl.load(bias + wide(token) * bias_rows * H + at, mask=at < H, other=0.0).to(tl.float32)
+            tl.store(out + wide(token) * H + at, total.to(out.dtype.element_ty), mask=at < H)
     if is_last_program(ticket):
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
         if is_ok(state):

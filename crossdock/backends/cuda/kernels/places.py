@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossdock.backends.cuda.kernels.calls import begin_call, is_ok
+from crossdock.backends.cuda.kernels.calls import PAYLOAD_MASK, begin_call, is_ok
 
 NUM_ROWS = tl.constexpr(0)
 OVERFLOW = tl.constexpr(1)
@@ -130,9 +130,13 @@ def sum_chunks(sums, counts, num_chunks, W: tl.constexpr, TILE: tl.constexpr, CO
 
 @triton.jit
 def load_counts(counts, source, column, is_column, P: tl.constexpr, W: tl.constexpr):
-    """Columns of the counts ``[P, W]`` of some sources, int32 ``[sources, columns]``; 0 where there are none."""
+    """Columns of the counts ``[P, W]`` of some sources, int32 ``[sources, columns]``; 0 where there are none.
+
+    Stamped or not.
+    """
     at = counts + source[:, None] * W + column[None, :]
-    return tl.load(at, mask=(source < P)[:, None] & is_column[None, :], other=0).to(tl.int32)
+    counts = tl.load(at, mask=(source < P)[:, None] & is_column[None, :], other=0)
+    return (counts & PAYLOAD_MASK).to(tl.int32)
 
 
 @triton.jit
@@ -169,7 +173,7 @@ def derive_outgoing(
         sent = load_counts(counts + FIRST, source, key, is_key & good, P, W)
         total += tl.sum(sent, axis=0)
         before += tl.sum(tl.where((source < rank)[:, None], sent, 0), axis=0)
-    own = tl.load(counts + rank * W + FIRST + key, mask=is_key & good, other=0).to(tl.int32)
+    own = (tl.load(counts + rank * W + FIRST + key, mask=is_key & good, other=0) & PAYLOAD_MASK).to(tl.int32)
     if ALIGNMENT == 0:
         base = key % N * capacity
         size = total

@@ -16,56 +16,6 @@ from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.rows import row_at, wide
 
 
-@triton.jit
-def sum_share(
-    out,
-    bias,
-    weights,
-    places,
-    homes,
-    segments,
-    call,
-    good,
-    num_tokens,
-    rank,
-    outputs,
-    slot_bytes,
-    landing,
-    bias_rows,
-    J: tl.constexpr,
-    H: tl.constexpr,
-    PIECE: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """A program's share of ``sum_rows``; without any rows where the call is not good."""
-    PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
-    ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
-    own = tl.load(segments + rank) + landing
-    for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
-        token = i // PIECES
-        at = i % PIECES * PIECE + tl.arange(0, PIECE)
-        is_value = at < H
-        total = tl.zeros([PIECE], tl.float32)
-        for j in tl.static_range(J):
-            place = tl.load(places + token * J + j)
-            is_row = (place >= 0) & good
-            peer = tl.where(is_row, place >> ROW_BITS, rank)
-            slot = output_slot_of(call, peer)
-            is_pushed = is_row & (slot == PUSHED)
-            home = tl.load(homes + token * J + j, mask=is_pushed, other=0)
-            there = tl.load(segments + peer) + outputs + slot * slot_bytes
-            base = tl.where(is_pushed, own, there)
-            row = tl.where(is_pushed, home.to(tl.int64), place & ROW_MASK)
-            value = tl.load(row_at(base, row, out, ROW_BYTES) + at, mask=is_value & is_row, other=0.0).to(tl.float32)
-            if HAS_WEIGHTS:
-                value = value * tl.load(weights + token * J + j, mask=is_row, other=0.0)
-            total += value
-        if HAS_BIAS:
-            total += tl.load(bias + wide(token) * bias_rows * H + at, mask=is_value, other=0.0).to(tl.float32)
-        tl.store(out + wide(token) * H + at, total.to(out.dtype.element_ty), mask=is_value)
-
-
 @triton.jit(do_not_specialize=["num_tokens", "rank", "landing", "bias_rows"])
 def sum_rows(
     out,
@@ -98,10 +48,32 @@ def sum_rows(
         outputs, slot_bytes: where in a segment output slot 0 begins, and bytes of a slot.
         landing: where in this rank's segment the landing slot of the call begins.
     """
-    sum_share(
-        out, bias, weights, places, homes, segments, call, is_ok(state), num_tokens, rank, outputs, slot_bytes, landing,
-        bias_rows, J, H, PIECE, HAS_WEIGHTS, HAS_BIAS,
-    )  # fmt: skip
+    PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
+    ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
+    good = is_ok(state)
+    own = tl.load(segments + rank) + landing
+    for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
+        token = i // PIECES
+        at = i % PIECES * PIECE + tl.arange(0, PIECE)
+        is_value = at < H
+        total = tl.zeros([PIECE], tl.float32)
+        for j in tl.static_range(J):
+            place = tl.load(places + token * J + j)
+            is_row = (place >= 0) & good
+            peer = tl.where(is_row, place >> ROW_BITS, rank)
+            slot = output_slot_of(call, peer)
+            is_pushed = is_row & (slot == PUSHED)
+            home = tl.load(homes + token * J + j, mask=is_pushed, other=0)
+            there = tl.load(segments + peer) + outputs + slot * slot_bytes
+            base = tl.where(is_pushed, own, there)
+            row = tl.where(is_pushed, home.to(tl.int64), place & ROW_MASK)
+            value = tl.load(row_at(base, row, out, ROW_BYTES) + at, mask=is_value & is_row, other=0.0).to(tl.float32)
+            if HAS_WEIGHTS:
+                value = value * tl.load(weights + token * J + j, mask=is_row, other=0.0)
+            total += value
+        if HAS_BIAS:
+            total += tl.load(bias + wide(token) * bias_rows * H + at, mask=is_value, other=0.0).to(tl.float32)
+        tl.store(out + wide(token) * H + at, total.to(out.dtype.element_ty), mask=is_value)
 
 
 @triton.jit
