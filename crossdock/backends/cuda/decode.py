@@ -36,7 +36,7 @@ class DecodeCalls:
         self._on = launcher
         self._planner = planner
         self._consent = consent
-        self._verdict = torch.zeros(1, dtype=torch.int32, device=launcher.device)
+        self._verdict = torch.zeros(2, dtype=torch.int32, device=launcher.device)
         self._ticket = torch.zeros(1, dtype=torch.int32, device=launcher.device)
         num_picks = self._spec.max_tokens * self._spec.num_topk
         num_programs = replace(launcher.config, num_sms=launcher.config.visible_sms).few_programs

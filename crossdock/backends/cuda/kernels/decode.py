@@ -1,11 +1,11 @@
 """Whole calls of few tokens, each one kernel: from picks to rows in place, and from words to sums. Triton only.
 
 Program 0, the *clerk*, does what only one can: it counts, gives this rank's word, waits for everybody's, works out
-where rows go, and releases the others of its grid with a *verdict*. These have loaded, and cast, their rows meanwhile.
-Whoever is last tells the peers that this rank's rows are in place, and may wait for theirs.
+where rows go, and releases the grid's programs with a *verdict*; they have loaded, and cast, their first rows meanwhile.
+Whoever is last tells the peers that this rank's rows are in place, and waits for theirs, while the clerk, who has had its
+share of rows too, works out where these lie.
 
-The grid's programs wait for the clerk, so all of them that run must leave room for it: half of a multiprocessor's
-registers is theirs. On the wire such a call is the same as one by several kernels: ranks may do either.
+On the wire such a call is the same as one by several kernels: ranks may do either.
 
 Letters: T tokens here, K top-k, E experts, L local experts, P ranks, H hidden, G scale groups.
 """
@@ -218,7 +218,7 @@ def dispatch_rows(
     Args:
         call: see ``calls``; its PROGRESS says what is left to do.
         gathered ... homes, capacity: see ``places``; told: the report there.
-        verdict, ticket: int32, both 0.
+        verdict, ticket: int32 ``[2]`` and ``[1]``, all 0.
         to_rows, to_scales: int64 ``[T, K]``, room for the addresses of rows and scales at their receivers.
         rooms: int32 ``[programs, E]``, of nobody in particular.
         num_shares, parts: tokens are shared out, and the pieces of each token's row.
@@ -235,6 +235,8 @@ def dispatch_rows(
     settles = tl.full([], 0, tl.int32)
     moves = tl.full([], 0, tl.int32)
     end = tl.full([], 0, tl.int32)
+    needed = tl.full([], 0, tl.int32)
+    worst = tl.full([], 0, tl.int32)
     base = tl.zeros([triton.next_power_of_2(E)], tl.int32)
     counts = words_at(tl.load(segments + rank), counts_offset)
     if tl.program_id(0) == 0:
@@ -261,10 +263,9 @@ def dispatch_rows(
                     segments, state, call, record, report, sequence, payload, rank, max_polls,
                     words_offset, aborts_offset, P, RING,
                 )  # fmt: skip
-            base, end, is_moving = derive_outgoing(
-                counts, status == OK, scalars, told, outgoing, capacity, rank,
-                P, L, L, 0, ALIGNMENT, AT_ONCE, False,
-            )  # fmt: skip
+            base, end, is_moving, needed, worst = derive_outgoing(
+                counts, status == OK, scalars, outgoing, capacity, rank, P, L, L, 0, ALIGNMENT, AT_ONCE, False
+            )
             moves = is_moving.to(tl.int32)
             if status == OK:
                 tl.store(call + P + PROGRESS, tl.full([], READY, tl.int64))
@@ -334,23 +335,29 @@ def dispatch_rows(
                         to_scale = tl.load(to_scales + token * K + k)
                         to_scale = to_scale.to(tl.pointer_type(scales.dtype), bitcast=True)
                         tl.store(to_scale + at, scales, mask=is_scale & (there != 0))
-    if (tl.program_id(0) == 0) & (settles != 0):  # behind its rows, which peers wait for
-        derive_incoming(
-            counts, base, end, moves != 0, scalars, told, incoming, starts, tokens, capacity, rank,
-            P, L, L, 0, ALIGNMENT, 1, False,
-        )  # fmt: skip
-        copy_counts(counts, gathered, moves != 0, P, E + P, 1)
-    if is_last_program(ticket):
+    is_last = is_last_program(ticket)
+    if is_last:
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
-        if is_ok(state):
+        if is_ok(state):  # noqa: SIM102 - the second is not to be read of a void call
             if tl.load(call + P + PROGRESS) == READY:
                 post_arrived(segments, call, rank, arrived_offset, P, RING)
                 tl.store(call + P + PROGRESS, tl.full([], SENT, tl.int64))
-            if awaits != 0:
-                await_rows(
-                    segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset,
-                    tokens, all_tokens, P, RING, True, L,
-                )  # fmt: skip
+    if tl.program_id(0) == 0:  # behind its rows, which peers wait for; what is stored for the host delays a release
+        if settles != 0:
+            derive_incoming(
+                counts, base, end, moves != 0, needed, worst, scalars, told, incoming, starts, tokens, capacity, rank,
+                P, L, L, 0, ALIGNMENT, 1, False,
+            )  # fmt: skip
+            copy_counts(counts, gathered, moves != 0, P, E + P, 1)
+        release_programs(verdict + 1, tl.full([], GO, tl.int32))
+    if is_last:
+        take_verdict(verdict + 1)
+        tl.atomic_xchg(verdict + 1, 0, sem="relaxed", scope="gpu")
+        if (awaits != 0) & is_ok(state):
+            await_rows(
+                segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset,
+                tokens, all_tokens, P, RING, True, L,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["payload", "rank"])

@@ -144,7 +144,6 @@ def derive_outgoing(
     counts,
     good,
     scalars,
-    report,
     outgoing,
     capacity,
     rank,
@@ -159,8 +158,8 @@ def derive_outgoing(
     """From everybody's counts: where this rank's blocks of rows begin. See ``derive_blocks``.
 
     Returns:
-        Where each key's rows begin at their receiver, int32 ``[next_power_of_2(B)]``; the end of this rank's rows; and
-        whether rows are moved at all.
+        Where each key's rows begin at their receiver, int32 ``[next_power_of_2(B)]``; the end of this rank's rows;
+        whether rows are moved at all; of an overflow, how many rows the place needs that needs most, and which it is.
     """
     B: tl.constexpr = N * P
     W: tl.constexpr = (L + 1) * P
@@ -187,20 +186,20 @@ def derive_outgoing(
         tl.debug_barrier()
         base = ends - size - of_rank
         needed = tl.where(key % N == N - 1, base + size, 0)
+    most = tl.max(tl.where(is_key, needed, 0), axis=0)
+    worst = tl.min(tl.where(is_key & (needed == most), key, B), axis=0)
+    worst = worst if ALIGNMENT == 0 else worst // N
     if not IS_PAIRS:
-        most = tl.max(tl.where(is_key, needed, 0), axis=0)
-        worst = tl.min(tl.where(is_key & (needed == most), key, B), axis=0)
         fits = most <= capacity
+        most = tl.where(fits, 0, most)
         tl.store(scalars + OVERFLOW, (fits == 0).to(tl.int32))
-        tl.store(report + REPORT_NEEDED, tl.where(fits, 0, most).to(tl.int64))
-        tl.store(report + REPORT_WORST, (worst if ALIGNMENT == 0 else worst // N).to(tl.int64))
         good = good & fits
         base = tl.where(good, base, key % N * capacity if ALIGNMENT == 0 else 0)
         own = tl.where(good, own, 0)
     tl.store(outgoing + key, base + before, mask=is_key)
     tl.store(outgoing + B + key, tl.cumsum(own, axis=0) - own, mask=is_key)
     end = tl.max(tl.where(is_key & (key // N == rank) & good, base + size, 0), axis=0)
-    return base, end, good
+    return base, end, good, most, worst
 
 
 @triton.jit
@@ -209,6 +208,8 @@ def derive_incoming(
     base,
     end,
     good,
+    needed,
+    worst,
     scalars,
     report,
     incoming,
@@ -224,7 +225,7 @@ def derive_incoming(
     AT_ONCE: tl.constexpr,
     IS_PAIRS: tl.constexpr,
 ):
-    """From what ``derive_outgoing`` gives: where others' blocks begin here. See ``derive_blocks``."""
+    """From what ``derive_outgoing`` gives: where others' blocks begin here, and the report. See ``derive_blocks``."""
     B: tl.constexpr = N * P
     W: tl.constexpr = (L + 1) * P
     key = tl.arange(0, triton.next_power_of_2(B))
@@ -236,6 +237,8 @@ def derive_incoming(
         end = N * capacity if ALIGNMENT == 0 else end
         tl.store(scalars + NUM_ROWS, end)
         tl.store(report + REPORT_ROWS, tl.zeros([], tl.int64) + end)
+        tl.store(report + REPORT_NEEDED, needed.to(tl.int64))
+        tl.store(report + REPORT_WORST, worst.to(tl.int64))
         tl.store(starts + key - rank * N, base, mask=is_mine)
         tl.store(starts + N, end)
     here = base
@@ -304,11 +307,11 @@ def derive_blocks(
     good = is_ok(state)
     if IS_PAIRS:
         good = good & (tl.load(scalars + OVERFLOW) == 0)
-    base, end, good = derive_outgoing(
-        counts, good, scalars, report, outgoing, capacity, rank, P, L, N, FIRST, ALIGNMENT, AT_ONCE, IS_PAIRS
+    base, end, good, needed, worst = derive_outgoing(
+        counts, good, scalars, outgoing, capacity, rank, P, L, N, FIRST, ALIGNMENT, AT_ONCE, IS_PAIRS
     )
     derive_incoming(
-        counts, base, end, good, scalars, report, incoming, starts, tokens, capacity, rank,
+        counts, base, end, good, needed, worst, scalars, report, incoming, starts, tokens, capacity, rank,
         P, L, N, FIRST, ALIGNMENT, AT_ONCE, IS_PAIRS,
     )  # fmt: skip
     if not (IS_PAIRS or KEEPS_COUNTS):  # noqa: SIM102 - one is of the compiler, the other of the device
