@@ -320,7 +320,8 @@ class Buffer:
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
         pending = self._start_combine(y, plan, weights, bias, extras, at_once=True, num_sms=num_sms)
-        return pending.wait()
+        result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = pending.wait()
+        return result
 
     @overload
     def combine_start(

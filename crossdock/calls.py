@@ -120,9 +120,7 @@ class Calls:
         if whole is not None and whole.takes_dispatch(outgoing, routing):
             yield from self._turn(call)
             assert isinstance(routing, Tensor)
-            return (
-                yield from whole.dispatch(call.sequence, call.word, outgoing, routing, mode, at_once=call.at_once)
-            )
+            return (yield from whole.dispatch(call.sequence, call.word, outgoing, routing, mode, at_once=call.at_once))
         words = yield from self._words(call)
         plan = routing if isinstance(routing, Plan) else self._backend.make_plan(call.sequence, routing, mode)
         self._backend.push_rows(plan, outgoing, words)

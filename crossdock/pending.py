@@ -81,12 +81,13 @@ class Pending(Generic[Result]):
         """Goes as far as it can without waiting: what it waits for, or None when it is done."""
         try:
             missing = next(self._steps)
-            self.has_sent = missing.has_sent
-            return missing
         except StopIteration as stop:
             self._result.append(stop.value)
         except CrossdockError as error:
             self._error = error
+        else:
+            self.has_sent = missing.has_sent
+            return missing
         return None
 
     def void(self, error: BaseException) -> None:

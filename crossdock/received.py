@@ -105,7 +105,7 @@ class Received:
 
     @property
     def weights(self) -> Tensor | None:
-        """float32, when dispatch was given weights: [R, K] for Compact (0 for picks of other ranks), one per row else."""
+        """float32, when dispatch was given weights: for Compact [R, K], 0 for other ranks' picks; else one per row."""
         return self._records.small().weights
 
     @property

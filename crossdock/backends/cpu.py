@@ -309,9 +309,7 @@ class CpuBackend:
             at += raw.shape[1]
         return records
 
-    def _unpack_records(
-        self, record: Bytes, is_real: npt.NDArray[np.bool_], outgoing: Outgoing
-    ) -> Small:
+    def _unpack_records(self, record: Bytes, is_real: npt.NDArray[np.bool_], outgoing: Outgoing) -> Small:
         """The small things out of [R, record_bytes]; -1 and 0 where no row is."""
         spec, num_rows = self._arena.spec, record.shape[0]
         words, num_topk = record.view(np.int32), spec.num_topk

@@ -39,7 +39,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "padded": ({"layout": Padded(), "wire": Bf16()}, {}),
     "padded fp8": ({"layout": Padded(), "wire": Fp8()}, {}),
 }
-MOVERS = {"push_rows", "push_home", "push_sums", "sum_rows", "push_cast", "expand_rows", "dispatch_rows", "combine_rows"}
+MOVERS = {
+    "push_rows",
+    "push_home",
+    "push_sums",
+    "sum_rows",
+    "push_cast",
+    "expand_rows",
+    "dispatch_rows",
+    "combine_rows",
+}
 WAITERS = {"begin_call": 2, "begin_dispatch": 2, "finish_call": 2}
 """And how many boxes of words each polls."""
 WHOLE = {"dispatch_rows": 2, "combine_rows": 2}
@@ -130,7 +139,7 @@ def test_sums_are_of_products_that_are_rounded_by_themselves(ptx):
 def test_casts_divide_without_branches_and_round_as_asked(ptx):
     """By reciprocals that are rounded correctly; of other scales than powers of two, corrected twice by remainders."""
     for launch in ptx:
-        if launch.name == "push_cast" or launch.constants.get("BLOCK", 0) and launch.name == "dispatch_rows":
+        if launch.name == "push_cast" or (launch.name == "dispatch_rows" and launch.constants["BLOCK"]):
             num_casts = 2 * launch.code.count("cvt.rn.satfinite.e4m3x2.f32")
             num_corrections = 0 if launch.constants["POW2"] else 4
             assert len(re.findall(r"\bfma\.rn\.f32\b", launch.code)) == num_corrections * num_casts

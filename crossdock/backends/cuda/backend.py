@@ -35,6 +35,7 @@ from crossdock.spec import Topology
 from crossdock.transport.device import DeviceTransport
 from crossdock.wire import Fp8, Quantized
 
+
 class CudaBackend:
     """The Backend protocol over device memory that every rank has mapped."""
 
@@ -246,7 +247,7 @@ class CudaBackend:
         x: Tensor | Quantized = wide.to(spec.wire.dtype)
         if isinstance(spec.wire, Fp8):
             x = spec.wire.quantize(wide)
-        kinds = (x,) if isinstance(x, Tensor) else (x, wide)
+        kinds: list[Tensor | Quantized] = [x] if isinstance(x, Tensor) else [x, wide]
         calls = [
             Outgoing(x=x, weights=None, extras=()),
             Outgoing(x=x if isinstance(x, Tensor) else wide, weights=weights, extras=()),
@@ -317,7 +318,10 @@ class CudaBackend:
                 x = spec.wire.quantize(x)
         parts = [(x.data, region), (x.scale, "scale")] if isinstance(x, Quantized) else [(x, region)]
         with self.on_stream():  # the host waits for the words
-            seen, counts = self._on.call[: self._transport.num_ranks].tolist(), plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
+            seen, counts = (
+                self._on.call[: self._transport.num_ranks].tolist(),
+                plan.counts[:, spec.num_experts :].cpu(),
+            )  # [P, P] rows
         if self._consent.failure() is not None or not bool(counts.any()):
             return
         starts = counts.cumsum(1)[rank] - counts[rank]
@@ -342,7 +346,7 @@ class CudaBackend:
     def _small(
         self, plan: DevicePlan, outgoing: Outgoing, slot: int, num_rows: int
     ) -> tuple[DevicePlan, Callable[[], Small]]:
-        """The small things of a slot, and the plan with what it keeps of them; of whole calls when they are asked for."""
+        """The small things of a slot, and the plan with what it keeps of them; of whole calls when asked for."""
         if plan.is_whole and plan.src_idx is None and not outgoing.extras:
             is_captured = torch.cuda.is_current_stream_capturing()
 
@@ -367,9 +371,7 @@ class CudaBackend:
         small = Small(src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras)
         return plan, lambda: small
 
-    def _unpack(
-        self, plan: DevicePlan, outgoing: Outgoing, slot: int, num_rows: int
-    ) -> tuple[DevicePlan, Small]:
+    def _unpack(self, plan: DevicePlan, outgoing: Outgoing, slot: int, num_rows: int) -> tuple[DevicePlan, Small]:
         """The small things out of the records, and the plan with sources and ids."""
         spec = self._arena.spec
         per_row = () if spec.layout.per_pick else (spec.num_topk,)

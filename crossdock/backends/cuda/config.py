@@ -18,9 +18,10 @@ _FEW_PICKS = 4096
 """Picks up to which a call of rows with one pick each is one kernel."""
 FEW_WARPS, FEW_PER_SM, FEW_REGISTERS = 8, 3, 80
 FEW_SUM_WARPS, FEW_SUMS_PER_SM, FEW_SUM_REGISTERS = 4, 8, 64
-"""Warps, programs of a multiprocessor, and registers of a thread, of such calls. All programs must fit at once: they
-wait for the first, which waits for the peers."""
+"""Warps, programs of a multiprocessor, and registers of a thread, of such calls: all programs fit at once, and each
+takes a third, or an eighth, of what a multiprocessor has."""
 _PATIENCE = 32
+"""Some 10 us."""
 PROGRAMS_PER_SM = 16
 """Of kernels whose number of rows only the device knows: each program takes its share of them."""
 

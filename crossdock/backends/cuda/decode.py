@@ -102,18 +102,19 @@ class DecodeCalls:
     ) -> None:
         on, arena, spec, wire = self._on, self._arena, self._spec, self._spec.wire
         x, scale, weights = outgoing.x, None, outgoing.weights
-        casts = isinstance(wire, Fp8) and isinstance(x, Tensor)
         if isinstance(x, Quantized):
-            x, scale = x.data, as_words(rowwise(x.scale, on))
-        rows = rowwise(x, on)
+            scale = as_words(rowwise(x.scale, on))
+        casts = isinstance(wire, Fp8) and scale is None
+        rows = rowwise(x.data if isinstance(x, Quantized) else x, on)
         rows = rows if casts else as_words(rows)
         row_bytes = spec.hidden * wire.dtype.itemsize
         num_scales = 0 if scale is None else scale.shape[1]
         scale_bytes = wire.num_scales(spec.hidden) * wire.scale_dtype.itemsize
-        block, is_exponents = 0, False
+        block, is_exponents, is_pow2 = 0, False, False
         if casts:
             assert isinstance(wire, Fp8)
             block, is_exponents = wire.block, wire.scale == "ue8m0"
+            is_pow2 = is_exponents or wire.pow2
             num_scales = scale_bytes if is_exponents else spec.hidden // block
         num_words = num_scales if casts else rows.shape[1]
         shape = on.config.few(num_words, plan.num_tokens, casts=casts)
@@ -178,7 +179,7 @@ class DecodeCalls:
             BLOCK=block,
             SCALES=num_scales,
             SCALE_BYTES=scale_bytes,
-            POW2=is_exponents or (casts and wire.pow2),
+            POW2=is_pow2,
             EXPONENTS=is_exponents,
             RECORD=arena.record_bytes // 4,
             HAS_WEIGHTS=weights is not None,
@@ -248,7 +249,6 @@ class DecodeCalls:
             maxnreg=shape.most_registers,
             enable_fp_fusion=False,
         )
-
 
     def warm_up(self, outgoing: Outgoing, picks: Tensor) -> DevicePlan:
         """Launches all that a dispatch may launch; only while calls are void."""

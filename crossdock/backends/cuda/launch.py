@@ -156,7 +156,7 @@ class Launcher:
         if handle is not None:
             handle[(*grid, 1, 1)[:3]](*args, *sizes.values(), stream=self.stream.cuda_stream)
             return
-        options = {} if enable_fp_fusion else {"enable_fp_fusion": False}
+        options: dict[str, Any] = {} if enable_fp_fusion else {"enable_fp_fusion": False}
         options |= {} if maxnreg is None else {"maxnreg": maxnreg}
         with torch.cuda.stream(self.stream):
             handle = kernel[grid](*args, **sizes, num_warps=num_warps, **options)

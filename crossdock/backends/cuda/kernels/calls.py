@@ -163,7 +163,7 @@ def take_words(
 
 @triton.jit
 def copy_counts(came, gathered, good, P: tl.constexpr, W: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Everybody's counts as they came, stamped, into ``gathered``, int64 ``[P, W]``; zeros where the call is not good."""
+    """Everybody's counts as they came, stamped, into ``gathered``, int64 ``[P, W]``; zeros where not good."""
     columns = tl.arange(0, triton.next_power_of_2(W))
     for first in range(0, P, AT_ONCE):
         peer = first + tl.arange(0, AT_ONCE)

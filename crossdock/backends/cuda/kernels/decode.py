@@ -1,14 +1,17 @@
 """Whole calls of few tokens, each one kernel: from picks to rows in place, and from words to sums. Triton only.
 
 Program 0, the *clerk*, does what only one can: it counts, gives this rank's word, waits for everybody's, works out
-where rows go, and releases the grid's programs with a *verdict*; they have loaded, and cast, their first rows meanwhile.
-Whoever is last tells the peers that this rank's rows are in place, and waits for theirs, while the clerk, who has had its
-share of rows too, works out where these lie.
+where rows go, and releases the grid's programs with a *verdict*; they have loaded, and cast, their first rows
+meanwhile. Whoever is last tells the peers that this rank's rows are in place, and waits for theirs, while the clerk,
+who has had its share of rows too, works out where these lie.
 
 On the wire such a call is the same as one by several kernels: ranks may do either.
 
 Letters: T tokens here, K top-k, E experts, L local experts, P ranks, H hidden, G scale groups.
 """
+
+# Tuples that grow by a value at each turn of an unrolled loop have no type.
+# mypy: disable-error-code="assignment, var-annotated", no-warn-unreachable
 
 from __future__ import annotations
 
@@ -68,13 +71,15 @@ _OTHERS = tl.constexpr(512)
 
 @triton.jit
 def count_all(topk_idx, num_tokens, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr):
-    """Picks of each expert, int64 ``[next_power_of_2(E + P)]`` (pairs of tokens and ranks are not counted here), and
-    whether any pick is not allowed."""
+    """Picks of each expert, int64 ``[next_power_of_2(E + P)]``, and whether any pick is not allowed.
+
+    Pairs of tokens and ranks, whose counts lie behind those of experts, are not counted here.
+    """
     S: tl.constexpr = _PICKS // triton.next_power_of_2(K)
     BINS: tl.constexpr = triton.next_power_of_2(E + P)
     total = tl.zeros([BINS], tl.int32)
     is_bad = tl.full([], 0, tl.int32)
-    for chunk in range(0, (num_tokens + S - 1) // S):
+    for chunk in range((num_tokens + S - 1) // S):
         expert, _, _ = load_picks(topk_idx, num_tokens, chunk, K, S)
         is_pick = (expert >= 0) & (expert < E)
         is_bad = tl.maximum(is_bad, has_bad_picks(expert, E, S).to(tl.int32))
@@ -113,7 +118,7 @@ def look_up(table, room, index, is_there, E: tl.constexpr):
 
 @triton.jit
 def piece_at(piece, ROW: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which values of a row a piece is, and which of these there are: ``[PIECE, BLOCK]`` if BLOCK > 0, else ``[PIECE]``."""
+    """Which values of a row a piece is, and which there are: ``[PIECE, BLOCK]`` if BLOCK > 0, else ``[PIECE]``."""
     words = piece * PIECE + tl.arange(0, PIECE)
     is_word = words < ROW
     if BLOCK > 0:
@@ -137,6 +142,236 @@ def load_piece(
     """A piece of a token's row; 0 where there is none."""
     words, is_word = piece_at(piece, ROW, PIECE, BLOCK)
     return tl.load(x + wide(token) * stride + words, mask=is_word & is_there, other=0)
+
+
+@triton.jit
+def open_dispatch(
+    segments,
+    state,
+    call,
+    record,
+    report,
+    payload,
+    rank,
+    max_polls,
+    patience,
+    begins,
+    awaits,
+    words_offset,
+    aborts_offset,
+    counts_offset,
+    scalars,
+    outgoing,
+    capacity,
+    verdict,
+    topk_idx,
+    num_tokens,
+    P: tl.constexpr,
+    RING: tl.constexpr,
+    L: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    K: tl.constexpr,
+):
+    """The clerk's part up to the verdict. See ``dispatch_rows``.
+
+    Returns:
+        Whether the plan is settled now; everybody's counts as they came; and what ``derive_outgoing`` gives.
+    """
+    E: tl.constexpr = L * P
+    settles = tl.full([], 1, tl.int32)
+    moves = tl.full([], 0, tl.int1)
+    end = tl.full([], 0, tl.int32)
+    needed = tl.full([], 0, tl.int32)
+    worst = tl.full([], 0, tl.int32)
+    base = tl.zeros([triton.next_power_of_2(E)], tl.int32)
+    own = tl.load(segments + rank)
+    good = is_ok(state)
+    sequence = tl.load(call + P + SEQUENCE)
+    if good:
+        if begins != 0:
+            mine, is_refused = count_all(topk_idx, num_tokens, E, P, K)
+            sequence = give_word(
+                segments, state, call, payload, is_refused, mine, rank, words_offset, counts_offset,
+                P, RING, E + P, AT_ONCE,
+            )  # fmt: skip
+        else:
+            settles = (tl.load(call + P + PROGRESS) == BEGUN).to(tl.int32)
+        if awaits == 0:
+            words = words_at(own, words_offset) + (sequence & (RING - 1)) * P
+            settles = are_here(words, stamped(sequence, 0), patience, P).to(tl.int32)
+    counts = words_at(own, counts_offset) + (sequence & (RING - 1)) * (P * (E + P))
+    if settles != 0:
+        status = tl.full([], ABORTED, tl.int32)
+        if good:
+            status = take_words(
+                segments, state, call, record, report, sequence, payload, rank, max_polls,
+                words_offset, aborts_offset, P, RING,
+            )  # fmt: skip
+        base, end, moves, needed, worst = derive_outgoing(
+            counts, status == OK, scalars, outgoing, capacity, rank, P, L, L, 0, ALIGNMENT, AT_ONCE, False
+        )
+        if status == OK:
+            tl.store(call + P + PROGRESS, tl.full([], READY, tl.int64))
+        release_programs(verdict, tl.where(moves, GO, NO_ROWS))
+    else:
+        release_programs(verdict, tl.full([], NOTHING, tl.int32))
+    return settles, counts, base, end, moves.to(tl.int32), needed, worst
+
+
+@triton.jit
+def place_token(
+    segments,
+    call,
+    outgoing,
+    places,
+    homes,
+    to_rows,
+    to_scales,
+    weights,
+    token,
+    pick,
+    expert,
+    nth,
+    is_row,
+    is_first,
+    source,
+    data_region,
+    data_slot_bytes,
+    scale_region,
+    scale_slot_bytes,
+    record_region,
+    record_slot_bytes,
+    E: tl.constexpr,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
+    RECORD: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+):
+    """Works out where a token's rows go: their addresses, for all warps of the program to see.
+
+    The first of the programs that share its pieces also writes the plan's places and homes, and the records.
+
+    Args:
+        nth: of each pick, how many rows of its expert come before.
+    """
+    row = tl.load(outgoing + expert, mask=is_row, other=0) + nth
+    peer = tl.where(is_row, expert // L, 0)
+    segment, slot, at = tl.load(segments + peer), slot_of(call, peer), token * K + pick
+    to_row = segment + data_region + slot * data_slot_bytes + row.to(tl.int64) * ROW_BYTES
+    tl.store(to_rows + at, tl.where(is_row, to_row, 0), mask=pick < K)
+    if SCALES > 0:
+        to_scale = segment + scale_region + slot * scale_slot_bytes + row.to(tl.int64) * SCALE_BYTES
+        tl.store(to_scales + at, to_scale, mask=pick < K)
+    tl.debug_barrier()
+    if is_first:
+        home = tl.load(outgoing + E + expert, mask=is_row, other=0) + nth
+        place = (peer.to(tl.int64) << ROW_BITS) | row
+        tl.store(places + at, tl.where(is_row, place, -1), mask=pick < K)
+        tl.store(homes + at, tl.where(is_row, home, -1), mask=pick < K)
+        to_record = segment + record_region + slot * record_slot_bytes + row.to(tl.int64) * (4 * RECORD)
+        to_record = to_record.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.store(to_record, source + tl.zeros_like(pick) + token, mask=is_row)
+        if HAS_WEIGHTS:
+            tl.store(to_record + 1, tl.load(weights + at, mask=is_row, other=0), mask=is_row)
+
+
+@triton.jit
+def send_share(
+    segments,
+    call,
+    outgoing,
+    places,
+    homes,
+    verdict,
+    to_rows,
+    to_scales,
+    rooms,
+    num_shares,
+    parts,
+    topk_idx,
+    weights,
+    x,
+    scale,
+    num_tokens,
+    stride,
+    scale_stride,
+    source,
+    data_region,
+    data_slot_bytes,
+    scale_region,
+    scale_slot_bytes,
+    record_region,
+    record_slot_bytes,
+    E: tl.constexpr,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    ROW: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
+    POW2: tl.constexpr,
+    EXPONENTS: tl.constexpr,
+    RECORD: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+):
+    """A program's share of the rows: its tokens one after another, each in pieces. See ``dispatch_rows``."""
+    ITS: tl.constexpr = SCALES if BLOCK > 0 else ROW
+    PIECES: tl.constexpr = (ITS + PIECE - 1) // PIECE
+    WORD: tl.constexpr = tl.uint8 if BLOCK > 0 else x.dtype.element_ty
+    share, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    first_token = share * num_tokens // num_shares
+    last_token = (share + 1) * num_tokens // num_shares
+    pick = tl.arange(0, triton.next_power_of_2(K))
+    before = count_before(topk_idx, first_token * K, E)
+    values = load_piece(x, first_token, part, first_token < last_token, stride, ROW, PIECE, BLOCK)
+    decided = tl.full([], 0, tl.int32)
+    for token in range(first_token, last_token):
+        expert = tl.load(topk_idx + token * K + pick, mask=pick < K, other=-1).to(tl.int32)
+        is_pick = (expert >= 0) & (expert < E)
+        nth = look_up(before, rooms + tl.program_id(0) * E, expert, is_pick, E)
+        before += tl.histogram(tl.where(is_pick, expert, 0), before.shape[0], mask=is_pick)
+        for piece in range(part, PIECES, parts):
+            words, is_word = piece_at(piece, ROW, PIECE, BLOCK)
+            if BLOCK > 0:
+                at = piece * PIECE + tl.arange(0, PIECE)
+                data, scales = cast_blocks(values.to(tl.float32), POW2, EXPONENTS)
+                scales = tl.where(at < ROW // BLOCK, scales, 0).to(tl.uint8 if EXPONENTS else tl.float32)
+                is_scale = at < SCALES
+            else:
+                data = values
+                if SCALES > 0:
+                    at = tl.arange(0, triton.next_power_of_2(SCALES))
+                    is_scale = (at < SCALES) & (piece == 0)
+                    scales = tl.load(scale + wide(token) * scale_stride + at, mask=is_scale)
+            if decided == 0:  # the first rows are here, and cast, when peers' words are
+                decided = take_verdict(verdict)
+            if (piece == part) & (decided != NOTHING):
+                place_token(
+                    segments, call, outgoing, places, homes, to_rows, to_scales, weights, token, pick, expert, nth,
+                    is_pick & (decided == GO), part == 0, source, data_region, data_slot_bytes,
+                    scale_region, scale_slot_bytes, record_region, record_slot_bytes,
+                    E, L, K, ROW_BYTES, SCALES, SCALE_BYTES, RECORD, HAS_WEIGHTS,
+                )  # fmt: skip
+            is_next = piece + parts < PIECES
+            next_token, next_piece = token + tl.where(is_next, 0, 1), tl.where(is_next, piece + parts, part)
+            values = load_piece(x, next_token, next_piece, next_token < last_token, stride, ROW, PIECE, BLOCK)
+            if decided == GO:
+                for k in tl.static_range(K):
+                    there = tl.load(to_rows + token * K + k)
+                    to_row = there.to(tl.pointer_type(WORD), bitcast=True)
+                    if ROW_BYTES % 16 == 0:
+                        to_row = tl.multiple_of(to_row, 16)
+                    tl.store(to_row + words, data, mask=is_word & (there != 0))
+                    if SCALES > 0:
+                        to_scale = tl.load(to_scales + token * K + k)
+                        to_scale = to_scale.to(tl.pointer_type(scales.dtype), bitcast=True)
+                        tl.store(to_scale + at, scales, mask=is_scale & (there != 0))
 
 
 @triton.jit(
@@ -212,8 +447,8 @@ def dispatch_rows(
 ):
     """A fresh dispatch of rows with one pick each: ``x [T, ...]`` to all its places, with sources and weights.
 
-    In one launch, or in two: the first ``begins``, and sends if all words are here within ``patience`` polls; the second
-    ``awaits``, and sends before if the first did not.
+    In one launch, or in two: the first ``begins``, and sends if all words are here within ``patience`` polls; the
+    second ``awaits``, and sends before if the first did not.
 
     Args:
         call: see ``calls``; its PROGRESS says what is left to do.
@@ -230,8 +465,6 @@ def dispatch_rows(
         RECORD: words between records.
     """
     E: tl.constexpr = L * P
-    ITS: tl.constexpr = SCALES if BLOCK > 0 else ROW
-    PIECES: tl.constexpr = (ITS + PIECE - 1) // PIECE
     settles = tl.full([], 0, tl.int32)
     moves = tl.full([], 0, tl.int32)
     end = tl.full([], 0, tl.int32)
@@ -240,101 +473,17 @@ def dispatch_rows(
     base = tl.zeros([triton.next_power_of_2(E)], tl.int32)
     counts = words_at(tl.load(segments + rank), counts_offset)
     if tl.program_id(0) == 0:
-        good = is_ok(state)
-        sequence = tl.load(call + P + SEQUENCE)
-        settles += 1
-        if good:
-            if begins != 0:
-                mine, is_refused = count_all(topk_idx, num_tokens, E, P, K)
-                sequence = give_word(
-                    segments, state, call, payload, is_refused, mine, rank, words_offset, counts_offset,
-                    P, RING, E + P, AT_ONCE,
-                )  # fmt: skip
-            else:
-                settles = (tl.load(call + P + PROGRESS) == BEGUN).to(tl.int32)
-            if awaits == 0:
-                words = words_at(tl.load(segments + rank), words_offset) + (sequence & (RING - 1)) * P
-                settles = are_here(words, stamped(sequence, 0), patience, P).to(tl.int32)
-        if settles != 0:
-            status = tl.full([], ABORTED, tl.int32)
-            counts += (sequence & (RING - 1)) * (P * (E + P))
-            if good:
-                status = take_words(
-                    segments, state, call, record, report, sequence, payload, rank, max_polls,
-                    words_offset, aborts_offset, P, RING,
-                )  # fmt: skip
-            base, end, is_moving, needed, worst = derive_outgoing(
-                counts, status == OK, scalars, outgoing, capacity, rank, P, L, L, 0, ALIGNMENT, AT_ONCE, False
-            )
-            moves = is_moving.to(tl.int32)
-            if status == OK:
-                tl.store(call + P + PROGRESS, tl.full([], READY, tl.int64))
-            release_programs(verdict, tl.where(is_moving, GO, NO_ROWS))
-        else:
-            release_programs(verdict, tl.full([], NOTHING, tl.int32))
-    WORD: tl.constexpr = tl.uint8 if BLOCK > 0 else x.dtype.element_ty
-    share, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    first_token = share * num_tokens // num_shares
-    last_token = (share + 1) * num_tokens // num_shares
-    pick = tl.arange(0, triton.next_power_of_2(K))
-    before = count_before(topk_idx, first_token * K, E)
-    values = load_piece(x, first_token, part, first_token < last_token, stride, ROW, PIECE, BLOCK)
-    decided = tl.full([], 0, tl.int32)
-    for token in range(first_token, last_token):
-        expert = tl.load(topk_idx + token * K + pick, mask=pick < K, other=-1).to(tl.int32)
-        is_pick = (expert >= 0) & (expert < E)
-        nth = look_up(before, rooms + tl.program_id(0) * E, expert, is_pick, E)
-        before += tl.histogram(tl.where(is_pick, expert, 0), before.shape[0], mask=is_pick)
-        for piece in range(part, PIECES, parts):
-            words, is_word = piece_at(piece, ROW, PIECE, BLOCK)
-            if BLOCK > 0:
-                at = piece * PIECE + tl.arange(0, PIECE)
-                data, scales = cast_blocks(values.to(tl.float32), POW2, EXPONENTS)
-                scales = tl.where(at < ROW // BLOCK, scales, 0).to(tl.uint8 if EXPONENTS else tl.float32)
-                is_scale = at < SCALES
-            else:
-                data = values
-                if SCALES > 0:
-                    at = tl.arange(0, triton.next_power_of_2(SCALES))
-                    is_scale = (at < SCALES) & (piece == 0)
-                    scales = tl.load(scale + wide(token) * scale_stride + at, mask=is_scale)
-            if decided == 0:  # the first rows are here, and cast, when peers' words are
-                decided = take_verdict(verdict)
-            if (piece == part) & (decided != NOTHING):
-                is_row = is_pick & (decided == GO)
-                row = tl.load(outgoing + expert, mask=is_row, other=0) + nth
-                peer = tl.where(is_row, expert // L, 0)
-                segment, slot, place = tl.load(segments + peer), slot_of(call, peer), token * K + pick
-                there = segment + data_region + slot * data_slot_bytes + row.to(tl.int64) * ROW_BYTES
-                tl.store(to_rows + place, tl.where(is_row, there, 0), mask=pick < K)
-                if SCALES > 0:
-                    there = segment + scale_region + slot * scale_slot_bytes + row.to(tl.int64) * SCALE_BYTES
-                    tl.store(to_scales + place, there, mask=pick < K)
-                tl.debug_barrier()
-                if part == 0:
-                    home = tl.load(outgoing + E + expert, mask=is_row, other=0) + nth
-                    there = (peer.to(tl.int64) << ROW_BITS) | row
-                    tl.store(places + place, tl.where(is_row, there, -1), mask=pick < K)
-                    tl.store(homes + place, tl.where(is_row, home, -1), mask=pick < K)
-                    there = segment + record_region + slot * record_slot_bytes + row.to(tl.int64) * (4 * RECORD)
-                    to_record = there.to(tl.pointer_type(tl.int32), bitcast=True)
-                    tl.store(to_record, source + tl.zeros_like(pick) + token, mask=is_row)
-                    if HAS_WEIGHTS:
-                        tl.store(to_record + 1, tl.load(weights + place, mask=is_row, other=0), mask=is_row)
-            is_next = piece + parts < PIECES
-            next_token, next_piece = token + tl.where(is_next, 0, 1), tl.where(is_next, piece + parts, part)
-            values = load_piece(x, next_token, next_piece, next_token < last_token, stride, ROW, PIECE, BLOCK)
-            if decided == GO:
-                for k in tl.static_range(K):
-                    there = tl.load(to_rows + token * K + k)
-                    to_row = there.to(tl.pointer_type(WORD), bitcast=True)
-                    if ROW_BYTES % 16 == 0:
-                        to_row = tl.multiple_of(to_row, 16)
-                    tl.store(to_row + words, data, mask=is_word & (there != 0))
-                    if SCALES > 0:
-                        to_scale = tl.load(to_scales + token * K + k)
-                        to_scale = to_scale.to(tl.pointer_type(scales.dtype), bitcast=True)
-                        tl.store(to_scale + at, scales, mask=is_scale & (there != 0))
+        settles, counts, base, end, moves, needed, worst = open_dispatch(
+            segments, state, call, record, report, payload, rank, max_polls, patience, begins, awaits,
+            words_offset, aborts_offset, counts_offset, scalars, outgoing, capacity, verdict, topk_idx, num_tokens,
+            P, RING, L, ALIGNMENT, AT_ONCE, K,
+        )  # fmt: skip
+    send_share(
+        segments, call, outgoing, places, homes, verdict, to_rows, to_scales, rooms, num_shares, parts,
+        topk_idx, weights, x, scale, num_tokens, stride, scale_stride, source, data_region, data_slot_bytes,
+        scale_region, scale_slot_bytes, record_region, record_slot_bytes,
+        E, L, K, ROW, PIECE, ROW_BYTES, BLOCK, SCALES, SCALE_BYTES, POW2, EXPONENTS, RECORD, HAS_WEIGHTS,
+    )  # fmt: skip
     is_last = is_last_program(ticket)
     if is_last:
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
@@ -365,6 +514,69 @@ def begin_combine(segments, state, call, payload, rank, words_offset, P: tl.cons
     """Gives this rank's word for a combine, and waits for nobody."""
     if is_ok(state):
         give_word(segments, state, call, payload, False, tl.zeros([1], tl.int64), rank, words_offset, 0, P, RING, 0, 1)
+
+
+@triton.jit
+def sum_share(
+    out,
+    bias,
+    weights,
+    places,
+    homes,
+    segments,
+    call,
+    good,
+    num_shares,
+    parts,
+    num_tokens,
+    rank,
+    outputs,
+    slot_bytes,
+    landing,
+    bias_rows,
+    J: tl.constexpr,
+    H: tl.constexpr,
+    PIECE: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """A program's share of the sums: its tokens one after another, the addresses of a token's rows worked out once.
+
+    What is summed, and from where, is as in ``sums.sum_rows``; without any rows where the call is not good.
+    """
+    PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
+    ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
+    share, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    own = tl.load(segments + rank) + landing
+    for token in range(share * num_tokens // num_shares, (share + 1) * num_tokens // num_shares):
+        rows = ()
+        weights_of = ()
+        for j in tl.static_range(J):
+            place = tl.load(places + token * J + j)
+            is_row = (place >= 0) & good
+            peer = tl.where(is_row, place >> ROW_BITS, rank)
+            slot = output_slot_of(call, peer)
+            there = tl.load(segments + peer) + outputs + slot * slot_bytes + (place & ROW_MASK) * ROW_BYTES
+            if slot == PUSHED:
+                there = own + tl.load(homes + token * J + j).to(tl.int64) * ROW_BYTES
+            rows = rows + (tl.where(is_row, there, 0),)  # noqa: RUF005 - Triton's compiler knows no unpacking
+            if HAS_WEIGHTS:
+                weight = tl.load(weights + token * J + j, mask=is_row, other=0.0)
+                weights_of = weights_of + (weight,)  # noqa: RUF005
+        for piece in range(part, PIECES, parts):
+            at = piece * PIECE + tl.arange(0, PIECE)
+            total = tl.zeros([PIECE], tl.float32)
+            for j in tl.static_range(J):
+                row = rows[j].to(out.dtype, bitcast=True)
+                if ROW_BYTES % 16 == 0:
+                    row = tl.multiple_of(row, 16)
+                value = tl.load(row + at, mask=(at < H) & (rows[j] != 0), other=0.0).to(tl.float32)
+                if HAS_WEIGHTS:
+                    value = value * weights_of[j]
+                total += value
+            if HAS_BIAS:
+                total += tl.load(bias + wide(token) * bias_rows * H + at, mask=at < H, other=0.0).to(tl.float32)
+            tl.store(out + wide(token) * H + at, total.to(out.dtype.element_ty), mask=at < H)
 
 
 @triton.jit(
@@ -409,8 +621,6 @@ def combine_rows(
 ):
     """A combine of outputs that this rank leaves where they are: words, and the sums that ``sum_rows`` makes.
 
-    A program takes tokens one after another, so that the addresses of a token's rows are worked out once.
-
     Args:
         begins: whether this rank's word is still to be given.
         verdict, ticket: int32, both 0.
@@ -437,40 +647,10 @@ def combine_rows(
                         record, record, P, RING, False, 0,
                     )  # fmt: skip
         release_programs(verdict, tl.where(status == OK, GO, NO_ROWS))
-    PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
-    ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
-    share, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    good = take_verdict(verdict) == GO
-    own = tl.load(segments + rank) + landing
-    for token in range(share * num_tokens // num_shares, (share + 1) * num_tokens // num_shares):
-        rows = ()
-        weights_of = ()
-        for j in tl.static_range(J):
-            place = tl.load(places + token * J + j)
-            is_row = (place >= 0) & good
-            peer = tl.where(is_row, place >> ROW_BITS, rank)
-            slot = output_slot_of(call, peer)
-            there = tl.load(segments + peer) + outputs + slot * slot_bytes + (place & ROW_MASK) * ROW_BYTES
-            if slot == PUSHED:
-                there = own + tl.load(homes + token * J + j).to(tl.int64) * ROW_BYTES
-            rows = rows + (tl.where(is_row, there, 0),)  # noqa: RUF005 - Triton's compiler knows no unpacking
-            if HAS_WEIGHTS:
-                weight = tl.load(weights + token * J + j, mask=is_row, other=0.0)
-                weights_of = weights_of + (weight,)  # noqa: RUF005
-        for piece in range(part, PIECES, parts):
-            at = piece * PIECE + tl.arange(0, PIECE)
-            total = tl.zeros([PIECE], tl.float32)
-            for j in tl.static_range(J):
-                row = rows[j].to(out.dtype, bitcast=True)
-                if ROW_BYTES % 16 == 0:
-                    row = tl.multiple_of(row, 16)
-                value = tl.load(row + at, mask=(at < H) & (rows[j] != 0), other=0.0).to(tl.float32)
-                if HAS_WEIGHTS:
-                    value = value * weights_of[j]
-                total += value
-            if HAS_BIAS:
-                total += tl.load(bias + wide(token) * bias_rows * H + at, mask=at < H, other=0.0).to(tl.float32)
-            tl.store(out + wide(token) * H + at, total.to(out.dtype.element_ty), mask=at < H)
+    sum_share(
+        out, bias, weights, places, homes, segments, call, take_verdict(verdict) == GO, num_shares, parts, num_tokens,
+        rank, outputs, slot_bytes, landing, bias_rows, J, H, PIECE, HAS_WEIGHTS, HAS_BIAS,
+    )  # fmt: skip
     if is_last_program(ticket):
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
         if is_ok(state):
