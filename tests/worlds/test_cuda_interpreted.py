@@ -158,6 +158,26 @@ def start_two(group, cases, patience):
         return rows, [pending.wait() for pending in sums], progress
 
 
+def read_early_and_late(group, cases):
+    """What came with the first batch's rows, read at once, and again when its slot has come round."""
+    with open_buffer(group, cases[0].spec) as buffer:
+        r = buffer.rank
+        early, late = (buffer.dispatch(cases[0].x[r], cases[0].topk[r], weights=cases[0].weights[r]) for _ in range(2))
+        early = [early.src_idx.clone(), early.weights.clone()]
+        for case in cases[1:]:
+            buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r])
+        assert late.is_stale
+        return early, [late.src_idx, late.weights]
+
+
+@two_ranks
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=repr)
+def test_what_came_with_rows_stays_when_their_slot_comes_round(world, layout):
+    for early, late in world.run(read_early_and_late, [make_case(spec_of(layout), [4, 3], seed=i) for i in range(3)]):
+        assert (early[0] >= 0).any()
+        assert all(same_bits(mine, theirs) for mine, theirs in zip(early, late, strict=True))
+
+
 def overflow_unasked(group):
     """What an overflow raises that nobody asks for, 32 dispatches later."""
     spec = Spec(num_experts=2, num_topk=1, hidden=4, max_tokens=2, layout=Compact(capacity=1), wire=Fp32())
