@@ -79,6 +79,21 @@ def test_calls_of_few_tokens_are_one_kernel_on_all_multiprocessors(layout):
     assert not decided(few, expand="receiver").one_kernel
 
 
+@pytest.mark.parametrize("num_topk", [1, 8, 32])
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 128, 4096])
+@pytest.mark.parametrize("num_sms", [1, 16, 132])
+def test_programs_of_whole_calls_share_out_tokens_and_their_pieces(num_topk, num_tokens, num_sms):
+    config = decided(spec_of(layout=Padded(), max_tokens=128), num_sms=num_sms)
+    for num_words, casts in ((56, True), (896, False), (1, False)):
+        few = config.few(num_words, num_tokens, num_topk, casts=casts)
+        assert 1 <= few.shares <= max(1, num_tokens)
+        assert few.parts <= -(-num_words // few.piece)
+        assert few.shares * few.parts <= config.most_programs(num_topk)
+        assert few.shares * few.parts * few.num_warps * 32 * few.most_registers <= num_sms * 65536
+    sums = config.few_sums(7168, num_tokens, num_topk, value_bytes=2)
+    assert sums.shares * sums.parts * sums.num_warps * 32 * sums.most_registers <= num_sms * 65536
+
+
 FITS = {
     "bf16, of 16 bytes": {"hidden": 8},
     "bf16 into fp32": {"hidden": 24, "combine_wire": Fp32()},

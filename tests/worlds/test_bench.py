@@ -230,10 +230,12 @@ def test_what_gpus_are_compared_with_is_what_cpus_give():
             ("dispatch (cached plan, graph)", config.wire, True),
             *[("dispatch (fused cast, graph)", "fp8", True)] * (config.wire == "fp8"),
             *[("dispatch (cached plan, graph)", "bf16", True)] * (config.wire == "fp8"),
+            *[("dispatch (from picks, graph)", config.wire, True)] * (config.layout == "padded"),
             ("dispatch (eager)" if config.layout == "padded" else "dispatch (eager, host sync)", config.wire, False),
             *[("combine (pull)", "bf16", True)] * (config.reduce == "token" or config.layout == "compact"),
             ("combine (push)", "bf16", True),
             ("training step", config.wire, False),
+            *[("combine (pull, weighted)", "bf16", True)] * (config.layout == "padded" and config.reduce == "token"),
         ]
         for config in configs
     ]

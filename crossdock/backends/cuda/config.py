@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from crossdock import cost
 from crossdock.backends.base import Wishes
@@ -16,10 +16,8 @@ _COUNTS = 4096
 """Counts that a program moves at a time."""
 _FEW_PICKS = 4096
 """Picks up to which a call of rows with one pick each is one kernel."""
-FEW_WARPS, FEW_PER_SM, FEW_REGISTERS = 8, 3, 80
-FEW_SUM_WARPS, FEW_SUMS_PER_SM, FEW_SUM_REGISTERS = 4, 8, 64
-"""Warps, programs of a multiprocessor, and registers of a thread, of such calls: all programs fit at once, and each
-takes a third, or an eighth, of what a multiprocessor has."""
+_MANY_PICKS = 8
+"""Picks of a token from which on the addresses of its rows need more registers."""
 _PATIENCE = 32
 """Some 10 us."""
 PROGRAMS_PER_SM = 16
@@ -49,7 +47,8 @@ class Few:
     piece: int
     """Words of a row, or blocks that are cast."""
     num_warps: int
-    most_registers: int | None = None
+    most_registers: int
+    """Of a thread."""
     patience: int
     """Polls after which a call that is only started leaves its rows to ``wait()``."""
 
@@ -108,39 +107,19 @@ class LaunchConfig:
             return _shape(row_bytes, piece_bytes=2048, num_warps=1)
         return _shape(row_bytes, piece_bytes=4096, num_warps=2)
 
-    @property
-    def few_programs(self) -> int:
-        """The most that move rows of a whole dispatch."""
-        return self.num_sms * FEW_PER_SM
+    def most_programs(self, num_topk: int) -> int:
+        """Of a whole dispatch, whatever a call asks for."""
+        return self.visible_sms * _dispatch_fits(num_topk).per_sm
 
-    def few(self, num_words: int, num_tokens: int, *, casts: bool) -> Few:
+    def few(self, num_words: int, num_tokens: int, num_topk: int, *, casts: bool) -> Few:
         """For the kernel that is a whole dispatch, of rows of as many words, or blocks that are cast."""
-        piece = min(power_of_two(num_words), 16 if casts else 512)
-        shares = max(1, min(num_tokens, self.few_programs))
-        parts = max(1, min(self.few_programs // shares, -(-num_words // piece)))
-        return Few(
-            shares=shares,
-            parts=parts,
-            piece=piece,
-            num_warps=FEW_WARPS,
-            most_registers=FEW_REGISTERS,
-            patience=_PATIENCE,
-        )
+        fits = _dispatch_fits(num_topk)
+        return fits.share_out(num_tokens, num_words, 16 if casts else 512, num_sms=self.num_sms)
 
-    def few_sums(self, item_bytes: int, hidden: int, num_tokens: int) -> Few:
+    def few_sums(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> Few:
         """For the kernel that is a whole combine."""
-        piece = min(power_of_two(hidden), 2048 // item_bytes)
-        most = self.num_sms * FEW_SUMS_PER_SM
-        shares = max(1, min(num_tokens, most))
-        parts = max(1, min(most // shares, -(-hidden // piece)))
-        return Few(
-            shares=shares,
-            parts=parts,
-            piece=piece,
-            num_warps=FEW_SUM_WARPS,
-            most_registers=FEW_SUM_REGISTERS,
-            patience=_PATIENCE,
-        )
+        fits = _Fit(4, 8, 64) if num_topk <= _MANY_PICKS else _Fit(4, 3, 168)
+        return fits.share_out(num_tokens, num_values, 2048 // value_bytes, num_sms=self.num_sms)
 
     def __str__(self) -> str:
         one_kernel = ", one kernel per call" if self.one_kernel else ""
@@ -149,6 +128,30 @@ class LaunchConfig:
             f"engine={self.engine!r}{one_kernel}, link {self.topology.link_bandwidth / 1e9:.0f} GB/s, "
             f"memory {self.topology.memory_bandwidth / 1e9:.0f} GB/s)"
         )
+
+
+class _Fit(NamedTuple):
+    """Programs of whole calls: as many on a multiprocessor as there are registers for, so that all run at once."""
+
+    num_warps: int
+    per_sm: int
+    registers: int
+
+    def share_out(self, num_tokens: int, num_words: int, piece: int, *, num_sms: int) -> Few:
+        most, piece = num_sms * self.per_sm, min(power_of_two(num_words), piece)
+        shares = max(1, min(num_tokens, most))
+        return Few(
+            shares=shares,
+            parts=max(1, min(most // shares, -(-num_words // piece))),
+            piece=piece,
+            num_warps=self.num_warps,
+            most_registers=self.registers,
+            patience=_PATIENCE,
+        )
+
+
+def _dispatch_fits(num_topk: int) -> _Fit:
+    return _Fit(8, 3, 80) if num_topk <= _MANY_PICKS else _Fit(8, 2, 128)
 
 
 def _shape(row_bytes: int, *, piece_bytes: int, num_warps: int, programs: int | None = None) -> Shape:

@@ -5,8 +5,6 @@ Letters: T tokens here, K top-k, H hidden, P ranks.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -39,8 +37,8 @@ class DecodeCalls:
         self._verdict = torch.zeros(2, dtype=torch.int32, device=launcher.device)
         self._ticket = torch.zeros(1, dtype=torch.int32, device=launcher.device)
         num_picks = self._spec.max_tokens * self._spec.num_topk
-        num_programs = replace(launcher.config, num_sms=launcher.config.visible_sms).few_programs
-        self._room = torch.zeros(num_programs, self._spec.num_experts, dtype=torch.int32, device=launcher.device)
+        room = (launcher.config.most_programs(self._spec.num_topk), self._spec.num_experts)
+        self._room = torch.zeros(room, dtype=torch.int32, device=launcher.device)
         self._to_rows, self._to_scales = torch.zeros(2, num_picks, dtype=torch.int64, device=launcher.device).unbind()
 
     def takes_dispatch(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
@@ -117,7 +115,7 @@ class DecodeCalls:
             is_pow2 = is_exponents or wire.pow2
             num_scales = scale_bytes if is_exponents else spec.hidden // block
         num_words = num_scales if casts else rows.shape[1]
-        shape = on.config.few(num_words, plan.num_tokens, casts=casts)
+        shape = on.config.few(num_words, plan.num_tokens, spec.num_topk, casts=casts)
         assert plan.report is not None
         on.launch(
             decode.dispatch_rows,
@@ -207,7 +205,8 @@ class DecodeCalls:
     ) -> None:
         on, arena, table = self._on, self._arena, plan.rows
         landing = arena["landing"].offset + word.slot * on.slot_bytes("landing")
-        shape = on.config.few_sums(out.element_size(), self._spec.hidden, plan.num_tokens)
+        spec = self._spec
+        shape = on.config.few_sums(spec.hidden, plan.num_tokens, spec.num_topk, value_bytes=out.element_size())
         on.launch(
             decode.combine_rows,
             (shape.shares * shape.parts,),
