@@ -60,6 +60,7 @@ class LaunchConfig:
     num_sms: multiprocessors that the kernels which move rows may use, of ``visible_sms`` that this process sees.
     expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
     topology: whose bandwidths that was decided from.
+    one_kernel: whether calls are one kernel each, on the caller's stream, because their tokens are few.
 
     With all visible multiprocessors there is a program of one or two warps for each piece of some KiB; with fewer, one
     program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under
