@@ -36,8 +36,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"layout": Expanded(alignment=8, capacity=4096), "wire": Fp8(scale="ue8m0", packed=True), "reduce": "rank"},
         {"expand": "receiver"},
     ),
-    "padded": ({"layout": Padded(), "wire": Bf16()}, {}),
-    "padded fp8": ({"layout": Padded(), "wire": Fp8()}, {}),
+    "padded": ({"layout": Padded(), "wire": Fp8()}, {}),
 }
 MOVERS = {
     "push_rows",
