@@ -123,6 +123,7 @@ def look_where_things_are(group, case):
         recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r])
         out, home = buffer.combine(recv.x, recv.plan, extras=[torch.ones(recv.x.shape[:-1], device=device())])
         tensors = vars(recv) | {f"plan.{name}": value for name, value in vars(recv.plan).items()}
+        tensors |= {"src_idx": recv.src_idx, "topk_idx": recv.topk_idx, "weights": recv.weights}
         tensors |= {"x": recv.x, "output_rows": recv.output_rows(), "extras": recv.extras[0]}
         tensors |= {"out": out, "home": home[0], "stats": buffer.stats.num_tokens_per_expert}
         tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}

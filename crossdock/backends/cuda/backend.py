@@ -318,10 +318,8 @@ class CudaBackend:
                 x = spec.wire.quantize(x)
         parts = [(x.data, region), (x.scale, "scale")] if isinstance(x, Quantized) else [(x, region)]
         with self.on_stream():  # the host waits for the words
-            seen, counts = (
-                self._on.call[: self._transport.num_ranks].tolist(),
-                plan.counts[:, spec.num_experts :].cpu(),
-            )  # [P, P] rows
+            seen = self._on.call[: self._transport.num_ranks].tolist()
+            counts = plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
         if self._consent.failure() is not None or not bool(counts.any()):
             return
         starts = counts.cumsum(1)[rank] - counts[rank]
