@@ -240,12 +240,14 @@ class Buffer:
                 inputs.check_topk_idx(self.spec, routing, num_tokens)
                 if self.device.type == "cpu":  # else kernels look at the values
                     check_picks(routing, num_experts=self.spec.num_experts)
-                topk_idx = routing.to(torch.int64, copy=True)
+                topk_idx = routing.to(torch.int64).contiguous()
             inputs.check_weights(self.spec, weights, num_tokens)
             inputs.check_token_extras(self.spec, extras, num_tokens)
             if rows not in (None, "exact", "capacity"):
                 raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
             outgoing = Outgoing(x=x, weights=weights, extras=tuple(extras), wide=wide)
+            if topk_idx is routing and not self._calls.is_whole(outgoing, topk_idx):  # its kernel copies the picks
+                topk_idx = routing.clone()
             return outgoing, routing if isinstance(routing, Plan) else None, topk_idx, rows or default
 
         outgoing, plan, topk_idx, mode = self._vetted(prepare)

@@ -114,12 +114,18 @@ class Calls:
             call.event = self._backend.event()
         return recv
 
+    def is_whole(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
+        """Whether a dispatch is one that the backend does as a whole; it then keeps the picks itself."""
+        whole = self._backend.whole
+        return whole is not None and whole.takes_dispatch(outgoing, routing)
+
     def _send(self, call: Call, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows) -> Steps[Plan]:
         """Everybody's rows on their way, until they are in place."""
-        whole = self._backend.whole
-        if whole is not None and whole.takes_dispatch(outgoing, routing):
-            yield from self._turn(call)
+        if self.is_whole(outgoing, routing):
+            whole = self._backend.whole
+            assert whole is not None
             assert isinstance(routing, Tensor)
+            yield from self._turn(call)
             return (yield from whole.dispatch(call.sequence, call.word, outgoing, routing, mode, at_once=call.at_once))
         words = yield from self._words(call)
         plan = routing if isinstance(routing, Plan) else self._backend.make_plan(call.sequence, routing, mode)

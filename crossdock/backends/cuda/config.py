@@ -18,6 +18,10 @@ _FEW_PICKS = 4096
 """Picks up to which a call of rows with one pick each is one kernel."""
 _MANY_PICKS = 8
 """Picks of a token from which on the addresses of its rows need more registers."""
+_FEW_WORDS = 512
+"""Of a row that a program moves at a time."""
+_STAGED_BYTES = 65536
+"""Of values that are on their way to a program; three programs have room for that on a multiprocessor."""
 _PATIENCE = 32
 """Some 10 us."""
 PROGRAMS_PER_SM = 16
@@ -38,19 +42,35 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Few:
-    """How programs share out the rows of a whole call; the first also speaks with the peers."""
+    """How programs share out the rows of a whole dispatch: one keeps the books, the others have pieces of rows."""
 
-    shares: int
-    """Of tokens."""
-    parts: int
-    """Programs of a share, which take the pieces of its rows in turn."""
+    programs: int
     piece: int
-    """Words of a row, or blocks that are cast."""
+    """Words of a row."""
     num_warps: int
     most_registers: int
     """Of a thread."""
     patience: int
     """Polls after which a call that is only started leaves its rows to ``wait()``."""
+
+    def stages(self, word_bytes: int) -> int:
+        """Of pieces that are cast: one is, the others are on their way; so many as there is shared memory for."""
+        return max(1, min(4, _STAGED_BYTES // (self.piece * word_bytes)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewSums:
+    """How programs share out the sums of a whole combine; the first also speaks with the peers."""
+
+    shares: int
+    """Of tokens."""
+    parts: int
+    """Programs of a share, which take the pieces of its sums in turn."""
+    piece: int
+    """Values."""
+    num_warps: int
+    most_registers: int
+    """Of a thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +132,32 @@ class LaunchConfig:
         """Of a whole dispatch, whatever a call asks for."""
         return self.visible_sms * _dispatch_fits(num_topk).per_sm
 
-    def few(self, num_words: int, num_tokens: int, num_topk: int, *, casts: bool) -> Few:
-        """For the kernel that is a whole dispatch, of rows of as many words, or blocks that are cast."""
+    def few(self, num_words: int, num_tokens: int, num_topk: int, *, unit: int) -> Few:
+        """For the kernel that is a whole dispatch, of rows of as many words, so many of which stay together."""
         fits = _dispatch_fits(num_topk)
-        return fits.share_out(num_tokens, num_words, 16 if casts else 512, num_sms=self.num_sms)
+        most = power_of_two(_FEW_WORDS // unit + 1) // 2
+        piece = unit * max(1, min(power_of_two(-(-num_words // unit)), most))
+        pieces = num_tokens * -(-num_words // piece)
+        return Few(
+            programs=1 + min(pieces, self.num_sms * fits.per_sm - 1),
+            piece=piece,
+            num_warps=fits.num_warps,
+            most_registers=fits.registers,
+            patience=_PATIENCE,
+        )
 
-    def few_sums(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> Few:
+    def few_sums(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> FewSums:
         """For the kernel that is a whole combine."""
         fits = _Fit(4, 8, 64) if num_topk <= _MANY_PICKS else _Fit(4, 3, 168)
-        return fits.share_out(num_tokens, num_values, 2048 // value_bytes, num_sms=self.num_sms)
+        most, piece = self.num_sms * fits.per_sm, min(power_of_two(num_values), 2048 // value_bytes)
+        shares = max(1, min(num_tokens, most))
+        return FewSums(
+            shares=shares,
+            parts=max(1, min(most // shares, -(-num_values // piece))),
+            piece=piece,
+            num_warps=fits.num_warps,
+            most_registers=fits.registers,
+        )
 
     def __str__(self) -> str:
         one_kernel = ", one kernel per call" if self.one_kernel else ""
@@ -137,18 +174,6 @@ class _Fit(NamedTuple):
     num_warps: int
     per_sm: int
     registers: int
-
-    def share_out(self, num_tokens: int, num_words: int, piece: int, *, num_sms: int) -> Few:
-        most, piece = num_sms * self.per_sm, min(power_of_two(num_words), piece)
-        shares = max(1, min(num_tokens, most))
-        return Few(
-            shares=shares,
-            parts=max(1, min(most // shares, -(-num_words // piece))),
-            piece=piece,
-            num_warps=self.num_warps,
-            most_registers=self.registers,
-            patience=_PATIENCE,
-        )
 
 
 def _dispatch_fits(num_topk: int) -> _Fit:

@@ -12,12 +12,14 @@ from crossdock.arena import Arena
 from crossdock.backends.base import Outgoing, Rows
 from crossdock.backends.cuda.control import DeviceConsent
 from crossdock.backends.cuda.kernels import decode
+from crossdock.backends.cuda.config import power_of_two
 from crossdock.backends.cuda.launch import Launcher, kind_of
 from crossdock.backends.cuda.movers import as_words, rowwise
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
 from crossdock.consent import Kind, Missing, Steps, Word
 from crossdock.plan import Plan
+from crossdock.spec import Spec
 from crossdock.wire import Fp8, Quantized
 
 _LEFT = Missing((), "finish", has_sent=True)
@@ -34,12 +36,13 @@ class DecodeCalls:
         self._on = launcher
         self._planner = planner
         self._consent = consent
-        self._verdict = torch.zeros(2, dtype=torch.int32, device=launcher.device)
-        self._ticket = torch.zeros(1, dtype=torch.int32, device=launcher.device)
-        num_picks = self._spec.max_tokens * self._spec.num_topk
-        room = (launcher.config.most_programs(self._spec.num_topk), self._spec.num_experts)
-        self._room = torch.zeros(room, dtype=torch.int32, device=launcher.device)
-        self._to_rows, self._to_scales = torch.zeros(2, num_picks, dtype=torch.int64, device=launcher.device).unbind()
+        spec, device = self._spec, launcher.device
+        self._verdict, self._ticket = torch.zeros(2, 1, dtype=torch.int32, device=device).unbind()
+        self._nths = torch.zeros(spec.max_tokens, spec.num_topk, dtype=torch.int32, device=device)
+        self._to_rows, self._to_scales = torch.zeros(2, *self._nths.shape, dtype=torch.int64, device=device).unbind()
+        room = (launcher.config.most_programs(spec.num_topk), spec.num_experts)
+        self._room = torch.zeros(room, dtype=torch.int32, device=device)
+        self._cast = _cast_rows(spec, spec.wire, device) if isinstance(spec.wire, Fp8) else None
 
     def takes_dispatch(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
         """See WholeCalls. Fresh ones, of what has room in a record as it is."""
@@ -49,13 +52,13 @@ class DecodeCalls:
         self, sequence: int, word: Word, outgoing: Outgoing, topk_idx: Tensor, mode: Rows, *, at_once: bool
     ) -> Steps[DevicePlan]:
         """See WholeCalls."""
-        self._consent.remembers(topk_idx)
         plan, call = self._planner.blank(topk_idx, stamp=sequence), self._on.next_call()
-        self._send_rows(plan, word, outgoing, call, begins=True, awaits=at_once)
+        self._consent.remembers(plan.topk_idx)
+        self._send_rows(plan, word, outgoing, topk_idx, call, begins=True, awaits=at_once)
         if not at_once:
             yield _LEFT
             self._on.enter()
-            self._send_rows(plan, word, outgoing, call, begins=False, awaits=True)
+            self._send_rows(plan, word, outgoing, plan.topk_idx, call, begins=False, awaits=True)
         self._planner.placed(plan, sequence, mode)
         return plan
 
@@ -96,30 +99,42 @@ class DecodeCalls:
         )
 
     def _send_rows(
-        self, plan: DevicePlan, word: Word, outgoing: Outgoing, call: Tensor, *, begins: bool, awaits: bool
+        self,
+        plan: DevicePlan,
+        word: Word,
+        outgoing: Outgoing,
+        topk_idx: Tensor,
+        call: Tensor,
+        *,
+        begins: bool,
+        awaits: bool,
     ) -> None:
         on, arena, spec, wire = self._on, self._arena, self._spec, self._spec.wire
-        x, scale, weights = outgoing.x, None, outgoing.weights
+        x, weights = outgoing.x, outgoing.weights
+        scale: Tensor | None = None
+        block, unit, is_exponents, is_pow2 = 0, 1, False, False
         if isinstance(x, Quantized):
+            values = rows = as_words(rowwise(x.data, on))
             scale = as_words(rowwise(x.scale, on))
-        casts = isinstance(wire, Fp8) and scale is None
-        rows = rowwise(x.data if isinstance(x, Quantized) else x, on)
-        rows = rows if casts else as_words(rows)
-        row_bytes = spec.hidden * wire.dtype.itemsize
-        num_scales = 0 if scale is None else scale.shape[1]
-        scale_bytes = wire.num_scales(spec.hidden) * wire.scale_dtype.itemsize
-        block, is_exponents, is_pow2 = 0, False, False
-        if casts:
-            assert isinstance(wire, Fp8)
-            block, is_exponents = wire.block, wire.scale == "ue8m0"
+            num_scales = scale.shape[1]
+        elif isinstance(wire, Fp8):
+            assert self._cast is not None
+            values, (rows, scale) = rowwise(x, on), self._cast
+            block, unit = wire.block, wire.block // rows.element_size()
+            is_exponents = wire.scale == "ue8m0"
             is_pow2 = is_exponents or wire.pow2
-            num_scales = scale_bytes if is_exponents else spec.hidden // block
-        num_words = num_scales if casts else rows.shape[1]
-        shape = on.config.few(num_words, plan.num_tokens, spec.num_topk, casts=casts)
+            num_scales = scale.shape[1]
+        else:
+            values = rows = as_words(rowwise(x, on))
+            num_scales = 0
+        row_bytes = spec.hidden * wire.dtype.itemsize
+        scale_bytes = wire.num_scales(spec.hidden) * wire.scale_dtype.itemsize
+        shape = on.config.few(rows.shape[1], plan.num_tokens, spec.num_topk, unit=unit)
+        scale_piece = shape.piece // unit if block else power_of_two(num_scales or 1)
         assert plan.report is not None
         on.launch(
             decode.dispatch_rows,
-            (shape.shares * shape.parts,),
+            (shape.programs,),
             on.segments,
             on.state,
             call,
@@ -148,16 +163,18 @@ class DecodeCalls:
             spec.capacity(on.num_ranks),
             self._verdict,
             self._ticket,
+            self._nths,
             self._to_rows,
             self._to_scales,
             self._room,
-            shape.shares,
-            shape.parts,
+            topk_idx,
             plan.topk_idx,
             plan.topk_idx if weights is None else on.dense(weights).view(torch.int32),
+            values,
             rows,
             rows if scale is None else scale,
             plan.num_tokens,
+            values.stride(0),
             rows.stride(0),
             0 if scale is None else scale.stride(0),
             on.rank * spec.max_tokens,
@@ -171,24 +188,27 @@ class DecodeCalls:
             RING=arena.ring,
             **on.blocks_of_rows(),
             K=spec.num_topk,
-            ROW=spec.hidden if casts else rows.shape[1],
+            ROW=rows.shape[1],
             PIECE=shape.piece,
+            PIECES=max(-(-rows.shape[1] // shape.piece), -(-num_scales // scale_piece)),
             ROW_BYTES=row_bytes,
             BLOCK=block,
             SCALES=num_scales,
+            SCALE_PIECE=scale_piece,
             SCALE_BYTES=scale_bytes,
             POW2=is_pow2,
             EXPONENTS=is_exponents,
+            STAGES=shape.stages(rows.element_size() * values.element_size()) if block else 0,
             RECORD=arena.record_bytes // 4,
             HAS_WEIGHTS=weights is not None,
             given=(
-                *(kind_of(tensor) for tensor in (plan.topk_idx, weights, rows, scale)),
-                rows.stride(0),
+                *(kind_of(tensor) for tensor in (topk_idx, weights, values, scale)),
+                values.stride(0),
                 None if scale is None else scale.stride(0),
                 word.payload() < 2**31,
             ),
             num_warps=shape.num_warps,
-            enable_fp_fusion=not casts,
+            enable_fp_fusion=not block,
             maxnreg=shape.most_registers,
         )
 
@@ -252,7 +272,7 @@ class DecodeCalls:
     def warm_up(self, outgoing: Outgoing, picks: Tensor) -> DevicePlan:
         """Launches all that a dispatch may launch; only while calls are void."""
         plan, call = self._planner.blank(picks, stamp=0), self._on.next_call()
-        self._send_rows(plan, _NO_WORD, outgoing, call, begins=True, awaits=True)
+        self._send_rows(plan, _NO_WORD, outgoing, picks, call, begins=True, awaits=True)
         return plan
 
     def warm_up_sums(self, plan: Plan, weights: Tensor | None, bias: Tensor | None) -> None:
@@ -262,3 +282,12 @@ class DecodeCalls:
         self._give_word(_NO_WORD, call)
         out = self._on.empty(plan.num_tokens, self._spec.hidden, dtype=self._spec.combine_dtype)
         self._sum_rows(out, plan, _NO_WORD, weights, bias, call, begins=True)
+
+
+def _cast_rows(spec: Spec, wire: Fp8, device: torch.device) -> Quantized:
+    """Room for this rank's rows as they travel: words ``[M, ROW]``, and scales, bytes where these are exponents."""
+    data = torch.zeros(spec.max_tokens, spec.hidden, dtype=torch.uint8, device=device)
+    num_scales, dtype = spec.hidden // wire.block, torch.float32
+    if wire.scale == "ue8m0":
+        num_scales, dtype = wire.num_scales(spec.hidden) * wire.scale_dtype.itemsize, torch.uint8
+    return Quantized(as_words(data, wire.block), torch.zeros(spec.max_tokens, num_scales, dtype=dtype, device=device))

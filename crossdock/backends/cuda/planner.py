@@ -60,6 +60,7 @@ class Planner:
         self._slot_rows = arena.spec.num_slot_rows(self._num_ranks)
         num_rows = NUM_REPORTS + _NUM_CAPTURED + 1
         self._rows = torch.zeros(num_rows, REPORT_WORDS.value, dtype=torch.int64, pin_memory=True)
+        self._rows[:, REPORT_ROWS.value] = self._slot_rows  # where there are always as many, no kernel says so
         self._reports: list[Report | None] = [None] * NUM_REPORTS
         self._num_reports = 0
         self._captured: list[Report] = []
@@ -88,8 +89,9 @@ class Planner:
         return plan
 
     def blank(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
-        """The plan of a dispatch as a whole, which counts for itself and fills it."""
-        return replace(self._fresh(topk_idx, stamp=stamp), is_whole=True)
+        """The plan of a dispatch as a whole, which counts for itself and fills it, with the picks too."""
+        own = self._on.empty(*topk_idx.shape, dtype=torch.int64)
+        return replace(self._fresh(own, stamp=stamp), is_whole=True)
 
     def place(self, plan: DevicePlan) -> None:
         """Fills in where rows go, once everybody's counts are here."""
@@ -336,6 +338,7 @@ class Planner:
         if (earlier := self._reports[at]) is not None:
             earlier.event.synchronize()
         self._reports[at] = report = Report(self._rows[at], _event(), is_captured=False)
+        report.row.numpy()[REPORT_NEEDED.value] = 0  # of a void call, nobody may have looked at it
         return report
 
     def _ints(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -98,7 +98,7 @@ def give_word(
     Args:
         payload: int64, this rank's word without its stamp.
         is_refused: whether this rank's picks are not allowed: its word then has no kind.
-        mine: int64 ``[next_power_of_2(W)]``.
+        mine: int64, a power of two of counts; what there are more than these are 0.
         AT_ONCE: ranks whose counts are moved at a time, a power of two.
     """
     lanes = tl.arange(0, triton.next_power_of_2(P))
@@ -112,12 +112,17 @@ def give_word(
     given = tl.zeros_like(lanes).to(tl.int64) + payload
     if W > 0:
         given = tl.where(is_refused, given & WITHOUT_KIND, given)
-        columns = tl.arange(0, triton.next_power_of_2(W))
+        COLUMNS: tl.constexpr = mine.shape[0]
+        columns = tl.arange(0, COLUMNS)
         for first in range(0, P, AT_ONCE):
             peer = first + tl.arange(0, AT_ONCE)
             there = words_at(tl.load(segments + peer, mask=peer < P, other=0), counts_offset) + (entry + rank) * W
             is_there = (peer < P)[:, None] & (columns < W)[None, :]
             tl.store(there[:, None] + columns[None, :], stamped(sequence, mine)[None, :], mask=is_there)
+            if COLUMNS < W:
+                rest = COLUMNS + tl.arange(0, triton.next_power_of_2(W - COLUMNS))
+                is_there = (peer < P)[:, None] & (rest < W)[None, :]
+                tl.store(there[:, None] + rest[None, :], stamped(sequence, tl.zeros_like(rest))[None, :], mask=is_there)
     post_words(segments, words_offset + 8 * (entry + rank), stamped(sequence, given), P)
     return sequence
 

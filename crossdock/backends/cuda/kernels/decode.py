@@ -1,9 +1,8 @@
 """Whole calls of few tokens, each one kernel: from picks to rows in place, and from words to sums. Triton only.
 
 Program 0, the *clerk*, does what only one can: it counts, gives this rank's word, waits for everybody's, works out
-where rows go, and releases the grid's programs with a *verdict*; they have loaded, and cast, their first rows
-meanwhile. Whoever is last tells the peers that this rank's rows are in place, and waits for theirs, while the clerk,
-who has had its share of rows too, works out where these lie.
+where rows go, and lets the other programs go on with a *verdict*; these have cast and counted their shares meanwhile,
+and now only copy. Whoever is last tells the peers that this rank's rows are in place, and waits for theirs.
 
 On the wire such a call is the same as one by several kernels: ranks may do either.
 
@@ -44,7 +43,8 @@ from crossdock.backends.cuda.kernels.places import (
     derive_incoming,
     derive_outgoing,
     has_bad_picks,
-    load_picks,
+    nth_of_key,
+    picks_at,
 )
 from crossdock.backends.cuda.kernels.rows import wide
 from crossdock.backends.cuda.kernels.sync import (
@@ -63,89 +63,31 @@ NO_ROWS = tl.constexpr(2)
 NOTHING = tl.constexpr(3)
 """Verdicts: rows go where the tables say; the call is void, or rows do not fit; there is nothing to do (any more)."""
 
-_PICKS = tl.constexpr(512)
-"""Picks that the clerk counts at a time."""
-_OTHERS = tl.constexpr(512)
-"""Earlier picks that a program counts at a time."""
+_PICKS = tl.constexpr(1024)
+"""Picks that are counted at a time."""
+_TOKENS = tl.constexpr(256)
+"""Tokens whose picks are looked at at a time."""
+_PLACED = tl.constexpr(32)
+"""Picks for which a program works out places at a time, or those of one token."""
+_AT_ONCE = tl.constexpr(8)
+"""Copies of a piece whose addresses a program has at a time."""
 
 
 @triton.jit
-def count_all(topk_idx, num_tokens, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr):
-    """Picks of each expert, int64 ``[next_power_of_2(E + P)]``, and whether any pick is not allowed.
-
-    Pairs of tokens and ranks, whose counts lie behind those of experts, are not counted here.
-    """
-    S: tl.constexpr = _PICKS // triton.next_power_of_2(K)
-    BINS: tl.constexpr = triton.next_power_of_2(E + P)
-    total = tl.zeros([BINS], tl.int32)
-    is_bad = tl.full([], 0, tl.int32)
-    for chunk in range((num_tokens + S - 1) // S):
-        expert, _, _ = load_picks(topk_idx, num_tokens, chunk, K, S)
-        is_pick = (expert >= 0) & (expert < E)
-        is_bad = tl.maximum(is_bad, has_bad_picks(expert, E, S).to(tl.int32))
-        total += tl.histogram(tl.where(is_pick, expert, 0), BINS, mask=is_pick)
-    return total.to(tl.int64), is_bad != 0
-
-
-@triton.jit
-def count_before(topk_idx, num_picks, E: tl.constexpr):
-    """Picks of each expert among the first ones, int32 ``[next_power_of_2(E)]``."""
+def count_picks(topk_idx, num_picks, E: tl.constexpr):
+    """How many of the first picks are of each expert, int32 ``[next_power_of_2(E)]``."""
     BINS: tl.constexpr = triton.next_power_of_2(E)
     total = tl.zeros([BINS], tl.int32)
-    for first in range(0, num_picks, _OTHERS):
-        at = first + tl.arange(0, _OTHERS)
-        expert = tl.load(topk_idx + at, mask=at < num_picks, other=-1).to(tl.int32)
+    for first in range(0, num_picks, _PICKS):
+        at = first + tl.arange(0, _PICKS)
+        expert = picks_at(topk_idx + at, at < num_picks)
         is_pick = (expert >= 0) & (expert < E)
         total += tl.histogram(tl.where(is_pick, expert, 0), BINS, mask=is_pick)
     return total
 
 
 @triton.jit
-def look_up(table, room, index, is_there, E: tl.constexpr):
-    """Values of a block ``[next_power_of_2(E)]`` at some indices, 0 where none is asked for.
-
-    Through memory: to look them up in registers takes hundreds of these.
-
-    Args:
-        room: int32 ``[E]`` of the program's own.
-    """
-    at = tl.arange(0, table.shape[0])
-    tl.debug_barrier()  # the last ones have been looked up
-    tl.store(room + at, table, mask=at < E)
-    tl.debug_barrier()
-    return tl.load(room + index, mask=is_there, other=0)
-
-
-@triton.jit
-def piece_at(piece, ROW: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which values of a row a piece is, and which there are: ``[PIECE, BLOCK]`` if BLOCK > 0, else ``[PIECE]``."""
-    words = piece * PIECE + tl.arange(0, PIECE)
-    is_word = words < ROW
-    if BLOCK > 0:
-        within = tl.arange(0, triton.next_power_of_2(BLOCK))
-        blocks, words = words, words[:, None] * BLOCK + within[None, :]
-        is_word = (blocks < ROW // BLOCK)[:, None] & (within < BLOCK)[None, :]
-    return words, is_word
-
-
-@triton.jit
-def load_piece(
-    x,
-    token,
-    piece,
-    is_there,
-    stride,
-    ROW: tl.constexpr,
-    PIECE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A piece of a token's row; 0 where there is none."""
-    words, is_word = piece_at(piece, ROW, PIECE, BLOCK)
-    return tl.load(x + wide(token) * stride + words, mask=is_word & is_there, other=0)
-
-
-@triton.jit
-def open_dispatch(
+def do_books(
     segments,
     state,
     call,
@@ -160,8 +102,13 @@ def open_dispatch(
     words_offset,
     aborts_offset,
     counts_offset,
+    gathered,
     scalars,
+    told,
     outgoing,
+    incoming,
+    starts,
+    tokens,
     capacity,
     verdict,
     topk_idx,
@@ -173,35 +120,33 @@ def open_dispatch(
     AT_ONCE: tl.constexpr,
     K: tl.constexpr,
 ):
-    """The clerk's part up to the verdict. See ``dispatch_rows``.
+    """The clerk's part: words, counts, the verdict, and then what else the plan and the host are told.
 
-    Returns:
-        Whether the plan is settled now; everybody's counts as they came; and what ``derive_outgoing`` gives.
+    See ``dispatch_rows``.
     """
     E: tl.constexpr = L * P
-    settles = tl.full([], 1, tl.int32)
-    moves = tl.full([], 0, tl.int1)
-    end = tl.full([], 0, tl.int32)
-    needed = tl.full([], 0, tl.int32)
-    worst = tl.full([], 0, tl.int32)
-    base = tl.zeros([triton.next_power_of_2(E)], tl.int32)
+    W: tl.constexpr = E + P
     own = tl.load(segments + rank)
     good = is_ok(state)
     sequence = tl.load(call + P + SEQUENCE)
-    if good:
-        if begins != 0:
-            mine, is_refused = count_all(topk_idx, num_tokens, E, P, K)
+    settles = tl.full([], 1, tl.int32)
+    if begins != 0:  # pairs of tokens and ranks, whose counts lie behind those of experts, are not counted here
+        mine = count_picks(topk_idx, num_tokens * K, E).to(tl.int64)
+        is_refused = has_bad_picks(topk_idx, 0, num_tokens, E, K, _TOKENS)
+        if good:
             sequence = give_word(
                 segments, state, call, payload, is_refused, mine, rank, words_offset, counts_offset,
-                P, RING, E + P, AT_ONCE,
+                P, RING, W, AT_ONCE,
             )  # fmt: skip
-        else:
-            settles = (tl.load(call + P + PROGRESS) == BEGUN).to(tl.int32)
-        if awaits == 0:
-            words = words_at(own, words_offset) + (sequence & (RING - 1)) * P
-            settles = are_here(words, stamped(sequence, 0), patience, P).to(tl.int32)
-    counts = words_at(own, counts_offset) + (sequence & (RING - 1)) * (P * (E + P))
-    if settles != 0:
+    elif good:
+        settles = (tl.load(call + P + PROGRESS) == BEGUN).to(tl.int32)
+    if (awaits == 0) & good:
+        words = words_at(own, words_offset) + (sequence & (RING - 1)) * P
+        settles = are_here(words, stamped(sequence, 0), patience, P).to(tl.int32)
+    if settles == 0:
+        release_programs(verdict, tl.full([], NOTHING, tl.int32))
+    else:
+        counts = words_at(own, counts_offset) + (sequence & (RING - 1)) * (P * W)
         status = tl.full([], ABORTED, tl.int32)
         if good:
             status = take_words(
@@ -214,27 +159,87 @@ def open_dispatch(
         if status == OK:
             tl.store(call + P + PROGRESS, tl.full([], READY, tl.int64))
         release_programs(verdict, tl.where(moves, GO, NO_ROWS))
-    else:
-        release_programs(verdict, tl.full([], NOTHING, tl.int32))
-    return settles, counts, base, end, moves.to(tl.int32), needed, worst
+        derive_incoming(
+            counts, base, end, moves, needed, worst, scalars, told, incoming, starts, tokens, capacity, rank,
+            P, L, L, 0, ALIGNMENT, AT_ONCE, False,
+        )  # fmt: skip
+        copy_counts(counts, gathered, moves, P, W, AT_ONCE)
 
 
 @triton.jit
-def place_token(
+def cast_share(
+    x,
+    data,
+    scales,
+    first_piece,
+    last_piece,
+    stride,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PIECES: tl.constexpr,
+    SCALES: tl.constexpr,
+    POW2: tl.constexpr,
+    EXPONENTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Casts pieces of rows, each of so many blocks, to where the program's copies begin: bytes, and their scales.
+
+    Loads run STAGES - 1 pieces ahead: one in flight is less than it takes to read at full speed.
+    """
+    within = tl.arange(0, triton.next_power_of_2(BLOCK))
+    for i in tl.range(first_piece, last_piece, num_stages=STAGES):
+        token, block = i // PIECES, i % PIECES * BLOCKS + tl.arange(0, BLOCKS)
+        at = block[:, None] * BLOCK + within[None, :]
+        is_value = (block < H // BLOCK)[:, None] & (within < BLOCK)[None, :]
+        value = tl.load(x + wide(token) * stride + at, mask=is_value, other=0.0).to(tl.float32)
+        bytes_of, scale = cast_blocks(value, POW2, EXPONENTS)
+        tl.store(data + token * H + at, bytes_of, mask=is_value)
+        scale = tl.where(block < H // BLOCK, scale, 0).to(scales.dtype.element_ty)
+        tl.store(scales + token * SCALES + block, scale, mask=block < SCALES)
+
+
+@triton.jit
+def count_share(topk_idx, own_picks, nths, room, first_token, last_token, E: tl.constexpr, K: tl.constexpr):
+    """Of each pick of some tokens, how many of all that come before are of its expert; and keeps the picks.
+
+    Args:
+        room: int32 ``[E]`` of the program's own, to look counts up in: in registers that takes hundreds of these.
+    """
+    KP: tl.constexpr = triton.next_power_of_2(K)
+    PLACED: tl.constexpr = _PLACED if KP < _PLACED else KP
+    bins = tl.arange(0, triton.next_power_of_2(E))
+    for first in range(first_token, last_token, PLACED // KP):
+        before = count_picks(topk_idx, first * K, E)
+        i = tl.arange(0, PLACED)
+        at = (first + i // KP) * K + i % KP
+        is_here = (at < last_token * K) & (i % KP < K)
+        tl.store(own_picks + at, tl.load(topk_idx + at, mask=is_here, other=-1), mask=is_here)
+        expert = picks_at(topk_idx + at, is_here)
+        is_pick = (expert >= 0) & (expert < E)
+        nth = nth_of_key(expert, is_pick, E)
+        tl.debug_barrier()  # the last ones have been looked up
+        tl.store(room + bins, before, mask=bins < E)
+        tl.debug_barrier()
+        tl.store(nths + at, nth + tl.load(room + expert, mask=is_pick, other=0), mask=is_here)
+
+
+@triton.jit
+def place_share(
     segments,
     call,
     outgoing,
     places,
     homes,
+    nths,
     to_rows,
     to_scales,
+    picks,
     weights,
-    token,
-    pick,
-    expert,
-    nth,
-    is_row,
-    is_first,
+    first_token,
+    last_token,
+    first_owned,
+    goes,
     source,
     data_region,
     data_slot_bytes,
@@ -251,32 +256,95 @@ def place_token(
     RECORD: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):
-    """Works out where a token's rows go: their addresses, for all warps of the program to see.
+    """Works out where the rows of some tokens go: their addresses, for all warps of the program to see.
 
-    The first of the programs that share its pieces also writes the plan's places and homes, and the records.
-
-    Args:
-        nth: of each pick, how many rows of its expert come before.
+    Of the tokens from ``first_owned`` on, whose first piece is the program's, it also writes places, homes and records.
     """
-    row = tl.load(outgoing + expert, mask=is_row, other=0) + nth
-    peer = tl.where(is_row, expert // L, 0)
-    segment, slot, at = tl.load(segments + peer), slot_of(call, peer), token * K + pick
-    to_row = segment + data_region + slot * data_slot_bytes + row.to(tl.int64) * ROW_BYTES
-    tl.store(to_rows + at, tl.where(is_row, to_row, 0), mask=pick < K)
-    if SCALES > 0:
-        to_scale = segment + scale_region + slot * scale_slot_bytes + row.to(tl.int64) * SCALE_BYTES
-        tl.store(to_scales + at, to_scale, mask=pick < K)
-    tl.debug_barrier()
-    if is_first:
+    KP: tl.constexpr = triton.next_power_of_2(K)
+    PLACED: tl.constexpr = _PLACED if KP < _PLACED else KP
+    for first in range(first_token, last_token, PLACED // KP):
+        i = tl.arange(0, PLACED)
+        token = first + i // KP
+        at = token * K + i % KP
+        is_here = (at < last_token * K) & (i % KP < K)
+        expert = picks_at(picks + at, is_here)
+        nth = tl.load(nths + at, mask=is_here, other=0)
+        is_row = (expert >= 0) & (expert < E) & goes
+        row = tl.load(outgoing + expert, mask=is_row, other=0) + nth
         home = tl.load(outgoing + E + expert, mask=is_row, other=0) + nth
+        peer = tl.where(is_row, expert // L, 0)
+        segment, slot = tl.load(segments + peer), slot_of(call, peer)
+        to_row = segment + data_region + slot * data_slot_bytes + row.to(tl.int64) * ROW_BYTES
+        tl.store(to_rows + at, tl.where(is_row, to_row, 0), mask=is_here)
+        if SCALES > 0:
+            to_scale = segment + scale_region + slot * scale_slot_bytes + row.to(tl.int64) * SCALE_BYTES
+            tl.store(to_scales + at, to_scale, mask=is_here)
+        owns = is_here & (token >= first_owned)
         place = (peer.to(tl.int64) << ROW_BITS) | row
-        tl.store(places + at, tl.where(is_row, place, -1), mask=pick < K)
-        tl.store(homes + at, tl.where(is_row, home, -1), mask=pick < K)
+        tl.store(places + at, tl.where(is_row, place, -1), mask=owns)
+        tl.store(homes + at, tl.where(is_row, home, -1), mask=owns)
         to_record = segment + record_region + slot * record_slot_bytes + row.to(tl.int64) * (4 * RECORD)
         to_record = to_record.to(tl.pointer_type(tl.int32), bitcast=True)
-        tl.store(to_record, source + tl.zeros_like(pick) + token, mask=is_row)
+        tl.store(to_record, source + token, mask=owns & is_row)
         if HAS_WEIGHTS:
-            tl.store(to_record + 1, tl.load(weights + at, mask=is_row, other=0), mask=is_row)
+            weight = tl.load(weights + at, mask=is_here, other=0)
+            tl.store(to_record + 1, weight, mask=owns & is_row)
+    tl.debug_barrier()
+
+
+@triton.jit
+def load_piece(rows, i, last_piece, stride, ROW: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """A piece of a row, ``[next_power_of_2(PIECE)]`` words; 0 where there is none."""
+    lane = tl.arange(0, triton.next_power_of_2(PIECE))
+    at = i % PIECES * PIECE + lane
+    return tl.load(rows + wide(i // PIECES) * stride + at, mask=(lane < PIECE) & (at < ROW) & (i < last_piece), other=0)
+
+
+@triton.jit
+def push_share(
+    to_rows,
+    to_scales,
+    rows,
+    scales,
+    values,
+    first_piece,
+    last_piece,
+    stride,
+    scale_stride,
+    K: tl.constexpr,
+    ROW: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_PIECE: tl.constexpr,
+):
+    """Writes pieces of rows, the first of which is loaded, and their part of the scales, to where the rows go."""
+    lane = tl.arange(0, triton.next_power_of_2(PIECE))
+    for i in range(first_piece, last_piece):
+        token, piece = i // PIECES, i % PIECES
+        word = piece * PIECE + lane
+        is_word = (lane < PIECE) & (word < ROW)
+        group = piece * SCALE_PIECE + tl.arange(0, SCALE_PIECE)
+        if SCALES > 0:
+            scale = tl.load(scales + wide(token) * scale_stride + group, mask=group < SCALES)
+        now = values
+        values = load_piece(rows, i + 1, last_piece, stride, ROW, PIECE, PIECES)
+        for first in tl.static_range(0, K, _AT_ONCE):
+            there = ()  # all addresses before the first store, behind which each would wait for its own
+            scales_there = ()
+            for k in tl.static_range(first, K if K < first + _AT_ONCE else first + _AT_ONCE):
+                there = there + (tl.load(to_rows + token * K + k),)  # noqa: RUF005 - Triton's compiler knows no unpacking
+                if SCALES > 0:
+                    scales_there = scales_there + (tl.load(to_scales + token * K + k),)  # noqa: RUF005
+            for k in tl.static_range(K - first if K < first + _AT_ONCE else _AT_ONCE):
+                to_row = there[k].to(rows.dtype, bitcast=True)
+                if ROW_BYTES % 16 == 0:
+                    to_row = tl.multiple_of(to_row, 16)
+                tl.store(to_row + word, now, mask=is_word & (there[k] != 0))
+                if SCALES > 0:
+                    to_scale = scales_there[k].to(scales.dtype, bitcast=True)
+                    tl.store(to_scale + group, scale, mask=(group < SCALES) & (there[k] != 0))
 
 
 @triton.jit
@@ -287,16 +355,18 @@ def send_share(
     places,
     homes,
     verdict,
+    nths,
     to_rows,
     to_scales,
     rooms,
-    num_shares,
-    parts,
     topk_idx,
+    picks,
     weights,
     x,
-    scale,
+    rows,
+    scales,
     num_tokens,
+    x_stride,
     stride,
     scale_stride,
     source,
@@ -311,73 +381,48 @@ def send_share(
     K: tl.constexpr,
     ROW: tl.constexpr,
     PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
+    SCALE_PIECE: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
     POW2: tl.constexpr,
     EXPONENTS: tl.constexpr,
+    STAGES: tl.constexpr,
     RECORD: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):
-    """A program's share of the rows: its tokens one after another, each in pieces. See ``dispatch_rows``."""
-    ITS: tl.constexpr = SCALES if BLOCK > 0 else ROW
-    PIECES: tl.constexpr = (ITS + PIECE - 1) // PIECE
-    WORD: tl.constexpr = tl.uint8 if BLOCK > 0 else x.dtype.element_ty
-    share, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    first_token = share * num_tokens // num_shares
-    last_token = (share + 1) * num_tokens // num_shares
-    pick = tl.arange(0, triton.next_power_of_2(K))
-    before = count_before(topk_idx, first_token * K, E)
-    values = load_piece(x, first_token, part, first_token < last_token, stride, ROW, PIECE, BLOCK)
-    decided = tl.full([], 0, tl.int32)
-    for token in range(first_token, last_token):
-        expert = tl.load(topk_idx + token * K + pick, mask=pick < K, other=-1).to(tl.int32)
-        is_pick = (expert >= 0) & (expert < E)
-        nth = look_up(before, rooms + tl.program_id(0) * E, expert, is_pick, E)
-        before += tl.histogram(tl.where(is_pick, expert, 0), before.shape[0], mask=is_pick)
-        for piece in range(part, PIECES, parts):
-            words, is_word = piece_at(piece, ROW, PIECE, BLOCK)
-            if BLOCK > 0:
-                at = piece * PIECE + tl.arange(0, PIECE)
-                data, scales = cast_blocks(values.to(tl.float32), POW2, EXPONENTS)
-                scales = tl.where(at < ROW // BLOCK, scales, 0).to(tl.uint8 if EXPONENTS else tl.float32)
-                is_scale = at < SCALES
-            else:
-                data = values
-                if SCALES > 0:
-                    at = tl.arange(0, triton.next_power_of_2(SCALES))
-                    is_scale = (at < SCALES) & (piece == 0)
-                    scales = tl.load(scale + wide(token) * scale_stride + at, mask=is_scale)
-            if decided == 0:  # the first rows are here, and cast, when peers' words are
-                decided = take_verdict(verdict)
-            if (piece == part) & (decided != NOTHING):
-                place_token(
-                    segments, call, outgoing, places, homes, to_rows, to_scales, weights, token, pick, expert, nth,
-                    is_pick & (decided == GO), part == 0, source, data_region, data_slot_bytes,
-                    scale_region, scale_slot_bytes, record_region, record_slot_bytes,
-                    E, L, K, ROW_BYTES, SCALES, SCALE_BYTES, RECORD, HAS_WEIGHTS,
-                )  # fmt: skip
-            is_next = piece + parts < PIECES
-            next_token, next_piece = token + tl.where(is_next, 0, 1), tl.where(is_next, piece + parts, part)
-            values = load_piece(x, next_token, next_piece, next_token < last_token, stride, ROW, PIECE, BLOCK)
-            if decided == GO:
-                for k in tl.static_range(K):
-                    there = tl.load(to_rows + token * K + k)
-                    to_row = there.to(tl.pointer_type(WORD), bitcast=True)
-                    if ROW_BYTES % 16 == 0:
-                        to_row = tl.multiple_of(to_row, 16)
-                    tl.store(to_row + words, data, mask=is_word & (there != 0))
-                    if SCALES > 0:
-                        to_scale = tl.load(to_scales + token * K + k)
-                        to_scale = to_scale.to(tl.pointer_type(scales.dtype), bitcast=True)
-                        tl.store(to_scale + at, scales, mask=is_scale & (there != 0))
+    """A program's share of the rows: pieces one after another, of a few tokens. See ``dispatch_rows``."""
+    program, num_programs, num_pieces = tl.program_id(0) - 1, tl.num_programs(0) - 1, num_tokens * PIECES
+    first_piece, last_piece = program * num_pieces // num_programs, (program + 1) * num_pieces // num_programs
+    first_token, last_token = first_piece // PIECES, (last_piece + PIECES - 1) // PIECES
+    count_share(topk_idx, picks, nths, rooms + program * E, first_token, last_token, E, K)
+    if BLOCK > 0:
+        cast_share(
+            x, rows.to(tl.pointer_type(tl.uint8), bitcast=True), scales, first_piece, last_piece, x_stride,
+            ROW_BYTES, BLOCK, SCALE_PIECE, PIECES, SCALES, POW2, EXPONENTS, STAGES,
+        )  # fmt: skip
+    tl.debug_barrier()  # what the program has kept is there for all its warps
+    values = load_piece(rows, first_piece, last_piece, stride, ROW, PIECE, PIECES)
+    decided = take_verdict(verdict)
+    if decided != NOTHING:
+        place_share(
+            segments, call, outgoing, places, homes, nths, to_rows, to_scales, picks, weights, first_token, last_token,
+            (first_piece + PIECES - 1) // PIECES, decided == GO, source, data_region, data_slot_bytes,
+            scale_region, scale_slot_bytes, record_region, record_slot_bytes,
+            E, L, K, ROW_BYTES, SCALES, SCALE_BYTES, RECORD, HAS_WEIGHTS,
+        )  # fmt: skip
+        if decided == GO:
+            push_share(
+                to_rows, to_scales, rows, scales, values, first_piece, last_piece, stride, scale_stride,
+                K, ROW, PIECE, PIECES, ROW_BYTES, SCALES, SCALE_PIECE,
+            )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
-        "payload", "rank", "max_polls", "patience", "begins", "awaits", "num_shares", "parts", "num_tokens", "capacity",
-        "source",
+        "payload", "rank", "max_polls", "patience", "begins", "awaits", "num_tokens", "capacity", "source",
     ]
 )  # fmt: skip
 def dispatch_rows(
@@ -409,16 +454,18 @@ def dispatch_rows(
     capacity,
     verdict,
     ticket,
+    nths,
     to_rows,
     to_scales,
     rooms,
-    num_shares,
-    parts,
     topk_idx,
+    picks,
     weights,
     x,
-    scale,
+    rows,
+    scales,
     num_tokens,
+    x_stride,
     stride,
     scale_stride,
     source,
@@ -436,16 +483,19 @@ def dispatch_rows(
     K: tl.constexpr,
     ROW: tl.constexpr,
     PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
+    SCALE_PIECE: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
     POW2: tl.constexpr,
     EXPONENTS: tl.constexpr,
+    STAGES: tl.constexpr,
     RECORD: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):
-    """A fresh dispatch of rows with one pick each: ``x [T, ...]`` to all its places, with sources and weights.
+    """A fresh dispatch of rows with one pick each: ``[T, ...]`` to all their places, with sources and weights.
 
     In one launch, or in two: the first ``begins``, and sends if all words are here within ``patience`` polls; the
     second ``awaits``, and sends before if the first did not.
@@ -453,60 +503,43 @@ def dispatch_rows(
     Args:
         call: see ``calls``; its PROGRESS says what is left to do.
         gathered ... homes, capacity: see ``places``; told: the report there.
-        verdict, ticket: int32 ``[2]`` and ``[1]``, all 0.
-        to_rows, to_scales: int64 ``[T, K]``, room for the addresses of rows and scales at their receivers.
+        verdict, ticket: int32, both 0.
+        nths, to_rows, to_scales: int32 and twice int64 ``[T, K]``, room for what is known of rows before the verdict,
+            and for the addresses of rows and scales at their receivers.
         rooms: int32 ``[programs, E]``, of nobody in particular.
-        num_shares, parts: tokens are shared out, and the pieces of each token's row.
-        topk_idx: int64 ``[T, K]``; weights: int32 ``[T, K]``, the bits of float32.
-        x: words ``[T, ROW]``, or values that are cast (BLOCK > 0: of so many with one scale); scale: words
-            ``[T, SCALES]`` of rows that were cast before.
-        ROW_BYTES, SCALE_BYTES: between rows there. SCALES: of a row there, with padding.
-        PIECE: words of a row that a program moves (a power of two), or blocks, where they are cast.
+        topk_idx: int64 ``[T, K]``; picks: the plan's own, filled from it.
+        weights: int32 ``[T, K]``, the bits of float32.
+        x: values ``[T, H]`` that are cast to rows, if BLOCK > 0: of so many with one scale.
+        rows: words ``[T, ROW]``; scales: ``[T, SCALES]``, of one row, with padding.
+        PIECE: words of a row that a program moves at a time; PIECES of a row, SCALE_PIECE scales of each.
+        ROW_BYTES, SCALE_BYTES: between rows there. STAGES: of pieces that are cast.
         RECORD: words between records.
     """
-    E: tl.constexpr = L * P
-    settles = tl.full([], 0, tl.int32)
-    moves = tl.full([], 0, tl.int32)
-    end = tl.full([], 0, tl.int32)
-    needed = tl.full([], 0, tl.int32)
-    worst = tl.full([], 0, tl.int32)
-    base = tl.zeros([triton.next_power_of_2(E)], tl.int32)
-    counts = words_at(tl.load(segments + rank), counts_offset)
     if tl.program_id(0) == 0:
-        settles, counts, base, end, moves, needed, worst = open_dispatch(
+        do_books(
             segments, state, call, record, report, payload, rank, max_polls, patience, begins, awaits,
-            words_offset, aborts_offset, counts_offset, scalars, outgoing, capacity, verdict, topk_idx, num_tokens,
-            P, RING, L, ALIGNMENT, AT_ONCE, K,
+            words_offset, aborts_offset, counts_offset, gathered, scalars, told, outgoing, incoming, starts, tokens,
+            capacity, verdict, topk_idx, num_tokens, P, RING, L, ALIGNMENT, AT_ONCE, K,
         )  # fmt: skip
-    send_share(
-        segments, call, outgoing, places, homes, verdict, to_rows, to_scales, rooms, num_shares, parts,
-        topk_idx, weights, x, scale, num_tokens, stride, scale_stride, source, data_region, data_slot_bytes,
-        scale_region, scale_slot_bytes, record_region, record_slot_bytes,
-        E, L, K, ROW, PIECE, ROW_BYTES, BLOCK, SCALES, SCALE_BYTES, POW2, EXPONENTS, RECORD, HAS_WEIGHTS,
-    )  # fmt: skip
-    is_last = is_last_program(ticket)
-    if is_last:
+    else:
+        send_share(
+            segments, call, outgoing, places, homes, verdict, nths, to_rows, to_scales, rooms, topk_idx, picks,
+            weights, x, rows, scales, num_tokens, x_stride, stride, scale_stride, source, data_region, data_slot_bytes,
+            scale_region, scale_slot_bytes, record_region, record_slot_bytes,
+            L * P, L, K, ROW, PIECE, PIECES, ROW_BYTES, BLOCK, SCALES, SCALE_PIECE, SCALE_BYTES, POW2, EXPONENTS,
+            STAGES, RECORD, HAS_WEIGHTS,
+        )  # fmt: skip
+    if is_last_program(ticket):
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
-        if is_ok(state):  # noqa: SIM102 - the second is not to be read of a void call
+        if is_ok(state):
             if tl.load(call + P + PROGRESS) == READY:
                 post_arrived(segments, call, rank, arrived_offset, P, RING)
                 tl.store(call + P + PROGRESS, tl.full([], SENT, tl.int64))
-    if tl.program_id(0) == 0:  # behind its rows, which peers wait for; what is stored for the host delays a release
-        if settles != 0:
-            derive_incoming(
-                counts, base, end, moves != 0, needed, worst, scalars, told, incoming, starts, tokens, capacity, rank,
-                P, L, L, 0, ALIGNMENT, 1, False,
-            )  # fmt: skip
-            copy_counts(counts, gathered, moves != 0, P, E + P, 1)
-        release_programs(verdict + 1, tl.full([], GO, tl.int32))
-    if is_last:
-        take_verdict(verdict + 1)
-        tl.atomic_xchg(verdict + 1, 0, sem="relaxed", scope="gpu")
-        if (awaits != 0) & is_ok(state):
-            await_rows(
-                segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset,
-                tokens, all_tokens, P, RING, True, L,
-            )  # fmt: skip
+            if awaits != 0:
+                await_rows(
+                    segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset,
+                    tokens, all_tokens, P, RING, True, L,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["payload", "rank"])
@@ -525,7 +558,7 @@ def sum_share(
     homes,
     segments,
     call,
-    good,
+    verdict,
     num_shares,
     parts,
     num_tokens,
@@ -548,21 +581,28 @@ def sum_share(
     ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
     share, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     own = tl.load(segments + rank) + landing
+    decided = tl.full([], 0, tl.int32)
     for token in range(share * num_tokens // num_shares, (share + 1) * num_tokens // num_shares):
-        rows = ()
+        places_of = ()
         weights_of = ()
         for j in tl.static_range(J):
             place = tl.load(places + token * J + j)
-            is_row = (place >= 0) & good
+            places_of = places_of + (place,)  # noqa: RUF005 - Triton's compiler knows no unpacking
+            if HAS_WEIGHTS:
+                weight = tl.load(weights + token * J + j, mask=place >= 0, other=0.0)
+                weights_of = weights_of + (weight,)  # noqa: RUF005
+        if decided == 0:  # the first ones are here when peers' words are
+            decided = take_verdict(verdict)
+        rows = ()
+        for j in tl.static_range(J):
+            place = places_of[j]
+            is_row = (place >= 0) & (decided == GO)
             peer = tl.where(is_row, place >> ROW_BITS, rank)
             slot = output_slot_of(call, peer)
             there = tl.load(segments + peer) + outputs + slot * slot_bytes + (place & ROW_MASK) * ROW_BYTES
             if slot == PUSHED:
                 there = own + tl.load(homes + token * J + j).to(tl.int64) * ROW_BYTES
-            rows = rows + (tl.where(is_row, there, 0),)  # noqa: RUF005 - Triton's compiler knows no unpacking
-            if HAS_WEIGHTS:
-                weight = tl.load(weights + token * J + j, mask=is_row, other=0.0)
-                weights_of = weights_of + (weight,)  # noqa: RUF005
+            rows = rows + (tl.where(is_row, there, 0),)  # noqa: RUF005
         for piece in range(part, PIECES, parts):
             at = piece * PIECE + tl.arange(0, PIECE)
             total = tl.zeros([PIECE], tl.float32)
@@ -648,7 +688,7 @@ def combine_rows(
                     )  # fmt: skip
         release_programs(verdict, tl.where(status == OK, GO, NO_ROWS))
     sum_share(
-        out, bias, weights, places, homes, segments, call, take_verdict(verdict) == GO, num_shares, parts, num_tokens,
+        out, bias, weights, places, homes, segments, call, verdict, num_shares, parts, num_tokens,
         rank, outputs, slot_bytes, landing, bias_rows, J, H, PIECE, HAS_WEIGHTS, HAS_BIAS,
     )  # fmt: skip
     if is_last_program(ticket):

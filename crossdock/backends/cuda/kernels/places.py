@@ -27,11 +27,19 @@ REPORT_PAIRS = tl.constexpr(1)
 REPORT_WORST = tl.constexpr(2)
 REPORT_NEEDED = tl.constexpr(3)
 REPORT_WORDS = tl.constexpr(4)
-"""Entries of the report to the host, int64: how many rows and pairs; of an overflow (0 needed: none) the place (rank,
-or expert for fixed blocks) that needs most, and how many rows."""
+"""Entries of the report to the host, int64: how many rows (written where the host does not know) and pairs; of an
+overflow the place (rank, or expert for fixed blocks) that needs most, and how many rows, written only then."""
 
 ROW_BITS = tl.constexpr(32)
 ROW_MASK = tl.constexpr(2**32 - 1)
+
+
+@triton.jit
+def picks_at(at, is_there):
+    """Picks as int32, -1 where there is none; what does not fit in it becomes -2, which no pick is."""
+    pick = tl.load(at, mask=is_there, other=-1)
+    narrow = pick.to(tl.int32)
+    return tl.where(narrow.to(tl.int64) == pick, narrow, -2)
 
 
 @triton.jit
@@ -40,8 +48,7 @@ def load_picks(topk_idx, num_tokens, chunk, K: tl.constexpr, S: tl.constexpr):
     KP: tl.constexpr = triton.next_power_of_2(K)
     i = tl.arange(0, S * KP)
     token, pick = chunk * S + i // KP, i % KP
-    is_here = (token < num_tokens) & (pick < K)
-    return tl.load(topk_idx + token * K + pick, mask=is_here, other=-1).to(tl.int32), token, pick
+    return picks_at(topk_idx + token * K + pick, (token < num_tokens) & (pick < K)), token, pick
 
 
 @triton.jit
@@ -80,11 +87,19 @@ def nth_of_key(key, is_row, B: tl.constexpr):
 
 
 @triton.jit
-def has_bad_picks(expert, E: tl.constexpr, S: tl.constexpr):
-    """Of picks, token by token: whether one is no expert, or one expert is picked twice by a token."""
-    is_pick = (expert >= 0) & (expert < E)
-    is_bad = (expert < -1) | (expert >= E) | (is_pick & ~is_first_there(expert, S))
-    return tl.max(is_bad.to(tl.int32), axis=0) > 0
+def has_bad_picks(topk_idx, first_token, last_token, E: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
+    """Whether a pick of some tokens is no expert, or one expert is picked twice by a token; S tokens at a time."""
+    is_bad = tl.zeros([S], tl.int32)
+    for first in range(first_token, last_token, S):
+        token = first + tl.arange(0, S)
+        picks = ()  # a thread has all of a token's
+        for k in tl.static_range(K):
+            pick = picks_at(topk_idx + token * K + k, token < last_token)
+            is_bad = is_bad | ((pick < -1) | (pick >= E)).to(tl.int32)
+            for j in tl.static_range(k):
+                is_bad = is_bad | ((pick == picks[j]) & (pick >= 0)).to(tl.int32)
+            picks = picks + (pick,)  # noqa: RUF005 - Triton's compiler knows no unpacking
+    return tl.max(is_bad, axis=0) != 0
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -98,7 +113,8 @@ def count_picks(
     L: tl.constexpr = E // P
     expert, _, _ = load_picks(topk_idx, num_tokens, tl.program_id(0), K, S)
     is_pick = (expert >= 0) & (expert < E)
-    if has_bad_picks(expert, E, S):
+    first_token = tl.program_id(0) * S
+    if has_bad_picks(topk_idx, first_token, tl.minimum(first_token + S, num_tokens), E, K, S):
         tl.store(refused, 1)
     here = sums + tl.program_id(0) * (E + P)
     BINS: tl.constexpr = triton.next_power_of_2(E)
@@ -236,20 +252,23 @@ def derive_incoming(
     else:
         end = N * capacity if ALIGNMENT == 0 else end
         tl.store(scalars + NUM_ROWS, end)
-        tl.store(report + REPORT_ROWS, tl.zeros([], tl.int64) + end)
-        tl.store(report + REPORT_NEEDED, needed.to(tl.int64))
-        tl.store(report + REPORT_WORST, worst.to(tl.int64))
         tl.store(starts + key - rank * N, base, mask=is_mine)
         tl.store(starts + N, end)
-    here = base
+    tl.store(incoming + (key - rank * N) * P, base, mask=is_mine)
+    tl.debug_barrier()
+    local = tl.arange(0, triton.next_power_of_2(N))
+    here = tl.load(incoming + local * P, mask=local < N, other=0)
+    tl.debug_barrier()
     for first in range(0, P, AT_ONCE):
         source = first + tl.arange(0, AT_ONCE)
-        sent = load_counts(counts + FIRST, source, key, (key < B) & good, P, W)
-        at = incoming + (key - rank * N)[None, :] * P + source[:, None]
-        is_block = (source < P)[:, None] & is_mine[None, :]
+        sent = load_counts(counts + FIRST + rank * N, source, local, (local < N) & good, P, W)
+        all_sent = load_counts(counts + FIRST, source, key, (key < rank * N) & good, P, W)
+        at = incoming + local[None, :] * P + source[:, None]
+        is_block = (source < P)[:, None] & (local < N)[None, :]
         tl.store(at, here[None, :] + tl.cumsum(sent, axis=0) - sent, mask=is_block)
         tl.store(at + N * P, sent, mask=is_block)
-        tl.store(at + 2 * N * P, tl.cumsum(sent, axis=1) - sent, mask=is_block)
+        there = tl.sum(all_sent, axis=1)[:, None] + tl.cumsum(sent, axis=1) - sent
+        tl.store(at + 2 * N * P, there, mask=is_block)
         here += tl.sum(sent, axis=0)
     if not IS_PAIRS:
         local = tl.arange(0, triton.next_power_of_2(L))
@@ -258,6 +277,11 @@ def derive_incoming(
             source = first + tl.arange(0, AT_ONCE)
             picks += tl.sum(load_counts(counts + rank * L, source, local, (local < L) & good, P, W), axis=0)
         tl.store(tokens + local, picks, mask=local < L)
+        if ALIGNMENT > 0:
+            tl.store(report + REPORT_ROWS, end.to(tl.int64))
+        if needed > 0:  # only then, because what is stored for the host takes a kernel microseconds
+            tl.store(report + REPORT_NEEDED, needed.to(tl.int64))
+            tl.store(report + REPORT_WORST, worst.to(tl.int64))
 
 
 @triton.jit
