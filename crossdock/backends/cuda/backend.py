@@ -114,7 +114,7 @@ class CudaBackend:
         has_scale = self._is_narrow and region == "data"
         partial_rows = plan.partial_rows
         if plan.pairs is not None and partial_rows is None:
-            partial_rows = self._empty(plan.pairs.origins.shape[0], self._arena.spec.num_topk, dtype=torch.int32)
+            partial_rows = self._empty(plan.pairs.num_slots, self._arena.spec.num_topk, dtype=torch.int32)
             with self.on_stream():
                 partial_rows.copy_(self._on.view("partial_rows", slot))
             plan = replace(plan, partial_rows=partial_rows)

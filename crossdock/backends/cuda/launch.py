@@ -106,8 +106,11 @@ class Launcher:
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory that belongs to the current stream, for kernels to write at once."""
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        if torch.are_deterministic_algorithms_enabled():  # torch may have filled it, on the current stream
+        return self.given(self.state.new_empty(shape, dtype=dtype))
+
+    def given(self, tensor: Tensor) -> Tensor:
+        """Memory that torch has just given, on the current stream."""
+        if torch.are_deterministic_algorithms_enabled():  # torch may have filled it
             self.enter()
         return tensor
 
