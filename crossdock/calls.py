@@ -19,7 +19,6 @@ from crossdock.layout import Expanded, Padded
 from crossdock.plan import Plan
 from crossdock.received import Received, Records
 from crossdock.slots import ReceiveSlots
-from crossdock.wire import Quantized
 
 
 @dataclass(kw_only=True)
@@ -107,7 +106,8 @@ class Calls:
                 self._slots.poison(call.word.slot, "outputs")
         call.event = self._backend.event()
         plan = yield from self._backend.settled(landed.plan, mode)
-        recv = self._received(landed, plan, call.word.slot, num_rows=self._num_rows(plan, mode))
+        region = self._arena.region_of_rows(wide=outgoing.wide)
+        recv = self._received(landed, plan, call.word.slot, region, num_rows=self._num_rows(plan, mode))
         if copy:
             with self._backend.on_stream():
                 recv = recv.copied()
@@ -177,17 +177,16 @@ class Calls:
         """Rows to look at: as many as came, where that is asked for and known."""
         return self._slot_rows if mode == "capacity" or plan.num_rows is None else plan.num_rows
 
-    def _received(self, landed: Landed, plan: Plan, slot: int, *, num_rows: int) -> Received:
-        lead: tuple[int, ...] = (num_rows,)
-        if isinstance(self._spec.layout, Padded):
-            num_local = plan.num_tokens_per_expert.shape[0]
-            lead = (num_local, num_rows // num_local)
-
-        def shaped(rows: Tensor) -> Tensor:
-            return rows[:num_rows].view(*lead, *rows.shape[1:])
-
+    def _received(self, landed: Landed, plan: Plan, slot: int, region: str, *, num_rows: int) -> Received:
         def small() -> Small:
-            small = landed.small()
+            small, lead = landed.small(), [num_rows]
+            if isinstance(self._spec.layout, Padded):
+                num_local = plan.num_tokens_per_expert.shape[0]
+                lead = [num_local, num_rows // num_local]
+
+            def shaped(rows: Tensor) -> Tensor:
+                return rows[:num_rows].view(*lead, *rows.shape[1:])
+
             return Small(
                 src_idx=shaped(small.src_idx),
                 topk_idx=None if small.topk_idx is None else small.topk_idx[:num_rows],
@@ -197,15 +196,14 @@ class Calls:
 
         records = Records(small)
         lease = self._slots.lease(slot, plan.stamp, records)
-        data, scale = shaped(landed.data), landed.scale
         return Received(
             plan=plan,
             num_rows=plan.num_rows,
             num_tokens_per_expert=plan.num_tokens_per_expert,
             expert_offsets=plan.segment_starts.to(torch.int32) if isinstance(self._spec.layout, Expanded) else None,
             _records=records,
-            _rows=data if scale is None else Quantized(data, shaped(scale)),
+            _rows=self._slots.received(region, slot, num_rows),
             _lease=lease,
-            _outputs=shaped(self._slots.outputs(slot, num_rows)),
+            _outputs=self._slots.rows("outputs", slot, num_rows),
             _outputs_lease=lease,
         )

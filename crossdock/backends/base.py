@@ -94,11 +94,9 @@ class Small(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Landed:
-    """What lies in a receive slot once all rows have arrived; rows are views."""
+    """What is known of a receive slot once all rows have arrived."""
 
     plan: Plan
-    data: Tensor  # [R, H]
-    scale: Tensor | None  # [R, G]
     small: Callable[[], Small]
     """Gives the small things; to be called once, before the slot comes round."""
 

@@ -118,8 +118,7 @@ class CudaBackend:
             with self.on_stream():
                 partial_rows.copy_(self._on.view("partial_rows", slot))
             plan = replace(plan, partial_rows=partial_rows)
-        way = self._way(plan, outgoing)
-        if way.is_landed:
+        if self.launch.expand == "receiver" and (way := self._way(plan, outgoing)).is_landed:
             kernels.expand_rows(slot, "data", plan, offset=0)
             if has_scale:
                 kernels.expand_rows(slot, "scale", plan, offset=way.scale_offset)
@@ -128,12 +127,7 @@ class CudaBackend:
             if has_scale:
                 kernels.zero_gaps(slot, "scale", plan)
         plan, small = self._small(plan, outgoing, slot, num_rows)
-        return Landed(
-            plan=plan,
-            data=self._on.view(region, slot)[:num_rows],
-            scale=self._on.view("scale", slot)[:num_rows] if has_scale else None,
-            small=small,
-        )
+        return Landed(plan=plan, small=small)
 
     def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
         """See Backend.
