@@ -29,7 +29,9 @@ class ReceiveSlots:
         regions = {
             name: arena.view(segment, name) for name in ("data", "scale", "record", "outputs") if name in arena.regions
         }
-        self._views = {name: region.unflatten(1, lead) for name, region in regions.items()}
+        self._views: dict[str, Tensor] = {
+            name: region.view(self._num_slots, *lead, region.shape[2]) for name, region in regions.items()
+        }
         """Of all slots, shaped as the layout has its rows."""
         self._spans = {name: (regions[name].data_ptr(), regions[name].nbytes) for name in ("outputs", "data")}
         self._leases: list[Lease | None] = [None] * self._num_slots

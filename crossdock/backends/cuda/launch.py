@@ -45,7 +45,7 @@ class Launcher:
         self.failure = torch.zeros(RECORD_WORDS.value, dtype=torch.int64, pin_memory=True)
         """The record of the call that has failed, in host memory; zero while none has."""
         call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
-        self._calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device)
+        self._calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device).unbind()
         self._num_calls = 0
         self.call = self._calls[0]
         """What kernels keep of the call under way."""
@@ -128,7 +128,7 @@ class Launcher:
     def next_call(self) -> Tensor:
         """Room for what kernels keep of the next call; as many calls may be in flight as there are slots."""
         self._num_calls += 1
-        self.call = self._calls[self._num_calls % self._calls.shape[0]]
+        self.call = self._calls[self._num_calls % len(self._calls)]
         return self.call
 
     def use_sms(self, num_sms: int | None, default: LaunchConfig) -> None:
