@@ -104,14 +104,14 @@ class Calls:
         if self._debug and self._arena.region_of_rows(wide=outgoing.wide) == "data":
             with self._backend.on_stream():
                 self._slots.poison(call.word.slot, "outputs")
-        call.event = self._backend.event()
+        call.event = self._backend.event(at_once=call.at_once)
         plan = yield from self._backend.settled(landed.plan, mode)
         region = self._arena.region_of_rows(wide=outgoing.wide)
         recv = self._received(landed, plan, call.word.slot, region, num_rows=self._num_rows(plan, mode))
         if copy:
             with self._backend.on_stream():
                 recv = recv.copied()
-            call.event = self._backend.event()
+            call.event = self._backend.event(at_once=call.at_once)
         return recv
 
     def _send(self, call: Call, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows) -> Steps[Plan]:
@@ -144,7 +144,7 @@ class Calls:
         if whole is not None and whole.takes_combine(plan, pushes=pushes, has_extras=extras is not None):
             yield from self._turn(call)
             out = yield from whole.combine(call.word, plan, weights, bias, at_once=call.at_once)
-            call.event = self._backend.event()
+            call.event = self._backend.event(at_once=call.at_once)
             return out
         words = yield from self._words(call)
         if pushes or extras:
@@ -155,7 +155,7 @@ class Calls:
         out = self._backend.sum_rows(plan, None if sums_here else weights, bias, words, call.word.slot)
         self._consent.check(call.sequence)
         home = () if extras is None else self._backend.returned_extras(plan, extras, call.word.slot)
-        call.event = self._backend.event()
+        call.event = self._backend.event(at_once=call.at_once)
         return out if extras is None else (out, home)
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[tuple[Tensor, ...]]:
@@ -165,7 +165,7 @@ class Calls:
         self._consent.signal(call.sequence)
         yield from self._consent.arrivals(call.sequence, words, from_all=True)
         home = self._backend.returned_extras(plan, extras, call.word.slot)
-        call.event = self._backend.event()
+        call.event = self._backend.event(at_once=call.at_once)
         return home
 
     def next_landing(self) -> int:

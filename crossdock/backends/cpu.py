@@ -215,7 +215,7 @@ class CpuBackend:
         """See Backend."""
         return nullcontext()
 
-    def event(self) -> None:
+    def event(self, *, at_once: bool) -> None:
         """See Backend."""
         return
 

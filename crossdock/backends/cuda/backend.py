@@ -205,8 +205,10 @@ class CudaBackend:
         """See Backend."""
         return torch.cuda.stream(self._on.stream)
 
-    def event(self) -> torch.cuda.Event:
-        """See Backend."""
+    def event(self, *, at_once: bool) -> torch.cuda.Event | None:
+        """See Backend. Calls of one kernel that are waited for at once are on the stream that would wait."""
+        if at_once and self.launch.one_kernel:
+            return None
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._on.stream)
         return event

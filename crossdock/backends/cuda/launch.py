@@ -57,6 +57,7 @@ class Launcher:
         """``[2, B]``, where the blocks begin of the plan that is being made."""
         self._regions = {name: arena.view(transport.segment, name) for name in arena.regions}
         self._slot_size = {name: view.nbytes // view.shape[0] for name, view in self._regions.items()}
+        self._blocks = {is_pairs: self._blocks_of(is_pairs=is_pairs) for is_pairs in (False, True)}
         self._handles: dict[Any, Any] = {}
         self._entered: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
@@ -168,6 +169,9 @@ class Launcher:
 
     def blocks(self, *, is_pairs: bool) -> dict[str, int]:
         """By what rows are sorted where they land, and how segments are aligned."""
+        return self._blocks[is_pairs]
+
+    def _blocks_of(self, *, is_pairs: bool) -> dict[str, int]:
         layout, num_experts = self.arena.spec.layout, self.num_local * self.num_ranks
         by_rank = is_pairs or not layout.per_pick
         alignment = layout.alignment if isinstance(layout, Expanded) and not is_pairs else 1

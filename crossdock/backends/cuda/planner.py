@@ -58,6 +58,13 @@ class Planner:
         self._num_ranks = arena.topology.num_ranks
         self._num_local = arena.spec.num_local_experts(self._num_ranks)
         self._slot_rows = arena.spec.num_slot_rows(self._num_ranks)
+        per_pick, self._num_pairs = arena.spec.layout.per_pick, min(arena.spec.num_topk, self._num_ranks)
+        self._num_places = arena.spec.num_topk if per_pick else self._num_pairs
+        """Rows of a token, at most."""
+        self._num_segments = self._num_local if per_pick else 1
+        self._known_rows = self._slot_rows if isinstance(arena.spec.layout, Padded) else None
+        """What the host knows of the rows that come before it is told."""
+        self._sums_pairs = arena.spec.ranks_sum_picks
         num_rows = NUM_REPORTS + _NUM_CAPTURED + 1
         self._rows = torch.zeros(num_rows, REPORT_WORDS.value, dtype=torch.int64, pin_memory=True)
         self._reports = [self._report_in(i, is_captured=False) for i in range(NUM_REPORTS)]
@@ -291,13 +298,10 @@ class Planner:
         self, topk_idx: Tensor, counts: Tensor, *, stamp: int, report: Report | None, is_whole: bool = False
     ) -> DevicePlan:
         """A plan whose tables are still to be filled."""
-        spec = self._arena.spec
-        num_segments = self._num_local if spec.layout.per_pick else 1
-        num_tokens, columns = topk_idx.shape[0], min(spec.num_topk, self._num_ranks)
-        rows = self._table(
-            num_tokens, spec.num_topk if spec.layout.per_pick else columns, num_segments, self._slot_rows
-        )
-        pairs = self._table(num_tokens, columns, 1, self._num_ranks * spec.max_tokens) if self._has_pairs else None
+        num_tokens = topk_idx.shape[0]
+        rows, pairs = self._table(num_tokens, self._num_places, self._num_segments, self._slot_rows), None
+        if self._has_pairs:
+            pairs = self._table(num_tokens, self._num_pairs, 1, self._num_ranks * self._arena.spec.max_tokens)
         if not is_whole:  # else kernels run on the current stream, on which torch may fill it, and nobody may ask
             for table in (rows, pairs):
                 if table is not None:
@@ -308,12 +312,12 @@ class Planner:
             stamp=stamp,
             topk_idx=topk_idx,
             counts=counts,
-            num_rows=self._slot_rows if isinstance(spec.layout, Padded) else None,
+            num_rows=self._known_rows,
             num_tokens_per_expert=self._ints(self._num_local),
-            segment_starts=self._ints(num_segments + 1),
+            segment_starts=self._ints(self._num_segments + 1),
             rows=rows,
             pairs=pairs,
-            sums_pairs=spec.ranks_sum_picks,
+            sums_pairs=self._sums_pairs,
             scalars=self._ints(SCALARS.value),
             report=report,
             is_whole=is_whole,
