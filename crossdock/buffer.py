@@ -40,6 +40,8 @@ from crossdock.wire import Quantized
 Result = TypeVar("Result")
 Self = TypeVar("Self", bound="Buffer")
 
+_MARKS = {kind: f"crossdock {kind}" for kind in Kind}
+"""What calls are named in a profiler."""
 _handles = itertools.count(1)
 _by_handle: WeakValueDictionary[str, Buffer] = WeakValueDictionary()
 """The one state of this module: a ``torch.library`` op takes tensors, numbers and strings, so a buffer needs a name."""
@@ -377,18 +379,21 @@ class Buffer:
             inputs.check_device(self.device, {"y": y, "weights": weights, "bias": bias, "extras": extras})
             inputs.check_no_grad(y, weights, bias, *(extras or ()))
             inputs.check_plan(plan, self._id)
-            flat = inputs.check_outputs(self.spec, plan, y, self._slot_rows)
+            inputs.check_outputs(self.spec, plan, y, self._slot_rows)
             lead = tuple(y.shape[:-1])
             row_weights = inputs.check_combine_weights(self.spec, plan, weights, lead=lead)
             inputs.check_bias(self.spec, plan, bias)
             limit = self.arena.return_bytes
             small = inputs.check_row_extras(extras or (), lead=lead, limit=limit)
-            return flat, row_weights, small, self._slots.output_slot(y, plan.stamp)
+            output_slot = self._slots.output_slot(y, plan.stamp)
+            if self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None):
+                output_slot = PUSHED  # they are summed here
+            flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
+            return flat, row_weights, small, output_slot
 
         flat, row_weights, small, output_slot = self._vetted(prepare)
-        sums_here = self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None)
         signature = _checksum((plan.stamp, None if extras is None else _shapes(small)))
-        word = Word(Kind.COMBINE, self._calls.next_landing(), PUSHED if sums_here else output_slot, signature)
+        word = Word(Kind.COMBINE, self._calls.next_landing(), output_slot, signature)
         call = self._begin(word, None, num_sms, at_once=at_once)
         return self._start(
             call, self._calls.combine(call, plan, flat, row_weights, bias, None if extras is None else small)
@@ -512,7 +517,7 @@ class Buffer:
         return self._calls.begin(word, topk_idx, is_next=self._queue.is_idle, at_once=at_once, num_sms=num_sms)
 
     def _start(self, call: Call, steps: Steps[Result]) -> Pending[Result]:
-        with self._backend.marked(f"crossdock {call.word.kind}"):
+        with self._backend.marked(_MARKS[call.word.kind]):
             return self._queue.start(call.word.kind, call.sequence, steps, call)
 
     def _check_overflow(self) -> None:

@@ -19,7 +19,6 @@ from crossdock.layout import Expanded, Padded
 from crossdock.plan import Plan
 from crossdock.received import Received, Records
 from crossdock.slots import ReceiveSlots
-from crossdock.wire import Quantized
 
 
 @dataclass(kw_only=True)
@@ -105,13 +104,14 @@ class Calls:
         if self._debug and self._arena.region_of_rows(wide=outgoing.wide) == "data":
             with self._backend.on_stream():
                 self._slots.poison(call.word.slot, "outputs")
-        call.event = self._backend.event()
+        call.event = self._backend.event(at_once=call.at_once)
         plan = yield from self._backend.settled(landed.plan, mode)
-        recv = self._received(landed, plan, call.word.slot, num_rows=self._num_rows(plan, mode))
+        region = self._arena.region_of_rows(wide=outgoing.wide)
+        recv = self._received(landed, plan, call.word.slot, region, num_rows=self._num_rows(plan, mode))
         if copy:
             with self._backend.on_stream():
                 recv = recv.copied()
-            call.event = self._backend.event()
+            call.event = self._backend.event(at_once=call.at_once)
         return recv
 
     def is_whole(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
@@ -150,7 +150,7 @@ class Calls:
         if whole is not None and whole.takes_combine(plan, pushes=pushes, has_extras=extras is not None):
             yield from self._turn(call)
             out = yield from whole.combine(call.word, plan, weights, bias, at_once=call.at_once)
-            call.event = self._backend.event()
+            call.event = self._backend.event(at_once=call.at_once)
             return out
         words = yield from self._words(call)
         if pushes or extras:
@@ -161,7 +161,7 @@ class Calls:
         out = self._backend.sum_rows(plan, None if sums_here else weights, bias, words, call.word.slot)
         self._consent.check(call.sequence)
         home = () if extras is None else self._backend.returned_extras(plan, extras, call.word.slot)
-        call.event = self._backend.event()
+        call.event = self._backend.event(at_once=call.at_once)
         return out if extras is None else (out, home)
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[tuple[Tensor, ...]]:
@@ -171,7 +171,7 @@ class Calls:
         self._consent.signal(call.sequence)
         yield from self._consent.arrivals(call.sequence, words, from_all=True)
         home = self._backend.returned_extras(plan, extras, call.word.slot)
-        call.event = self._backend.event()
+        call.event = self._backend.event(at_once=call.at_once)
         return home
 
     def next_landing(self) -> int:
@@ -183,17 +183,16 @@ class Calls:
         """Rows to look at: as many as came, where that is asked for and known."""
         return self._slot_rows if mode == "capacity" or plan.num_rows is None else plan.num_rows
 
-    def _received(self, landed: Landed, plan: Plan, slot: int, *, num_rows: int) -> Received:
-        lead: tuple[int, ...] = (num_rows,)
-        if isinstance(self._spec.layout, Padded):
-            num_local = plan.num_tokens_per_expert.shape[0]
-            lead = (num_local, num_rows // num_local)
-
-        def shaped(rows: Tensor) -> Tensor:
-            return rows[:num_rows].view(*lead, *rows.shape[1:])
-
+    def _received(self, landed: Landed, plan: Plan, slot: int, region: str, *, num_rows: int) -> Received:
         def small() -> Small:
-            small = landed.small()
+            small, lead = landed.small(), [num_rows]
+            if isinstance(self._spec.layout, Padded):
+                num_local = plan.num_tokens_per_expert.shape[0]
+                lead = [num_local, num_rows // num_local]
+
+            def shaped(rows: Tensor) -> Tensor:
+                return rows[:num_rows].view(*lead, *rows.shape[1:])
+
             return Small(
                 src_idx=shaped(small.src_idx),
                 topk_idx=None if small.topk_idx is None else small.topk_idx[:num_rows],
@@ -203,15 +202,14 @@ class Calls:
 
         records = Records(small)
         lease = self._slots.lease(slot, plan.stamp, records)
-        data, scale = shaped(landed.data), landed.scale
         return Received(
             plan=plan,
             num_rows=plan.num_rows,
             num_tokens_per_expert=plan.num_tokens_per_expert,
             expert_offsets=plan.segment_starts.to(torch.int32) if isinstance(self._spec.layout, Expanded) else None,
             _records=records,
-            _rows=data if scale is None else Quantized(data, shaped(scale)),
+            _rows=self._slots.received(region, slot, num_rows),
             _lease=lease,
-            _outputs=shaped(self._slots.outputs(slot, num_rows)),
+            _outputs=self._slots.rows("outputs", slot, num_rows),
             _outputs_lease=lease,
         )

@@ -43,6 +43,8 @@ def check_device(device: torch.device, tensors: Mapping[str, object]) -> None:
             if given.device != device:
                 pass_it = f"{name}.cpu()" if device.type == "cpu" else f"{name}.to({str(device)!r})"
                 raise ConfigError(f"{name} is on {given.device}; this buffer moves rows on {device}: pass {pass_it}")
+        elif given is None:
+            continue
         elif isinstance(given, Quantized):
             check_device(device, {f"{name}.data": given.data, f"{name}.scale": given.scale})
         elif isinstance(given, Sequence):
@@ -108,6 +110,8 @@ def check_weights(spec: Spec, weights: Tensor | None, num_tokens: int) -> None:
 
 def check_token_extras(spec: Spec, extras: Sequence[Tensor], num_tokens: int) -> None:
     """Opaque tensors that travel with tokens: [T, ...] of any dtype, at most ``spec.extra_bytes`` per token."""
+    if not extras:
+        return
     for i, extra in enumerate(extras):
         _check_tensor(f"extras[{i}]", extra)
         if extra.dim() < 1 or extra.shape[0] != num_tokens:
@@ -130,16 +134,16 @@ def check_plan(plan: Plan, buffer_id: int) -> None:
         raise ConfigError("the plan was made by another buffer; pass recv.plan of a dispatch of this one")
 
 
-def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> Tensor:
-    """Experts' outputs of a plan: shaped as the rows that came, in the combine format. Gives them as [R, H]."""
+def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> None:
+    """Experts' outputs of a plan: shaped as the rows that came, in the combine format."""
     _check_tensor("y", y)
     if y.dtype != spec.combine_dtype:
         raise ConfigError(f"y is {_name(y)}; outputs go home as {spec.combine_dtype}: pass y.to({spec.combine_dtype})")
-    allowed = [(*lead, spec.hidden) for lead in _leads(spec, plan, slot_rows)]
-    if tuple(y.shape) not in allowed:
-        shapes = " or ".join(str(list(shape)) for shape in allowed)
+    *lead, hidden = y.shape or (0,)
+    leads = _leads(spec, plan, slot_rows)
+    if hidden != spec.hidden or tuple(lead) not in leads:
+        shapes = " or ".join(str([*allowed, spec.hidden]) for allowed in leads)
         raise ConfigError(f"y has shape {_shape(y)}; pass the outputs in the places of the rows that came, {shapes}")
-    return y.reshape(-1, spec.hidden)
 
 
 def check_lone_extras(spec: Spec, plan: Plan, extras: Sequence[Tensor], slot_rows: int) -> tuple[int, ...]:
@@ -181,6 +185,8 @@ def check_bias(spec: Spec, plan: Plan, bias: Tensor | None) -> None:
 
 def check_row_extras(extras: Sequence[Tensor], *, lead: tuple[int, ...], limit: int) -> tuple[Tensor, ...]:
     """Small float32 tensors that go home with rows: [*lead, ...] as the rows came. Gives them as [R, ...]."""
+    if not extras:
+        return ()
     flat = []
     for i, extra in enumerate(extras):
         _check_tensor(f"extras[{i}]", extra)
@@ -204,7 +210,9 @@ def _leads(spec: Spec, plan: Plan, slot_rows: int) -> list[tuple[int, ...]]:
     if isinstance(spec.layout, Padded):
         num_local = plan.num_tokens_per_expert.shape[0]
         return [(num_local, slot_rows // num_local)]
-    return list(dict.fromkeys([(slot_rows if plan.num_rows is None else plan.num_rows,), (slot_rows,)]))
+    if plan.num_rows is None or plan.num_rows == slot_rows:
+        return [(slot_rows,)]
+    return [(plan.num_rows,), (slot_rows,)]
 
 
 def _check_quantized(spec: Spec, x: Quantized) -> None:

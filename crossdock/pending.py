@@ -162,19 +162,21 @@ class CallQueue:
         """
         pending = Pending(self, kind, sequence, steps, work)
         self.last_error = None
+        may_begin = bool(self._running) and all(call.has_sent for call in self._running)
         self._running.append(pending)  # type: ignore[arg-type]
         self._unwaited.append(pending)  # type: ignore[arg-type]
-        *before, new = self._running
-        if before and all(call.has_sent for call in before):
-            self._step(new)
+        if may_begin:
+            self._step(pending)  # type: ignore[arg-type]
         else:
             self._advance()
         return pending
 
     def finish(self, pending: Pending[Result]) -> None:
         """Drives the oldest calls until this one is done, one way or the other."""
-        self._wait_until(lambda: pending.is_done)
-        self._unwaited = [other for other in self._unwaited if other is not pending]
+        if not pending.is_done:
+            self._wait_until(lambda: pending.is_done)
+        if self.is_unwaited(pending):
+            self._unwaited.remove(pending)  # type: ignore[arg-type]
         self.last_error = pending.error
         if self._untold is pending.error:
             self._untold = None
@@ -226,7 +228,7 @@ class CallQueue:
 
     def is_unwaited(self, pending: Pending[Result] | None) -> bool:
         """Whether a call has been started and not waited for."""
-        return any(other is pending for other in self._unwaited)
+        return pending in self._unwaited
 
     def _advance(self) -> Missing | None:
         """Moves the oldest call, then the next: what the oldest waits for, or None when none is left."""

@@ -10,19 +10,30 @@ from torch import Tensor
 from crossdock.arena import Arena
 from crossdock.consent import PUSHED
 from crossdock.errors import ConfigError
+from crossdock.layout import Padded
 from crossdock.pending import Pending
 from crossdock.received import Lease, Received, Records
+from crossdock.wire import Quantized
 
 
 class ReceiveSlots:
     """Hands out receive slots to dispatches, in turn, and tells which slot a tensor lies in."""
 
     def __init__(self, arena: Arena, segment: Tensor) -> None:
+        spec, num_ranks = arena.spec, arena.topology.num_ranks
         self.device = segment.device
-        self._num_slots = arena.spec.num_slots
-        self._views = {
+        self._num_slots, self._slot_rows = spec.num_slots, spec.num_slot_rows(num_ranks)
+        lead: tuple[int, ...] = (self._slot_rows,)
+        if isinstance(spec.layout, Padded):
+            lead = (spec.num_local_experts(num_ranks), spec.capacity(num_ranks))
+        regions = {
             name: arena.view(segment, name) for name in ("data", "scale", "record", "outputs") if name in arena.regions
         }
+        self._views: dict[str, Tensor] = {
+            name: region.view(self._num_slots, *lead, region.shape[2]) for name, region in regions.items()
+        }
+        """Of all slots, shaped as the layout has its rows."""
+        self._spans = {name: (regions[name].data_ptr(), regions[name].nbytes) for name in ("outputs", "data")}
         self._leases: list[Lease | None] = [None] * self._num_slots
         self._calls: list[Pending[Received] | None] = [None] * self._num_slots
         self._num_taken = 0
@@ -53,9 +64,17 @@ class ReceiveSlots:
         self._leases[slot] = lease = Lease(slot, stamp, records)
         return lease
 
-    def outputs(self, slot: int, num_rows: int) -> Tensor:
-        """Where this rank writes the outputs of the slot's rows, [R, H]."""
-        return self._views["outputs"][slot, :num_rows]
+    def rows(self, name: str, slot: int, num_rows: int) -> Tensor:
+        """Of a region what belongs to the slot's first rows: [R, ...], or [L, C, ...] for Padded, which has all."""
+        rows = self._views[name][slot]
+        return rows if num_rows == self._slot_rows else rows[:num_rows]
+
+    def received(self, region: str, slot: int, num_rows: int) -> Tensor | Quantized:
+        """The rows that lie in the slot, with their scales where they are narrow."""
+        data = self.rows(region, slot, num_rows)
+        if region == "data" and "scale" in self._views:
+            return Quantized(data, self.rows("scale", slot, num_rows))
+        return data
 
     def output_slot(self, y: Tensor, stamp: int) -> int:
         """The slot whose output rows ``y`` is, to be pulled from there; PUSHED for any other tensor.
@@ -63,11 +82,10 @@ class ReceiveSlots:
         Raises:
             ConfigError: ``y`` lies in a slot that no longer holds rows of that plan.
         """
-        for name in ("outputs", "data"):
-            region = self._views[name]
-            offset = y.data_ptr() - region.data_ptr()
-            if y.numel() and 0 <= offset < region.nbytes:
-                slot, within = divmod(offset, region.nbytes // self._num_slots)
+        for name, (begin, num_bytes) in self._spans.items():
+            offset = y.data_ptr() - begin
+            if 0 <= offset < num_bytes and y.numel():
+                slot, within = divmod(offset, num_bytes // self._num_slots)
                 lease = self._leases[slot]
                 if lease is None or lease.stamp != stamp:
                     raise ConfigError(

@@ -94,11 +94,9 @@ class Small(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Landed:
-    """What lies in a receive slot once all rows have arrived; rows are views."""
+    """What is known of a receive slot once all rows have arrived."""
 
     plan: Plan
-    data: Tensor  # [R, H]
-    scale: Tensor | None  # [R, G]
     small: Callable[[], Small]
     """Gives the small things; to be called once, before the slot comes round."""
 
@@ -217,8 +215,12 @@ class Backend(Protocol):
     def on_stream(self) -> AbstractContextManager[object]:
         """Torch operations within come after what the call has done so far, and before its end."""
 
-    def event(self) -> Event | None:
-        """The end of what has been issued so far; None where calls are done when they return."""
+    def event(self, *, at_once: bool) -> Event | None:
+        """The end of what has been issued so far; None where nobody has to wait for it.
+
+        Args:
+            at_once: whether it is waited for where it is started.
+        """
 
     def check_capture(self, *, asks_host: bool) -> None:
         """Raises ConfigError where a graph is captured of a dispatch that asks the host."""

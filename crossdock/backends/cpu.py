@@ -134,7 +134,7 @@ class CpuBackend:
         small = self._unpack_records(record, is_real, outgoing)
         if not outgoing.wide:
             self.num_tokens_per_expert += plan.num_tokens_per_expert
-        return Landed(plan=plan, data=data, scale=scale, small=lambda: small)
+        return Landed(plan=plan, small=lambda: small)
 
     def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
         """See Backend."""
@@ -215,7 +215,7 @@ class CpuBackend:
         """See Backend."""
         return nullcontext()
 
-    def event(self) -> None:
+    def event(self, *, at_once: bool) -> None:
         """See Backend."""
         return
 

@@ -114,12 +114,11 @@ class CudaBackend:
         has_scale = self._is_narrow and region == "data"
         partial_rows = plan.partial_rows
         if plan.pairs is not None and partial_rows is None:
-            partial_rows = self._empty(plan.pairs.origins.shape[0], self._arena.spec.num_topk, dtype=torch.int32)
+            partial_rows = self._empty(plan.pairs.num_slots, self._arena.spec.num_topk, dtype=torch.int32)
             with self.on_stream():
                 partial_rows.copy_(self._on.view("partial_rows", slot))
             plan = replace(plan, partial_rows=partial_rows)
-        way = self._way(plan, outgoing)
-        if way.is_landed:
+        if self.launch.expand == "receiver" and (way := self._way(plan, outgoing)).is_landed:
             kernels.expand_rows(slot, "data", plan, offset=0)
             if has_scale:
                 kernels.expand_rows(slot, "scale", plan, offset=way.scale_offset)
@@ -128,12 +127,7 @@ class CudaBackend:
             if has_scale:
                 kernels.zero_gaps(slot, "scale", plan)
         plan, small = self._small(plan, outgoing, slot, num_rows)
-        return Landed(
-            plan=plan,
-            data=self._on.view(region, slot)[:num_rows],
-            scale=self._on.view("scale", slot)[:num_rows] if has_scale else None,
-            small=small,
-        )
+        return Landed(plan=plan, small=small)
 
     def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
         """See Backend.
@@ -211,8 +205,10 @@ class CudaBackend:
         """See Backend."""
         return torch.cuda.stream(self._on.stream)
 
-    def event(self) -> torch.cuda.Event:
-        """See Backend."""
+    def event(self, *, at_once: bool) -> torch.cuda.Event | None:
+        """See Backend. Calls of one kernel that are waited for at once are on the stream that would wait."""
+        if at_once and self.launch.one_kernel:
+            return None
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._on.stream)
         return event

@@ -53,6 +53,7 @@ class DeviceConsent(Consent):
     def __init__(self, transport: DeviceTransport, launcher: Launcher, *, ring: int, num_experts: int) -> None:
         self._num_experts = num_experts
         self._on = launcher
+        self._failure = launcher.failure.numpy()  # to be looked at before each call
         self._kernels = WordKernels(launcher)
         self._fresh: DevicePlan | None = None
         self._transport = transport
@@ -153,9 +154,9 @@ class DeviceConsent(Consent):
 
         A ConfigError if it is this rank's own picks that are not allowed.
         """
-        status, peer, phase, expected, seen = self._on.failure.tolist()
-        if status == sync.OK.value:
+        if self._failure[0] == sync.OK.value:
             return None
+        status, peer, phase, expected, seen = self._failure.tolist()
         call = (expected >> PAYLOAD_BITS) & SEQUENCE_MASK
         if status == sync.TIMED_OUT.value:
             did = "send its rows of" if phase == ARRIVE.value else "begin"

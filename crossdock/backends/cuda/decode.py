@@ -10,9 +10,9 @@ from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import Outgoing, Rows
+from crossdock.backends.cuda.config import power_of_two
 from crossdock.backends.cuda.control import DeviceConsent
 from crossdock.backends.cuda.kernels import decode
-from crossdock.backends.cuda.config import power_of_two
 from crossdock.backends.cuda.launch import Launcher, kind_of
 from crossdock.backends.cuda.movers import as_words, rowwise
 from crossdock.backends.cuda.plan import DevicePlan

@@ -45,7 +45,7 @@ class Launcher:
         self.failure = torch.zeros(RECORD_WORDS.value, dtype=torch.int64, pin_memory=True)
         """The record of the call that has failed, in host memory; zero while none has."""
         call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
-        self._calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device)
+        self._calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device).unbind()
         self._num_calls = 0
         self.call = self._calls[0]
         """What kernels keep of the call under way."""
@@ -57,6 +57,7 @@ class Launcher:
         """``[2, B]``, where the blocks begin of the plan that is being made."""
         self._regions = {name: arena.view(transport.segment, name) for name in arena.regions}
         self._slot_size = {name: view.nbytes // view.shape[0] for name, view in self._regions.items()}
+        self._blocks = {is_pairs: self._blocks_of(is_pairs=is_pairs) for is_pairs in (False, True)}
         self._handles: dict[Any, Any] = {}
         self._entered: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
@@ -106,8 +107,11 @@ class Launcher:
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory that belongs to the current stream, for kernels to write at once."""
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        if torch.are_deterministic_algorithms_enabled():  # torch may have filled it, on the current stream
+        return self.given(self.state.new_empty(shape, dtype=dtype))
+
+    def given(self, tensor: Tensor) -> Tensor:
+        """Memory that torch has just given, on the current stream."""
+        if torch.are_deterministic_algorithms_enabled():  # torch may have filled it
             self.enter()
         return tensor
 
@@ -125,7 +129,7 @@ class Launcher:
     def next_call(self) -> Tensor:
         """Room for what kernels keep of the next call; as many calls may be in flight as there are slots."""
         self._num_calls += 1
-        self.call = self._calls[self._num_calls % self._calls.shape[0]]
+        self.call = self._calls[self._num_calls % len(self._calls)]
         return self.call
 
     def use_sms(self, num_sms: int | None, default: LaunchConfig) -> None:
@@ -165,6 +169,9 @@ class Launcher:
 
     def blocks(self, *, is_pairs: bool) -> dict[str, int]:
         """By what rows are sorted where they land, and how segments are aligned."""
+        return self._blocks[is_pairs]
+
+    def _blocks_of(self, *, is_pairs: bool) -> dict[str, int]:
         layout, num_experts = self.arena.spec.layout, self.num_local * self.num_ranks
         by_rank = is_pairs or not layout.per_pick
         alignment = layout.alignment if isinstance(layout, Expanded) and not is_pairs else 1

@@ -58,10 +58,17 @@ class Planner:
         self._num_ranks = arena.topology.num_ranks
         self._num_local = arena.spec.num_local_experts(self._num_ranks)
         self._slot_rows = arena.spec.num_slot_rows(self._num_ranks)
+        per_pick, self._num_pairs = arena.spec.layout.per_pick, min(arena.spec.num_topk, self._num_ranks)
+        self._num_places = arena.spec.num_topk if per_pick else self._num_pairs
+        """Rows of a token, at most."""
+        self._num_segments = self._num_local if per_pick else 1
+        self._known_rows = self._slot_rows if isinstance(arena.spec.layout, Padded) else None
+        """What the host knows of the rows that come before it is told."""
+        self._sums_pairs = arena.spec.ranks_sum_picks
         num_rows = NUM_REPORTS + _NUM_CAPTURED + 1
         self._rows = torch.zeros(num_rows, REPORT_WORDS.value, dtype=torch.int64, pin_memory=True)
         self._rows[:, REPORT_ROWS.value] = self._slot_rows  # where there are always as many, no kernel says so
-        self._reports: list[Report | None] = [None] * NUM_REPORTS
+        self._reports = [self._report_in(i, is_captured=False) for i in range(NUM_REPORTS)]
         self._num_reports = 0
         self._captured: list[Report] = []
         """Those that graphs write, whenever they are replayed."""
@@ -90,8 +97,7 @@ class Planner:
 
     def blank(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
         """The plan of a dispatch as a whole, which counts for itself and fills it, with the picks too."""
-        own = self._on.empty(*topk_idx.shape, dtype=torch.int64)
-        return replace(self._fresh(own, stamp=stamp), is_whole=True)
+        return self._fresh(self._ints(*topk_idx.shape, dtype=torch.int64), stamp=stamp, is_whole=True)
 
     def place(self, plan: DevicePlan) -> None:
         """Fills in where rows go, once everybody's counts are here."""
@@ -137,10 +143,12 @@ class Planner:
         report = plan.report
         if report is None:
             return plan
-        if (error := self.overflow_of(report)) is not None:
-            raise error
-        told = report.row.numpy()
-        num_rows, num_pairs = int(told[REPORT_ROWS.value]), int(told[REPORT_PAIRS.value])
+        if report.is_captured or report.stamp == plan.stamp:
+            if (error := self.overflow_of(report)) is not None:
+                raise error
+            num_rows, num_pairs = int(report.told[REPORT_ROWS.value]), int(report.told[REPORT_PAIRS.value])
+        else:  # so long ago that the report is another dispatch's by now, and was looked at before it was
+            num_rows, _, num_pairs = plan.scalars.tolist()
 
         def cut(rows: Tensor | None, num: int) -> Tensor | None:
             return None if rows is None else rows[:num]
@@ -156,10 +164,11 @@ class Planner:
 
     def overflow_of(self, report: Report) -> CapacityError | None:
         """What a report that has come says of rows that did not fit; once."""
-        told = report.row.numpy()  # a tenth of the time of asking the tensor
-        needed, told[REPORT_NEEDED.value] = int(told[REPORT_NEEDED.value]), 0
+        told = report.told
+        needed = int(told[REPORT_NEEDED.value])
         if not needed:
             return None
+        told[REPORT_NEEDED.value] = 0
         worst = int(told[REPORT_WORST.value])
         return overflow(self._arena.spec, self._arena.topology, worst=worst, needed=needed)
 
@@ -178,10 +187,9 @@ class Planner:
             if (error := self.overflow_of(report)) is not None:
                 self.overflows.append((sequence, error))
 
-    def _fresh(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
-        num_counts = self._arena.spec.num_counts(self._arena.topology)
-        gathered = self._ints(self._num_ranks, num_counts, dtype=torch.int64)
-        return self._blank(topk_idx, gathered, stamp=stamp, report=self._report())
+    def _fresh(self, topk_idx: Tensor, *, stamp: int, is_whole: bool = False) -> DevicePlan:
+        gathered = self._ints(self._num_ranks, self._on.counts.shape[0], dtype=torch.int64)
+        return self._blank(topk_idx, gathered, stamp=stamp, report=self._report(stamp), is_whole=is_whole)
 
     def _place(self, plan: DevicePlan, told: Tensor) -> None:
         self._place_rows(plan, plan.rows, is_pairs=False)
@@ -270,7 +278,7 @@ class Planner:
 
     def find_origins(self, plan: DevicePlan, table: Table) -> None:
         """Works out where the rows of a table that come here are from; of fresh rows, ``unpack_records`` does it."""
-        num_blocks, num_slots = table.incoming.shape[1], table.origins.shape[0]
+        num_blocks, num_slots = table.incoming.shape[1], table.num_slots
         at_once = origins_at_once(num_blocks)
         self._on.launch(
             places.find_origins,
@@ -289,29 +297,33 @@ class Planner:
     def _num_chunks(self, topk_idx: Tensor) -> int:
         return -(-topk_idx.shape[0] // self._chunk_tokens)
 
-    def _blank(self, topk_idx: Tensor, counts: Tensor, *, stamp: int, report: Report | None) -> DevicePlan:
+    def _blank(
+        self, topk_idx: Tensor, counts: Tensor, *, stamp: int, report: Report | None, is_whole: bool = False
+    ) -> DevicePlan:
         """A plan whose tables are still to be filled."""
-        spec = self._arena.spec
-        num_segments = self._num_local if spec.layout.per_pick else 1
-        num_tokens, columns = topk_idx.shape[0], min(spec.num_topk, self._num_ranks)
-        rows = self._table(
-            num_tokens, spec.num_topk if spec.layout.per_pick else columns, num_segments, self._slot_rows
-        )
-        pairs = self._table(num_tokens, columns, 1, self._num_ranks * spec.max_tokens) if self._has_pairs else None
+        num_tokens = topk_idx.shape[0]
+        rows, pairs = self._table(num_tokens, self._num_places, self._num_segments, self._slot_rows), None
+        if self._has_pairs:
+            pairs = self._table(num_tokens, self._num_pairs, 1, self._num_ranks * self._arena.spec.max_tokens)
+        if not is_whole:  # else kernels run on the current stream, on which torch may fill it, and nobody may ask
+            for table in (rows, pairs):
+                if table is not None:
+                    self._on.given(table.origins)
         return DevicePlan(
             rank=self._rank,
             buffer_id=self._buffer_id,
             stamp=stamp,
             topk_idx=topk_idx,
             counts=counts,
-            num_rows=self._slot_rows if isinstance(spec.layout, Padded) else None,
+            num_rows=self._known_rows,
             num_tokens_per_expert=self._ints(self._num_local),
-            segment_starts=self._ints(num_segments + 1),
+            segment_starts=self._ints(self._num_segments + 1),
             rows=rows,
             pairs=pairs,
-            sums_pairs=spec.ranks_sum_picks,
+            sums_pairs=self._sums_pairs,
             scalars=self._ints(SCALARS.value),
             report=report,
+            is_whole=is_whole,
         )
 
     def _table(self, num_tokens: int, num_columns: int, num_segments: int, num_slots: int) -> Table:
@@ -319,10 +331,10 @@ class Planner:
             places=self._ints(num_tokens, num_columns, dtype=torch.int64),
             homes=self._ints(num_tokens, num_columns),
             incoming=self._ints(3, num_segments * self._num_ranks),
-            origins=self._ints(num_slots, dtype=torch.int64),
+            num_slots=num_slots,
         )
 
-    def _report(self) -> Report:
+    def _report(self, stamp: int) -> Report:
         """Room in host memory for what the host is told; a graph's is its own for good."""
         if torch.cuda.is_current_stream_capturing():
             if len(self._captured) == _NUM_CAPTURED:
@@ -330,21 +342,18 @@ class Planner:
                     f"{_NUM_CAPTURED} fresh dispatches of this buffer have been captured in graphs, and there is room "
                     f"for no more; capture dispatches on recv.plan of an earlier one, or make another Buffer"
                 )
-            row = self._rows[NUM_REPORTS + len(self._captured)]
-            self._captured.append(Report(row, _event(), is_captured=True))
+            self._captured.append(self._report_in(NUM_REPORTS + len(self._captured), is_captured=True))
             return self._captured[-1]
-        at = self._num_reports % NUM_REPORTS
+        report = self._reports[self._num_reports % NUM_REPORTS]
         self._num_reports += 1
-        if (earlier := self._reports[at]) is not None:
-            earlier.event.synchronize()
-        self._reports[at] = report = Report(self._rows[at], _event(), is_captured=False)
-        report.row.numpy()[REPORT_NEEDED.value] = 0  # of a void call, nobody may have looked at it
+        report.event.synchronize()  # of the dispatch that had it before
+        report.told[REPORT_NEEDED.value] = 0  # if that was void, nobody has looked
+        report.stamp = stamp
         return report
+
+    def _report_in(self, row: int, *, is_captured: bool) -> Report:
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return Report(self._rows[row], self._rows[row].numpy(), event, is_captured=is_captured)
 
     def _ints(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return self._on.empty(*shape, dtype=dtype)
-
-
-def _event() -> torch.cuda.Event:
-    event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    return event

@@ -207,7 +207,7 @@ def count_share(topk_idx, own_picks, nths, room, first_token, last_token, E: tl.
         room: int32 ``[E]`` of the program's own, to look counts up in: in registers that takes hundreds of these.
     """
     KP: tl.constexpr = triton.next_power_of_2(K)
-    PLACED: tl.constexpr = _PLACED if KP < _PLACED else KP
+    PLACED: tl.constexpr = max(KP, _PLACED)
     bins = tl.arange(0, triton.next_power_of_2(E))
     for first in range(first_token, last_token, PLACED // KP):
         before = count_picks(topk_idx, first * K, E)
@@ -261,7 +261,7 @@ def place_share(
     Of the tokens from ``first_owned`` on, whose first piece is the program's, it also writes places, homes and records.
     """
     KP: tl.constexpr = triton.next_power_of_2(K)
-    PLACED: tl.constexpr = _PLACED if KP < _PLACED else KP
+    PLACED: tl.constexpr = max(KP, _PLACED)
     for first in range(first_token, last_token, PLACED // KP):
         i = tl.arange(0, PLACED)
         token = first + i // KP
@@ -333,11 +333,11 @@ def push_share(
         for first in tl.static_range(0, K, _AT_ONCE):
             there = ()  # all addresses before the first store, behind which each would wait for its own
             scales_there = ()
-            for k in tl.static_range(first, K if K < first + _AT_ONCE else first + _AT_ONCE):
+            for k in tl.static_range(first, min(first + _AT_ONCE, K)):
                 there = there + (tl.load(to_rows + token * K + k),)  # noqa: RUF005 - Triton's compiler knows no unpacking
                 if SCALES > 0:
                     scales_there = scales_there + (tl.load(to_scales + token * K + k),)  # noqa: RUF005
-            for k in tl.static_range(K - first if K < first + _AT_ONCE else _AT_ONCE):
+            for k in tl.static_range(K - first if first + _AT_ONCE > K else _AT_ONCE):
                 to_row = there[k].to(rows.dtype, bitcast=True)
                 if ROW_BYTES % 16 == 0:
                     to_row = tl.multiple_of(to_row, 16)
