@@ -8,6 +8,9 @@ Letters: T tokens here, K top-k, J places of a token, E experts, L local experts
 B = N * P keys, W = E + P counts, S tokens of a chunk.
 """
 
+# Tuples that grow by a value at each turn of an unrolled loop have no type.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import triton
