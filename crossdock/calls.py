@@ -197,14 +197,15 @@ class Calls:
 
         records = Records(small)
         lease = self._slots.lease(slot, plan.stamp, records)
-        data, scale = shaped(landed.data), landed.scale
+        data, scale, scales = shaped(landed.data), landed.scale, self._arena.scales
         return Received(
             plan=plan,
             num_rows=plan.num_rows,
             num_tokens_per_expert=plan.num_tokens_per_expert,
             expert_offsets=plan.segment_starts.to(torch.int32) if isinstance(self._spec.layout, Expanded) else None,
             _records=records,
-            _rows=data if scale is None else Quantized(data, shaped(scale)),
+            _rows=data if scale is None else Quantized(data, scales.of_rows(scale, num_rows)),
+            _scales=scales,
             _lease=lease,
             _outputs=shaped(self._slots.outputs(slot, num_rows)),
             _outputs_lease=lease,

@@ -98,7 +98,8 @@ class Landed:
 
     plan: Plan
     data: Tensor  # [R, H]
-    scale: Tensor | None  # [R, G]
+    scale: Tensor | None
+    """Of the whole slot, to be seen through ``Arena.scales``."""
     small: Callable[[], Small]
     """Gives the small things; to be called once, before the slot comes round."""
 
