@@ -27,9 +27,7 @@ class ScaleLayout:
         num_scales: G; of packed scales, words.
         dtype: of a scale; of packed ones, of a word.
 
-    >>> scales = ScaleLayout(
-    ...     num_segments=2, segment_rows=3, num_scales=5, dtype=torch.float32, column_major=True
-    ... )
+    >>> scales = ScaleLayout(num_segments=2, segment_rows=3, num_scales=5, dtype=torch.float32, column_major=True)
     >>> scales.shape, scales.offset(4), scales.group_bytes
     ((2, 5, 4), 84, 16)
     """
@@ -91,7 +89,7 @@ class ScaleLayout:
         return slot.as_strided((self.num_segments, self.segment_rows, self.num_scales), (segment, row, group))
 
     def copied(self, scale: Tensor) -> Tensor:
-        """The same scales ``[..., R, G]`` in memory of their own: column-major with no more padding than R rows need."""
+        """The same scales ``[..., R, G]`` in memory of their own, column-major with the padding that R rows need."""
         if not self.column_major:
             return scale.clone()
         *lead, num_rows, num_scales = scale.shape
@@ -107,5 +105,5 @@ def as_integers(scale: Tensor) -> Tensor:
 
 
 def _room(num_rows: int, dtype: torch.dtype) -> int:
-    """Bytes of one group's scales for as many rows, padded."""
-    return -(-num_rows * dtype.itemsize // TMA_BYTES) * TMA_BYTES
+    """Bytes of one group's scales for as many rows, padded; of no row, for one."""
+    return -(-max(1, num_rows) * dtype.itemsize // TMA_BYTES) * TMA_BYTES
