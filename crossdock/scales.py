@@ -79,14 +79,18 @@ class ScaleLayout:
         return slot.as_strided((rows.stop - rows.start, self.num_scales), strides, first)
 
     def of_rows(self, slot: Tensor, num_rows: int) -> Tensor:
-        """The scales of a slot's rows, ``[num_rows, G]`` or, of all of them, ``[N, R, G]``, over its memory."""
+        """The scales of a slot's first rows, or of the first of each segment, over the slot's memory.
+
+        ``[num_rows, G]``, or ``[N, num_rows / N, G]``.
+        """
         if self.num_segments is None:
             return self.of_block(slot, slice(0, num_rows))
-        assert num_rows == self.num_segments * self.segment_rows, "segments come as a whole"
+        assert num_rows % self.num_segments == 0, "as many of each segment"
         segment, row, group = (
             num_bytes // self.dtype.itemsize for num_bytes in (self.segment_bytes, self.row_bytes, self.group_bytes)
         )
-        return slot.as_strided((self.num_segments, self.segment_rows, self.num_scales), (segment, row, group))
+        shape = self.num_segments, num_rows // self.num_segments, self.num_scales
+        return slot.as_strided(shape, (segment, row, group), slot.storage_offset())
 
     def copied(self, scale: Tensor) -> Tensor:
         """The same scales ``[..., R, G]`` in memory of their own, column-major with the padding that R rows need."""

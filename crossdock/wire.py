@@ -190,5 +190,7 @@ class Fp8(Wire):
         """The stored form to float32 [..., G]."""
         if self.scale == "f32":
             return scale
-        exponents = scale.contiguous().view(torch.uint8)[..., :num_groups].to(torch.int32)
+        if scale.stride(-1) != 1:  # torch calls one of a single element contiguous in any case
+            scale = scale.clone(memory_format=torch.contiguous_format)
+        exponents = scale.view(torch.uint8)[..., :num_groups].to(torch.int32)
         return (exponents << 23).view(torch.float32)

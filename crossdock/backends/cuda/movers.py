@@ -79,7 +79,7 @@ class RowKernels:
         word_bytes = wire.scale_dtype.itemsize
         scales = constants(self._on.arena.scales)
         if landed:
-            scales |= {"SEGMENT_ROWS": 0, "SCALE_BYTES": out_bytes, "GROUP_BYTES": word_bytes}
+            scales |= {"SEGMENT_ROWS": 0, "SEGMENT_BYTES": 0, "SCALE_BYTES": out_bytes, "GROUP_BYTES": word_bytes}
         warps = max(1, min(16, groups * power_of_two(wire.block) // 512))  # 16 values a thread, for wide stores
         self._on.launch(
             cast.push_cast,

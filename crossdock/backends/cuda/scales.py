@@ -116,10 +116,10 @@ class ScaleKernels:
 
 
 def constants(layout: ScaleLayout) -> dict[str, int]:
-    """A layout as kernels take it; see ``kernels.scales``."""
+    """A layout as kernels take it; see ``kernels.scales``. Only column-major do capacities show in it."""
     return {
         "SEGMENT_ROWS": layout.segment_rows if layout.has_jumps else 0,
-        "SEGMENT_BYTES": layout.segment_bytes,
+        "SEGMENT_BYTES": layout.segment_bytes if layout.has_jumps else 0,
         "SCALE_BYTES": layout.row_bytes,
         "GROUP_BYTES": layout.group_bytes,
     }

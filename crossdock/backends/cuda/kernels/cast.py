@@ -127,6 +127,7 @@ def push_cast(
     G: tl.constexpr = H // BLOCK
     PIECES: tl.constexpr = (SCALES + GROUPS - 1) // GROUPS
     SCALE_TYPE: tl.constexpr = tl.uint8 if EXPONENTS else tl.float32
+    SCALE_SIZE: tl.constexpr = 1 if EXPONENTS else 4
     within = tl.arange(0, triton.next_power_of_2(BLOCK))
     if is_ok(state):
         for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
@@ -137,7 +138,7 @@ def push_cast(
             value = tl.load(x + wide(token) * stride + at, mask=is_value, other=0.0).to(tl.float32)
             data, stored = cast_blocks(value, POW2, EXPONENTS)
             stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
-            behind = group_offset(group, GROUP_BYTES, WORD, 1 if EXPONENTS else 4)
+            behind = group_offset(group, GROUP_BYTES, WORD, SCALE_SIZE)
             for j in tl.static_range(J):  # without branches, as push_rows
                 place = tl.load(places + token * J + j)
                 peer, row = tl.where(place >= 0, place >> ROW_BITS, 0), place & ROW_MASK

@@ -23,10 +23,12 @@ def scale_offset(row, SEGMENT_ROWS: tl.constexpr, SEGMENT: tl.constexpr, ROW: tl
         SEGMENT_ROWS: rows of a segment; 0: segments follow each other as rows do.
     """
     if SEGMENT_ROWS == 0:
-        return row.to(tl.int64) * ROW
-    segment = row.to(tl.int32) // SEGMENT_ROWS
-    within = row.to(tl.int32) - segment * SEGMENT_ROWS
-    return segment.to(tl.int64) * SEGMENT + within.to(tl.int64) * ROW
+        offset = row.to(tl.int64) * ROW
+    else:
+        segment = row.to(tl.int32) // SEGMENT_ROWS
+        within = row.to(tl.int32) - segment * SEGMENT_ROWS
+        offset = segment.to(tl.int64) * SEGMENT + within.to(tl.int64) * ROW
+    return offset
 
 
 @triton.jit
@@ -36,8 +38,10 @@ def group_offset(group, GROUP_BYTES: tl.constexpr, WORD: tl.constexpr, SIZE: tl.
     WORD of them lie side by side (4 bytes that are packed in one word, else 1), and words are GROUP_BYTES apart.
     """
     if GROUP_BYTES == WORD * SIZE:
-        return group
-    return (group // WORD).to(tl.int64) * (GROUP_BYTES // SIZE) + group % WORD
+        offset = group
+    else:
+        offset = (group // WORD).to(tl.int64) * (GROUP_BYTES // SIZE) + group % WORD
+    return offset
 
 
 @triton.jit(do_not_specialize=["num_tokens", "row_stride", "group_stride"])
