@@ -12,7 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from crossdock.layout import Padded
+from crossdock.scales import ScaleLayout
 from crossdock.spec import Spec, Topology
+from crossdock.wire import Fp8
 
 PAGE = 4096
 _LINE = 64
@@ -81,6 +84,18 @@ class Arena:
         return spec.max_tokens * (spec.num_topk if by_pick else min(spec.num_topk, self.topology.num_ranks))
 
     @cached_property
+    def scales(self) -> ScaleLayout:
+        """How scales lie in a slot of their region; of a wide wire there are none."""
+        spec, num_ranks = self.spec, self.topology.num_ranks
+        return ScaleLayout(
+            num_segments=spec.num_local_experts(num_ranks) if isinstance(spec.layout, Padded) else None,
+            segment_rows=spec.capacity(num_ranks),
+            num_scales=spec.wire.num_scales(spec.hidden),
+            dtype=spec.wire.scale_dtype,
+            column_major=isinstance(spec.wire, Fp8) and spec.wire.column_major,
+        )
+
+    @cached_property
     def regions(self) -> dict[str, Region]:
         """The table, in order of offsets."""
         spec, num_ranks = self.spec, self.topology.num_ranks
@@ -103,8 +118,8 @@ class Arena:
         add("reasons", (num_ranks, REASON_BYTES), torch.uint8, "peers: why")
         add("counts", (ring, num_ranks, spec.num_counts(self.topology)), torch.int64, "peers: rows to come")
         add("data", (slots, rows, hidden), spec.wire.dtype, "peers: dispatched rows", PAGE)
-        if num_scales := spec.wire.num_scales(hidden):
-            add("scale", (slots, rows, num_scales), spec.wire.scale_dtype, "peers: their scales", PAGE)
+        if self.scales.num_scales:
+            add("scale", (slots, *self.scales.shape), spec.wire.scale_dtype, "peers: their scales", PAGE)
         add("record", (slots, rows, self.record_bytes), torch.uint8, "peers: source, ids, weights, extras", PAGE)
         if spec.layout.per_pick:
             shape = (slots, num_ranks * spec.max_tokens, spec.num_topk)

@@ -209,6 +209,7 @@ class Calls:
             expert_offsets=plan.segment_starts.to(torch.int32) if isinstance(self._spec.layout, Expanded) else None,
             _records=records,
             _rows=self._slots.received(region, slot, num_rows),
+            _scales=self._arena.scales,
             _lease=lease,
             _outputs=self._slots.rows("outputs", slot, num_rows),
             _outputs_lease=lease,

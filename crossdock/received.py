@@ -15,6 +15,7 @@ from torch import Tensor
 from crossdock.backends.base import Small
 from crossdock.errors import ConfigError
 from crossdock.plan import Plan
+from crossdock.scales import ScaleLayout
 from crossdock.wire import Quantized
 
 
@@ -90,6 +91,7 @@ class Received:
     """Expanded: int32 [L + 1], where each expert's rows start, and the end."""
     _records: Records
     _rows: Tensor | Quantized
+    _scales: ScaleLayout
     _lease: Lease | None
     _outputs: Tensor
     _outputs_lease: Lease
@@ -143,8 +145,9 @@ class Received:
     def copied(self) -> Received:
         """The same with rows ``x`` of its own, which no later dispatch overwrites."""
         rows = self.x
-        own = Quantized(rows.data.clone(), rows.scale.clone()) if isinstance(rows, Quantized) else rows.clone()
-        return replace(self, _rows=own, _lease=None)
+        if not isinstance(rows, Quantized):
+            return replace(self, _rows=rows.clone(), _lease=None)
+        return replace(self, _rows=Quantized(rows.data.clone(), self._scales.copied(rows.scale)), _lease=None)
 
     @property
     def is_stale(self) -> bool:

@@ -26,12 +26,19 @@ class ReceiveSlots:
         lead: tuple[int, ...] = (self._slot_rows,)
         if isinstance(spec.layout, Padded):
             lead = (spec.num_local_experts(num_ranks), spec.capacity(num_ranks))
-        regions = {
+        self._regions = regions = {
             name: arena.view(segment, name) for name in ("data", "scale", "record", "outputs") if name in arena.regions
         }
         self._views: dict[str, Tensor] = {
-            name: region.view(self._num_slots, *lead, region.shape[2]) for name, region in regions.items()
+            name: region.view(self._num_slots, *lead, region.shape[2])
+            for name, region in regions.items()
+            if name != "scale"
         }
+        if "scale" in regions:
+            of_slots = regions["scale"]
+            of_slot = arena.scales.of_rows(of_slots[0], self._slot_rows)
+            shape, strides = (self._num_slots, *of_slot.shape), (of_slots.stride(0), *of_slot.stride())
+            self._views["scale"] = of_slots.as_strided(shape, strides)
         """Of all slots, shaped as the layout has its rows."""
         self._spans = {name: (regions[name].data_ptr(), regions[name].nbytes) for name in ("outputs", "data")}
         self._leases: list[Lease | None] = [None] * self._num_slots
@@ -98,5 +105,5 @@ class ReceiveSlots:
     def poison(self, slot: int, *names: str) -> None:
         """Fills regions of the slot with bytes that are NaN in every format and no index of anything."""
         for name in names:
-            if name in self._views:
-                self._views[name][slot].view(torch.uint8).fill_(0xFF)
+            if name in self._regions:
+                self._regions[name][slot].view(torch.uint8).fill_(0xFF)

@@ -93,6 +93,14 @@ class Fp8(Wire):
         pow2: round float32 scales up to powers of two (``"ue8m0"`` always is).
         packed: four ``ue8m0`` scales in one int32, the first in the lowest byte; the last int32 of a row is padded
             with zero bytes.
+        column_major: how the scales of a dispatch arrive. ``recv.x.scale`` has the same shape and values in any case:
+            ``[R, G]``, or ``[L, C, G]`` of Padded, G being ``num_scales(hidden)``. By default it has no gaps. Column-
+            major its strides are ``(1, S)``, or ``(G * S, 1, S)``: the scales of one group lie side by side for all
+            rows. S is the capacity of the receive slot in rows (of an expert, for Padded), rounded up so that S scales
+            are a multiple of 16 bytes; the first scale lies at such a multiple too. So NVIDIA's TMA can load them, and
+            DeepGEMM takes them as they are: some of its versions only where S is the least for the rows of the tensor,
+            as with Padded, ``rows="capacity"`` and ``copy=True``. Scales that go in, and those of ``quantize``, are not
+            concerned.
 
     >>> wire = Fp8(block=4)
     >>> data, scale = wire.quantize(torch.tensor([[1.0, -2.0, 0.0, 448.0, 0.0, 0.0, 0.0, 0.0]]))
@@ -105,6 +113,7 @@ class Fp8(Wire):
     scale: Literal["f32", "ue8m0"] = "f32"
     pow2: bool = False
     packed: bool = False
+    column_major: bool = False
     _has_pow2_scales: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
@@ -181,5 +190,7 @@ class Fp8(Wire):
         """The stored form to float32 [..., G]."""
         if self.scale == "f32":
             return scale
-        exponents = scale.contiguous().view(torch.uint8)[..., :num_groups].to(torch.int32)
+        if scale.stride(-1) != 1:  # torch calls one of a single element contiguous in any case
+            scale = scale.clone(memory_format=torch.contiguous_format)
+        exponents = scale.view(torch.uint8)[..., :num_groups].to(torch.int32)
         return (exponents << 23).view(torch.float32)

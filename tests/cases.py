@@ -103,12 +103,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Also of NaN and of zeros with a sign."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return not a.numel() or torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+    return not a.numel() or torch.equal(*(_dense(t).view(-1).view(torch.uint8) for t in (a, b)))
 
 
 def raw_rows(tensor: Tensor) -> Tensor:
     """[R, bytes]; torch 2.9 cannot pick rows of one-byte floats."""
-    return tensor.reshape(tensor.shape[0], tensor[:1].numel() or 1).contiguous().view(torch.uint8)
+    return _dense(tensor).view(tensor.shape[0], tensor[:1].numel() or 1).view(torch.uint8)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """A copy without gaps, also of one element, whose strides ``contiguous()`` would leave as they are."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def check_received(case: Case, got: list[dict[str, Tensor]], *, x=None, weights=True, extras=True) -> None:

@@ -7,7 +7,7 @@ constants that it was given.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -42,8 +42,10 @@ class Launch:
     """PTX, or amdgcn."""
 
 
-def compile_launches(spec: Spec, num_ranks: int, target: GPUTarget, **wishes: Any) -> list[Launch]:
-    """Every different launch of a rank's buffer."""
+def compile_launches(
+    spec: Spec, num_ranks: int, target: GPUTarget, *, only: Container[str] | None = None, **wishes: Any
+) -> list[Launch]:
+    """Every different launch of a rank's buffer, or those of kernels of some names."""
     from crossdock.backends.cuda import backend as cuda
     from crossdock.transport.device import DeviceTransport
 
@@ -56,6 +58,8 @@ def compile_launches(spec: Spec, num_ranks: int, target: GPUTarget, **wishes: An
     launches: dict[object, Launch] = {}
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if only is not None and kernel.fn.__name__ not in only:
+            return
         signature, constants, attributes, compile_options = _specialized(kernel, args, options)
         key = (kernel.fn.__name__, *map(str, (signature, constants, attributes, compile_options)))
         if key not in launches:

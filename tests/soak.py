@@ -72,7 +72,10 @@ def make_specs(num_ranks: int) -> list[Spec]:
         Spec(num_experts=few, layout=Expanded(), reduce="rank", num_slots=3, **common | {"hidden": 64}),
         Spec(num_experts=few, layout=Expanded(capacity=30), wire=Fp32(), combine_wire=Bf16(), **common),
         Spec(
-            num_experts=few, layout=Compact(capacity=20), wire=Fp8(block=8, scale="ue8m0"), **common | {"num_topk": 2}
+            num_experts=few,
+            layout=Compact(capacity=20),
+            wire=Fp8(block=8, scale="ue8m0", column_major=True),
+            **common | {"num_topk": 2},
         ),
         Spec(num_experts=few, layout=Padded(capacity=14), **common | {"hidden": 16}),
     ]

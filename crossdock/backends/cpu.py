@@ -23,6 +23,7 @@ from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Steps, Word, s
 from crossdock.errors import CapacityError
 from crossdock.layout import Expanded
 from crossdock.plan import Hop, HostPlan, Plan, Terms, check_capacity, local_counts, make_plan, partial_rows_to_send
+from crossdock.scales import as_integers
 from crossdock.transport.host import HostTransport
 from crossdock.wire import Fp8, Quantized
 
@@ -103,7 +104,7 @@ class CpuBackend:
             data, scale = outgoing.x if isinstance(outgoing.x, Quantized) else (outgoing.x, None)
             self._gather(data, hop.send_idx, region, blocks, slots)
             if scale is not None:
-                self._gather(scale, hop.send_idx, "scale", blocks, slots)
+                self._gather_scales(scale, hop.send_idx, blocks, slots)
             return
         idx = hop.send_idx.numpy()
         for start in range(0, plan.num_tokens, _CAST_ROWS):
@@ -111,7 +112,7 @@ class CpuBackend:
             data, scale = wire.quantize(outgoing.x[start:stop])
             part = list(_between(blocks, idx, start, stop))
             self._gather(data, hop.send_idx - start, "data", part, slots)
-            self._gather(scale, hop.send_idx - start, "scale", part, slots)
+            self._gather_scales(scale, hop.send_idx - start, part, slots)
 
     def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
         """See Backend."""
@@ -119,7 +120,7 @@ class CpuBackend:
         region = self._arena.region_of_rows(wide=outgoing.wide)
         data, record = self._own[region][slot, :num_rows], self._records[self._rank][slot, :num_rows]
         has_scale = "scale" in self._own and region == "data"
-        scale = self._own["scale"][slot, :num_rows] if has_scale else None
+        scale = self._own["scale"][slot] if has_scale else None
         starts, lengths = plan.segment_starts.tolist(), plan.segment_rows.tolist()
         is_real = np.zeros(num_rows, dtype=np.bool_)
         for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True):
@@ -127,7 +128,7 @@ class CpuBackend:
             if isinstance(self._arena.spec.layout, Expanded) and start + length < end:
                 data[start + length : end].zero_()
                 if scale is not None:
-                    scale[start + length : end].view(torch.uint8).zero_()
+                    as_integers(self._arena.scales.of_block(scale, slice(start + length, end))).zero_()
         if plan.hops[0] is not plan.back:
             num_pairs = int(plan.back.counts[:, self._rank].sum())
             plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
@@ -264,6 +265,16 @@ class CpuBackend:
         for peer, src, dst in blocks:
             there = self._at[peer][region][slots[peer], dst].view(movable.dtype)
             torch.index_select(movable, 0, idx[src], out=there)
+
+    def _gather_scales(self, scale: Tensor, idx: Tensor, blocks: Iterable[Block], slots: Sequence[int]) -> None:
+        """The same of scales; those that arrive column-major are turned a block at a time."""
+        if not self._arena.scales.column_major:
+            self._gather(scale, idx, "scale", blocks, slots)
+            return
+        scale = as_integers(scale)
+        for peer, src, dst in blocks:
+            there = self._arena.scales.of_block(self._at[peer]["scale"][slots[peer]], dst)
+            as_integers(there).copy_(scale.index_select(0, idx[src]))
 
     def _blocks(self, hop: Hop) -> Iterator[Block]:
         """(peer, rows in this rank's order, rows there) of each block this rank sends, those to the next peer first."""

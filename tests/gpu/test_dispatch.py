@@ -52,6 +52,14 @@ def test_rows_a_caller_has_quantised_travel_as_they_are(world, layout, wire):
 
 
 @pytest.mark.worlds("cuda-2")
+@pytest.mark.parametrize(
+    ("layout", "wire"), [(Padded(), programs.COLUMNS[0]), (ALIGNED, programs.COLUMNS[2])], ids=repr
+)
+def test_scales_arrive_column_major(world, layout, wire):
+    programs.check_columns(world, loads(programs.spec_of(layout, wire), world.num_ranks))
+
+
+@pytest.mark.worlds("cuda-2")
 @narrow_formats
 def test_nan_and_infinity_travel(world, layout, wire):
     programs.test_nan_and_infinity_travel(world, layout, wire)

@@ -27,6 +27,9 @@ SPECS = [
         (20, Fp8(block=4, scale="ue8m0", packed=True), Expanded(), "token", 14, 1),
         (20, Fp8(block=4, scale="ue8m0"), Padded(), "rank", 1, 6),
         (4096, Fp32(), Padded(capacity=3), "token", 3, 2),
+        (24, Fp8(block=8, column_major=True), Compact(capacity=7), "token", 0, 3),
+        (20, Fp8(block=4, scale="ue8m0", column_major=True), Padded(capacity=3), "token", 1, 2),
+        (20, Fp8(block=4, scale="ue8m0", packed=True, column_major=True), Expanded(alignment=3), "rank", 0, 2),
     ]
 ]
 ARENAS = [Arena(spec=spec, topology=Topology(num_ranks=p)) for spec in SPECS for p in (1, 2, 8, 16)]

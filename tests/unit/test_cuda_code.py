@@ -38,6 +38,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "padded": ({"layout": Padded(), "wire": Fp8()}, {}),
 }
+COLUMNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "padded, scales column-major": (
+        {"layout": Padded(), "wire": Fp8(scale="ue8m0", packed=True, column_major=True)},
+        {"expand": "sender"},
+    ),
+    "expanded at the receiver, scales column-major": (
+        {"layout": Expanded(alignment=8, capacity=4096), "wire": Fp8(column_major=True)},
+        {"expand": "receiver"},
+    ),
+}
+"""Of these only what moves scales is compiled: all else is as above."""
+SCALES = {"push_cast", "push_scales", "expand_scales", "zero_scale_gaps"}
+all_cases = pytest.mark.parametrize("case", [*CASES, *COLUMNS])
 MOVERS = {
     "push_rows",
     "push_home",
@@ -55,9 +68,10 @@ WHOLE = {"dispatch_rows": 2, "combine_rows": 2}
 
 
 def _compiled(case: str, backend: str) -> list[Launch]:
-    spec, wishes = CASES[case]
+    spec, wishes = (CASES | COLUMNS)[case]
+    spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, **spec)
     target = {"cuda": CUDA, "hip": AMD}[backend]
-    return compile_launches(Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, **spec), 8, target, **wishes)
+    return compile_launches(spec, 8, target, only=SCALES if case in COLUMNS else None, **wishes)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +160,22 @@ def test_casts_divide_without_branches_and_round_as_asked(ptx):
             assert not re.search(r"div\.(?:full|approx)", launch.code)
 
 
+def test_scales_that_arrive_column_major_are_moved_without_local_memory(pool):
+    """And rows that are cast are stored in words of 16 bytes all the same."""
+    names = set()
+    for case in COLUMNS:
+        for backend in ("cuda", "hip"):
+            launches = pool.apply(_compiled, (case, backend))
+            names |= {launch.name for launch in launches}
+            for launch in launches:
+                assert not re.search(r"\b(?:ld|st)\.local\b|\.local \.align|scratch_(?:load|store)", launch.code), (
+                    launch
+                )
+                if launch.name == "push_cast" and backend == "cuda":
+                    assert re.search(r"st\.global[\w:.]*\.v4\.b32", launch.code)
+    assert names == SCALES
+
+
 def _at(offset: int, tensor: torch.Tensor) -> torch.Tensor:
     """The same, ``offset`` elements behind an address that is a multiple of 64 bytes."""
     memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)
@@ -155,7 +185,7 @@ def _at(offset: int, tensor: torch.Tensor) -> torch.Tensor:
 
 def _call_oddly(case: str, hidden: int) -> int:
     """Calls with inputs of every kind of address and stride; how many launches were looked up."""
-    spec, wishes = CASES[case]
+    spec, wishes = (CASES | COLUMNS)[case]
     if isinstance(spec["layout"], Expanded):
         spec = spec | {"layout": Expanded(alignment=3)}  # slots that begin at no multiple of 16 bytes
     if isinstance(spec["wire"], Fp8) and hidden % 128:
@@ -172,6 +202,7 @@ def _call_oddly(case: str, hidden: int) -> int:
                 if isinstance(spec.wire, Fp8):
                     quantized = spec.wire.quantize(wide)
                     kinds.append(Quantized(_at(offset, quantized.data), _at(offset, quantized.scale)))
+                    kinds.append(Quantized(quantized.data, quantized.scale.t().contiguous().t()))
                 for x in kinds:
                     plan = buffer.dispatch(x, topk_idx, weights=weights, rows="capacity").plan
                     buffer.dispatch(x, plan, extras=extras[: 1 + offset % 2])
@@ -187,6 +218,7 @@ def _call_oddly(case: str, hidden: int) -> int:
         return len(buffer._backend._on._handles)
 
 
+@all_cases
 @pytest.mark.parametrize("hidden", [20, 7168])
 def test_what_a_launch_is_looked_up_by_is_all_that_a_compiler_may_use(case, hidden, pool):
     assert pool.apply(_call_oddly, (case, hidden)) > 20
@@ -194,7 +226,7 @@ def test_what_a_launch_is_looked_up_by_is_all_that_a_compiler_may_use(case, hidd
 
 def _call_plainly(case: str) -> list[str]:
     """What has to be compiled for calls with contiguous inputs, behind the making of the buffer."""
-    spec, wishes = CASES[case]
+    spec, wishes = (CASES | COLUMNS)[case]
     spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, extra_bytes=20, **spec)
     with lone_buffer(spec, **wishes) as buffer:
         warm = set(buffer._backend._on._handles)
@@ -221,5 +253,6 @@ def _call_plainly(case: str) -> list[str]:
         return sorted(str(key) for key in set(buffer._backend._on._handles) - warm)
 
 
+@all_cases
 def test_calls_with_contiguous_inputs_compile_nothing_behind_the_making_of_a_buffer(case, pool):
     assert pool.apply(_call_plainly, (case,)) == []

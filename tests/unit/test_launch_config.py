@@ -77,6 +77,8 @@ def test_calls_of_few_tokens_are_one_kernel_on_all_multiprocessors(layout):
     others = [spec_of(max_tokens=512), replace(few, max_tokens=513), replace(few, reduce="rank")]
     assert not any(decided(spec).one_kernel for spec in others)
     assert not decided(few, expand="receiver").one_kernel
+    assert decided(replace(few, wire=Fp8())).one_kernel
+    assert not decided(replace(few, wire=Fp8(column_major=True))).one_kernel
 
 
 @pytest.mark.parametrize("num_topk", [1, 8, 32])

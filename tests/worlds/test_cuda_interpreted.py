@@ -3,6 +3,7 @@
 Tiny shapes; sums in float32, because the interpreter cuts float32 off where it makes bfloat16 of it.
 """
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -55,6 +56,41 @@ def test_brings_every_row_to_its_place(world, layout, wire, expand):
     elif expand == "receiver":
         pytest.skip("a rank gets a row once here: there is nothing to expand")
     dispatch.check_each(world, loads(spec_of(layout, wire=wire), 2)[1:6])
+
+
+COLUMNS = [
+    Fp8(block=8, column_major=True),
+    Fp8(block=4, scale="ue8m0", column_major=True),
+    Fp8(block=4, scale="ue8m0", packed=True, column_major=True),
+]
+columns = pytest.mark.parametrize("wire", COLUMNS, ids=repr)
+
+
+@two_ranks
+@pytest.mark.parametrize("expand", ["sender", "receiver"])
+@columns
+@layouts
+def test_scales_arrive_column_major(world, layout, wire, expand):
+    """Also of rows of several words of scales, the last of which is padded, and of a capacity that is padded."""
+    if layout.per_pick:
+        world = world.opening(expand=expand)
+    elif expand == "receiver":
+        pytest.skip("a rank gets a row once here: there is nothing to expand")
+    cases = loads(spec_of(replace(layout, capacity=19), wire=wire, hidden=24), 2)
+    dispatch.check_columns(world, [cases[1], cases[4]])
+
+
+@two_ranks
+@pytest.mark.parametrize("expand", ["sender", "receiver"])
+def test_scales_arrive_column_major_by_few_multiprocessors(world, expand):
+    cases = loads(spec_of(Padded(), wire=COLUMNS[0]), 2)[:1]
+    dispatch.check_columns(world.opening(num_sms=1, expand=expand), cases)
+
+
+@two_ranks
+@columns
+def test_copies_whole_blocks_of_scales_column_major(world, wire):
+    dispatch.check_columns(world.opening(engine="copy"), loads(spec_of(Compact(), wire=wire), 2)[1:2])
 
 
 @pytest.mark.worlds("interpreted-3")

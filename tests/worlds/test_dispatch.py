@@ -66,6 +66,69 @@ def test_brings_every_row_to_its_place(world, layout, wire):
     check_each(world, loads(spec_of(layout, wire), world.num_ranks))
 
 
+COLUMNS = [
+    Fp8(block=8, column_major=True),
+    Fp8(block=4, scale="ue8m0", column_major=True),
+    Fp8(block=4, scale="ue8m0", packed=True, column_major=True),
+]
+
+
+def dispatch_columns(group, cases):
+    """Each case's rows cast on the way, with a plan and copied, and as the caller has quantised them, column-major too.
+
+    And, of each dispatch, the scales' strides and what is left of their address by 16 bytes.
+    """
+    spec, seen = cases[0].spec, []
+    with open_buffer(group, spec, debug=True) as buffer:
+        for case in cases:
+            x, topk_idx = case.x[buffer.rank], case.topk[buffer.rank]
+            rows = spec.wire.quantize(x)
+            turned = rows.scale.t().contiguous().t()
+            fresh = buffer.dispatch(x, topk_idx)
+            seen.append(_seen(fresh))
+            seen.append(_seen(buffer.dispatch(x, fresh.plan, copy=True)))
+            seen.append(_seen(buffer.dispatch(rows, topk_idx, rows="capacity")))
+            seen.append(_seen(buffer.dispatch(Quantized(rows.data, turned), topk_idx)))
+    return seen
+
+
+def _seen(recv):
+    scale = recv.x.scale
+    return observed(recv), tuple(scale.shape), scale.stride(), scale.data_ptr() % 16
+
+
+def check_columns(world, cases):
+    """Scales are what they are without ``column_major``; only their strides differ."""
+    spec = cases[0].spec
+    room = spec.capacity(world.num_ranks)
+    plain = [replace(case, spec=replace(spec, wire=replace(spec.wire, column_major=False))) for case in cases]
+    got = world.run(dispatch_columns, cases)
+    for i, case in enumerate(plain):
+        for way in range(4):
+            seen = [mine[4 * i + way] for mine in got]
+            check_received(case, [rows for rows, *_ in seen], weights=False, extras=False)
+            for _, shape, strides, address in seen:
+                num_rows = max(1, shape[-2]) if way == 1 else room
+                step = -(-num_rows * spec.wire.scale_dtype.itemsize // 16) * 16 // spec.wire.scale_dtype.itemsize
+                lead = (step * shape[-1],) if isinstance(spec.layout, Padded) else ()
+                assert strides == (*lead, 1, step)
+                assert shape[-1] == spec.wire.num_scales(spec.hidden)
+                assert address == 0 or 0 in shape
+
+
+@pytest.mark.parametrize("wire", COLUMNS, ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_scales_arrive_column_major(world, layout, wire):
+    check_columns(world, loads(spec_of(layout, wire, hidden=56), world.num_ranks))
+
+
+@pytest.mark.worlds("inproc-2")
+@pytest.mark.parametrize("wire", COLUMNS, ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_scales_of_wide_rows_arrive_column_major(world, layout, wire):
+    check_columns(world, loads(spec_of(layout, replace(wire, block=32), hidden=7168), 2)[:2])
+
+
 @pytest.mark.worlds("inproc-2", "processes-2")
 @pytest.mark.parametrize("rows", ["exact", "capacity"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=repr)

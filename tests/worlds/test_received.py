@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Padded, PeerFailed, Spec
+from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Padded, PeerFailed, Quantized, Spec
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, make_case, observed, same_bits
 
@@ -71,7 +71,7 @@ def keep_a_copy(group, cases):
 
 
 @pytest.mark.worlds("inproc-2", "processes-2")
-@pytest.mark.parametrize("wire", [Bf16(), Fp8(block=8)], ids=["Bf16", "Fp8"])
+@pytest.mark.parametrize("wire", [Bf16(), Fp8(block=8), Fp8(block=8, column_major=True)], ids=repr)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
 def test_a_copy_outlives_its_slot(world, layout, wire):
     cases = cases_of(world, layout, 4, wire)
@@ -94,7 +94,8 @@ def test_rows_stay_readable_after_the_buffer_is_closed(world):
 def look_at_poison(group, cases):
     """A view that outlives its rows, with debug: NaN, not the next call's rows."""
     with Buffer(group, cases[0].spec, debug=True) as buffer:
-        view = dispatch(buffer, cases[0]).x
+        x = dispatch(buffer, cases[0]).x
+        view = x.scale if isinstance(x, Quantized) else x
         dispatch(buffer, cases[1])
         nothing = torch.full_like(cases[2].topk[0], -1)
         buffer.dispatch(cases[2].x[buffer.rank], nothing)
@@ -102,9 +103,10 @@ def look_at_poison(group, cases):
 
 
 @pytest.mark.worlds("inproc-2", "processes-2")
+@pytest.mark.parametrize("wire", [Bf16(), Fp8(block=8, column_major=True)], ids=["Bf16", "scales column-major"])
 @pytest.mark.parametrize("layout", [Compact(), Padded()], ids=repr)
-def test_debug_makes_a_stale_view_show(world, layout):
-    assert all(view.isnan().all() for view in world.run(look_at_poison, cases_of(world, layout, 3)))
+def test_debug_makes_a_stale_view_show(world, layout, wire):
+    assert all(view.isnan().all() for view in world.run(look_at_poison, cases_of(world, layout, 3, wire)))
 
 
 def combine_rows_in_place(group, case):

@@ -2,13 +2,25 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from crossdock import Buffer, ConfigError, Expanded, Fp32, NotSupported, PeerFailed, Spec, ThreadGroup, TransportError
+from crossdock import (
+    Buffer,
+    ConfigError,
+    Expanded,
+    Fp8,
+    Fp32,
+    NotSupported,
+    PeerFailed,
+    Spec,
+    ThreadGroup,
+    TransportError,
+)
 from tests import oracle
 from tests.cases import check_received, make_case, observed, same_bits
 from tests.world import meet
@@ -35,6 +47,20 @@ def test_another_spec_is_found_on_every_rank(world):
     last = world.num_ranks - 1
     (text,) = set(world.run(make_with_another_spec, last))
     assert text.startswith(f"the Specs of rank 0 and rank {last} differ in max_tokens: 5 != 6; wire: Bf16() != Fp32()")
+
+
+def make_with_other_scales(group):
+    wire = Fp8(block=8, column_major=rank_of(group) == 1)
+    with pytest.raises(ConfigError) as caught:
+        Buffer(group, replace(SPEC, wire=wire))
+    return str(caught.value)
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_scales_that_would_lie_in_other_places_are_found_on_every_rank(world):
+    (text,) = set(world.run(make_with_other_scales))
+    assert text.startswith("the Specs of rank 0 and rank 1 differ in wire: Fp8(block=8, ")
+    assert text.count("column_major=") == 2
 
 
 def make_with(group, spec, kwargs):

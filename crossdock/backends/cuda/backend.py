@@ -27,10 +27,12 @@ from crossdock.backends.cuda.launch import Launcher
 from crossdock.backends.cuda.movers import RowKernels, rowwise
 from crossdock.backends.cuda.plan import DevicePlan, Table
 from crossdock.backends.cuda.planner import Planner
+from crossdock.backends.cuda.scales import ScaleKernels
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Expanded
 from crossdock.plan import Plan
+from crossdock.scales import as_integers
 from crossdock.spec import Topology
 from crossdock.transport.device import DeviceTransport
 from crossdock.wire import Fp8, Quantized
@@ -50,6 +52,8 @@ class CudaBackend:
         self._transport = transport
         self._on = launcher
         self._kernels = RowKernels(launcher)
+        self._scale_kernels = ScaleKernels(launcher) if arena.scales.column_major else None
+        """Of scales that do not move as rows do."""
         self._consent = consent
         self._planner = Planner(arena, launcher, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
         self._device = transport.device
@@ -120,11 +124,15 @@ class CudaBackend:
             plan = replace(plan, partial_rows=partial_rows)
         if self.launch.expand == "receiver" and (way := self._way(plan, outgoing)).is_landed:
             kernels.expand_rows(slot, "data", plan, offset=0)
-            if has_scale:
+            if has_scale and self._scale_kernels is not None:
+                self._scale_kernels.expand_scales(slot, plan, offset=way.scale_offset)
+            elif has_scale:
                 kernels.expand_rows(slot, "scale", plan, offset=way.scale_offset)
         if self._is_aligned:
             kernels.zero_gaps(slot, region, plan)
-            if has_scale:
+            if has_scale and self._scale_kernels is not None:
+                self._scale_kernels.zero_gaps(slot, plan)
+            elif has_scale:
                 kernels.zero_gaps(slot, "scale", plan)
         plan, small = self._small(plan, outgoing, slot, num_rows)
         return Landed(plan=plan, small=small)
@@ -289,10 +297,12 @@ class CudaBackend:
         if isinstance(x, Tensor) and self._is_narrow and not outgoing.wide:
             self._kernels.push_cast(rowwise(x, self._on), way.table, landed=way.is_landed)
             return
-        data, scale = (rowwise(x.data, self._on), rowwise(x.scale, self._on)) if isinstance(x, Quantized) else (x, None)
+        data, scale = x if isinstance(x, Quantized) else (x, None)
         self._kernels.push_rows(rowwise(data, self._on), way.table, way.region, row_bytes=way.row_bytes)
-        if scale is not None:
-            region = way.region if way.is_landed else "scale"
+        if scale is not None and self._scale_kernels is not None and not way.is_landed:
+            self._scale_kernels.push_scales(scale, way.table)
+        elif scale is not None:
+            scale, region = rowwise(scale, self._on), way.region if way.is_landed else "scale"
             self._kernels.push_rows(scale, way.table, region, offset=way.scale_offset, row_bytes=way.row_bytes)
 
     def _way(self, plan: DevicePlan, outgoing: Outgoing) -> _Way:
@@ -306,7 +316,10 @@ class CudaBackend:
         return _Way(plan.rows, region, is_landed=False, row_bytes=None, scale_offset=0)
 
     def _push_blocks(self, plan: DevicePlan, outgoing: Outgoing) -> None:
-        """Packs rows in this rank's sending order, and copies the block of each peer as a whole."""
+        """Packs rows in this rank's sending order, and copies the block of each peer as a whole.
+
+        Blocks of scales that arrive column-major have gaps there, and so are copied by a kernel of torch's.
+        """
         spec, rank, region = self._arena.spec, self._transport.rank, self._arena.region_of_rows(wide=outgoing.wide)
         x = outgoing.x
         if isinstance(x, Tensor) and isinstance(spec.wire, Fp8) and not outgoing.wide:
@@ -327,10 +340,13 @@ class CudaBackend:
                 num_rows, first = int(counts[rank, peer]), int(starts[peer])
                 if num_rows:
                     slot = self._arena.view(self._transport.views[peer], name)[Word.of(seen[peer]).slot]
-                    target = slot[int(there[peer]) :][:num_rows]
-                    target.view(torch.uint8).copy_(
-                        packed[first : first + num_rows].view(torch.uint8), non_blocking=True
-                    )
+                    source, at = packed[first : first + num_rows], int(there[peer])
+                    if name == "scale":
+                        source = as_integers(source)
+                        target = as_integers(self._arena.scales.of_block(slot, slice(at, at + num_rows)))
+                    else:
+                        source, target = source.view(torch.uint8), slot[at : at + num_rows].view(torch.uint8)
+                    target.copy_(source, non_blocking=True)
 
     def _pack(self, rows: Tensor, table: Table, *, num_rows: int) -> Tensor:
         packed = self._ours(num_rows, *rows.shape[1:], dtype=rows.dtype)

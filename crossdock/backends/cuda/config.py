@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from crossdock import cost
 from crossdock.backends.base import Wishes
 from crossdock.spec import Spec, Topology
+from crossdock.wire import Fp8
 
 _MOST_ROWS = 32
 _ORIGIN_CELLS = 16384
@@ -204,6 +205,7 @@ def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int, 
         and spec.max_tokens * spec.num_topk <= _FEW_PICKS
         and wishes.expand != "receiver"
         and wishes.engine == "kernel"
+        and not (isinstance(spec.wire, Fp8) and spec.wire.column_major)
     )
     default = visible_sms
     if ranks_here == 1 and not one_kernel:

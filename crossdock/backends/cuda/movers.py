@@ -15,6 +15,7 @@ from crossdock.backends.cuda.config import Shape, origins_at_once, power_of_two
 from crossdock.backends.cuda.kernels import cast, places, records, rows, sums
 from crossdock.backends.cuda.launch import Launcher, kind_of
 from crossdock.backends.cuda.plan import DevicePlan, Table
+from crossdock.backends.cuda.scales import constants
 from crossdock.layout import Padded
 from crossdock.wire import Fp8
 
@@ -75,6 +76,10 @@ class RowKernels:
         groups = max(1, min(power_of_two(num_stored), values // power_of_two(wire.block)))
         out_bytes = hidden * self._on.arena.spec.combine_dtype.itemsize
         region = "outputs" if landed else "data"
+        word_bytes = wire.scale_dtype.itemsize
+        scales = constants(self._on.arena.scales)
+        if landed:
+            scales |= {"SEGMENT_ROWS": 0, "SEGMENT_BYTES": 0, "SCALE_BYTES": out_bytes, "GROUP_BYTES": word_bytes}
         warps = max(1, min(16, groups * power_of_two(wire.block) // 512))  # 16 values a thread, for wide stores
         self._on.launch(
             cast.push_cast,
@@ -94,7 +99,8 @@ class RowKernels:
             H=hidden,
             BLOCK=wire.block,
             DATA_BYTES=out_bytes if landed else hidden,
-            SCALE_BYTES=out_bytes if landed else scale_bytes,
+            **scales,
+            WORD=word_bytes if wire.scale == "ue8m0" else 1,
             SCALES=num_stored,
             GROUPS=groups,
             POW2=wire.pow2 or wire.scale == "ue8m0",

@@ -13,6 +13,7 @@ import triton.language as tl
 from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
 from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.rows import wide
+from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
 
 E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -103,7 +104,11 @@ def push_cast(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     DATA_BYTES: tl.constexpr,
+    SEGMENT_ROWS: tl.constexpr,
+    SEGMENT_BYTES: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
+    GROUP_BYTES: tl.constexpr,
+    WORD: tl.constexpr,
     SCALES: tl.constexpr,
     GROUPS: tl.constexpr,
     POW2: tl.constexpr,
@@ -113,7 +118,8 @@ def push_cast(
 
     Args:
         BLOCK: values per scale.
-        DATA_BYTES, SCALE_BYTES: between rows there.
+        DATA_BYTES, SCALE_BYTES: between rows there; for SEGMENT_ROWS, SEGMENT_BYTES see ``scale_offset``.
+        GROUP_BYTES: between the scales of a row there, of which WORD lie side by side.
         SCALES: scales of a row there, padding included.
         GROUPS: blocks of one piece, a power of two.
         POW2: round scales up to powers of two; EXPONENTS: store their biased exponents.
@@ -121,6 +127,7 @@ def push_cast(
     G: tl.constexpr = H // BLOCK
     PIECES: tl.constexpr = (SCALES + GROUPS - 1) // GROUPS
     SCALE_TYPE: tl.constexpr = tl.uint8 if EXPONENTS else tl.float32
+    SCALE_SIZE: tl.constexpr = 1 if EXPONENTS else 4
     within = tl.arange(0, triton.next_power_of_2(BLOCK))
     if is_ok(state):
         for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
@@ -131,6 +138,7 @@ def push_cast(
             value = tl.load(x + wide(token) * stride + at, mask=is_value, other=0.0).to(tl.float32)
             data, stored = cast_blocks(value, POW2, EXPONENTS)
             stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
+            behind = group_offset(group, GROUP_BYTES, WORD, SCALE_SIZE)
             for j in tl.static_range(J):  # without branches, as push_rows
                 place = tl.load(places + token * J + j)
                 peer, row = tl.where(place >= 0, place >> ROW_BITS, 0), place & ROW_MASK
@@ -140,6 +148,7 @@ def push_cast(
                 if DATA_BYTES % 16 == 0:
                     there = tl.multiple_of(there, 16)
                 tl.store(there + at, data, mask=is_value & (place >= 0))
-                scales = base + scale_region + slot * scale_slot_bytes + row * SCALE_BYTES
+                scales = base + scale_region + slot * scale_slot_bytes
+                scales += scale_offset(row, SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES)
                 scales = scales.to(tl.pointer_type(SCALE_TYPE), bitcast=True)
-                tl.store(scales + group, stored, mask=(group < SCALES) & (place >= 0))
+                tl.store(scales + behind, stored, mask=(group < SCALES) & (place >= 0))
