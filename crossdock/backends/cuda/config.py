@@ -205,7 +205,6 @@ def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int, 
         and spec.max_tokens * spec.num_topk <= _FEW_PICKS
         and wishes.expand != "receiver"
         and wishes.engine == "kernel"
-        and not (isinstance(spec.wire, Fp8) and spec.wire.column_major)
     )
     default = visible_sms
     if ranks_here == 1 and not one_kernel:

@@ -17,8 +17,10 @@ from crossdock.backends.cuda.launch import Launcher, kind_of
 from crossdock.backends.cuda.movers import as_words, rowwise
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
+from crossdock.backends.cuda.scales import constants
 from crossdock.consent import Kind, Missing, Steps, Word
 from crossdock.plan import Plan
+from crossdock.scales import as_integers
 from crossdock.spec import Spec
 from crossdock.wire import Fp8, Quantized
 
@@ -42,6 +44,8 @@ class DecodeCalls:
         self._to_rows, self._to_scales = torch.zeros(2, *self._nths.shape, dtype=torch.int64, device=device).unbind()
         room = (launcher.config.most_programs(spec.num_topk), spec.num_experts)
         self._room = torch.zeros(room, dtype=torch.int32, device=device)
+        self._has_scales = "scale" in arena.regions
+        self._column_major = arena.scales.column_major
         self._cast = _cast_rows(spec, spec.wire, device) if isinstance(spec.wire, Fp8) else None
 
     def takes_dispatch(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
@@ -112,23 +116,26 @@ class DecodeCalls:
         on, arena, spec, wire = self._on, self._arena, self._spec, self._spec.wire
         x, weights = outgoing.x, outgoing.weights
         scale: Tensor | None = None
-        block, unit, is_exponents, is_pow2 = 0, 1, False, False
+        block, unit, is_exponents, is_pow2, scales_of_word = 0, 1, False, False, 1
+        at_peers = constants(arena.scales)
         if isinstance(x, Quantized):
             values = rows = as_words(rowwise(x.data, on))
-            scale = as_words(rowwise(x.scale, on))
+            scale = rowwise(x.scale, on)
+            scale = as_integers(scale) if self._column_major else as_words(scale)
             num_scales = scale.shape[1]
+            at_peers["GROUP_BYTES"] = at_peers["GROUP_BYTES"] if self._column_major else scale.element_size()
         elif isinstance(wire, Fp8):
             assert self._cast is not None
             values, (rows, scale) = rowwise(x, on), self._cast
             block, unit = wire.block, wire.block // rows.element_size()
             is_exponents = wire.scale == "ue8m0"
             is_pow2 = is_exponents or wire.pow2
+            scales_of_word = wire.scale_dtype.itemsize // scale.element_size()
             num_scales = scale.shape[1]
         else:
             values = rows = as_words(rowwise(x, on))
             num_scales = 0
         row_bytes = spec.hidden * wire.dtype.itemsize
-        scale_bytes = wire.num_scales(spec.hidden) * wire.scale_dtype.itemsize
         shape = on.config.few(rows.shape[1], plan.num_tokens, spec.num_topk, unit=unit)
         scale_piece = shape.piece // unit if block else power_of_two(num_scales or 1)
         assert plan.report is not None
@@ -180,8 +187,8 @@ class DecodeCalls:
             on.rank * spec.max_tokens,
             arena["data"].offset,
             on.slot_bytes("data"),
-            0 if not scale_bytes else arena["scale"].offset,
-            0 if not scale_bytes else on.slot_bytes("scale"),
+            arena["scale"].offset if self._has_scales else 0,
+            on.slot_bytes("scale") if self._has_scales else 0,
             arena["record"].offset,
             on.slot_bytes("record"),
             P=on.num_ranks,
@@ -195,7 +202,8 @@ class DecodeCalls:
             BLOCK=block,
             SCALES=num_scales,
             SCALE_PIECE=scale_piece,
-            SCALE_BYTES=scale_bytes,
+            **at_peers,
+            SCALES_OF_WORD=scales_of_word,
             POW2=is_pow2,
             EXPONENTS=is_exponents,
             STAGES=shape.stages(rows.element_size() * values.element_size()) if block else 0,

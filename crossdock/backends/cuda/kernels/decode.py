@@ -47,6 +47,7 @@ from crossdock.backends.cuda.kernels.places import (
     picks_at,
 )
 from crossdock.backends.cuda.kernels.rows import wide
+from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
 from crossdock.backends.cuda.kernels.sync import (
     ABORTED,
     OK,
@@ -252,6 +253,8 @@ def place_share(
     K: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     SCALES: tl.constexpr,
+    SEGMENT_ROWS: tl.constexpr,
+    SEGMENT_BYTES: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
     RECORD: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
@@ -277,7 +280,8 @@ def place_share(
         to_row = segment + data_region + slot * data_slot_bytes + row.to(tl.int64) * ROW_BYTES
         tl.store(to_rows + at, tl.where(is_row, to_row, 0), mask=is_here)
         if SCALES > 0:
-            to_scale = segment + scale_region + slot * scale_slot_bytes + row.to(tl.int64) * SCALE_BYTES
+            to_scale = segment + scale_region + slot * scale_slot_bytes
+            to_scale += scale_offset(row, SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES)
             tl.store(to_scales + at, to_scale, mask=is_here)
         owns = is_here & (token >= first_owned)
         place = (peer.to(tl.int64) << ROW_BITS) | row
@@ -318,14 +322,18 @@ def push_share(
     ROW_BYTES: tl.constexpr,
     SCALES: tl.constexpr,
     SCALE_PIECE: tl.constexpr,
+    GROUP_BYTES: tl.constexpr,
+    SCALES_OF_WORD: tl.constexpr,
 ):
     """Writes pieces of rows, the first of which is loaded, and their part of the scales, to where the rows go."""
+    SCALE_SIZE: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
     lane = tl.arange(0, triton.next_power_of_2(PIECE))
     for i in range(first_piece, last_piece):
         token, piece = i // PIECES, i % PIECES
         word = piece * PIECE + lane
         is_word = (lane < PIECE) & (word < ROW)
         group = piece * SCALE_PIECE + tl.arange(0, SCALE_PIECE)
+        behind = group_offset(group, GROUP_BYTES, SCALES_OF_WORD, SCALE_SIZE)
         if SCALES > 0:
             scale = tl.load(scales + wide(token) * scale_stride + group, mask=group < SCALES)
         now = values
@@ -344,7 +352,7 @@ def push_share(
                 tl.store(to_row + word, now, mask=is_word & (there[k] != 0))
                 if SCALES > 0:
                     to_scale = scales_there[k].to(scales.dtype, bitcast=True)
-                    tl.store(to_scale + group, scale, mask=(group < SCALES) & (there[k] != 0))
+                    tl.store(to_scale + behind, scale, mask=(group < SCALES) & (there[k] != 0))
 
 
 @triton.jit
@@ -386,7 +394,11 @@ def send_share(
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
     SCALE_PIECE: tl.constexpr,
+    SEGMENT_ROWS: tl.constexpr,
+    SEGMENT_BYTES: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
+    GROUP_BYTES: tl.constexpr,
+    SCALES_OF_WORD: tl.constexpr,
     POW2: tl.constexpr,
     EXPONENTS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -411,12 +423,12 @@ def send_share(
             segments, call, outgoing, places, homes, nths, to_rows, to_scales, picks, weights, first_token, last_token,
             (first_piece + PIECES - 1) // PIECES, decided == GO, source, data_region, data_slot_bytes,
             scale_region, scale_slot_bytes, record_region, record_slot_bytes,
-            E, L, K, ROW_BYTES, SCALES, SCALE_BYTES, RECORD, HAS_WEIGHTS,
+            E, L, K, ROW_BYTES, SCALES, SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES, RECORD, HAS_WEIGHTS,
         )  # fmt: skip
         if decided == GO:
             push_share(
                 to_rows, to_scales, rows, scales, values, first_piece, last_piece, stride, scale_stride,
-                K, ROW, PIECE, PIECES, ROW_BYTES, SCALES, SCALE_PIECE,
+                K, ROW, PIECE, PIECES, ROW_BYTES, SCALES, SCALE_PIECE, GROUP_BYTES, SCALES_OF_WORD,
             )  # fmt: skip
 
 
@@ -488,7 +500,11 @@ def dispatch_rows(
     BLOCK: tl.constexpr,
     SCALES: tl.constexpr,
     SCALE_PIECE: tl.constexpr,
+    SEGMENT_ROWS: tl.constexpr,
+    SEGMENT_BYTES: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
+    GROUP_BYTES: tl.constexpr,
+    SCALES_OF_WORD: tl.constexpr,
     POW2: tl.constexpr,
     EXPONENTS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -512,7 +528,7 @@ def dispatch_rows(
         x: values ``[T, H]`` that are cast to rows, if BLOCK > 0: of so many with one scale.
         rows: words ``[T, ROW]``; scales: ``[T, SCALES]``, of one row, with padding.
         PIECE: words of a row that a program moves at a time; PIECES of a row, SCALE_PIECE scales of each.
-        ROW_BYTES, SCALE_BYTES: between rows there. STAGES: of pieces that are cast.
+        ROW_BYTES: between rows there. SEGMENT_ROWS ... SCALES_OF_WORD: where scales lie there, see ``scales``. STAGES: of pieces that are cast.
         RECORD: words between records.
     """
     if tl.program_id(0) == 0:
@@ -526,8 +542,8 @@ def dispatch_rows(
             segments, call, outgoing, places, homes, verdict, nths, to_rows, to_scales, rooms, topk_idx, picks,
             weights, x, rows, scales, num_tokens, x_stride, stride, scale_stride, source, data_region, data_slot_bytes,
             scale_region, scale_slot_bytes, record_region, record_slot_bytes,
-            L * P, L, K, ROW, PIECE, PIECES, ROW_BYTES, BLOCK, SCALES, SCALE_PIECE, SCALE_BYTES, POW2, EXPONENTS,
-            STAGES, RECORD, HAS_WEIGHTS,
+            L * P, L, K, ROW, PIECE, PIECES, ROW_BYTES, BLOCK, SCALES, SCALE_PIECE, SEGMENT_ROWS,
+            SEGMENT_BYTES, SCALE_BYTES, GROUP_BYTES, SCALES_OF_WORD, POW2, EXPONENTS, STAGES, RECORD, HAS_WEIGHTS,
         )  # fmt: skip
     if is_last_program(ticket):
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
