@@ -448,6 +448,21 @@ class Buffer:
         self._queue.check_failure()
         self._check_overflow()
 
+    def exchange_words(self, num_trips: int) -> None:
+        """Gives a word to every rank and waits for everyone's, so many times, on CUDA; nothing else moves.
+
+        One of them is the shortest that a call can take, a one-way trip between all ranks: what benchmarks hold
+        latencies against. Collective; it returns at once, its work goes on the stream of the buffer's calls.
+
+        Raises:
+            ConfigError: calls are in flight.
+            NotSupported: on CPUs.
+        """
+        self._check_open()
+        if not self._queue.is_idle:
+            raise ConfigError("exchange_words while calls are in flight; wait for them first")
+        self._consent.exchange_words(num_trips)
+
     def abort(self, reason: str) -> None:
         """Gives up on this rank, between two calls or with calls in flight: every peer raises PeerFailed at once.
 

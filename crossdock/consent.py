@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Protocol, TypeVar
 
-from crossdock.errors import CrossdockError, PeerFailed, PeerTimeout, TransportError
+from crossdock.errors import CrossdockError, NotSupported, PeerFailed, PeerTimeout, TransportError
 
 EPOCH_SHIFT = 32
 CALL_MASK = 2**EPOCH_SHIFT - 1
@@ -272,6 +272,14 @@ class Consent:
         for peer in self._peers:
             if (gone := self._void(peer, sequence)) is not None:
                 raise gone
+
+    def exchange_words(self, num_trips: int) -> None:
+        """Words to all and from all, so many times, as calls of nothing else: to be timed.
+
+        Raises:
+            NotSupported: words are given by the host.
+        """
+        raise NotSupported("only kernels exchange words without a call; pass device='cuda' to the Buffer")
 
     def settle(self) -> None:
         """Returns once all that was issued to a device is done; here nothing is.

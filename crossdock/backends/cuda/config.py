@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 from crossdock import cost
 from crossdock.backends.base import Wishes
 from crossdock.spec import Spec, Topology
-from crossdock.wire import Fp8
 
 _MOST_ROWS = 32
 _ORIGIN_CELLS = 16384

@@ -22,6 +22,7 @@ from crossdock.consent import (
     SEQUENCE_MASK,
     Consent,
     Flag,
+    Kind,
     Missing,
     Steps,
     Waiting,
@@ -106,6 +107,11 @@ class DeviceConsent(Consent):
         if plan is not None:
             self._kernels.finish_call(posts=True, awaits_all=True, tokens=plan.num_tokens_per_expert)
         self._kernels.check_call()
+
+    def exchange_words(self, num_trips: int) -> None:
+        """See Consent. Issued on the stream of calls, whose numbers go on on the device alone, as in a graph."""
+        self._on.enter()
+        self._kernels.exchange_words(Word(Kind.COMBINE, 0).payload(), num_trips)
 
     def settle(self) -> None:
         """See Consent."""

@@ -91,6 +91,29 @@ class WordKernels:
             num_warps=1,
         )
 
+    def exchange_words(self, payload: int, num_trips: int) -> None:
+        """Calls of nothing but words."""
+        self._on.next_call()
+        self._on.launch(
+            calls.exchange_words,
+            (1,),
+            self._on.segments,
+            self._on.state,
+            self._on.call,
+            self._on.record,
+            self._on.failure,
+            payload,
+            self._on.rank,
+            self._on.max_polls,
+            self._on.arena["words"].offset,
+            self._on.arena["aborts"].offset,
+            num_trips,
+            P=self._on.num_ranks,
+            RING=self._on.arena.ring,
+            given=(payload < 2**31,),
+            num_warps=1,
+        )
+
     def check_call(self) -> None:
         """Ends the call where a peer has given it up."""
         self._on.launch(

@@ -58,8 +58,8 @@ class CudaCase:
 
 
 @contextmanager
-def open_cuda_cases(member: Member, job: Job) -> Iterator[tuple[list[CudaCase], list[CudaCase], str]]:
-    """The cases of one rank; those with other numbers of SMs, in pairs of dispatch and combine; and the launch.
+def open_cuda_cases(member: Member, job: Job) -> Iterator[tuple[list[CudaCase], list[CudaCase], Buffer]]:
+    """The cases of one rank; those with other numbers of SMs, in pairs of dispatch and combine; and the buffer.
 
     Buffers are open until the block ends. Collective.
     """
@@ -73,7 +73,7 @@ def open_cuda_cases(member: Member, job: Job) -> Iterator[tuple[list[CudaCase], 
             wide = stack.enter_context(_side(replace(job.spec, wire=Bf16()), member, job))
             cases[1:1] = [side.fused_cast(), wide.cached()]
         sweep = [case for num_sms in job.sweep_sms for case in (side.cached(num_sms), side.homes(num_sms)[0])]
-        yield cases, sweep, str(side.buffer.launch)
+        yield cases, sweep, side.buffer
 
 
 @contextmanager

@@ -20,6 +20,7 @@ class Figure:
     link_bytes: the part of it that comes from, or goes to, other ranks.
     limit_us: on CPUs all ranks' rows, each read once and written once (combine: each returned row read once, each
         result written once), at the copy bandwidth of this run. On GPUs, see ``Limits``.
+    floor_us: that limit and two one-way trips of a word, measured in the same run; None on CPUs.
     num_sms: those that a rank's operation is given; None on CPUs.
     baseline_us: the same exchange by ``all_to_all_single``, the median of its own slowest rank; None where there is
         none.
@@ -34,6 +35,7 @@ class Figure:
     bytes: int
     link_bytes: int
     limit_us: float
+    floor_us: float | None
     num_sms: int | None
     baseline_us: float | None
 
@@ -60,10 +62,12 @@ class Limits:
     copy: copies, on CPUs each byte counted once, on GPUs as read and as written. Combine is held against it.
     write: rows that are read once and written to several places, in bytes written. On GPUs, dispatch is held against
         it; None on CPUs.
+    trip_s: seconds that a word takes from every rank to every rank, of the slowest rank; None on CPUs.
     """
 
     copy: float
     write: float | None
+    trip_s: float | None = None
 
 
 def limits_of(ranks: Sequence[RankSamples]) -> Limits:
@@ -71,10 +75,14 @@ def limits_of(ranks: Sequence[RankSamples]) -> Limits:
 
     >>> both = [Moved(num_bytes=4, seconds=[1.0, 2.0, 3.0]), Moved(num_bytes=4, seconds=[4.0, 4.0, 4.0])]
     >>> limits_of([RankSamples(samples=[], copies=[moved]) for moved in both])
-    Limits(copy=2.0, write=None)
+    Limits(copy=2.0, write=None, trip_s=None)
     """
-    writes = [rank.writes for rank in ranks]
-    return Limits(copy=_fastest([rank.copies for rank in ranks]), write=_fastest(writes) if writes[0] else None)
+    writes, trips = [rank.writes for rank in ranks], [rank.trips_s for rank in ranks]
+    return Limits(
+        copy=_fastest([rank.copies for rank in ranks]),
+        write=_fastest(writes) if writes[0] else None,
+        trip_s=max(float(np.median(trip)) for trip in trips) if trips[0] else None,
+    )
 
 
 def figures(samples: Sequence[Sequence[Sample]], limit: Limits) -> list[Figure]:
@@ -122,6 +130,7 @@ def _figure(samples: Sequence[Sample], limit: Limits) -> Figure:
         bytes=slowest.num_bytes,
         link_bytes=slowest.link_bytes,
         limit_us=limit_s * 1e6,
+        floor_us=None if limit.trip_s is None else (limit_s + 2 * limit.trip_s) * 1e6,
         num_sms=slowest.num_sms,
         baseline_us=max(float(np.median(s.baseline_s)) for s in samples) * 1e6 if has_baseline else None,
     )

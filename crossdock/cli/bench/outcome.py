@@ -52,6 +52,7 @@ class Outcome:
         about = {
             "baseline": self.baseline,
             "copy_gb_s": self.limits.copy / 1e9,
+            "trip_us": None if self.limits.trip_s is None else self.limits.trip_s * 1e6,
             "write_gb_s": None if self.limits.write is None else self.limits.write / 1e9,
             "gpu": None if self.gpu is None else asdict(self.gpu),
             "sharing": None if self.sharing is None else {**asdict(self.sharing), "warning": self.sharing.warning},
@@ -99,14 +100,16 @@ class Outcome:
                 f"Baseline: {self.baseline}.",
             ]
         assert self.limits.write is not None
+        assert self.limits.trip_s is not None
         written, places = self.limits.write / 1e9, self.gpu.destinations
         slow = [f"NOT A MEASUREMENT OF SPEED: {self.sharing.warning}."] if self.sharing.warning else []
         return [
             *slow,
-            f"Slowest rank's median of {repeats} batches of {CALLS} calls, by CUDA events.",
+            f"Slowest rank's median of {repeats} batches of {CALLS} calls, by CUDA events; graphs behind another.",
             "Rows and sums equal those of the same exchange over gloo on CPU copies, bit for bit.",
             f"Limit of dispatch: {num_ranks} ranks read rows and write each to {places} places, {written:,.0f} GB/s.",
             f"Limit of combine: {num_ranks} ranks copy, {copy:,.0f} GB/s read and written.",
+            f"Floor: that limit and two one-way trips of a word, {self.limits.trip_s * 1e6:.1f} us each.",
             f"Baseline: {self.baseline or 'none, because ranks share a GPU and NCCL refuses that'}.",
             f"Ranks: {self.sharing}; each sees {self.gpu.visible_sms} SMs.",
             self.gpu.launch,

@@ -52,6 +52,7 @@ def _table(figures: Sequence[Figure], baseline: str | None) -> Table:
     table.add_column("wire")
     columns = [*_COLUMNS]
     if any(figure.num_sms is not None for figure in figures):
+        columns.insert(2, ("floor", lambda figure: "" if figure.floor_us is None else _time(figure.floor_us)))
         columns.insert(0, ("SMs", lambda figure: "" if figure.num_sms is None else str(figure.num_sms)))
     if baseline is not None:
         columns.append((f"vs {baseline.split()[0]}", lambda figure: _times(figure.speedup)))

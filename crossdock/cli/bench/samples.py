@@ -58,4 +58,6 @@ class RankSamples:
     writes: list[Moved] = field(default_factory=list)
     sweep: list[Sample] = field(default_factory=list)
     """Dispatches and combines with other numbers of SMs, in pairs."""
+    trips_s: list[float] = field(default_factory=list)
+    """One-way trips of a word between all ranks; none on CPUs."""
     gpu: OnGpu | None = None

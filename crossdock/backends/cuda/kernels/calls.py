@@ -229,6 +229,35 @@ def begin_call(
             copy_counts(came, gathered, status == OK, P, W, AT_ONCE)
 
 
+@triton.jit(do_not_specialize=["payload", "rank", "max_polls", "num_trips"])
+def exchange_words(
+    segments,
+    state,
+    call,
+    record,
+    report,
+    payload,
+    rank,
+    max_polls,
+    words_offset,
+    aborts_offset,
+    num_trips,
+    P: tl.constexpr,
+    RING: tl.constexpr,
+):
+    """Calls of nothing but words, one behind the other, until one is not OK."""
+    for _ in range(num_trips):
+        if is_ok(state):
+            sequence = give_word(
+                segments, state, call, payload, False, tl.zeros([1], tl.int64), rank, words_offset, 0, P, RING, 0, 1
+            )
+            take_words(
+                segments, state, call, record, report, sequence, payload, rank, max_polls, words_offset, aborts_offset,
+                P, RING,
+            )  # fmt: skip
+        tl.debug_barrier()  # every warp sees how it went
+
+
 @triton.jit
 def await_rows(
     segments,

@@ -528,7 +528,8 @@ def dispatch_rows(
         x: values ``[T, H]`` that are cast to rows, if BLOCK > 0: of so many with one scale.
         rows: words ``[T, ROW]``; scales: ``[T, SCALES]``, of one row, with padding.
         PIECE: words of a row that a program moves at a time; PIECES of a row, SCALE_PIECE scales of each.
-        ROW_BYTES: between rows there. SEGMENT_ROWS ... SCALES_OF_WORD: where scales lie there, see ``scales``. STAGES: of pieces that are cast.
+        ROW_BYTES: between rows there. SEGMENT_ROWS ... SCALES_OF_WORD: where scales lie there, see ``scales``.
+        STAGES: of pieces that are cast.
         RECORD: words between records.
     """
     if tl.program_id(0) == 0:
