@@ -199,6 +199,18 @@ class CallQueue:
             self._fail(reason)
         self.last_error, self._untold = TransportError(f"this rank gave up: {reason}"), None
 
+    def renew(self, reason: str) -> None:
+        """Gives up what is in flight, and begins an epoch, unless one has just begun by a failure.
+
+        That failure counts as told, whatever it was.
+        """
+        self.settle()
+        if self._untold is None and (error := self._consent.failure()) is not None:
+            self._fail(error)
+        elif self._untold is None and not self._consent.is_fresh:
+            self._fail(reason)
+        self.last_error = self._untold = None
+
     def forget(self) -> None:
         """Forgets failures that nobody has seen; gives up what is in flight, if anything is."""
         if self._unwaited:
