@@ -55,11 +55,12 @@ def agree(members: Group, spec: Spec, timeout_s: float, options: dict[str, objec
     return number
 
 
-def agree_on_masked(sequence: int, consent: Consent, transport: Transport, wanted: Iterable[int]) -> Waiting:
+def agree_on_masked(consent: Consent, transport: Transport, wanted: Iterable[int]) -> Waiting:
     """Done when all ranks but these have said that they want these masked, and see them gone. Collective among them.
 
+    To be begun before any call of an epoch.
+
     Args:
-        sequence: of the call, the first of an epoch.
         wanted: with those that are masked already.
 
     Raises:
@@ -78,7 +79,7 @@ def agree_on_masked(sequence: int, consent: Consent, transport: Transport, wante
     while time.monotonic() < until:
         yield Missing((), "be gone")
     proposal = Proposal(wanted=wanted, gone=frozenset(filter(is_gone, wanted)))
-    heard = yield from consent.propose(sequence, proposal, is_gone)
+    heard = yield from consent.propose(proposal, is_gone)
     if (error := verdict(heard)) is not None:
         raise error
 

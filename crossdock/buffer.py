@@ -506,9 +506,8 @@ class Buffer:
             self._queue.refuse(error)
             raise
         wanted = {*self.masked, *ranks}
-        sequence = self._consent.take()
-        agreement = agree_on_masked(sequence, self._consent, self._transport, wanted)
-        self._queue.start(Kind.MASK, sequence, agreement).wait()
+        agreement = agree_on_masked(self._consent, self._transport, wanted)
+        self._queue.start(Kind.MASK, self._consent.next_sequence, agreement).wait()
         new = sorted(wanted - set(self.masked))
         self.masked = tuple(sorted(wanted))
         self._transport.mask(new)
@@ -566,8 +565,8 @@ class Buffer:
         """
         if self.masked:
             raise ConfigError(
-                f"masked: {listed(self.masked)}; the group that gathers statistics would wait there: gather buffer.stats "
-                f"in a group of the ranks that are left"
+                f"masked: {listed(self.masked)}; the group that gathers statistics would wait there: gather "
+                f"buffer.stats in a group of the ranks that are left"
             )
         all_stats: list[Any] = self._members.all_gather(self.stats)
         return Stats(

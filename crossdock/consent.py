@@ -41,6 +41,7 @@ FLAG_EPOCH_BITS = 16
 FLAG_EPOCH_SHIFT = 16
 MOST_MORE = 2**15 - 1
 
+PROPOSAL_SHIFT = 24
 PROPOSED, HEARD, FIRST_WORD = 0, 1, 2
 """What a rank says where it wants others masked: that its proposal is here, that it has heard all others, and which."""
 
@@ -198,6 +199,7 @@ class Consent:
         self._is_open = True
         self._flag: Flag | None = None
         self._last_posted = sequence - 1
+        self._num_proposals = 0
 
     @property
     def epoch(self) -> int:
@@ -315,8 +317,9 @@ class Consent:
         self._is_open = False
         self.next_sequence = self.epoch << EPOCH_SHIFT
         self._last_posted = self.next_sequence - 1
+        self._num_proposals = 0
 
-    def propose(self, sequence: int, proposal: Proposal, is_gone: Callable[[int], bool]) -> Steps[dict[int, Proposal]]:
+    def propose(self, proposal: Proposal, is_gone: Callable[[int], bool]) -> Steps[dict[int, Proposal]]:
         """Whom the ranks want masked that this one does not, once each of them has heard all that is awaited here.
 
         A rank that is gone, and that another wants masked, is not awaited.
@@ -324,8 +327,8 @@ class Consent:
         Raises:
             PeerFailed: a rank gave up, or has left and nobody wants it masked.
         """
-        self._last_posted = sequence
-        number = self.num_ended + 1
+        self._num_proposals += 1
+        number = (self.num_ended + 1) << PROPOSAL_SHIFT | self._num_proposals
         heard = {self.rank: proposal}
         listeners = [peer for peer in self._peers if peer != self.rank and not is_gone(peer)]
         awaited = [peer for peer in self._peers if peer != self.rank and peer not in proposal.wanted]
@@ -342,20 +345,20 @@ class Consent:
             for at, word in enumerate(proposal.words(self._num_ranks)):
                 self._mailbox.post(peer, "masks", FIRST_WORD + at, word)
             self._mailbox.post(peer, "masks", PROPOSED, number)
-        yield from self._until_agreed(sequence, has_proposed, awaited, is_gone)
+        yield from self._until_agreed(has_proposed, awaited, is_gone)
         for peer in listeners:
             self._mailbox.post(peer, "masks", HEARD, number)
         heeded = [peer for peer in awaited if peer in heard]
-        yield from self._until_agreed(sequence, lambda peer: load("masks", HEARD, peer) == number, heeded, is_gone)
+        yield from self._until_agreed(lambda peer: load("masks", HEARD, peer) == number, heeded, is_gone)
         return heard
 
     def _until_agreed(
-        self, sequence: int, arrived: Callable[[int], bool], senders: Sequence[int], is_gone: Callable[[int], bool]
+        self, arrived: Callable[[int], bool], senders: Sequence[int], is_gone: Callable[[int], bool]
     ) -> Waiting:
         """Yields the senders still missing until there are none: of those that are gone, not before the others."""
         missing = list(senders)
         while missing := [peer for peer in missing if not arrived(peer)]:
-            flags = [flag for peer in senders if (flag := self._void(peer, sequence)) is not None]
+            flags = [flag for peer in senders if (flag := self._void(peer, self.next_sequence)) is not None]
             if flags and not all(map(arrived, missing)):
                 raise flags[0]
             living = [peer for peer in missing if not is_gone(peer)]
@@ -364,7 +367,12 @@ class Consent:
             yield Missing(living or missing, "agree to")
 
     def mask(self, ranks: Sequence[int]) -> None:
-        """These take part in nothing any more: no word goes to them, and none of theirs counts."""
+        """These take part in nothing any more: no word goes to them, and none of theirs counts.
+
+        To have agreed on it was the first call of an epoch. One on which ranks did not agree has no number, so that
+        they are still in step with a rank that was none of them.
+        """
+        self._last_posted = self.take()
         self._peers = [peer for peer in self._peers if peer not in ranks]
 
     def leave(self) -> None:
