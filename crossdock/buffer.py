@@ -507,7 +507,7 @@ class Buffer:
             raise
         wanted = {*self.masked, *ranks}
         agreement = agree_on_masked(self._consent, self._transport, wanted)
-        self._queue.start(Kind.MASK, self._consent.next_sequence, agreement).wait()
+        self._queue.start("mask", self._consent.next_sequence, agreement).wait()
         new = sorted(wanted - set(self.masked))
         self.masked = tuple(sorted(wanted))
         self._transport.mask(new)

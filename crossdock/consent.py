@@ -65,12 +65,11 @@ Waiting = Steps[None]
 
 
 class Kind(IntEnum):
-    """What a rank is doing; 0 is no word, and a mask has none: whoever is in another call is told by a flag."""
+    """What a rank is doing; 0 is no word."""
 
     DISPATCH = 1
     CACHED_DISPATCH = 2
     COMBINE = 3
-    MASK = 4
 
     def __str__(self) -> str:
         return self.name.lower().replace("_", " ")
