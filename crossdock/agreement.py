@@ -1,13 +1,23 @@
-"""What ranks compare before a buffer exists: a disagreement is found by all of them, and raised by all of them."""
+"""What ranks compare: before a buffer exists, and when some are to be masked.
+
+A disagreement is found by all of them, and raised by all of them.
+"""
 
 from __future__ import annotations
 
 import secrets
+import time
+from collections.abc import Iterable
 
+from crossdock.consent import Consent, Missing, Waiting
 from crossdock.errors import ConfigError
+from crossdock.masks import Proposal, verdict
 from crossdock.spec import Spec
-from crossdock.transport.base import Group
+from crossdock.transport.base import Group, Transport
 from crossdock.version import __version__
+
+_GRACE_S = 2.0
+"""How long a rank that is to be masked may take to be gone: ranks may not see its end at the same moment."""
 
 
 def agree(members: Group, spec: Spec, timeout_s: float, options: dict[str, object], problem: str | None) -> int:
@@ -43,6 +53,35 @@ def agree(members: Group, spec: Spec, timeout_s: float, options: dict[str, objec
                 f"the Specs of rank 0 and rank {rank} differ in {'; '.join(differences)}; pass the same on all ranks"
             )
     return number
+
+
+def agree_on_masked(consent: Consent, transport: Transport, wanted: Iterable[int]) -> Waiting:
+    """Done when all ranks but these have said that they want these masked, and see them gone. Collective among them.
+
+    To be begun before any call of an epoch.
+
+    Args:
+        wanted: with those that are masked already.
+
+    Raises:
+        ConfigError: ranks want others masked, or one of these still lives; the same on all ranks.
+        PeerFailed: a rank gave up.
+    """
+    wanted = frozenset(wanted)
+
+    def is_gone(rank: int) -> bool:
+        return rank != consent.rank and (not transport.is_alive(rank) or consent.has_left(rank))
+
+    until = time.monotonic() + _GRACE_S
+    while not all(map(is_gone, wanted)) and time.monotonic() < until:
+        yield Missing((), "be gone")
+    until = time.monotonic() + transport.linger_s
+    while time.monotonic() < until:
+        yield Missing((), "be gone")
+    proposal = Proposal(wanted=wanted, gone=frozenset(filter(is_gone, wanted)))
+    heard = yield from consent.propose(proposal, is_gone)
+    if (error := verdict(heard)) is not None:
+        raise error
 
 
 def _problem(spec: object, timeout_s: float) -> str | None:

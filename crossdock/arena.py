@@ -6,6 +6,7 @@ Letters: P ranks, M max_tokens, K top-k, H hidden, G scale groups, E experts, W 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from crossdock.layout import Padded
+from crossdock.masks import num_words
 from crossdock.scales import ScaleLayout
 from crossdock.spec import Spec, Topology
 from crossdock.wire import Fp8
@@ -115,6 +117,7 @@ class Arena:
         add("arrived", (ring, num_ranks), torch.int64, "peers: my rows are in place")
         add("aborts", (num_ranks,), torch.int64, "peers: I gave up")
         add("closed", (num_ranks,), torch.int64, "peers: I have left")
+        add("masks", (2 + num_words(num_ranks), num_ranks), torch.int64, "peers: whom I want masked")
         add("reasons", (num_ranks, REASON_BYTES), torch.uint8, "peers: why")
         add("counts", (ring, num_ranks, spec.num_counts(self.topology)), torch.int64, "peers: rows to come")
         add("data", (slots, rows, hidden), spec.wire.dtype, "peers: dispatched rows", PAGE)
@@ -157,6 +160,12 @@ class Arena:
         region = self.regions[name]
         raw = segment[region.offset : region.offset + region.num_bytes]
         return raw.view(region.dtype).view(region.shape)
+
+    def forget_senders(self, segment: Tensor, ranks: Sequence[int]) -> None:
+        """Zeroes what these ranks have said in a segment that lasts: their flags, and rows to come in any call."""
+        for rank in ranks:
+            self.view(segment, "aborts")[rank] = 0
+            self.view(segment, "counts")[:, rank] = 0
 
     def __str__(self) -> str:
         lines = [f"{'offset':>14} {'bytes':>14}  {'region':<13} {'shape':<20} {'dtype':<14} written by"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
-from crossdock.agreement import agree
+from crossdock.agreement import agree, agree_on_masked
 from crossdock.arena import Arena
 from crossdock.backends.base import Outgoing, PlanTensors, Rows, Wishes
 from crossdock.calls import Call, Calls
@@ -27,6 +27,7 @@ from crossdock.consent import PUSHED, Kind, Steps, Word
 from crossdock.engine import connect, vet
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
+from crossdock.masks import drop_picks, listed
 from crossdock.pending import CallQueue, Pending
 from crossdock.plan import Plan
 from crossdock.received import Received
@@ -131,6 +132,8 @@ class Buffer:
         self._slots = ReceiveSlots(self.arena, self._transport.segment)
         self._calls = Calls(self._consent, self._backend, self._slots, self.arena, debug=debug)
         self._is_closed = False
+        self.masked: tuple[int, ...] = ()
+        """The ranks that ``mask`` has left out, in order."""
         self.handle = f"crossdock.Buffer {next(_handles)}"  # a string, as torch.compile would make a number dynamic
         """This process's name for this buffer: what the ops of ``crossdock.autograd`` are given."""
         _by_handle[self.handle] = self
@@ -232,7 +235,7 @@ class Buffer:
             inputs.check_no_grad(*(x if isinstance(x, Quantized) else (x,)), weights, *extras)
             num_tokens = inputs.check_tokens(self.spec, x, wide=wide)
             if isinstance(routing, Plan):
-                inputs.check_plan(routing, self._id)
+                inputs.check_plan(routing, self._id, self.masked)
                 topk_idx = routing.topk_idx
                 if num_tokens != routing.num_tokens:
                     raise ConfigError(
@@ -242,7 +245,7 @@ class Buffer:
                 inputs.check_topk_idx(self.spec, routing, num_tokens)
                 if self.device.type == "cpu":  # else kernels look at the values
                     check_picks(routing, num_experts=self.spec.num_experts)
-                topk_idx = routing.to(torch.int64).contiguous()
+                topk_idx = self.drop_masked(routing.to(torch.int64)).contiguous()
             inputs.check_weights(self.spec, weights, num_tokens)
             inputs.check_token_extras(self.spec, extras, num_tokens)
             if rows not in (None, "exact", "capacity"):
@@ -260,7 +263,7 @@ class Buffer:
         slot = self._slots.take()
         if self._debug:
             self._slots.poison(slot, "data", "scale", "record")
-        signature = (mode, wide, weights is None, _shapes(extras), plan.stamp if plan else None)
+        signature = (mode, wide, weights is None, _shapes(extras), plan.stamp if plan else None, *self.masked)
         word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
         call = self._begin(word, None if plan else topk_idx, num_sms, at_once=at_once)
         pending = self._start(call, self._calls.dispatch(call, outgoing, plan or topk_idx, mode, copy=copy))
@@ -378,7 +381,7 @@ class Buffer:
             self._check_sms(num_sms)
             inputs.check_device(self.device, {"y": y, "weights": weights, "bias": bias, "extras": extras})
             inputs.check_no_grad(y, weights, bias, *(extras or ()))
-            inputs.check_plan(plan, self._id)
+            inputs.check_plan(plan, self._id, self.masked)
             inputs.check_outputs(self.spec, plan, y, self._slot_rows)
             lead = tuple(y.shape[:-1])
             row_weights = inputs.check_combine_weights(self.spec, plan, weights, lead=lead)
@@ -392,7 +395,7 @@ class Buffer:
             return flat, row_weights, small, output_slot
 
         flat, row_weights, small, output_slot = self._vetted(prepare)
-        signature = _checksum((plan.stamp, None if extras is None else _shapes(small)))
+        signature = _checksum((plan.stamp, None if extras is None else _shapes(small), *self.masked))
         word = Word(Kind.COMBINE, self._calls.next_landing(), output_slot, signature)
         call = self._begin(word, None, num_sms, at_once=at_once)
         return self._start(
@@ -418,12 +421,12 @@ class Buffer:
         def prepare() -> tuple[Tensor, ...]:
             inputs.check_device(self.device, {"extras": extras})
             inputs.check_no_grad(*extras)
-            inputs.check_plan(plan, self._id)
+            inputs.check_plan(plan, self._id, self.masked)
             lead = inputs.check_lone_extras(self.spec, plan, extras, self._slot_rows)
             return inputs.check_row_extras(extras, lead=lead, limit=self.arena.return_bytes)
 
         small = self._vetted(prepare)
-        signature = _checksum(("extras", plan.stamp, _shapes(small)))
+        signature = _checksum(("extras", plan.stamp, _shapes(small), *self.masked))
         word = Word(Kind.COMBINE, self._calls.next_landing(), PUSHED, signature)
         call = self._begin(word, None, None, at_once=True)
         return self._start(call, self._calls.return_extras(call, plan, small)).wait()
@@ -432,6 +435,10 @@ class Buffer:
         """A plan from the tensors that decide it. Local.
 
         It is the same on all ranks when all remake theirs.
+
+        Raises:
+            ConfigError: it has rows of a rank that has been masked since, on all ranks; on CUDA the host then asks the
+                device, which cannot be in a capture.
         """
         return self._backend.remake_plan(tensors)
 
@@ -482,6 +489,62 @@ class Buffer:
         self._backend.overflows.clear()
         self._queue.forget()
 
+    def mask(self, *ranks: int) -> None:
+        """Goes on without ranks that are gone. Collective among all that are left; what is in flight is void.
+
+        To be called with the same ranks on all that are left, after a call has failed because of them. From then on
+        nothing is awaited from a masked rank, and nothing sent to it: picks of its experts are dropped, as if they were
+        -1. Plans from before are not valid any more, nor are rows of theirs. Ranks keep their numbers and experts; a
+        process that takes the place of one that has ended comes in with a new Buffer of all ranks.
+
+        Args:
+            ranks: whose processes have ended, or that have closed their buffers; those that are masked already may be
+                among them.
+
+        Raises:
+            ConfigError: ranks were given that still live, or not the same on all; nobody is masked, on all ranks. Or
+                this rank's arguments make no sense; the others raise PeerFailed.
+            PeerFailed, PeerTimeout: a rank that was to agree gave up, is late, or is gone too; nobody is masked. Call
+                it again on all that are left, with that rank if it is gone.
+
+        >>> from crossdock import Fp32, Spec, run_local
+        >>> spec = Spec(num_experts=3, num_topk=2, hidden=1, max_tokens=1, wire=Fp32())
+        >>> def program(group):
+        ...     with Buffer(group, spec) as buffer:
+        ...         if group.rank == 1:
+        ...             return "leaves"
+        ...         buffer.mask(1)
+        ...         recv = buffer.dispatch(torch.ones(1, 1), torch.tensor([[1, 2]]))
+        ...         return buffer.masked, buffer.combine(recv.x, recv.plan).item()
+        >>> run_local(program, num_ranks=3)
+        [((1,), 1.0), 'leaves', ((1,), 1.0)]
+        """
+        self._check_open()
+        self._backend.check_capture(asks_host=True)
+        self._queue.renew(f"it masks {', '.join(map(str, ranks))}")
+        try:
+            inputs.check_ranks(ranks, num_ranks=self.topology.num_ranks)
+        except ConfigError as error:
+            self._queue.refuse(error)
+            raise
+        wanted = {*self.masked, *ranks}
+        agreement = agree_on_masked(self._consent, self._transport, wanted)
+        self._queue.start("mask", self._consent.next_sequence, agreement).wait()
+        new = sorted(wanted - set(self.masked))
+        self.masked = tuple(sorted(wanted))
+        self._transport.mask(new)
+        self._consent.mask(new)
+        self._backend.mask(self.masked)
+
+    def drop_masked(self, topk_idx: Tensor) -> Tensor:
+        """The picks with -1 in place of masked ranks' experts; the verbs do that themselves.
+
+        Graphs do not that were captured before a rank was masked: what they are given has to be free of such picks.
+        """
+        if not self.masked:
+            return topk_idx
+        return drop_picks(topk_idx, self.masked, num_local=self.spec.num_local_experts(self.topology.num_ranks))
+
     def close(self) -> None:
         """Leaves: a peer that waits for this rank raises PeerFailed. Local; rows that were handed out stay readable.
 
@@ -517,7 +580,16 @@ class Buffer:
         )
 
     def gather_stats(self) -> Stats:
-        """Everybody's: tokens per expert int64 [E], and waits float64 [P, P] of each rank for each peer. Collective."""
+        """Everybody's: tokens per expert int64 [E], and waits float64 [P, P] of each rank for each peer. Collective.
+
+        Raises:
+            ConfigError: a rank is masked, and the group that would gather them waits for it.
+        """
+        if self.masked:
+            raise ConfigError(
+                f"masked: {listed(self.masked)}; the group that gathers statistics would wait there: gather "
+                f"buffer.stats in a group of the ranks that are left"
+            )
         all_stats: list[Any] = self._members.all_gather(self.stats)
         return Stats(
             num_tokens_per_expert=torch.cat([stats.num_tokens_per_expert for stats in all_stats]),

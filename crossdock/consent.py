@@ -21,6 +21,7 @@ from enum import IntEnum
 from typing import Protocol, TypeVar
 
 from crossdock.errors import CrossdockError, NotSupported, PeerFailed, PeerTimeout, TransportError
+from crossdock.masks import Proposal, num_words
 
 EPOCH_SHIFT = 32
 CALL_MASK = 2**EPOCH_SHIFT - 1
@@ -39,6 +40,10 @@ PUSHED = 7
 FLAG_EPOCH_BITS = 16
 FLAG_EPOCH_SHIFT = 16
 MOST_MORE = 2**15 - 1
+
+PROPOSAL_SHIFT = 24
+PROPOSED, HEARD, FIRST_WORD = 0, 1, 2
+"""What a rank says where it wants others masked: that its proposal is here, that it has heard all others, and which."""
 
 REASON_HEADER = struct.Struct("<i?")
 
@@ -180,7 +185,9 @@ class Consent:
     ) -> None:
         self._mailbox = mailbox
         self.rank = rank
-        self._peers = range(num_ranks)
+        self._num_ranks = num_ranks
+        self._peers: Sequence[int] = range(num_ranks)
+        """Those that take part, this rank included."""
         self._ring = ring
         self.start_from(first)
 
@@ -191,11 +198,17 @@ class Consent:
         self._is_open = True
         self._flag: Flag | None = None
         self._last_posted = sequence - 1
+        self._num_proposals = 0
 
     @property
     def epoch(self) -> int:
         """The epoch of the next call, as sequence numbers have it: 1 to 255, then 1 again."""
         return self.num_ended % NUM_EPOCHS + 1
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the epoch has begun by a failure, and no call has been taken in it."""
+        return not self._is_open and self.next_sequence & CALL_MASK == 0
 
     def take(self) -> int:
         """The sequence number of the next call."""
@@ -244,14 +257,14 @@ class Consent:
             return _is_stamped(value, sequence)
 
         yield from self._until(sequence, arrived, self._peers, "begin")
-        words = [Word.of(payloads[peer]) for peer in self._peers]
-        for peer, word in enumerate(words):
+        words = {peer: Word.of(payloads[peer]) for peer in self._peers}
+        for peer, word in words.items():
             if word.kind != own.kind:
                 raise mismatch(peer, word, self.rank, own)
-        for peer, word in enumerate(words):
+        for peer, word in words.items():
             if word.signature != own.signature:
                 raise mismatch(peer, word, self.rank, own)
-        return words
+        return [words.get(peer, own) for peer in range(self._num_ranks)]  # nobody looks for rows of a masked rank
 
     def signal(self, sequence: int) -> None:
         """Tells every rank that all rows this rank owes it in this call are in place."""
@@ -260,7 +273,7 @@ class Consent:
 
     def arrivals(self, sequence: int, words: Sequence[Word], *, from_all: bool) -> Waiting:
         """Done when all rows that are owed to this rank are in place: by all ranks, or by those that push."""
-        senders = [peer for peer, word in enumerate(words) if from_all or word.output_slot == PUSHED]
+        senders = [peer for peer in self._peers if from_all or words[peer].output_slot == PUSHED]
 
         def arrived(peer: int) -> bool:
             return _is_stamped(self._mailbox.load("arrived", self.entry(sequence), peer), sequence)
@@ -311,6 +324,63 @@ class Consent:
         self._is_open = False
         self.next_sequence = self.epoch << EPOCH_SHIFT
         self._last_posted = self.next_sequence - 1
+        self._num_proposals = 0
+
+    def propose(self, proposal: Proposal, is_gone: Callable[[int], bool]) -> Steps[dict[int, Proposal]]:
+        """Whom the ranks want masked that this one does not, once each of them has heard all that is awaited here.
+
+        A rank that is gone, and that another wants masked, is not awaited.
+
+        Raises:
+            PeerFailed: a rank gave up, or has left and nobody wants it masked.
+        """
+        self._num_proposals += 1
+        number = (self.num_ended + 1) << PROPOSAL_SHIFT | self._num_proposals
+        heard = {self.rank: proposal}
+        listeners = [peer for peer in self._peers if peer != self.rank and not is_gone(peer)]
+        awaited = [peer for peer in self._peers if peer != self.rank and peer not in proposal.wanted]
+        load = self._mailbox.load
+
+        def has_proposed(peer: int) -> bool:
+            if load("masks", PROPOSED, peer) == number:
+                words = [load("masks", FIRST_WORD + at, peer) for at in range(num_words(self._num_ranks))]
+                if load("masks", PROPOSED, peer) == number:  # else it has failed meanwhile, and proposes something else
+                    heard[peer] = Proposal.of(words)
+            return peer in heard or (is_gone(peer) and any(peer in other.wanted for other in heard.values()))
+
+        for peer in listeners:
+            for at, word in enumerate(proposal.words(self._num_ranks)):
+                self._mailbox.post(peer, "masks", FIRST_WORD + at, word)
+            self._mailbox.post(peer, "masks", PROPOSED, number)
+        yield from self._until_agreed(has_proposed, awaited, is_gone)
+        for peer in listeners:
+            self._mailbox.post(peer, "masks", HEARD, number)
+        heeded = [peer for peer in awaited if peer in heard]
+        yield from self._until_agreed(lambda peer: load("masks", HEARD, peer) == number, heeded, is_gone)
+        return heard
+
+    def _until_agreed(
+        self, arrived: Callable[[int], bool], senders: Sequence[int], is_gone: Callable[[int], bool]
+    ) -> Waiting:
+        """Yields the senders still missing until there are none: of those that are gone, not before the others."""
+        missing = list(senders)
+        while missing := [peer for peer in missing if not arrived(peer)]:
+            flags = [flag for peer in senders if (flag := self._void(peer, self.next_sequence)) is not None]
+            if flags and not all(map(arrived, missing)):
+                raise flags[0]
+            living = [peer for peer in missing if not is_gone(peer)]
+            if not living and self.has_left(missing[0]) and not arrived(missing[0]):
+                raise PeerFailed(missing[0], "it has closed its buffer")
+            yield Missing(living or missing, "agree to")
+
+    def mask(self, ranks: Sequence[int]) -> None:
+        """These take part in nothing any more: no word goes to them, and none of theirs counts.
+
+        To have agreed on it was the first call of an epoch. One on which ranks did not agree has no number, so that
+        they are still in step with a rank that was none of them.
+        """
+        self._last_posted = self.take()
+        self._peers = [peer for peer in self._peers if peer not in ranks]
 
     def leave(self) -> None:
         """Tells every peer that this rank takes part in nothing any more."""
@@ -322,7 +392,7 @@ class Consent:
         """Yields the senders still missing until there are none; fails when any rank has given up the call."""
         missing = list(senders)
         while missing := [peer for peer in missing if not arrived(peer)]:
-            left = [peer for peer in missing if self._has_left(peer)]  # before flags: who fails and leaves has failed
+            left = [peer for peer in missing if self.has_left(peer)]  # before flags: who fails and leaves has failed
             flags = [flag for peer in self._peers if (flag := self._void(peer, sequence)) is not None]
             # Looked at again: a rank does its part before it fails or leaves, and what is here is judged by itself.
             if flags and not all(map(arrived, missing)):
@@ -353,7 +423,8 @@ class Consent:
         why = reason[REASON_HEADER.size :].rstrip(b"\0").decode(errors="ignore")
         return PeerTimeout(culprit, why) if timed_out else PeerFailed(culprit, why)
 
-    def _has_left(self, peer: int) -> bool:
+    def has_left(self, peer: int) -> bool:
+        """Whether a peer has closed its buffer."""
         return self._mailbox.load("closed", 0, peer) != 0
 
 

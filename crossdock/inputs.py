@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
+from crossdock.masks import made_before
 from crossdock.plan import Plan
 from crossdock.spec import Spec
 from crossdock.wire import Fp8, Quantized
@@ -83,6 +84,17 @@ def check_tokens(spec: Spec, x: Tensor | Quantized, *, wide: bool) -> int:
     return data.shape[0]
 
 
+def check_ranks(ranks: Sequence[int], *, num_ranks: int) -> None:
+    """Ranks to be masked: at least one, each a rank of the group."""
+    if not ranks:
+        raise ConfigError("mask() was given no rank; pass the ranks that are gone")
+    for rank in ranks:
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise ConfigError(f"mask() was given {rank!r}, a {type(rank).__name__}; pass ranks as integers")
+        if not 0 <= rank < num_ranks:
+            raise ConfigError(f"mask() was given rank {rank}; ranks are 0 to {num_ranks - 1}")
+
+
 def check_topk_idx(spec: Spec, topk_idx: Tensor, num_tokens: int) -> None:
     """Picks: int64 or int32 [T, K]."""
     _check_tensor("topk_idx", topk_idx)
@@ -126,12 +138,14 @@ def check_token_extras(spec: Spec, extras: Sequence[Tensor], num_tokens: int) ->
         )
 
 
-def check_plan(plan: Plan, buffer_id: int) -> None:
-    """A plan is good for the buffer that made it."""
+def check_plan(plan: Plan, buffer_id: int, masked: tuple[int, ...]) -> None:
+    """A plan is good for the buffer that made it, as long as no further rank is masked."""
     if not isinstance(plan, Plan):
         raise ConfigError(f"plan is a {type(plan).__name__}; pass recv.plan of an earlier dispatch of this buffer")
     if plan.buffer_id != buffer_id:
         raise ConfigError("the plan was made by another buffer; pass recv.plan of a dispatch of this one")
+    if plan.masked != masked:
+        raise made_before(sorted(set(masked) - set(plan.masked)))
 
 
 def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> None:

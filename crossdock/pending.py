@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from crossdock.backends.base import Event
 from crossdock.consent import Consent, Kind, Missing, Steps
@@ -33,7 +33,9 @@ class Pending(Generic[Result]):
     started, so waiting for one finishes those before it.
     """
 
-    def __init__(self, queue: CallQueue, kind: Kind, sequence: int, steps: Steps[Result], work: Work | None) -> None:
+    def __init__(
+        self, queue: CallQueue, kind: Kind | Literal["mask"], sequence: int, steps: Steps[Result], work: Work | None
+    ) -> None:
         self.kind = kind
         self.sequence = sequence
         self._queue = queue
@@ -150,7 +152,7 @@ class CallQueue:
 
     def start(
         self,
-        kind: Kind,
+        kind: Kind | Literal["mask"],
         sequence: int,
         steps: Steps[Result],
         work: Work | None = None,
@@ -158,6 +160,7 @@ class CallQueue:
         """Puts a call behind the others and goes as far as is possible without waiting.
 
         Args:
+            kind: a mask is a call that has no word.
             work: what it leaves to a device.
         """
         pending = Pending(self, kind, sequence, steps, work)
@@ -200,6 +203,18 @@ class CallQueue:
         if self._untold is None:
             self._fail(reason)
         self.last_error, self._untold = TransportError(f"this rank gave up: {reason}"), None
+
+    def renew(self, reason: str) -> None:
+        """Gives up what is in flight, and begins an epoch, unless one has just begun by a failure.
+
+        That failure counts as told, whatever it was.
+        """
+        self.settle()
+        if self._untold is None and (error := self._consent.failure()) is not None:
+            self._fail(error)
+        elif self._untold is None and not self._consent.is_fresh:
+            self._fail(reason)
+        self.last_error = self._untold = None
 
     def forget(self) -> None:
         """Forgets failures that nobody has seen; gives up what is in flight, if anything is."""

@@ -107,6 +107,8 @@ class Plan:
     partial_rows: Int32[Tensor, "R K"] | None = None
     """Filled on arrival where ranks sum picks: for each (token, rank) pair that came here, its rows in pick order, or
     -1."""
+    masked: tuple[int, ...] = ()
+    """The ranks that were masked when it was made."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, num_tokens={self.num_tokens}, num_rows={self.num_rows})"

@@ -181,7 +181,11 @@ class Backend(Protocol):
         """
 
     def remake_plan(self, tensors: PlanTensors) -> Plan:
-        """A plan from the tensors that decide it; stamped the same on all ranks that remake the same."""
+        """A plan from the tensors that decide it; stamped the same on all ranks that remake the same.
+
+        Raises:
+            ConfigError: it has rows of ranks that have been masked since; on all ranks that remake it.
+        """
 
     def push_rows(self, plan: Plan, outgoing: Outgoing, words: Sequence[Word]) -> None:
         """Writes each row into its final place, in the receive slot that each peer named."""
@@ -222,8 +226,14 @@ class Backend(Protocol):
             at_once: whether it is waited for where it is started.
         """
 
+    def mask(self, ranks: tuple[int, ...]) -> None:
+        """These ranks, and no others, take part in nothing any more; nothing of this rank is running.
+
+        Plans from now on have no rows of theirs, and those before are void, in graphs too.
+        """
+
     def check_capture(self, *, asks_host: bool) -> None:
-        """Raises ConfigError where a graph is captured of a dispatch that asks the host."""
+        """Raises ConfigError where a graph is captured of a call that asks the host."""
 
     def marked(self, name: str) -> AbstractContextManager[object]:
         """What is issued within has that name in a profiler."""

@@ -22,6 +22,7 @@ from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Steps, Word, stamped
 from crossdock.errors import CapacityError
 from crossdock.layout import Expanded
+from crossdock.masks import has_rows_of, made_before
 from crossdock.plan import Hop, HostPlan, Plan, Terms, check_capacity, local_counts, make_plan, partial_rows_to_send
 from crossdock.scales import as_integers
 from crossdock.transport.host import HostTransport
@@ -49,6 +50,9 @@ class CpuBackend:
         self._buffer_id = buffer_id
         self._rank = transport.rank
         self._num_ranks = transport.num_ranks
+        self._masked: tuple[int, ...] = ()
+        self._left = list(range(transport.num_ranks))
+        """The ranks that are not masked."""
         memory = transport.memory
         segments = [memory[r * arena.stride :][: arena.num_bytes] for r in range(self._num_ranks)]
         self._at = [{name: arena.view(segment, name) for name in arena.regions} for segment in segments]
@@ -65,12 +69,13 @@ class CpuBackend:
     def post_counts(self, sequence: int, topk_idx: Tensor) -> None:
         """See Backend. Stamped like every word; the begin word that follows makes them visible."""
         counts = local_counts(self._arena.spec, self._arena.topology, topk_idx)
-        self._counts[:, sequence % self._arena.ring, self._rank] = counts.numpy() | stamped(sequence, 0)
+        self._counts[self._left, sequence % self._arena.ring, self._rank] = counts.numpy() | stamped(sequence, 0)
 
     def make_plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> HostPlan:
         """See Backend."""
         words = self._counts[self._rank, sequence % self._arena.ring]
-        assert (words >> PAYLOAD_BITS == stamped(sequence, 0) >> PAYLOAD_BITS).all(), "counts of another call"
+        stamps = words[self._left] >> PAYLOAD_BITS
+        assert (stamps == stamped(sequence, 0) >> PAYLOAD_BITS).all(), "counts of another call"
         counts = torch.from_numpy(words & PAYLOAD_MASK)
         try:
             check_capacity(self._arena.spec, self._arena.topology, counts)
@@ -83,6 +88,9 @@ class CpuBackend:
 
     def remake_plan(self, tensors: PlanTensors) -> HostPlan:
         """See Backend. The stamp is a checksum of the counts."""
+        num_local = self._arena.spec.num_local_experts(self._num_ranks)
+        if has_rows_of(tensors.counts, self._masked, num_local=num_local):
+            raise made_before(self._masked)
         stamp = zlib.crc32(tensors.counts.numpy().tobytes()) + 1  # 0 is no plan's
         plan = self._make_plan(tensors.topk_idx, tensors.counts, stamp=stamp)
         return replace(plan, partial_rows=tensors.partial_rows) if self._arena.spec.ranks_sum_picks else plan
@@ -220,6 +228,11 @@ class CpuBackend:
         """See Backend."""
         return
 
+    def mask(self, ranks: tuple[int, ...]) -> None:
+        """See Backend."""
+        self._masked = ranks
+        self._left = [rank for rank in self._left if rank not in ranks]
+
     def check_capture(self, *, asks_host: bool) -> None:
         """See Backend."""
 
@@ -231,7 +244,7 @@ class CpuBackend:
         """See Backend."""
 
     def _make_plan(self, topk_idx: Tensor, counts: Tensor, *, stamp: int) -> HostPlan:
-        return make_plan(
+        plan = make_plan(
             self._arena.spec,
             self._arena.topology,
             rank=self._rank,
@@ -240,6 +253,7 @@ class CpuBackend:
             stamp=stamp,
             buffer_id=self._buffer_id,
         )
+        return replace(plan, masked=self._masked) if self._masked else plan
 
     def _first_row(self, name: str, rank: int, slot: int) -> int:
         """The number, in the matrix of all rows, of a slot's first row in a region of a rank."""

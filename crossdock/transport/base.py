@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch.distributed as dist
@@ -21,12 +22,17 @@ class Transport(Mailbox, Protocol):
     num_ranks: int
     segment: Tensor
     """uint8, ``arena.num_bytes``: this rank's segment."""
+    linger_s: float
+    """How long after a rank has gone what it wrote may still come in."""
 
     def idle(self, num_polls: int) -> None:
         """Gives the core away for a moment, after ``num_polls`` polls that found nothing."""
 
     def is_alive(self, peer: int) -> bool:
         """False when the peer is known to be gone for good."""
+
+    def mask(self, ranks: Sequence[int]) -> None:
+        """These ranks are gone for good: what they have left here counts for nothing. Nothing of ours is running."""
 
     def close(self) -> None:
         """Lets go of the peers, without a word to them; tensors that were handed out stay valid."""

@@ -18,6 +18,8 @@ from crossdock.arena import REASON_BYTES, Arena
 _YIELDS = 20000
 """Polls that yield the core before a waiting rank starts to sleep: about twenty milliseconds."""
 _NAP_S = 100e-6
+_LINGER_S = 0.5
+"""A process that was killed may end before its last kernel does."""
 
 
 class DeviceTransport:
@@ -50,6 +52,7 @@ class DeviceTransport:
         self.segments = torch.tensor([view.data_ptr() for view in views], dtype=torch.int64, device=self.device)
         """int64 ``[P]``: where each rank's segment is mapped here."""
         self.views = views
+        self.linger_s = _LINGER_S
         self._arena = arena
         self.stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         """Beside kernels that wait: what the host says and asks goes through it."""
@@ -81,6 +84,17 @@ class DeviceTransport:
         """See Mailbox."""
         with torch.cuda.stream(self.stream):
             self._arena.view(self.segment, box).zero_()
+        self.stream.synchronize()
+
+    def mask(self, ranks: Sequence[int]) -> None:
+        """See Transport. In place of their segments kernels are given this rank's own, graphs that exist already too.
+
+        What they tell those ranks they then tell this one: it stands in for them.
+        """
+        with torch.cuda.stream(self.stream):
+            self._arena.forget_senders(self.segment, ranks)
+            for rank in ranks:
+                self.segments[rank].copy_(self.segments[self.rank])
         self.stream.synchronize()
 
     def idle(self, num_polls: int) -> None:

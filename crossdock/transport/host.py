@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -74,7 +74,9 @@ class HostTransport:
         self.close = close
         self._load, self._store = atomics(between_processes=between_processes)
         self._segments = [memory.data_ptr() + r * arena.stride for r in range(self.num_ranks)]
-        boxes = ("words", "arrived", "aborts", "closed", "reasons")
+        self.linger_s = 0.0
+        self._arena = arena
+        boxes = ("words", "arrived", "aborts", "closed", "masks", "reasons")
         self._offsets = {name: arena[name].offset for name in boxes}
         self._num_bytes = {name: arena[name].num_bytes for name in boxes}
         self._yield: Callable[[], object] = getattr(ctypes.CDLL(None), "sched_yield", os.sched_yield)
@@ -99,6 +101,10 @@ class HostTransport:
     def forget(self, box: str) -> None:
         """See Mailbox."""
         ctypes.memset(self._segments[self.rank] + self._offsets[box], 0, self._num_bytes[box])
+
+    def mask(self, ranks: Sequence[int]) -> None:
+        """See Transport."""
+        self._arena.forget_senders(self.segment, ranks)
 
     def idle(self, num_polls: int) -> None:
         """Yields the core at first: there are often more ranks than cores, and 7 us beat 4 ms. Then sleeps."""

@@ -7,11 +7,15 @@ import contextlib
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from crossdock import ConfigError, Expanded, Fp32, PeerFailed, PeerTimeout, Spec
+from crossdock import Compact, ConfigError, Expanded, Fp32, Padded, PeerFailed, PeerTimeout, Spec
+from crossdock.masks import drop_picks
+from tests.cases import make_case
+from tests.gpu.test_graphs import Step, same_results
 from tests.world import WorkerLost, device, meet, open_buffer
 from tests.worlds import test_failures as on_cpu
 
@@ -337,3 +341,64 @@ def test_a_killed_rank_is_named_on_all_survivors_long_before_the_deadline(world)
         assert isinstance(error, (PeerTimeout, PeerFailed))
         assert error.rank == len(others) or isinstance(error, PeerFailed)
         assert seconds < AT_ONCE_S
+
+
+def without_the_killed(group):
+    """The last rank is killed between two calls; the others mask it, and go on in every layout, and with a graph."""
+    layouts = (Expanded(), Compact(), Padded())
+    buffers = [open_buffer(group, replace(SPEC, layout=layout), timeout_s=TIMEOUT_S) for layout in layouts]
+    first, rank, victim = buffers[0], buffers[0].rank, buffers[0].topology.num_ranks - 1
+    olds = [check_round(buffer) for buffer in buffers]
+    case = make_case(first.spec, [T] * (victim + 1))
+    case = replace(
+        case,
+        x=[on_cpu.x_of(r).to(device()) for r in range(victim + 1)],
+        topk=[topk()] * (victim + 1),
+        weights=[torch.ones(T, K, device=device())] * (victim + 1),
+    )
+    step = Step(first, case, is_cached=False, pulls=True)
+    torch.cuda.synchronize()
+    meet(group)
+    if rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    lost, _ = caught(first, lambda: first.dispatch(x_of(first), topk()))
+    kept = drop_picks(on_cpu.TOPK, [victim], num_local=8 // (victim + 1)).to(device())
+    refused = []
+    for buffer, old in zip(buffers, olds, strict=True):
+        buffer.mask(victim)
+        refused.append(caught(buffer, lambda buffer=buffer, old=old: buffer.dispatch(x_of(buffer), old.plan))[0])
+        for number in range(4):
+            x = x_of(buffer, number)
+            recv = buffer.dispatch(x, topk()) if number % 2 else buffer.dispatch_start(x, topk()).wait()
+            y = recv.output_rows().copy_(recv.x * 2) if number < 2 else recv.x * 2
+            out = buffer.combine(y, recv.plan)
+            again = buffer.dispatch(x, recv.plan)
+            buffer.check()
+            assert torch.equal(out, x * 2 * (kept >= 0).sum(1, keepdim=True)), (buffer.spec.layout, number)
+            assert torch.equal(again.src_idx, recv.src_idx)
+            assert not (recv.src_idx // SPEC.max_tokens == victim).any()
+    step.inputs[1].copy_(first.drop_masked(topk()))
+    for _ in range(10):
+        assert same_results(step.replay(), step.run())
+    step.inputs[1].copy_(topk())
+    error, _ = caught(first, step.replay)
+    x = x_of(first)
+    recv = first.dispatch(x, topk())
+    assert torch.equal(first.combine(recv.x, recv.plan), x * (kept >= 0).sum(1, keepdim=True))
+    first.check()
+    return lost, refused, error
+
+
+@pytest.mark.worlds("cuda-4")
+def test_a_killed_rank_is_masked_and_the_others_go_on(world):
+    *others, gone = world.outcomes(without_the_killed)
+    assert isinstance(gone, WorkerLost)
+    for rank, outcome in enumerate(others):
+        assert not isinstance(outcome, BaseException), outcome
+        lost, refused, error = outcome
+        assert isinstance(lost, (PeerTimeout, PeerFailed))
+        for old in refused:
+            assert type(old) is ConfigError
+            assert "older than the mask of rank 3" in str(old)
+        assert type(error) is (PeerFailed if rank else ConfigError)
+        assert rank or "buffer.drop_masked(topk_idx)" in str(error)

@@ -79,8 +79,9 @@ def test_a_literal_map():
         "arrived": (128, (4, 4)),
         "aborts": (256, (4,)),
         "closed": (320, (4,)),
-        "reasons": (384, (4, 512)),
-        "counts": (2432, (4, 4, 12)),
+        "masks": (384, (3, 4)),  # two words, and 31 ranks in each that follows
+        "reasons": (512, (4, 512)),
+        "counts": (2560, (4, 4, 12)),
         "data": (4096, (2, 64, 64)),  # 4 ranks of 16 tokens
         "record": (20480, (2, 64, 24)),  # source; 2 ids and 2 weights; 3 bytes of extras; to a multiple of 8
         "outputs": (23552, (2, 64, 64)),

@@ -323,8 +323,10 @@ def faults_of_write_back(steps: list[Step], scope: str) -> list[str]:
         if "release" in step.order and step.scope == scope:
             barriers = [j for j in range(i) if steps[j].kind == "barrier"]
             steps_before = steps[: barriers[-1] if barriers else 0]
-            before = [step for step in steps_before if step.kind in ("store", "write back", "wait")][-2:]
-            if [step.kind for step in before] != ["write back", "wait"] or before[0].scope != "sys":
+            before = [step for step in steps_before if step.kind in ("store", "write back", "wait")]
+            while [step.kind for step in before[-2:]] == ["wait", "wait"]:  # also for what was loaded
+                before.pop()
+            if [step.kind for step in before[-2:]] != ["write back", "wait"] or before[-2].scope != "sys":
                 faults.append("stores still under way at the barrier")
     return faults
 

@@ -31,6 +31,7 @@ from crossdock.backends.cuda.scales import ScaleKernels
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Expanded
+from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
 from crossdock.scales import as_integers
 from crossdock.spec import Topology
@@ -62,6 +63,7 @@ class CudaBackend:
         self._is_narrow = isinstance(spec.wire, Fp8)
         self._is_aligned = isinstance(spec.layout, Expanded) and spec.layout.alignment > 1
         self.num_tokens_per_expert = launcher.tokens
+        self._masked: tuple[int, ...] = ()
 
     @property
     def overflows(self) -> list[tuple[int, CapacityError]]:
@@ -90,8 +92,18 @@ class CudaBackend:
         return plan
 
     def remake_plan(self, tensors: PlanTensors) -> DevicePlan:
-        """See Backend."""
+        """See Backend. Where ranks are masked, the host asks the device whether the plan has rows of theirs."""
         self.enter()
+        if self._masked:
+            if torch.cuda.is_current_stream_capturing():
+                raise ConfigError(
+                    f"a CUDA graph is being captured, and whether a plan is older than the mask of "
+                    f"{listed(self._masked)} has to be asked the device; capture calls on recv.plan of a plain dispatch"
+                )
+            num_local = self._arena.spec.num_local_experts(self._transport.num_ranks)
+            with self.on_stream():
+                if has_rows_of(tensors.counts, self._masked, num_local=num_local):
+                    raise made_before(self._masked)
         return self._planner.remake(tensors)
 
     def push_rows(self, plan: Plan, outgoing: Outgoing, words: Sequence[Word]) -> None:
@@ -221,12 +233,20 @@ class CudaBackend:
         event.record(self._on.stream)
         return event
 
+    def mask(self, ranks: tuple[int, ...]) -> None:
+        """See Backend."""
+        self._masked = ranks
+        with self.on_stream():
+            self._planner.mask(ranks)
+        self.synchronize()
+
     def check_capture(self, *, asks_host: bool) -> None:
         """See Backend."""
         if (asks_host or self.launch.engine == "copy") and torch.cuda.is_current_stream_capturing():
             raise ConfigError(
-                "a CUDA graph is being captured, and this dispatch asks the host (how many rows came; where blocks of "
-                "engine='copy' go); pass rows='capacity', or recv.plan of an earlier dispatch, with engine='kernel'"
+                "a CUDA graph is being captured, and this call asks the host (a dispatch how many rows came, or where "
+                "blocks of engine='copy' go; a mask who is gone); leave mask() out, and for a dispatch pass "
+                "rows='capacity', or recv.plan of an earlier dispatch, with engine='kernel'"
             )
 
     def marked(self, name: str) -> AbstractContextManager[object]:

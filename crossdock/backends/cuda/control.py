@@ -10,7 +10,7 @@ import torch
 
 from crossdock.backends.base import Event
 from crossdock.backends.cuda.kernels import sync
-from crossdock.backends.cuda.kernels.calls import ARRIVE, CURRENT, NEXT, NUM_ENDED, STATE_WORDS, STATUS
+from crossdock.backends.cuda.kernels.calls import ARRIVE, CURRENT, NEXT, NUM_ENDED, NUM_MASKED, STATE_WORDS, STATUS
 from crossdock.backends.cuda.launch import Launcher
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.words import WordKernels
@@ -31,6 +31,7 @@ from crossdock.consent import (
     stamped,
 )
 from crossdock.errors import ConfigError, CrossdockError, PeerFailed, PeerTimeout
+from crossdock.masks import listed
 from crossdock.routing import check_picks
 from crossdock.transport.device import DeviceTransport
 
@@ -66,6 +67,16 @@ class DeviceConsent(Consent):
     def start_from(self, sequence: int) -> None:
         """See Consent. Nothing of this rank may be running."""
         super().start_from(sequence)
+        self._restart()
+
+    @property
+    def is_fresh(self) -> bool:
+        """See Consent. Graphs begin calls without this host."""
+        return super().is_fresh and self._state()[NEXT.value] == self.next_sequence
+
+    def mask(self, ranks: Sequence[int]) -> None:
+        """See Consent."""
+        super().mask(ranks)
         self._restart()
 
     def may_post(self, sequence: int) -> bool:
@@ -217,7 +228,17 @@ class DeviceConsent(Consent):
                 return error
         return ConfigError(
             f"topk_idx has a value that is no expert (0 to {self._num_experts - 1}, -1 for no pick), or one expert "
-            f"twice; a graph was replayed with it, or it was many calls ago"
+            f"twice; a graph was replayed with it, or it was many calls ago{self._of_masked()}"
+        )
+
+    def _of_masked(self) -> str:
+        """What else a graph may have done that was captured before ranks were masked."""
+        masked = sorted(set(range(self._num_ranks)) - set(self._peers))
+        if not masked:
+            return ""
+        return (
+            f". Or it was replayed with picks of experts of {listed(masked)}, and captured before they were masked: "
+            f"give it buffer.drop_masked(topk_idx), or capture it again"
         )
 
     def _has_done_its_part(self, peer: int) -> bool:
@@ -236,6 +257,7 @@ class DeviceConsent(Consent):
         state = [0] * STATE_WORDS.value
         state[NEXT.value], state[CURRENT.value] = self.next_sequence, self.next_sequence
         state[NUM_ENDED.value], state[STATUS.value] = self.num_ended, sync.OK.value
+        state[NUM_MASKED.value] = self._num_ranks - len(self._peers)
         with torch.cuda.stream(self._transport.stream):
             self._on.state.copy_(torch.tensor(state))
             self._on.record.zero_()

@@ -41,6 +41,11 @@ class Table:
         """
         return self.incoming.new_empty(self.num_slots, dtype=torch.int64)
 
+    @property
+    def has_origins(self) -> bool:
+        """Whether anybody has asked for these."""
+        return "origins" in self.__dict__
+
 
 @dataclass(eq=False)
 class Report:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -55,6 +56,9 @@ class Planner:
         self._rank = rank
         self._buffer_id = buffer_id
         self._has_pairs = has_pairs
+        self._masked: tuple[int, ...] = ()
+        self._tables: WeakSet[Table] = WeakSet()
+        """All that plans have, to be made void when a rank is masked."""
         self._num_ranks = arena.topology.num_ranks
         self._num_local = arena.spec.num_local_experts(self._num_ranks)
         self._slot_rows = arena.spec.num_slot_rows(self._num_ranks)
@@ -85,6 +89,18 @@ class Planner:
         num_counts = arena.spec.num_counts(arena.topology)
         self._partial_sums = torch.zeros(num_chunks, num_counts, dtype=torch.int32, device=launcher.device)
         """Of the plan that is being made: for each chunk of tokens, the counts of those before it."""
+
+    def mask(self, ranks: tuple[int, ...]) -> None:
+        """Plans from now on have no rows of these ranks. Those before move no rows any more, in graphs too.
+
+        A graph that makes its plan itself does so again when it is replayed.
+        """
+        self._masked = ranks
+        for table in self._tables:
+            table.places.fill_(-1)
+            table.incoming.zero_()
+            if table.has_origins:
+                table.origins.fill_(-1)
 
     def count(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
         """Counts this rank's picks, for the words that come next to tell; the plan that is filled with them.
@@ -321,18 +337,21 @@ class Planner:
             rows=rows,
             pairs=pairs,
             sums_pairs=self._sums_pairs,
+            masked=self._masked,
             scalars=self._ints(SCALARS.value),
             report=report,
             is_whole=is_whole,
         )
 
     def _table(self, num_tokens: int, num_columns: int, num_segments: int, num_slots: int) -> Table:
-        return Table(
+        table = Table(
             places=self._ints(num_tokens, num_columns, dtype=torch.int64),
             homes=self._ints(num_tokens, num_columns),
             incoming=self._ints(3, num_segments * self._num_ranks),
             num_slots=num_slots,
         )
+        self._tables.add(table)
+        return table
 
     def _report(self, stamp: int) -> Report:
         """Room in host memory for what the host is told; a graph's is its own for good."""

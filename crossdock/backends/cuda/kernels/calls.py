@@ -1,8 +1,12 @@
 """The two ends of every call: words to all and from all, on the device. One program each; Triton only.
 
 What a buffer's kernels share is an int64 ``state``: the number of the next call and of the one begun last, the epochs
-that have ended, and whether all is OK. A call that is not OK ends the epoch: no kernel of this rank touches peer memory
-any more, none waits, until the host has begun the next epoch. What belongs to one call is an int64 ``call``.
+that have ended, whether all is OK, and how many ranks are masked. A call that is not OK ends the epoch: no kernel of
+this rank touches peer memory any more, none waits, until the host has begun the next epoch. What belongs to one call is
+an int64 ``call``.
+
+Where a rank is masked, ``segments`` has this rank's own segment in its place, and this rank stands in for it: it gives
+itself the words that the masked rank would give. So nothing that waits, here or on another rank, knows of it.
 
 Letters: P ranks, W counts of a rank.
 """
@@ -32,7 +36,8 @@ NEXT = tl.constexpr(0)
 CURRENT = tl.constexpr(1)
 NUM_ENDED = tl.constexpr(2)
 STATUS = tl.constexpr(3)
-STATE_WORDS = tl.constexpr(4)
+NUM_MASKED = tl.constexpr(4)
+STATE_WORDS = tl.constexpr(5)
 """Entries of the state; CURRENT is the call that was begun last, or the one that has failed."""
 
 SEQUENCE = tl.constexpr(0)
@@ -78,6 +83,24 @@ def output_slot_of(call, peer):
 
 
 @triton.jit
+def speaker_at(segments, rank, P: tl.constexpr):
+    """As whom this rank speaks to each rank, ``[next_power_of_2(P)]``: as itself, and as each masked one to itself."""
+    lanes = tl.arange(0, triton.next_power_of_2(P))
+    is_own = tl.load(segments + lanes, mask=lanes < P, other=0) == tl.load(segments + rank)
+    return tl.where(is_own, lanes, rank)
+
+
+@triton.jit
+def has_masked_picks(segments, mine, rank, P: tl.constexpr, W: tl.constexpr):
+    """Whether any of the counts are of a masked rank's experts; those come first."""
+    column = tl.arange(0, mine.shape[0])
+    home = column // (W // P - 1)
+    is_expert = column < W - P
+    is_own = tl.load(segments + home, mask=is_expert, other=0) == tl.load(segments + rank)
+    return tl.max((is_expert & is_own & (home != rank) & (mine > 0)).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def give_word(
     segments,
     state,
@@ -97,21 +120,25 @@ def give_word(
 
     Args:
         payload: int64, this rank's word without its stamp.
-        is_refused: whether this rank's picks are not allowed: its word then has no kind.
+        is_refused: whether this rank's picks are not allowed: its word then has no kind. So it is where picks are of a
+            masked rank's experts, which the host drops, but not in a graph that was captured before.
         mine: int64, a power of two of counts; what there are more than these are 0.
         AT_ONCE: ranks whose counts are moved at a time, a power of two.
     """
-    lanes = tl.arange(0, triton.next_power_of_2(P))
+    speaker = speaker_at(segments, rank, P)
     sequence = tl.load(state + NEXT)
+    num_masked = tl.load(state + NUM_MASKED)
     tl.debug_barrier()  # every warp has read it
     tl.store(state + CURRENT, sequence)
     tl.store(state + NEXT, next_call(sequence))
     tl.store(call + P + SEQUENCE, sequence)
     tl.store(call + P + PROGRESS, tl.full([], BEGUN, tl.int64))
     entry = (sequence & (RING - 1)) * P
-    given = tl.zeros_like(lanes).to(tl.int64) + payload
+    given = tl.zeros_like(speaker).to(tl.int64) + payload
     if W > 0:
-        given = tl.where(is_refused, given & WITHOUT_KIND, given)
+        if num_masked > 0:
+            is_refused = is_refused | has_masked_picks(segments, mine, rank, P, W)
+        given = tl.where(is_refused & (speaker == rank), given & WITHOUT_KIND, given)
         COLUMNS: tl.constexpr = mine.shape[0]
         columns = tl.arange(0, COLUMNS)
         for first in range(0, P, AT_ONCE):
@@ -123,7 +150,7 @@ def give_word(
                 rest = COLUMNS + tl.arange(0, triton.next_power_of_2(W - COLUMNS))
                 is_there = (peer < P)[:, None] & (rest < W)[None, :]
                 tl.store(there[:, None] + rest[None, :], stamped(sequence, tl.zeros_like(rest))[None, :], mask=is_there)
-    post_words(segments, words_offset + 8 * (entry + rank), stamped(sequence, given), P)
+    post_words(segments, words_offset + 8 * (entry + speaker), stamped(sequence, given), P)
     return sequence
 
 
@@ -302,7 +329,7 @@ def post_arrived(segments, call, rank, arrived_offset, P: tl.constexpr, RING: tl
     """Tells every rank that this rank's rows of a call are in place."""
     sequence = tl.load(call + P + SEQUENCE)
     entry = (sequence & (RING - 1)) * P
-    post_words(segments, arrived_offset + 8 * (entry + rank), stamped(sequence, 0), P)
+    post_words(segments, arrived_offset + 8 * (entry + speaker_at(segments, rank, P)), stamped(sequence, 0), P)
 
 
 @triton.jit(do_not_specialize=["rank", "max_polls"])

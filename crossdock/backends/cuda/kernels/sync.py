@@ -73,7 +73,7 @@ def post_words(segments, offset, word, P: tl.constexpr):
 
     Args:
         segments: the ranks' segments here, int64 addresses ``[P]``.
-        offset: where in each of them, in bytes.
+        offset: where in each of them, in bytes; the same for all, or a block with one lane per rank.
         word: int64; the same for all, or a block with one lane per rank.
         P: number of ranks.
     """
