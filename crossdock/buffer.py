@@ -576,7 +576,7 @@ class Buffer:
         """What this rank has counted so far."""
         return Stats(
             num_tokens_per_expert=self._backend.num_tokens_per_expert.clone(),
-            wait_s=torch.tensor(self._queue.wait_s, dtype=torch.float64),
+            wait_s=torch.tensor(self._queue.wait_s, dtype=torch.float64) + self._backend.wait_s.cpu(),
         )
 
     def gather_stats(self) -> Stats:

@@ -146,6 +146,11 @@ class Backend(Protocol):
     num_tokens_per_expert: Tensor
     """[L] int64, picks of each local expert in all dispatches but wide ones."""
 
+    @property
+    def wait_s(self) -> Tensor:
+        """[P] float64, seconds that its kernels have waited for each peer; 0 where the host waits."""
+        raise NotImplementedError
+
     has_pairs: bool
     """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
 

@@ -45,6 +45,7 @@ class CpuBackend:
         self.has_pairs = arena.spec.ranks_sum_picks
         self.whole = None
         self._overflows: list[tuple[int, CapacityError]] = []
+        self.wait_s = torch.zeros(arena.topology.num_ranks, dtype=torch.float64)
         self.num_tokens_per_expert = torch.zeros(arena.spec.num_local_experts(transport.num_ranks), dtype=torch.int64)
         self._arena = arena
         self._buffer_id = buffer_id

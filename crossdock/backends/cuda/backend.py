@@ -70,6 +70,11 @@ class CudaBackend:
         """See Backend."""
         return self._planner.overflows
 
+    @property
+    def wait_s(self) -> Tensor:
+        """See Backend."""
+        return self._on.waits_ns.double() / 1e9
+
     def enter(self) -> None:
         """See Backend."""
         self._on.enter()

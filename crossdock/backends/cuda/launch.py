@@ -39,7 +39,10 @@ class Launcher:
         self.segments = transport.segments
         self.timeout_s = timeout_s
         self.max_polls = max(1, int(timeout_s / _POLL_S))
-        self.state = torch.zeros(calls.STATE_WORDS.value, dtype=torch.int64, device=self.device)
+        num_state = calls.STATE_WORDS.value
+        self.state = torch.zeros(num_state + self.num_ranks, dtype=torch.int64, device=self.device)
+        self.waits_ns = self.state[num_state:]
+        """``[P]``, how long kernels have waited for each rank."""
         self.record = torch.zeros(RECORD_WORDS.value, dtype=torch.int64, device=self.device)
         self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.failure = torch.zeros(RECORD_WORDS.value, dtype=torch.int64, pin_memory=True)

@@ -57,6 +57,7 @@ class Planner:
         self._buffer_id = buffer_id
         self._has_pairs = has_pairs
         self._masked: tuple[int, ...] = ()
+        self._nowhere = torch.tensor([[2**30], [0]], dtype=torch.int32, device=launcher.device)
         self._tables: WeakSet[Table] = WeakSet()
         """All that plans have, to be made void when a rank is masked."""
         self._num_ranks = arena.topology.num_ranks
@@ -98,7 +99,7 @@ class Planner:
         self._masked = ranks
         for table in self._tables:
             table.places.fill_(-1)
-            table.incoming.zero_()
+            table.incoming[:2] = self._nowhere  # no rows, and no gap before them
             if table.has_origins:
                 table.origins.fill_(-1)
 

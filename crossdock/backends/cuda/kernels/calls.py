@@ -22,6 +22,7 @@ from crossdock.backends.cuda.kernels.sync import (
     CALL_MASK,
     MISMATCHED,
     OK,
+    PAYLOAD_BITS,
     RECORD_WORDS,
     find_abort,
     next_call,
@@ -38,7 +39,8 @@ NUM_ENDED = tl.constexpr(2)
 STATUS = tl.constexpr(3)
 NUM_MASKED = tl.constexpr(4)
 STATE_WORDS = tl.constexpr(5)
-"""Entries of the state; CURRENT is the call that was begun last, or the one that has failed."""
+"""Entries of the state; CURRENT is the call that was begun last, or the one that has failed. Behind them, for each
+rank, the nanoseconds that have been waited for it."""
 
 SEQUENCE = tl.constexpr(0)
 PROGRESS = tl.constexpr(1)
@@ -177,7 +179,9 @@ def take_words(
     own = tl.load(segments + rank)
     words, aborts = words_at(own, words_offset) + entry, words_at(own, aborts_offset)
     ended = tl.load(state + NUM_ENDED)
-    status, theirs = wait_words(words, aborts, stamped(sequence, 0), True, ended, max_polls, BEGIN, record, P)
+    status, theirs = wait_words(
+        words, aborts, stamped(sequence, 0), True, ended, max_polls, BEGIN, record, P, PAYLOAD_BITS, state + STATE_WORDS
+    )
     theirs = theirs & PAYLOAD_MASK
     if status == OK:
         differs = is_rank & ((theirs >> KIND_SHIFT) != (payload >> KIND_SHIFT))
@@ -314,7 +318,9 @@ def await_rows(
     own = tl.load(segments + rank)
     words, aborts = words_at(own, arrived_offset) + entry, words_at(own, aborts_offset)
     ended, word = tl.load(state + NUM_ENDED), stamped(sequence, 0)
-    status, _ = wait_words(words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P)
+    status, _ = wait_words(
+        words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P, PAYLOAD_BITS, state + STATE_WORDS
+    )
     if L > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
         if status == OK:
             local = tl.arange(0, triton.next_power_of_2(L))

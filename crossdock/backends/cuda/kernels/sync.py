@@ -105,6 +105,21 @@ def find_abort(aborts, is_rank, num_ended, call, P: tl.constexpr):
 
 
 @triton.jit
+def now_ns():
+    """A clock of the GPU, int64 nanoseconds; 0 where there is none."""
+    if tl.target_info.cuda_capability_geq(7, 0):
+        return tl.inline_asm_elementwise(
+            "mov.u64 $0, %globaltimer;", "=l,r", [tl.program_id(0)], dtype=tl.int64, is_pure=False, pack=1
+        )
+    if tl.target_info.is_hip():  # 100 MHz on gfx942
+        ticks = tl.inline_asm_elementwise(
+            "s_memrealtime $0\ns_waitcnt lgkmcnt(0)", "=s,v", [tl.program_id(0)], dtype=tl.int64, is_pure=False, pack=1
+        )
+        return ticks * 10
+    return tl.full([], 0, tl.int64)
+
+
+@triton.jit
 def wait_words(
     words,
     aborts,
@@ -116,6 +131,7 @@ def wait_words(
     record,
     P: tl.constexpr,
     BITS: tl.constexpr = PAYLOAD_BITS,
+    waits=None,
 ):
     """Why the wait ended, and the words: ``status, seen``. If OK, all that was before the words is visible here.
 
@@ -136,6 +152,7 @@ def wait_words(
         record: int64 ``[RECORD_WORDS]``.
         P: number of ranks.
         BITS: size of the payload, which is not compared; 0 compares whole words.
+        waits: int64 ``[P]``, nanoseconds that have been waited for each rank, or None; added to.
     """
     lanes = tl.arange(0, triton.next_power_of_2(P))
     is_rank = lanes < P
@@ -146,9 +163,15 @@ def wait_words(
     num_missing = tl.full([], P, tl.int32)
     is_aborted = tl.full([], 0, tl.int32)
     num_polls = tl.full([], 0, tl.int64)
+    polled = now_ns()
     while (num_missing > 0) & (is_aborted == 0) & (num_polls < max_polls):  # scalars: Triton 3.6 carries no tensor here
         here = tl.atomic_or(words + lanes, nothing, mask=is_rank, sem="relaxed", scope="sys")
-        num_missing = tl.sum((is_awaited & (here >> BITS != expected >> BITS)).to(tl.int32), axis=0)
+        is_late = is_awaited & (here >> BITS != expected >> BITS)
+        num_missing = tl.sum(is_late.to(tl.int32), axis=0)
+        if waits is not None:
+            now = now_ns()
+            tl.atomic_add(waits + lanes, nothing + (now - polled), mask=is_late, sem="relaxed", scope="gpu")
+            polled = now
         num_polls += 1
         if num_polls % ABORT_EVERY == 0:
             flags = tl.atomic_or(aborts + lanes, nothing, mask=is_rank, sem="relaxed", scope="sys")
