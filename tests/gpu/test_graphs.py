@@ -133,6 +133,31 @@ def test_replays_go_on_when_the_numbers_of_calls_come_round(world, first):
     check_replays(cases, world.run(replay_many, cases, False, False, first), is_cached=False)
 
 
+def replay_here_and_run_there(group, cases, first):
+    """Several graphs of one buffer, of other numbers of tokens; every other rank replays, while the others run."""
+    with open_buffer(group, cases[0].spec) as buffer:
+        buffer._consent.start_from(first)
+        steps = [Step(buffer, case, is_cached=False, pulls=True) for case in cases]
+        seen = [step.replay() for step in steps]
+        for number in range(NUM_REPLAYS):
+            step, want = steps[number % len(steps)], seen[number % len(steps)]
+            replays = (number // len(steps) + buffer.rank) % 2
+            results = step.replay() if replays else [tensor.clone() for tensor in step.run()]
+            assert same_results(results, want), number
+        buffer.check()
+        recv = buffer.dispatch(cases[1].x[buffer.rank], cases[1].topk[buffer.rank])
+        return seen, buffer.combine(cases[1].y[buffer.rank], recv.plan)
+
+
+@pytest.mark.worlds("cuda-2", "cuda-4")
+@pytest.mark.parametrize("layout", [Padded(), Expanded()], ids=repr)
+def test_one_rank_may_replay_what_another_runs_of_whole_calls_whose_numbers_come_round(world, layout):
+    spec = spec_of(layout, "token", Fp8(block=8))
+    cases = [make_case(spec, [tokens] * world.num_ranks, seed=tokens) for tokens in (9, 4, 1)]
+    got = world.run(replay_here_and_run_there, cases, 2**40 - 131)
+    check_replays(cases, got, is_cached=False)
+
+
 def check_replays(cases, got, *, is_cached):
     for i, given in enumerate(cases):
         case = replace(given, topk=cases[0].topk) if is_cached else given

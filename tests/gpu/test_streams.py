@@ -69,6 +69,36 @@ def work_on_a_side_stream(group, case, rows):
         return seen
 
 
+def multiply_meanwhile(group, case):
+    """A dispatch that is in flight while a product is made, with one rank that begins it late; then a combine."""
+    with open_buffer(group, case.spec) as buffer:
+        r, seen = buffer.rank, []
+        factors = torch.full((1024, 1024), 0.5, device=device(), dtype=torch.bfloat16)
+        for _ in range(4):
+            if r == 1:
+                torch.cuda._sleep(2 * MILLISECOND)
+            pending = buffer.dispatch_start(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r])
+            product = factors @ factors
+            recv = pending.wait()
+            came = observed(recv)
+            home = buffer.combine_start(case.y[r], recv.plan, weights=case.weights[r])
+            again = factors @ factors
+            out = home.wait()
+            assert torch.equal(product, again)
+            seen.append((came, out.clone()))
+        buffer.check()
+        waited = buffer.stats.wait_s
+        assert r == 1 or waited.argmax() == 1, waited
+        return seen
+
+
+@pytest.mark.worlds("cuda-4")
+@pytest.mark.parametrize("layout", [Padded(), Expanded()], ids=repr)
+def test_a_product_goes_on_while_calls_wait_for_a_late_rank(world, layout):
+    case = cases_of(world, layout, "token", 2, extra_bytes=0)[1]
+    check_rounds(world.run(multiply_meanwhile, case), case, case.weights)
+
+
 @WORLDS
 @pytest.mark.parametrize(
     ("layout", "reduce", "rows"),

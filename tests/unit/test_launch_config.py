@@ -78,7 +78,7 @@ def test_calls_of_few_tokens_are_one_kernel_on_all_multiprocessors(layout):
     assert not any(decided(spec).one_kernel for spec in others)
     assert not decided(few, expand="receiver").one_kernel
     assert decided(replace(few, wire=Fp8())).one_kernel
-    assert not decided(replace(few, wire=Fp8(column_major=True))).one_kernel
+    assert decided(replace(few, wire=Fp8(column_major=True))).one_kernel
 
 
 @pytest.mark.parametrize("num_topk", [1, 8, 32])
@@ -86,12 +86,14 @@ def test_calls_of_few_tokens_are_one_kernel_on_all_multiprocessors(layout):
 @pytest.mark.parametrize("num_sms", [1, 16, 132])
 def test_programs_of_whole_calls_share_out_tokens_and_their_pieces(num_topk, num_tokens, num_sms):
     config = decided(spec_of(layout=Padded(), max_tokens=128), num_sms=num_sms)
-    for num_words, casts in ((56, True), (896, False), (1, False)):
-        few = config.few(num_words, num_tokens, num_topk, casts=casts)
-        assert 1 <= few.shares <= max(1, num_tokens)
-        assert few.parts <= -(-num_words // few.piece)
-        assert few.shares * few.parts <= config.most_programs(num_topk)
-        assert few.shares * few.parts * few.num_warps * 32 * few.most_registers <= num_sms * 65536
+    for num_words, unit in ((896, 16), (896, 1), (1, 1), (18, 3)):
+        few = config.few(num_words, num_tokens, num_topk, unit=unit)
+        assert few.piece % unit == 0
+        assert few.piece // unit in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+        assert 1 <= few.programs <= 1 + num_tokens * -(-num_words // few.piece)
+        assert few.programs <= config.most_programs(num_topk)
+        assert few.programs * few.num_warps * 32 * few.most_registers <= num_sms * 65536
+        assert 1 <= few.stages(8 * 2) <= 4
     sums = config.few_sums(7168, num_tokens, num_topk, value_bytes=2)
     assert sums.shares * sums.parts * sums.num_warps * 32 * sums.most_registers <= num_sms * 65536
 
