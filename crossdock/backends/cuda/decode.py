@@ -176,7 +176,8 @@ class DecodeCalls:
             self._room,
             topk_idx,
             plan.topk_idx,
-            plan.topk_idx if weights is None else on.dense(weights).view(torch.int32),
+            self._nths if weights is None else on.dense(weights).view(torch.int32),
+            int(weights is not None),
             values,
             rows,
             rows if scale is None else scale,
@@ -208,7 +209,6 @@ class DecodeCalls:
             EXPONENTS=is_exponents,
             STAGES=shape.stages(rows.element_size() * values.element_size()) if block else 0,
             RECORD=arena.record_bytes // 4,
-            HAS_WEIGHTS=weights is not None,
             given=(
                 *(kind_of(tensor) for tensor in (topk_idx, weights, values, scale)),
                 values.stride(0),

@@ -21,6 +21,12 @@ ABORTED = tl.constexpr(2)
 MISMATCHED = tl.constexpr(3)
 """Why a call ended; OK is the only one after which peer memory may be touched."""
 
+GO = tl.constexpr(1)
+NO_ROWS = tl.constexpr(2)
+NOTHING = tl.constexpr(3)
+"""Verdicts of a grid's first program: rows go where the tables say; the call is void, or rows do not fit; there is
+nothing to do (any more)."""
+
 RECORD_STATUS = tl.constexpr(0)
 RECORD_PEER = tl.constexpr(1)
 RECORD_PHASE = tl.constexpr(2)
