@@ -24,6 +24,7 @@ FIRST_NORMAL = tl.constexpr(2.0**-6)
 SUBNORMAL_UNIT = tl.constexpr(2.0**14)
 """Added to a float32 it rounds to multiples of 2**-9, the smallest e4m3; the last bits then count them."""
 SUBNORMAL_UNIT_BITS = tl.constexpr((127 + 14) << 23)
+SIGN = tl.constexpr(-(2**31))
 SMALL = tl.constexpr(2.0**-60)
 UP, DOWN = tl.constexpr(2.0**64), tl.constexpr(2.0**-64)
 
@@ -55,12 +56,13 @@ def quotient(value, scale, POW2: tl.constexpr):
         return value * reciprocal[:, None]
     is_small = scale < SMALL
     value = value * tl.where(is_small, UP, 1.0)[:, None]
-    scale = tl.broadcast_to((scale * tl.where(is_small, UP, 1.0))[:, None], value.shape)
+    minus_scale = tl.broadcast_to((-scale * tl.where(is_small, UP, 1.0))[:, None], value.shape)
     reciprocal = tl.broadcast_to((reciprocal * tl.where(is_small, DOWN, 1.0))[:, None], value.shape)
     ratio = value * reciprocal
-    ratio = tl.fma(tl.fma(-ratio, scale, value), reciprocal, ratio)
-    ratio = tl.fma(tl.fma(-ratio, scale, value), reciprocal, ratio)
-    return tl.where(value == 0, value, ratio)  # -0 has a remainder of +0, which would make it +0
+    ratio = tl.fma(tl.fma(ratio, minus_scale, value), reciprocal, ratio)
+    ratio = tl.fma(tl.fma(ratio, minus_scale, value), reciprocal, ratio)
+    sign = value.to(tl.int32, bitcast=True) & SIGN  # -0 has a remainder of +0, which would make it +0
+    return ((ratio.to(tl.int32, bitcast=True) & ~SIGN) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -72,18 +74,18 @@ def cast_blocks(value, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
     """
     size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     is_finite = size < 0x7F800000
-    value = tl.where(is_finite, value, 0.0)
     # Sizes of finite floats are ordered as their bits are, and integers have no NaN to take care of.
     amax = tl.max(tl.where(is_finite, size, 0), axis=1).to(tl.float32, bitcast=True)
     scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, E4M3_MAX, tl.float32)), SMALLEST_NORMAL)
     if POW2:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    if tl.target_info.cuda_capability_geq(8, 9):  # its casts are to nearest, ties to even, within +-448
-        data = quotient(value, scale, POW2).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    if tl.target_info.cuda_capability_geq(8, 9):  # its casts are to nearest, ties to even, within +-448; of NaN E4M3_NAN
+        ratio = tl.where(is_finite, quotient(value, scale, POW2), float("nan"))
+        data = ratio.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
-        ratio = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
-        data = e4m3_bits(tl.minimum(tl.maximum(ratio, -E4M3_MAX), E4M3_MAX)).to(tl.uint8)
-    data = tl.where(is_finite, data, E4M3_NAN).to(tl.uint8)
+        ratio = tl.div_rn(tl.where(is_finite, value, 0.0), tl.broadcast_to(scale[:, None], value.shape))
+        data = e4m3_bits(tl.minimum(tl.maximum(ratio, -E4M3_MAX), E4M3_MAX))
+        data = tl.where(is_finite, data, E4M3_NAN).to(tl.uint8)
     return data, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8) if EXPONENTS else scale
 
 
