@@ -148,7 +148,7 @@ class LaunchConfig:
 
     def few_sums(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> FewSums:
         """For the kernel that is a whole combine."""
-        fits = _Fit(4, 8, 64) if num_topk <= _MANY_PICKS else _Fit(4, 3, 168)
+        fits = _Fit(4, 8, 64) if num_topk <= _MANY_PICKS else _Fit(4, 2, 255)
         most, piece = self.num_sms * fits.per_sm, min(power_of_two(num_values), 2048 // value_bytes)
         shares = max(1, min(num_tokens, most))
         return FewSums(

@@ -79,7 +79,9 @@ def cast_blocks(value, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
     scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, E4M3_MAX, tl.float32)), SMALLEST_NORMAL)
     if POW2:
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    if tl.target_info.cuda_capability_geq(8, 9):  # its casts are to nearest, ties to even, within +-448; of NaN E4M3_NAN
+    if tl.target_info.cuda_capability_geq(
+        8, 9
+    ):  # its casts are to nearest, ties to even, within +-448; NaN is E4M3_NAN
         ratio = tl.where(is_finite, quotient(value, scale, POW2), float("nan"))
         data = ratio.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:

@@ -33,6 +33,8 @@ REPORT_WORDS = tl.constexpr(4)
 """Entries of the report to the host, int64: how many rows (written where the host does not know) and pairs; of an
 overflow the place (rank, or expert for fixed blocks) that needs most, and how many rows, written only then."""
 
+_FEW = tl.constexpr(8)
+"""Picks of a token up to which they are looked at in registers."""
 ROW_BITS = tl.constexpr(32)
 ROW_MASK = tl.constexpr(2**32 - 1)
 
@@ -95,13 +97,21 @@ def has_bad_picks(topk_idx, first_token, last_token, E: tl.constexpr, K: tl.cons
     is_bad = tl.zeros([S], tl.int32)
     for first in range(first_token, last_token, S):
         token = first + tl.arange(0, S)
-        picks = ()  # a thread has all of a token's
-        for k in tl.static_range(K):
-            pick = picks_at(topk_idx + token * K + k, token < last_token)
-            is_bad = is_bad | ((pick < -1) | (pick >= E)).to(tl.int32)
-            for j in tl.static_range(k):
-                is_bad = is_bad | ((pick == picks[j]) & (pick >= 0)).to(tl.int32)
-            picks = picks + (pick,)  # noqa: RUF005 - Triton's compiler knows no unpacking
+        of_token, is_token = topk_idx + token * K, token < last_token
+        if K <= _FEW:
+            picks = ()  # a thread has all of a token's
+            for k in tl.static_range(K):
+                pick = picks_at(of_token + k, is_token)
+                is_bad = is_bad | ((pick < -1) | (pick >= E)).to(tl.int32)
+                for j in tl.static_range(k):
+                    is_bad = is_bad | ((pick == picks[j]) & (pick >= 0)).to(tl.int32)
+                picks = picks + (pick,)  # noqa: RUF005 - Triton's compiler knows no unpacking
+        else:  # unrolled, 32 picks take the compiler a minute
+            for k in range(K):
+                pick = picks_at(of_token + k, is_token)
+                is_bad = is_bad | ((pick < -1) | (pick >= E)).to(tl.int32)
+                for j in range(k):
+                    is_bad = is_bad | ((pick == picks_at(of_token + j, is_token)) & (pick >= 0)).to(tl.int32)
     return tl.max(is_bad, axis=0) != 0
 
 
