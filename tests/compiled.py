@@ -93,7 +93,7 @@ def lone_buffer(spec: Spec, **wishes: Any) -> Iterator[Buffer]:
         return _Handle(kernel, _specialized(kernel, args, options)[:3])
 
     kernels = mock.patch.object(JITFunction, "run", run)
-    nothing = mock.patch.object(torch, "empty", torch.zeros)  # what no kernel writes is looked at
+    nothing = mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # what no kernel writes is looked at
     with kernels, nothing, mock.patch("crossdock.buffer.connect", connect):
         yield Buffer(ThreadGroup.world(1)[0], spec)
 

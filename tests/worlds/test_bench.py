@@ -27,8 +27,8 @@ OUT, CACHED, PULL, PUSH = "dispatch", "dispatch (cached plan)", "combine (pull)"
 FIELDS = {
     *("op", "ranks", "tokens", "hidden", "experts", "topk", "wire", "layout", "load", "seed", "repeats", "machine"),
     *("device", "reduce", "alignment", "num_sms", "expand", "engine", "mps_percentage", "sweep_sms", "calls"),
-    *("median_us", "p10_us", "p90_us", "bytes", "link_bytes", "limit_us", "baseline", "baseline_us"),
-    *("copy_gb_s", "write_gb_s", "times_dispatch", "gpu", "sharing"),
+    *("median_us", "p10_us", "p90_us", "bytes", "link_bytes", "limit_us", "floor_us", "baseline", "baseline_us"),
+    *("trip_us", "copy_gb_s", "write_gb_s", "times_dispatch", "gpu", "sharing"),
 }
 
 
@@ -275,6 +275,7 @@ def outcome_on_gpus(kind="mps"):
                 for num_sms in (8, 16)
                 for op, limited in ((cuda_cases.CACHED, dispatch), (cuda_cases.PULL, {"copy_bytes": 2 * 10**6}))
             ],
+            trips_s=[1e-6 * factor],
             gpu=OnGpu(visible_sms=66, launch="LaunchConfig(num_sms=16)", destinations=2),
         )
 
@@ -299,6 +300,8 @@ def test_figures_of_gpus_by_hand():
     assert (dispatch["write_gb_s"], dispatch["copy_gb_s"]) == pytest.approx((2000, 4000))
     assert (dispatch["median_us"], combine["median_us"], step["median_us"]) == pytest.approx((4, 8, 20))
     assert [line["limit_us"] for line in (dispatch, combine, step)] == pytest.approx([1, 1, 4])
+    assert [line["floor_us"] for line in (dispatch, combine, step)] == pytest.approx([5, 5, 8])
+    assert dispatch["trip_us"] == pytest.approx(2)
     assert [line["times_dispatch"] for line in (dispatch, combine, step)] == [None, None, pytest.approx(5)]
     assert [(line["num_sms"], line["dispatch"]["median_us"]) for line in sweep] == [(8, pytest.approx(8)), (16, 4)]
     assert all(line["baseline"] is line["baseline_us"] is None for line in (dispatch, combine, step))
@@ -318,6 +321,7 @@ def test_the_table_says_what_a_gpus_figures_stand_on(capsys):
     for said in (
         "takes 5.0 × a dispatch on a cached plan",
         "NCCL refuses that",
+        "two one-way trips of a word, 2.0 us each",
         "each sees 66 SMs",
         "NVIDIA H200, 140",
     ):
