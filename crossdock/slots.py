@@ -34,12 +34,12 @@ class ReceiveSlots:
             for name, region in regions.items()
             if name != "scale"
         }
+        """Of all slots, shaped as the layout has its rows."""
         if "scale" in regions:
             of_slots = regions["scale"]
             of_slot = arena.scales.of_rows(of_slots[0], self._slot_rows)
             shape, strides = (self._num_slots, *of_slot.shape), (of_slots.stride(0), *of_slot.stride())
             self._views["scale"] = of_slots.as_strided(shape, strides)
-        """Of all slots, shaped as the layout has its rows."""
         self._spans = {name: (regions[name].data_ptr(), regions[name].nbytes) for name in ("outputs", "data")}
         self._leases: list[Lease | None] = [None] * self._num_slots
         self._calls: list[Pending[Received] | None] = [None] * self._num_slots
