@@ -136,9 +136,7 @@ def test_words_are_released_behind_a_barrier(ptx, amdgcn):
         for launch in launches:
             if launch.name in {*WAITERS, *WHOLE, "begin_combine"} and launch.constants.get("POSTS", True):
                 steps = steps_of(launch.code)
-                if not (launches is amdgcn and launch.name == "dispatch_rows" and triton.__version__ < "3.7"):
-                    # 3.6 merges paths to this kernel's releases there: a reading from top to bottom cannot follow them.
-                    assert faults_of_release(steps, "sys") == [], launch.name
+                assert faults_of_release(steps, "sys") == [], launch.name
                 if launch.name in WHOLE:  # the verdict and the ticket
                     assert faults_of_release(steps, "gpu") == [], launch.name
                 if launches is amdgcn:

@@ -301,18 +301,20 @@ def _reached(steps: list[Step], start: int, is_end: Callable[[Step], bool] = lam
 
 
 def faults_of_release(steps: list[Step], scope: str) -> list[str]:
-    """Of atomics that release: there is one; behind a barrier, and no store is between the two."""
+    """Of atomics that release: there is one; behind a barrier on every way to it, and no store is between the two."""
     faults = []
     releasing = [i for i, step in enumerate(steps) if "release" in step.order and step.scope == scope]
     if not releasing:
         faults.append(f"no release at {scope} scope")
-    for i in releasing:
-        barriers = [j for j in range(i) if steps[j].kind == "barrier"]
-        since = steps[barriers[-1] + 1 : i] if barriers else steps[:i]
-        if not barriers:
-            faults.append("no barrier before the release")
-        if any(step.kind == "store" for step in since):
-            faults.append("a store between barrier and release")
+
+    def is_barrier(step: Step) -> bool:
+        return step.kind == "barrier"
+
+    if any(i in _reached(steps, 0, is_barrier) for i in releasing):
+        faults.append("no barrier before the release")
+    stores = [i for i, step in enumerate(steps) if step.kind == "store"]
+    if any(not _reached(steps, i, is_barrier).isdisjoint(releasing) for i in stores):
+        faults.append("a store between barrier and release")
     return faults
 
 
