@@ -40,6 +40,8 @@ class Launch:
     constants: dict[str, Any]
     code: str
     """PTX, or amdgcn."""
+    is_ahead: bool
+    """Whether it was to be compiled before anything of its kind was launched."""
 
 
 def compile_launches(
@@ -66,7 +68,7 @@ def compile_launches(
             source = ASTSource(kernel, signature, constants, attributes)
             compiled = triton.compile(source, target=target, options=compile_options)
             code = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-            launches[key] = Launch(kernel.fn.__name__, constants, code)
+            launches[key] = Launch(kernel.fn.__name__, constants, code, is_ahead=warmup)
 
     with _driver_for(target), mock.patch.object(JITFunction, "run", run):
         cuda.connect(transport, arena, Wishes(**wishes), buffer_id=1, timeout_s=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from crossdock._env import num_cores
 from crossdock.version import __version__
 
 
@@ -73,11 +74,6 @@ def this_machine(*, with_gpu: bool = False) -> Machine:
         crossdock=__version__,
         gpu=_gpu() if with_gpu else None,
     )
-
-
-def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from crossdock._env import num_cores
 from crossdock.cli.device import Gpus
 from crossdock.cli.line import StartingLine, shared_moments
-from crossdock.cli.machine import num_cores
 from crossdock.errors import CrossdockError, PeerFailed, PeerTimeout
 
 Job = TypeVar("Job")

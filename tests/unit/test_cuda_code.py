@@ -97,6 +97,11 @@ def amdgcn(case: str, pool: Any) -> list[Launch]:
     return pool.apply(_compiled, (case, "hip"))
 
 
+def test_all_is_compiled_before_anything_is_launched(ptx, amdgcn):
+    """Then ranks and threads share the work, and no rank's launches wait for a compiler."""
+    assert [launch.name for launch in ptx + amdgcn if not launch.is_ahead] == []
+
+
 def test_rows_are_stored_in_words_of_16_bytes(ptx):
     movers = [launch for launch in ptx if launch.name in MOVERS]
     assert {"push_rows", "sum_rows"} <= {launch.name for launch in movers}

@@ -476,6 +476,9 @@ def connect(transport: DeviceTransport, arena: Arena, wishes: Wishes, *, buffer_
     consent = DeviceConsent(transport, launcher, ring=arena.ring, num_experts=arena.spec.num_experts)
     backend = CudaBackend(arena, transport, launcher, consent, buffer_id=buffer_id)
     with launcher.all_void():
+        if config.engine == "kernel":  # else the host asks what kernels have found
+            with launcher.compiling():
+                backend.warm_up()
         backend.warm_up()
     return Parts(backend, consent)
 

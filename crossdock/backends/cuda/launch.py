@@ -6,13 +6,16 @@ Letters: P ranks, W counts, B blocks of rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import AsyncCompileMode, JITFunction
 
+from crossdock._env import num_cores
 from crossdock.arena import Arena
 from crossdock.backends.cuda.config import LaunchConfig, counts_at_once
 from crossdock.backends.cuda.kernels import calls
@@ -62,6 +65,8 @@ class Launcher:
         self._slot_size = {name: view.nbytes // view.shape[0] for name, view in self._regions.items()}
         self._blocks = {is_pairs: self._blocks_of(is_pairs=is_pairs) for is_pairs in (False, True)}
         self._handles: dict[Any, Any] = {}
+        self._to_compile: dict[Any, tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
+        """Kernels, arguments and options of launches that are only to be compiled."""
         self._entered: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
 
@@ -74,6 +79,22 @@ class Launcher:
         with torch.cuda.stream(self.stream):
             self.state[calls.STATUS.value] = OK.value
         self.stream.synchronize()
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Launches within do nothing but have their kernels compiled when it ends, beside one another.
+
+        Ranks share a machine's cores, and each begins with another kernel: what one has compiled, the others
+        find in Triton's cache.
+        """
+        self._to_compile = {}
+        yield
+        launches, self._to_compile = list(self._to_compile.values()), None
+        first = self.rank * len(launches) // self.num_ranks
+        with ThreadPoolExecutor(max(1, num_cores() // self.num_ranks)) as pool, AsyncCompileMode(pool):
+            for kernel, args, options in launches[first:] + launches[:first]:
+                if isinstance(kernel, JITFunction):  # an interpreted one is not
+                    kernel.warmup(*args, grid=(1,), **options)
 
     def enter(self) -> None:
         """What the caller has issued on its current stream comes before what is launched from now on.
@@ -163,10 +184,14 @@ class Launcher:
         if handle is not None:
             handle[(*grid, 1, 1)[:3]](*args, *sizes.values(), stream=self.stream.cuda_stream)
             return
-        options: dict[str, Any] = {} if enable_fp_fusion else {"enable_fp_fusion": False}
+        options: dict[str, Any] = sizes | {"num_warps": num_warps}
+        options |= {} if enable_fp_fusion else {"enable_fp_fusion": False}
         options |= {} if maxnreg is None else {"maxnreg": maxnreg}
+        if self._to_compile is not None:
+            self._to_compile[key] = (kernel, args, options)
+            return
         with torch.cuda.stream(self.stream):
-            handle = kernel[grid](*args, **sizes, num_warps=num_warps, **options)
+            handle = kernel[grid](*args, **options)
         if handle is not None:
             self._handles[key] = handle
 
