@@ -228,7 +228,7 @@ class Buffer:
         asks_host = (rows or default) == "exact" and not isinstance(routing, Plan)
         self._backend.check_capture(asks_host=asks_host)
 
-        def prepare() -> tuple[Outgoing, Plan | None, Tensor, Rows]:
+        def prepare() -> tuple[Outgoing, Plan | None, Tensor, Rows, bool]:
             self._check_sms(num_sms)
             given = {"x": x, "topk_idx": routing, "weights": weights, "extras": extras}
             inputs.check_device(self.device, given)
@@ -251,11 +251,12 @@ class Buffer:
             if rows not in (None, "exact", "capacity"):
                 raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
             outgoing = Outgoing(x=x, weights=weights, extras=tuple(extras), wide=wide)
-            if topk_idx is routing and not self._calls.is_whole(outgoing, topk_idx):  # its kernel copies the picks
+            is_whole = self._calls.takes_whole_dispatch(outgoing, routing)
+            if topk_idx is routing and not is_whole:  # its kernel copies the picks
                 topk_idx = routing.clone()
-            return outgoing, routing if isinstance(routing, Plan) else None, topk_idx, rows or default
+            return outgoing, routing if isinstance(routing, Plan) else None, topk_idx, rows or default, is_whole
 
-        outgoing, plan, topk_idx, mode = self._vetted(prepare)
+        outgoing, plan, topk_idx, mode, is_whole = self._vetted(prepare)
         lands_in_outputs = self.arena.region_of_rows(wide=wide) == "outputs"
         if self._debug or lands_in_outputs:
             self._queue.drain()  # or rows would be overwritten that a combine in flight still pulls
@@ -265,7 +266,7 @@ class Buffer:
             self._slots.poison(slot, "data", "scale", "record")
         signature = (mode, wide, weights is None, _shapes(extras), self._sign(plan), *self.masked)
         word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
-        call = self._begin(word, None if plan else topk_idx, num_sms, at_once=at_once)
+        call = self._begin(word, None if plan else topk_idx, num_sms, at_once=at_once, is_whole=is_whole)
         pending = self._start(call, self._calls.dispatch(call, outgoing, plan or topk_idx, mode, copy=copy))
         self._slots.fill(slot, pending)
         return pending
@@ -397,7 +398,9 @@ class Buffer:
         flat, row_weights, small, output_slot = self._vetted(prepare)
         signature = _checksum((self._sign(plan), None if extras is None else _shapes(small), *self.masked))
         word = Word(Kind.COMBINE, self._calls.next_landing(), output_slot, signature)
-        call = self._begin(word, None, num_sms, at_once=at_once)
+        pushes, has_extras = output_slot == PUSHED, extras is not None
+        is_whole = self._calls.takes_whole_combine(plan, pushes=pushes, has_extras=has_extras)
+        call = self._begin(word, None, num_sms, at_once=at_once, is_whole=is_whole)
         return self._start(
             call, self._calls.combine(call, plan, flat, row_weights, bias, None if extras is None else small)
         )
@@ -600,8 +603,11 @@ class Buffer:
         state = "closed" if self._is_closed else "open"
         return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
 
-    def _begin(self, word: Word, topk_idx: Tensor | None, num_sms: int | None, *, at_once: bool) -> Call:
-        return self._calls.begin(word, topk_idx, is_next=self._queue.is_idle, at_once=at_once, num_sms=num_sms)
+    def _begin(
+        self, word: Word, topk_idx: Tensor | None, num_sms: int | None, *, at_once: bool, is_whole: bool = False
+    ) -> Call:
+        is_next = self._queue.is_idle
+        return self._calls.begin(word, topk_idx, is_next=is_next, at_once=at_once, is_whole=is_whole, num_sms=num_sms)
 
     def _sign(self, plan: Plan | None) -> int | None:
         """What all ranks that mean the same plan tell each other.
@@ -612,7 +618,8 @@ class Buffer:
 
     def _start(self, call: Call, steps: Steps[Result]) -> Pending[Result]:
         with self._backend.marked(_MARKS[call.word.kind]):
-            return self._queue.start(call.word.kind, call.sequence, steps, call)
+            waits = call.at_once or not call.is_whole
+            return self._queue.start(call.word.kind, call.sequence, steps, call, waits=waits)
 
     def _check_overflow(self) -> None:
         for overflow in self._backend.overflows:

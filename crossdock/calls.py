@@ -30,6 +30,8 @@ class Call:
     num_sms: int | None = None
     at_once: bool = False
     """Whether it is waited for where it is started."""
+    is_whole: bool = False
+    """Whether the backend does it as a whole."""
     post: Callable[[], None] | None = None
     event: Event | None = None
     """The end of its work, once all of that has been issued; None where it is done when it returns."""
@@ -57,13 +59,14 @@ class Calls:
         *,
         is_next: bool,
         at_once: bool = False,
+        is_whole: bool = False,
         num_sms: int | None = None,
     ) -> Call:
         """Takes the next sequence number and gives this rank's word (and counts), if that need not wait for anybody.
 
         Args:
             is_next: whether no call before it is still to be driven to its end.
-            at_once: whether it is waited for where it is started.
+            at_once, is_whole, num_sms: see ``Call``.
         """
         sequence = self._consent.take()
         if not is_next:  # it goes on later, maybe from another stream, which it will wait for too
@@ -74,10 +77,12 @@ class Calls:
                 self._backend.post_counts(sequence, topk_idx)
             self._consent.post(sequence, word)
 
-        if not self._consent.may_post(sequence):
-            return Call(sequence=sequence, word=word, num_sms=num_sms, at_once=at_once, post=post)
-        post()
-        return Call(sequence=sequence, word=word, num_sms=num_sms, at_once=at_once)
+        call = Call(sequence=sequence, word=word, num_sms=num_sms, at_once=at_once, is_whole=is_whole)
+        if self._consent.may_post(sequence):
+            post()
+        else:
+            call.post = post
+        return call
 
     def _words(self, call: Call) -> Steps[Any]:
         """Everybody's words for the call; this rank's own is given first where it had to wait."""
@@ -114,14 +119,19 @@ class Calls:
             call.event = self._backend.event(at_once=call.at_once)
         return recv
 
-    def is_whole(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
+    def takes_whole_dispatch(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
         """Whether a dispatch is one that the backend does as a whole; it then keeps the picks itself."""
         whole = self._backend.whole
         return whole is not None and whole.takes_dispatch(outgoing, routing)
 
+    def takes_whole_combine(self, plan: Plan, *, pushes: bool, has_extras: bool) -> bool:
+        """Whether a combine is one that the backend does as a whole."""
+        whole = self._backend.whole
+        return whole is not None and whole.takes_combine(plan, pushes=pushes, has_extras=has_extras)
+
     def _send(self, call: Call, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows) -> Steps[Plan]:
         """Everybody's rows on their way, until they are in place."""
-        if self.is_whole(outgoing, routing):
+        if call.is_whole:
             whole = self._backend.whole
             assert whole is not None
             assert isinstance(routing, Tensor)
@@ -146,8 +156,9 @@ class Calls:
         call.held = (plan, y, weights, bias, extras)
         pushes = call.word.output_slot == PUSHED
         sums_here = self._spec.reduce == "rank"
-        whole = self._backend.whole
-        if whole is not None and whole.takes_combine(plan, pushes=pushes, has_extras=extras is not None):
+        if call.is_whole:
+            whole = self._backend.whole
+            assert whole is not None
             yield from self._turn(call)
             out = yield from whole.combine(call.word, plan, weights, bias, at_once=call.at_once)
             call.event = self._backend.event(at_once=call.at_once)

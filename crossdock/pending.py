@@ -156,16 +156,20 @@ class CallQueue:
         sequence: int,
         steps: Steps[Result],
         work: Work | None = None,
+        *,
+        waits: bool = True,
     ) -> Pending[Result]:
         """Puts a call behind the others and goes as far as is possible without waiting.
 
         Args:
             kind: a mask is a call that has no word.
             work: what it leaves to a device.
+            waits: whether the device waits for peers in its first step. Those may wait for what calls before it have
+                still to send, so these come first.
         """
         pending = Pending(self, kind, sequence, steps, work)
         self.last_error = None
-        may_begin = bool(self._running) and all(call.has_sent for call in self._running)
+        may_begin = not waits and bool(self._running) and all(call.has_sent for call in self._running)
         self._running.append(pending)  # type: ignore[arg-type]
         self._unwaited.append(pending)  # type: ignore[arg-type]
         if may_begin:

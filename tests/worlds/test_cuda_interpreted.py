@@ -198,6 +198,34 @@ def start_two(group, cases, patience):
         return rows, [pending.wait() for pending in sums], progress
 
 
+def start_or_call(group, cases):
+    """One batch dispatched around the combine of another: rank 0 waits behind that, the others at once."""
+    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(config, "_PATIENCE", 0):
+        r = buffer.rank
+        batches = [buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity") for case in cases]
+        rows, sums = [observed(recv) for recv in batches], []
+        for case, recv in zip(cases, batches, strict=True):
+            outputs = recv.output_rows()
+            outputs.copy_(case.y[r].view_as(outputs))
+            pending = buffer.dispatch_start(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity")
+            if r:
+                pending.wait()
+            sums.append(buffer.combine(outputs, recv.plan))
+            rows.append(observed(pending.wait()))
+        return rows, sums
+
+
+@two_ranks
+def test_a_rank_may_start_what_another_does_at_once(world):
+    """What is started has been sent before anything is waited for, or both would wait for each other."""
+    case = make_case(spec_of(Padded()), [4, 3])
+    got = world.run(start_or_call, [case])
+    for i in range(2):
+        check_received(case, [mine[0][i] for mine in got], extras=False)
+    wants = oracle.combined(case.spec, case.topk, case.flat_y())
+    assert all(same_bits(mine[1][0], want) for mine, want in zip(got, wants, strict=True))
+
+
 def read_early_and_late(group, cases):
     """What came with the first batch's rows, read at once, and again when its slot has come round."""
     with open_buffer(group, cases[0].spec) as buffer:
@@ -257,6 +285,10 @@ def misbehave(group, trouble):
         try:
             if trouble == "abort" and r == 1:
                 buffer.abort("had enough")
+            elif trouble == "abort in flight" and r == 1:
+                with mock.patch.object(config, "_PATIENCE", 0):  # its word is given, and its rows are still to be sent
+                    buffer.dispatch_start(x, topk_idx)
+                buffer.abort("had enough")
             elif trouble == "bad input" and r == 1:
                 buffer.dispatch(x[:, :3], topk_idx)
             elif trouble != "absent" or r == 0:
@@ -282,6 +314,7 @@ def misbehave(group, trouble):
         ("mismatch", (PeerFailed, PeerFailed), ("the same on all ranks", "the same on all ranks")),
         ("overflow", (CapacityError, CapacityError), ("16 rows were routed to rank 0",) * 2),
         ("abort", (PeerFailed, None), ("had enough", "")),
+        ("abort in flight", (PeerFailed, None), ("had enough", "")),
         ("bad input", (PeerFailed, ConfigError), ("hidden=16", "hidden=16")),
         ("absent", (PeerTimeout, None), ("rank 1 did not begin", "")),
     ],

@@ -10,7 +10,18 @@ import torch
 
 from crossdock.backends.base import Event
 from crossdock.backends.cuda.kernels import sync
-from crossdock.backends.cuda.kernels.calls import ARRIVE, CURRENT, NEXT, NUM_ENDED, NUM_MASKED, STATE_WORDS, STATUS
+from crossdock.backends.cuda.kernels.calls import (
+    ARRIVE,
+    BEGUN,
+    CURRENT,
+    NEXT,
+    NUM_ENDED,
+    NUM_MASKED,
+    PROGRESS,
+    SEQUENCE,
+    STATE_WORDS,
+    STATUS,
+)
 from crossdock.backends.cuda.launch import Launcher
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.words import WordKernels
@@ -198,16 +209,14 @@ class DeviceConsent(Consent):
             flag = Flag(epoch=self.num_ended, first_void=current & CALL_MASK, num_more=0)
             self._mailbox.post(self.rank, "aborts", 0, flag.packed())
         self._on.synchronize()
-        state = self._state()
-        is_current = state[STATUS.value] != sync.OK.value
         self._picks.clear()
-        super().fail(error, first_void=state[CURRENT.value if is_current else NEXT.value] & CALL_MASK)
+        super().fail(error, first_void=self._first_void())
         self._restart()
 
     def leave(self) -> None:
         """See Consent. A flag ends the waits of peers for calls that this rank does not take part in."""
         if self._is_open and self.failure() is None:
-            flag = Flag(epoch=self.num_ended, first_void=self._state()[NEXT.value] & CALL_MASK, num_more=0)
+            flag = Flag(epoch=self.num_ended, first_void=self._first_void(), num_more=0)
             self._raise_flag(flag, REASON_HEADER.pack(self.rank, False) + b"it has closed its buffer")
         super().leave()
 
@@ -247,6 +256,18 @@ class DeviceConsent(Consent):
         entry, word = self.entry(current), stamped(current, 0) >> PAYLOAD_BITS
         return all(self._mailbox.load(box, entry, peer) >> PAYLOAD_BITS == word for box in ("words", "arrived"))
 
+    def _first_void(self) -> int:
+        """The first call that this rank does not do its part of: the one that failed, or that is still to send rows.
+
+        None: the next one.
+        """
+        state = self._state()
+        with torch.cuda.stream(self._transport.stream):
+            progress: list[list[int]] = self._on.calls[:, self._num_ranks :].tolist()
+        first = state[(NEXT if state[STATUS.value] == sync.OK.value else CURRENT).value]
+        owed = [call[SEQUENCE.value] for call in progress if call[PROGRESS.value] == BEGUN.value]
+        return min([first, *owed], key=lambda call: (call - first + CALL_MASK // 2) & CALL_MASK) & CALL_MASK
+
     def _state(self) -> list[int]:
         with torch.cuda.stream(self._transport.stream):
             state: list[int] = self._on.state.tolist()
@@ -260,6 +281,7 @@ class DeviceConsent(Consent):
         state[NUM_MASKED.value] = self._num_ranks - len(self._peers)
         with torch.cuda.stream(self._transport.stream):
             self._on.state[: len(state)].copy_(torch.tensor(state))
+            self._on.calls.zero_()
             self._on.record.zero_()
             self._on.refused.zero_()
         self._transport.stream.synchronize()

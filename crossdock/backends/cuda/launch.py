@@ -51,7 +51,8 @@ class Launcher:
         self.failure = torch.zeros(RECORD_WORDS.value, dtype=torch.int64, pin_memory=True)
         """The record of the call that has failed, in host memory; zero while none has."""
         call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
-        self._calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device).unbind()
+        self.calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device)
+        self._calls = self.calls.unbind()
         self._num_calls = 0
         self.call = self._calls[0]
         """What kernels keep of the call under way."""

@@ -47,10 +47,10 @@ PROGRESS = tl.constexpr(1)
 CALL_WORDS = tl.constexpr(2)
 """Entries of a call, int64, behind the words of all ranks: its number, and how far this rank is."""
 
-BEGUN = tl.constexpr(0)
-READY = tl.constexpr(1)
-SENT = tl.constexpr(2)
-"""Progress of a call that one kernel does: its word is given; it knows where rows go; they are there."""
+BEGUN = tl.constexpr(1)
+READY = tl.constexpr(2)
+SENT = tl.constexpr(3)
+"""Progress of a dispatch that one kernel does: its word is given; it knows where rows go; they are there."""
 
 BEGIN = tl.constexpr(1)
 ARRIVE = tl.constexpr(2)
@@ -134,7 +134,6 @@ def give_word(
     tl.store(state + CURRENT, sequence)
     tl.store(state + NEXT, next_call(sequence))
     tl.store(call + P + SEQUENCE, sequence)
-    tl.store(call + P + PROGRESS, tl.full([], BEGUN, tl.int64))
     entry = (sequence & (RING - 1)) * P
     given = tl.zeros_like(speaker).to(tl.int64) + payload
     if W > 0:

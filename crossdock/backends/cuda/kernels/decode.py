@@ -110,6 +110,7 @@ def do_books(
         mine = count_picks(topk_idx, num_tokens * K, E).to(tl.int64)
         is_refused = has_bad_picks(topk_idx, 0, num_tokens, E, K, _TOKENS)
         if good:
+            tl.store(call + P + PROGRESS, tl.full([], BEGUN, tl.int64))
             sequence = give_word(
                 segments, state, call, payload, is_refused, mine, rank, words_offset, counts_offset,
                 P, RING, W, AT_ONCE,
