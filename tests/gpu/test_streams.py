@@ -26,7 +26,7 @@ def cases_of(world, layout, reduce, count, **kwargs):
 def late(tensor):
     """The same values, as they will be once the stream gets there; until then NaN."""
     result = torch.full_like(tensor, float("nan") if tensor.is_floating_point() else -1)
-    torch.cuda._sleep(2 * MILLISECOND)
+    torch.cuda._sleep(30 * MILLISECOND)
     return result.copy_(tensor)
 
 
@@ -80,7 +80,7 @@ def multiply_meanwhile(group, case):
         before = buffer.stats.wait_s
         for _ in range(4):
             if r == 1:
-                torch.cuda._sleep(2 * MILLISECOND)
+                torch.cuda._sleep(30 * MILLISECOND)
             pending = buffer.dispatch_start(case.x[r], case.topk[r], weights=case.weights[r])
             product = factors @ factors
             recv = pending.wait()
