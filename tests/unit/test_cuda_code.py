@@ -49,6 +49,7 @@ COLUMNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """Of these only what moves scales is compiled: all else is as above."""
+BIASES = (torch.bfloat16, torch.float32)
 SCALES = {"push_cast", "push_scales", "expand_scales", "zero_scale_gaps"}
 all_cases = pytest.mark.parametrize("case", [*CASES, *COLUMNS])
 MOVERS = {
@@ -249,7 +250,8 @@ def _call_plainly(case: str) -> list[str]:
             y = torch.zeros(*recv.src_idx.shape, 7168, dtype=spec.combine_dtype)
             at_rows = torch.zeros(recv.src_idx.shape)
             given = at_rows if spec.reduce == "rank" else weights
-            for bias in (None, torch.zeros(7168, dtype=y.dtype), torch.zeros(num_tokens, 7168, dtype=y.dtype)):
+            biases = [torch.zeros(*lead, 7168, dtype=dtype) for lead in ((), (num_tokens,)) for dtype in BIASES]
+            for bias in (None, *biases):
                 for outputs in (y, recv.output_rows()):
                     buffer.combine(outputs, plan, bias=bias)
                     buffer.combine(outputs, plan, weights=given, bias=bias)

@@ -307,7 +307,7 @@ class CudaBackend:
             for given in (None, row_weights):
                 self.push_outputs(plan, wide, (weights[:, :1],), given, ())
             for given in (None, None if spec.reduce == "rank" else weights):
-                for bias in (None, wide):
+                for bias in (None, wide, wide.float()):
                     self.sum_rows(plan, given, bias, (), 0)
                     if self.whole is not None:
                         self.whole.warm_up_sums(plan, given, bias)
