@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the CUDA backend is written in Triton: pip install triton")
 
 from crossdock import Bf16, Compact, ConfigError, Expanded, Fp8, Fp16, Fp32, Padded, Spec, cost
 from crossdock.backends.base import Wishes
-from crossdock.backends.cuda.config import PROGRAMS_PER_SM, LaunchConfig, decide
+from crossdock.backends.cuda.config import PROGRAMS_PER_SM, LaunchConfig, _as_few, decide
 from crossdock.spec import Topology
 
 CUDA = torch.device("cuda", 0)
@@ -95,7 +97,19 @@ def test_programs_of_whole_calls_share_out_tokens_and_their_pieces(num_topk, num
         assert few.programs * few.num_warps * 32 * few.most_registers <= num_sms * 65536
         assert 1 <= few.stages(8 * 2) <= 4
     sums = config.few_sums(7168, num_tokens, num_topk, value_bytes=2)
-    assert sums.shares * sums.parts * sums.num_warps * 32 * sums.most_registers <= num_sms * 65536
+    assert sums.programs >= 1
+    assert sums.programs * sums.num_warps * 32 * sums.most_registers <= num_sms * 65536
+
+
+@given(num_pieces=st.integers(0, 5000), most=st.integers(1, 5000))
+def test_whole_calls_take_no_more_programs_than_end_as_soon(num_pieces, most):
+    def rounds(programs):
+        return -(-num_pieces // programs) if programs else 0
+
+    few = _as_few(num_pieces, most)
+    assert few <= most
+    assert rounds(few) == rounds(most)
+    assert few <= 1 or rounds(few - 1) > rounds(most)
 
 
 FITS = {

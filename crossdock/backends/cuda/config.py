@@ -62,10 +62,7 @@ class Few:
 class FewSums:
     """How programs share out the sums of a whole combine; the first also speaks with the peers."""
 
-    shares: int
-    """Of tokens."""
-    parts: int
-    """Programs of a share, which take the pieces of its sums in turn."""
+    programs: int
     piece: int
     """Values."""
     num_warps: int
@@ -139,7 +136,7 @@ class LaunchConfig:
         piece = unit * max(1, min(power_of_two(-(-num_words // unit)), most))
         pieces = num_tokens * -(-num_words // piece)
         return Few(
-            programs=1 + min(pieces, self.num_sms * fits.per_sm - 1),
+            programs=1 + _as_few(pieces, self.num_sms * fits.per_sm - 1),
             piece=piece,
             num_warps=fits.num_warps,
             most_registers=fits.registers,
@@ -149,11 +146,9 @@ class LaunchConfig:
     def few_sums(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> FewSums:
         """For the kernel that is a whole combine."""
         fits = _Fit(4, 8, 64) if num_topk <= _MANY_PICKS else _Fit(4, 2, 255)
-        most, piece = self.num_sms * fits.per_sm, min(power_of_two(num_values), 2048 // value_bytes)
-        shares = max(1, min(num_tokens, most))
+        piece = min(power_of_two(num_values), 2048 // value_bytes)
         return FewSums(
-            shares=shares,
-            parts=max(1, min(most // shares, -(-num_values // piece))),
+            programs=max(1, _as_few(num_tokens * -(-num_values // piece), self.num_sms * fits.per_sm)),
             piece=piece,
             num_warps=fits.num_warps,
             most_registers=fits.registers,
@@ -178,6 +173,18 @@ class _Fit(NamedTuple):
 
 def _dispatch_fits(num_topk: int) -> _Fit:
     return _Fit(8, 3, 80) if num_topk <= _MANY_PICKS else _Fit(8, 2, 128)
+
+
+def _as_few(num_pieces: int, most: int) -> int:
+    """Programs that have done so many pieces no later than ``most`` would: none has more pieces than it has there.
+
+    What is left over is for a rank that cannot run them all at once: of four ranks with a quarter of an H200's
+    multiprocessors each, 32 by what CUDA says, one had 29.
+
+    >>> _as_few(512, 95)
+    86
+    """
+    return -(-num_pieces // -(-num_pieces // most)) if num_pieces else 0
 
 
 def _shape(row_bytes: int, *, piece_bytes: int, num_warps: int, programs: int | None = None) -> Shape:

@@ -264,7 +264,8 @@ class DeviceConsent(Consent):
         state = self._state()
         with torch.cuda.stream(self._transport.stream):
             progress: list[list[int]] = self._on.calls[:, self._num_ranks :].tolist()
-        first = state[(NEXT if state[STATUS.value] == sync.OK.value else CURRENT).value]
+        is_current = state[STATUS.value] != sync.OK.value
+        first = state[CURRENT.value if is_current else NEXT.value]
         owed = [call[SEQUENCE.value] for call in progress if call[PROGRESS.value] == BEGUN.value]
         return min([first, *owed], key=lambda call: (call - first + CALL_MASK // 2) & CALL_MASK) & CALL_MASK
 

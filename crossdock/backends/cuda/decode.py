@@ -237,7 +237,7 @@ class DecodeCalls:
         shape = on.config.few_sums(spec.hidden, plan.num_tokens, spec.num_topk, value_bytes=out.element_size())
         on.launch(
             decode.combine_rows,
-            (shape.shares * shape.parts,),
+            (shape.programs,),
             on.segments,
             on.state,
             call,
@@ -252,8 +252,6 @@ class DecodeCalls:
             arena["aborts"].offset,
             self._verdict,
             self._ticket,
-            shape.shares,
-            shape.parts,
             out,
             out if bias is None else bias,
             out if weights is None else weights,

@@ -288,8 +288,6 @@ def sum_share(
     segments,
     call,
     verdict,
-    num_shares,
-    parts,
     num_tokens,
     rank,
     outputs,
@@ -302,16 +300,17 @@ def sum_share(
     HAS_WEIGHTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """A program's share of the sums: its tokens one after another, the addresses of a token's rows worked out once.
+    """A program's share of the sums: pieces one after another, the addresses of a token's rows worked out once.
 
     What is summed, and from where, is as in ``sums.sum_rows``; without any rows where the call is not good.
     """
     PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
     ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
-    share, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    program, num_programs, num_pieces = tl.program_id(0), tl.num_programs(0), num_tokens * PIECES
+    first_piece, last_piece = program * num_pieces // num_programs, (program + 1) * num_pieces // num_programs
     own = tl.load(segments + rank) + landing
     decided = tl.full([], 0, tl.int32)
-    for token in range(share * num_tokens // num_shares, (share + 1) * num_tokens // num_shares):
+    for token in range(first_piece // PIECES, (last_piece + PIECES - 1) // PIECES):
         places_of = ()
         weights_of = ()
         for j in tl.static_range(J):
@@ -332,7 +331,8 @@ def sum_share(
             if slot == PUSHED:
                 there = own + tl.load(homes + token * J + j).to(tl.int64) * ROW_BYTES
             rows = rows + (tl.where(is_row, there, 0),)  # noqa: RUF005
-        for piece in range(part, PIECES, parts):
+        first = token * PIECES
+        for piece in range(tl.maximum(first_piece - first, 0), tl.minimum(last_piece - first, PIECES)):
             at = piece * PIECE + tl.arange(0, PIECE)
             total = tl.zeros([PIECE], tl.float32)
             for j in tl.static_range(J):
@@ -348,11 +348,7 @@ def sum_share(
             tl.store(out + wide(token) * H + at, total.to(out.dtype.element_ty), mask=at < H)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "payload", "rank", "max_polls", "begins", "num_shares", "parts", "num_tokens", "landing", "bias_rows",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["payload", "rank", "max_polls", "begins", "num_tokens", "landing", "bias_rows"])
 def combine_rows(
     segments,
     state,
@@ -368,8 +364,6 @@ def combine_rows(
     aborts_offset,
     verdict,
     ticket,
-    num_shares,
-    parts,
     out,
     bias,
     weights,
@@ -417,8 +411,8 @@ def combine_rows(
                     )  # fmt: skip
         release_programs(verdict, tl.where(status == OK, GO, NO_ROWS))
     sum_share(
-        out, bias, weights, places, homes, segments, call, verdict, num_shares, parts, num_tokens,
-        rank, outputs, slot_bytes, landing, bias_rows, J, H, PIECE, HAS_WEIGHTS, HAS_BIAS,
+        out, bias, weights, places, homes, segments, call, verdict, num_tokens, rank, outputs, slot_bytes, landing,
+        bias_rows, J, H, PIECE, HAS_WEIGHTS, HAS_BIAS,
     )  # fmt: skip
     if is_last_program(ticket):
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
