@@ -233,7 +233,7 @@ class _Pool:
 def _context_of(kind: str) -> Any:
     """How a kind's processes are made: on the CPU as forks of a server that has imported torch, which takes seconds.
 
-    CUDA does not survive a fork. And forks have the same addresses: a kernel that takes a peer's for its own is right.
+    CUDA does not survive a fork. And forks have the same addresses, where a kernel could take a peer's for its own.
     """
     if kind != "processes":
         return multiprocessing.get_context("spawn")
