@@ -7,6 +7,7 @@ has run when it returns. For ranks that are processes; the interpreter is not ma
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Any
 from unittest import mock
@@ -40,6 +41,7 @@ def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
     """A Buffer of a process of ``tests.world``, on the CUDA backend. Collective."""
     os.environ["TRITON_INTERPRET"] = "1"
     without_a_gpu()
+    patch_language_once()
     wishes = Wishes(**{name: options.pop(name) for name in ("expand", "num_sms", "engine") if name in options})
 
     def connect(members: Any, arena: Any, device: Any, _: Wishes, *, number: int, timeout_s: float) -> engine.Engine:
@@ -64,6 +66,25 @@ def engine_on(transport: Any, arena: Arena, wishes: Wishes, *, number: int, time
 
     parts = cuda.connect(transport, arena, wishes, buffer_id=number, timeout_s=timeout_s)
     return engine.Engine(transport=transport, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch)
+
+
+@functools.cache
+def patch_language_once() -> None:
+    """The interpreter looks through the whole language for what to patch, at every call of a function in a kernel too.
+
+    That is a third of its time, and all but the first find nothing.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_what_is_not(fn: Any) -> Any:
+        seen = [value for value in fn.__globals__.values() if value is language or value is language.core]
+        is_patched = not any(language.core.is_builtin(module.load) for module in seen)
+        return interpreter._LangPatchScope() if is_patched else patch(fn)
+
+    interpreter._patch_lang = patch_what_is_not
 
 
 def without_a_gpu() -> None:

@@ -158,7 +158,7 @@ class _Pool:
     """Processes that run one program after another, each time in a new group: a rank each, or all ranks in one."""
 
     def __init__(self, kind: str, num_ranks: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context_of(kind)
         self._limit_s = LIMIT_S[kind]
         self._num_ranks = num_ranks
         self._folder = tempfile.TemporaryDirectory(prefix="crossdock-test-")
@@ -228,6 +228,18 @@ class _Pool:
                 outcome.value.add_note(f"Raised on rank {rank}:\n{outcome.text}")
             outcomes.append(outcome.value)
         return outcomes
+
+
+def _context_of(kind: str) -> Any:
+    """How a kind's processes are made: on the CPU as forks of a server that has imported torch, which takes seconds.
+
+    CUDA does not survive a fork. And forks have the same addresses, where a kernel could take a peer's for its own.
+    """
+    if kind != "processes":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "hypothesis", "pytest"])  # modules of tests import the last two
+    return context
 
 
 def _serve(

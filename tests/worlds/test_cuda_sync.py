@@ -37,6 +37,7 @@ from crossdock.backends.cuda.kernels.sync import (  # noqa: E402
     wait_words,
     words_at,
 )
+from tests.interpreted import patch_language_once  # noqa: E402
 
 LIMIT_S = 60
 RING = tl.constexpr(2)
@@ -265,6 +266,7 @@ def _serve(rank: int, num_ranks: int, folder: str, barrier: Any, replies: Connec
     """What a process does: every program, until one fails; their names, or the failure."""
     done = []
     try:
+        patch_language_once()
         ranks = Rank(rank, num_ranks, folder, barrier)
         for program in PROGRAMS:
             program(ranks)
