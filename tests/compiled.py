@@ -40,6 +40,7 @@ class Launch:
     constants: dict[str, Any]
     code: str
     """PTX, or amdgcn."""
+    options: dict[str, Any]
     is_ahead: bool
     """Whether it was to be compiled before anything of its kind was launched."""
 
@@ -68,7 +69,7 @@ def compile_launches(
             source = ASTSource(kernel, signature, constants, attributes)
             compiled = triton.compile(source, target=target, options=compile_options)
             code = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-            launches[key] = Launch(kernel.fn.__name__, constants, code, is_ahead=warmup)
+            launches[key] = Launch(kernel.fn.__name__, constants, code, compile_options, is_ahead=warmup)
 
     with _driver_for(target), mock.patch.object(JITFunction, "run", run):
         cuda.connect(transport, arena, Wishes(**wishes), buffer_id=1, timeout_s=1)

@@ -98,7 +98,7 @@ def without_a_gpu() -> None:
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.nvtx.range = lambda _: contextlib.nullcontext()
     torch.cuda.is_current_stream_capturing = lambda: False
-    torch.cuda.get_device_properties = lambda _: mock.Mock(multi_processor_count=2)
+    torch.cuda.get_device_properties = lambda _: mock.Mock(multi_processor_count=2, major=9)
     for name in ("empty", "zeros"):
         setattr(torch, name, _unpinned(getattr(torch, name)))
 

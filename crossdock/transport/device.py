@@ -27,7 +27,8 @@ class DeviceTransport:
 
     Args:
         views: every rank's segment, uint8, as this device maps it.
-        ranks_here: how many ranks share this device.
+        ranks_here: how many ranks share this device; shares_sms: whether their kernels compete for the same
+            multiprocessors, as those of threads do.
         is_alive: tells whether a peer still exists.
         close: what to let go of.
     """
@@ -39,12 +40,14 @@ class DeviceTransport:
         *,
         rank: int,
         ranks_here: int,
+        shares_sms: bool = False,
         is_alive: Callable[[int], bool],
         close: Callable[[], None],
     ) -> None:
         self.rank = rank
         self.num_ranks = arena.topology.num_ranks
         self.ranks_here = ranks_here
+        self.shares_sms = shares_sms
         self.segment = views[rank]
         self.device = self.segment.device
         self.is_alive = is_alive

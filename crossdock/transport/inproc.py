@@ -98,7 +98,13 @@ def connect_on_device(group: ThreadGroup, arena: Arena, device: torch.device) ->
     memory = _shared(group, arena, device)
     views = [memory[rank * arena.stride :][: arena.num_bytes] for rank in range(group.size)]
     return DeviceTransport(
-        views, arena, rank=group.rank, ranks_here=group.size, is_alive=group.is_alive, close=lambda: None
+        views,
+        arena,
+        rank=group.rank,
+        ranks_here=group.size,
+        shares_sms=True,
+        is_alive=group.is_alive,
+        close=lambda: None,
     )
 
 

@@ -149,6 +149,20 @@ def test_words_are_released_behind_a_barrier(ptx, amdgcn):
                     assert faults_of_write_back(steps, "sys") == [], launch.name
 
 
+def test_what_is_launched_early_waits_for_the_kernels_before_and_lets_the_next_one_be_launched_last(ptx):
+    for launch in ptx:
+        assert launch.options.get("launch_pdl", False) == (launch.name in WHOLE), launch.name
+        before, *behind = launch.code.split("griddepcontrol.wait")
+        assert len(behind) == (launch.name in WHOLE), launch.name
+        if behind:
+            assert not re.search(r"\b(?:ld|st|atom|red)\.(?:global|relaxed|acquire|release|acq_rel)", before), (
+                launch.name
+            )
+            # Shares are done: what is left is the ticket.
+            (last,) = re.findall(r"griddepcontrol\.launch_dependents.*", launch.code, re.DOTALL)
+            assert not re.search(r"\bld\.global[\w:.]*\.v4", last), launch.name
+
+
 def test_sums_are_of_products_that_are_rounded_by_themselves(ptx):
     for launch in ptx:
         if launch.name in ("sum_rows", "push_sums", "combine_rows"):

@@ -469,9 +469,18 @@ class Parts(NamedTuple):
 
 def connect(transport: DeviceTransport, arena: Arena, wishes: Wishes, *, buffer_id: int, timeout_s: float) -> Parts:
     """The parts of a rank whose peers' memory is mapped. Local. Compiles and loads the kernels."""
-    visible = torch.cuda.get_device_properties(transport.device).multi_processor_count
+    device = torch.cuda.get_device_properties(transport.device)
+    visible = device.multi_processor_count // (transport.ranks_here if transport.shares_sms else 1)
+    can_launch_early = torch.version.hip is None and device.major >= 9
     topology = _shared(arena.topology, transport.ranks_here)
-    config = decide(arena.spec, topology, wishes, visible_sms=visible, ranks_here=transport.ranks_here)
+    config = decide(
+        arena.spec,
+        topology,
+        wishes,
+        visible_sms=visible,
+        ranks_here=transport.ranks_here,
+        can_launch_early=can_launch_early,
+    )
     launcher = Launcher(arena, transport, config, timeout_s=timeout_s)
     consent = DeviceConsent(transport, launcher, ring=arena.ring, num_experts=arena.spec.num_experts)
     backend = CudaBackend(arena, transport, launcher, consent, buffer_id=buffer_id)

@@ -78,6 +78,8 @@ class LaunchConfig:
     expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
     topology: whose bandwidths that was decided from.
     one_kernel: whether calls are one kernel each, on the caller's stream, because their tokens are few.
+    launches_early: whether such a kernel is launched while the one before it still runs, and waits for its end: what
+        CUDA calls a programmatic dependent launch.
 
     With all visible multiprocessors there is a program of one or two warps for each piece of some KiB; with fewer, one
     program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under
@@ -96,6 +98,7 @@ class LaunchConfig:
     engine: Literal["kernel", "copy"]
     topology: Topology
     one_kernel: bool = False
+    launches_early: bool = False
 
     @property
     def is_capped(self) -> bool:
@@ -194,7 +197,15 @@ def _shape(row_bytes: int, *, piece_bytes: int, num_warps: int, programs: int | 
     return Shape(piece_bytes=own_bytes, num_warps=num_warps, programs=programs, num_rows=num_rows)
 
 
-def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int, ranks_here: int = 1) -> LaunchConfig:
+def decide(
+    spec: Spec,
+    topology: Topology,
+    wishes: Wishes,
+    *,
+    visible_sms: int,
+    ranks_here: int = 1,
+    can_launch_early: bool = False,
+) -> LaunchConfig:
     """The configuration of a buffer: what was asked for, and the analytic default for the rest.
 
     Twice as many multiprocessors as fill the link with stores, because a combine loads over it, which takes more in
@@ -222,6 +233,7 @@ def decide(spec: Spec, topology: Topology, wishes: Wishes, *, visible_sms: int, 
         engine=wishes.engine,
         topology=topology,
         one_kernel=one_kernel,
+        launches_early=one_kernel and can_launch_early,
     )
 
 

@@ -265,9 +265,10 @@ class DeviceConsent(Consent):
         with torch.cuda.stream(self._transport.stream):
             progress: list[list[int]] = self._on.calls[:, self._num_ranks :].tolist()
         is_current = state[STATUS.value] != sync.OK.value
-        first = state[CURRENT.value if is_current else NEXT.value]
-        owed = [call[SEQUENCE.value] for call in progress if call[PROGRESS.value] == BEGUN.value]
-        return min([first, *owed], key=lambda call: (call - first + CALL_MASK // 2) & CALL_MASK) & CALL_MASK
+        first: int = state[CURRENT.value if is_current else NEXT.value]
+        owed: list[int] = [call[SEQUENCE.value] for call in progress if call[PROGRESS.value] == BEGUN.value]
+        earliest: int = min([first, *owed], key=lambda call: (call - first + CALL_MASK // 2) & CALL_MASK) & CALL_MASK
+        return earliest
 
     def _state(self) -> list[int]:
         with torch.cuda.stream(self._transport.stream):

@@ -218,6 +218,7 @@ class DecodeCalls:
             num_warps=shape.num_warps,
             enable_fp_fusion=not block,
             maxnreg=shape.most_registers,
+            early=True,
         )
 
     def _sum_rows(
@@ -272,6 +273,7 @@ class DecodeCalls:
             given=(kind_of(weights), kind_of(bias), word.payload() < 2**31, landing < 2**31),
             num_warps=shape.num_warps,
             maxnreg=shape.most_registers,
+            early=True,
             enable_fp_fusion=False,
         )
 

@@ -172,11 +172,13 @@ class Launcher:
         given: Any = (),
         enable_fp_fusion: Any = True,
         maxnreg: int | None = None,
+        early: Any = False,
         **sizes: Any,
     ) -> None:
         """Launches a kernel on our stream, once compiled by its handle, without Triton's look at every argument.
 
         Args:
+            early: whether the kernel begins with ``await_kernels_before``, and so may be launched before that.
             given: what else than ``sizes`` a compiler may make use of, and may differ between a buffer's launches of
                 the kernel: ``kind_of`` the caller's tensors, strides, names of regions.
         """
@@ -188,6 +190,7 @@ class Launcher:
         options: dict[str, Any] = sizes | {"num_warps": num_warps}
         options |= {} if enable_fp_fusion else {"enable_fp_fusion": False}
         options |= {} if maxnreg is None else {"maxnreg": maxnreg}
+        options |= {"launch_pdl": True} if early and self.config.launches_early else {}
         if self._to_compile is not None:
             self._to_compile[key] = (kernel, args, options)
             return

@@ -51,7 +51,9 @@ from crossdock.backends.cuda.kernels.sync import (
     NOTHING,
     OK,
     are_here,
+    await_kernels_before,
     is_last_program,
+    let_next_kernel_launch,
     release_programs,
     stamped,
     take_verdict,
@@ -244,6 +246,7 @@ def dispatch_rows(
         STAGES: of pieces that are cast.
         RECORD: words between records.
     """
+    await_kernels_before()
     if tl.program_id(0) == 0:
         do_books(
             segments, state, call, record, report, payload, rank, max_polls, patience, begins, awaits,
@@ -258,6 +261,7 @@ def dispatch_rows(
             L * P, L, K, ROW, PIECE, PIECES, ROW_BYTES, BLOCK, SCALES, SCALE_PIECE, SEGMENT_ROWS,
             SEGMENT_BYTES, SCALE_BYTES, GROUP_BYTES, SCALES_OF_WORD, POW2, EXPONENTS, STAGES, RECORD,
         )  # fmt: skip
+    let_next_kernel_launch()
     if is_last_program(ticket):
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
         if is_ok(state):
@@ -388,6 +392,7 @@ def combine_rows(
         begins: whether this rank's word is still to be given.
         verdict, ticket: int32, both 0.
     """
+    await_kernels_before()
     if tl.program_id(0) == 0:
         status = tl.full([], ABORTED, tl.int32)
         if is_ok(state):
@@ -414,6 +419,7 @@ def combine_rows(
         out, bias, weights, places, homes, segments, call, verdict, num_tokens, rank, outputs, slot_bytes, landing,
         bias_rows, J, H, PIECE, HAS_WEIGHTS, HAS_BIAS,
     )  # fmt: skip
+    let_next_kernel_launch()
     if is_last_program(ticket):
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
         if is_ok(state):

@@ -232,6 +232,28 @@ def write_record(record, status, peer, phase, expected, seen):
 
 
 @triton.jit
+def await_kernels_before():
+    """Returns when the kernels before this one are done, and all that they stored is visible.
+
+    A kernel may be launched while the one before it runs still (``LaunchConfig.launches_early``), and then begins with
+    this. Where that is not so, there is nothing to wait for.
+    """
+    if tl.target_info.cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_kernel_launch():
+    """Lets the next kernel of the stream be launched, once all programs of this one have come here or ended.
+
+    It takes the room of those that have ended, and waits in ``await_kernels_before``. Programs that have not begun yet
+    need that room: so none says this before it has done all that others wait for.
+    """
+    if tl.target_info.cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def is_last_program(ticket):
     """Whether this program is the last of its grid to come here; if so, it sees what all the others have stored.
 
