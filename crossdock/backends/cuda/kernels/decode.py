@@ -255,8 +255,8 @@ def dispatch_rows(
         )  # fmt: skip
     else:
         send_share(
-            segments, call, outgoing, places, homes, verdict, nths, to_rows, to_scales, rooms, topk_idx, picks,
-            weights, has_weights, x, rows, scales, num_tokens, x_stride, stride, scale_stride, source,
+            segments, call, outgoing, places, homes, verdict, begins, nths, to_rows, to_scales, rooms, topk_idx,
+            picks, weights, has_weights, x, rows, scales, num_tokens, x_stride, stride, scale_stride, source,
             data_region, data_slot_bytes, scale_region, scale_slot_bytes, record_region, record_slot_bytes,
             L * P, L, K, ROW, PIECE, PIECES, ROW_BYTES, BLOCK, SCALES, SCALE_PIECE, SEGMENT_ROWS,
             SEGMENT_BYTES, SCALE_BYTES, GROUP_BYTES, SCALES_OF_WORD, POW2, EXPONENTS, STAGES, RECORD,

@@ -237,6 +237,7 @@ def send_share(
     places,
     homes,
     verdict,
+    begins,
     nths,
     to_rows,
     to_scales,
@@ -283,25 +284,30 @@ def send_share(
     program, num_programs, num_pieces = tl.program_id(0) - 1, tl.num_programs(0) - 1, num_tokens * PIECES
     first_piece, last_piece = program * num_pieces // num_programs, (program + 1) * num_pieces // num_programs
     first_token, last_token = first_piece // PIECES, (last_piece + PIECES - 1) // PIECES
-    count_share(topk_idx, picks, nths, rooms + program * E, first_token, last_token, E, K)
-    if BLOCK > 0:
-        cast_share(
-            x, rows.to(tl.pointer_type(tl.uint8), bitcast=True), scales, first_piece, last_piece, x_stride,
-            ROW_BYTES, BLOCK, SCALE_PIECE, PIECES, SCALES, POW2, EXPONENTS, STAGES,
-        )  # fmt: skip
-    tl.debug_barrier()  # what the program has kept is there for all its warps
-    values = load_piece(rows, first_piece, last_piece, stride, ROW, PIECE, PIECES)
-    decided = take_verdict(verdict)
+    decided = tl.full([], 0, tl.int32)
+    if begins == 0:  # most often all has been sent
+        decided = take_verdict(verdict)
     if decided != NOTHING:
-        place_share(
-            segments, call, outgoing, places, homes, nths, to_rows, to_scales, picks, weights, has_weights,
-            first_token, last_token,
-            (first_piece + PIECES - 1) // PIECES, decided == GO, source, data_region, data_slot_bytes,
-            scale_region, scale_slot_bytes, record_region, record_slot_bytes,
-            E, L, K, ROW_BYTES, SCALES, SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES, RECORD,
-        )  # fmt: skip
-        if decided == GO:
-            push_share(
-                to_rows, to_scales, rows, scales, values, first_piece, last_piece, stride, scale_stride,
-                K, ROW, PIECE, PIECES, ROW_BYTES, SCALES, SCALE_PIECE, GROUP_BYTES, SCALES_OF_WORD,
+        count_share(topk_idx, picks, nths, rooms + program * E, first_token, last_token, E, K)
+        if BLOCK > 0:
+            cast_share(
+                x, rows.to(tl.pointer_type(tl.uint8), bitcast=True), scales, first_piece, last_piece, x_stride,
+                ROW_BYTES, BLOCK, SCALE_PIECE, PIECES, SCALES, POW2, EXPONENTS, STAGES,
             )  # fmt: skip
+        tl.debug_barrier()  # what the program has kept is there for all its warps
+        values = load_piece(rows, first_piece, last_piece, stride, ROW, PIECE, PIECES)
+        if begins != 0:
+            decided = take_verdict(verdict)
+        if decided != NOTHING:
+            place_share(
+                segments, call, outgoing, places, homes, nths, to_rows, to_scales, picks, weights, has_weights,
+                first_token, last_token,
+                (first_piece + PIECES - 1) // PIECES, decided == GO, source, data_region, data_slot_bytes,
+                scale_region, scale_slot_bytes, record_region, record_slot_bytes,
+                E, L, K, ROW_BYTES, SCALES, SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES, RECORD,
+            )  # fmt: skip
+            if decided == GO:
+                push_share(
+                    to_rows, to_scales, rows, scales, values, first_piece, last_piece, stride, scale_stride,
+                    K, ROW, PIECE, PIECES, ROW_BYTES, SCALES, SCALE_PIECE, GROUP_BYTES, SCALES_OF_WORD,
+                )  # fmt: skip
