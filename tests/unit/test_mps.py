@@ -12,6 +12,7 @@ import pytest
 
 from crossdock.cli import main, mps
 from crossdock.cli.mps import one_gpu_cluster, share_gpus
+from crossdock.cli.mps.daemon import signals_deferred
 from crossdock.errors import BackendUnavailable, ConfigError
 
 CONTROL = """#!/bin/bash
@@ -194,6 +195,22 @@ def test_a_command_is_ended_before_its_daemon(daemon):
     assert process.wait(30) == 128 + signal.SIGTERM
     assert not Path("/proc", (daemon / "command").read_text().strip()).exists()
     assert ends(daemon)
+
+
+def test_a_signal_is_handled_behind_what_must_not_be_interrupted():
+    def handle(number, _):
+        done.append(number)
+
+    done, before = [], signal.signal(signal.SIGTERM, handle)
+    try:
+        with signals_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            done.append("block")
+        assert done == ["block", signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is handle
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_command_without_words_is_refused(capsys):

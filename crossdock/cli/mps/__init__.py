@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from crossdock.cli.mps.daemon import check_daemon, mps_daemon
+from crossdock.cli.mps.daemon import check_daemon, mps_daemon, signals_deferred
 from crossdock.cli.mps.sharing import PIPE_DIRECTORY, Sharing, share_gpus
 from crossdock.errors import BackendUnavailable, ConfigError
 
@@ -110,19 +110,22 @@ def run(args: argparse.Namespace) -> None:
     if not words:
         raise ConfigError("there is no command; pass it behind --: crossdock mps -- python train.py")
     with one_gpu_cluster(args.ranks, percentage=args.percentage) as variables:
-        try:
-            process = subprocess.Popen(words, env=os.environ | variables)
-        except OSError as error:
-            raise ConfigError(f"{words[0]} cannot be run ({error.strerror}); pass a command that can") from error
-        code = _exit_code(process)
+        code = _exit_code(words, os.environ | variables)
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
-def _exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Waits for the command; when this process is to end before it, the command ends first."""
+def _exit_code(words: list[str], variables: dict[str, str]) -> int:
+    """Runs the command; when this process is to end before it, the command ends first."""
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with signals_deferred():
+            process = subprocess.Popen(words, env=variables)
         return process.wait()
+    except OSError as error:
+        raise ConfigError(f"{words[0]} cannot be run ({error.strerror}); pass a command that can") from error
     except BaseException as error:
+        if process is None:
+            raise
         if not isinstance(error, KeyboardInterrupt):  # which the terminal has sent to the command as well
             process.terminate()
         try:

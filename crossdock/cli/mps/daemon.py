@@ -136,6 +136,28 @@ def _ends_raised() -> Iterator[None]:
 
 
 @contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Signals that Python handles and that come while the block runs are handled behind it.
+
+    Else one may raise between the start of a process and the name that it is given, and nobody could end it.
+    """
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, *_ENDS):
+            if callable(handler := signal.getsignal(number)):
+                before[number] = handler
+                signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+@contextmanager
 def _signals_ignored() -> Iterator[None]:
     """So that a second Ctrl-C does not leave the daemon behind."""
     if threading.current_thread() is not threading.main_thread():
