@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import Outgoing, Rows
-from crossdock.backends.cuda.config import power_of_two
+from crossdock.backends.cuda.config import Few, FewSums, power_of_two
 from crossdock.backends.cuda.control import DeviceConsent
 from crossdock.backends.cuda.kernels import decode
 from crossdock.backends.cuda.launch import Launcher, kind_of
@@ -44,9 +44,22 @@ class DecodeCalls:
         self._to_rows, self._to_scales = torch.zeros(2, *self._nths.shape, dtype=torch.int64, device=device).unbind()
         room = (launcher.config.most_programs(spec.num_topk), spec.num_experts)
         self._room = torch.zeros(room, dtype=torch.int32, device=device)
-        self._has_scales = "scale" in arena.regions
         self._column_major = arena.scales.column_major
         self._cast = _cast_rows(spec, spec.wire, device) if isinstance(spec.wire, Fp8) else None
+        self._few: dict[tuple[int, ...], Few] = {}
+        self._few_sums: dict[tuple[int, ...], FewSums] = {}
+        self._at_peers = constants(arena.scales)
+        self._blocks = launcher.blocks_of_rows()
+        self._boxes = tuple(arena[name].offset for name in ("words", "arrived", "aborts", "counts"))
+        self._lands = tuple(
+            at
+            for name in ("data", "scale", "record")
+            for at in (self._region(name) if name in arena.regions else (0, 0))
+        )
+
+    def _region(self, name: str) -> tuple[int, int]:
+        """Where a region begins, and how large its slots are."""
+        return self._arena[name].offset, self._on.slot_bytes(name)
 
     def takes_dispatch(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
         """See WholeCalls. Fresh ones, of what has room in a record as it is."""
@@ -117,13 +130,13 @@ class DecodeCalls:
         x, weights = outgoing.x, outgoing.weights
         scale: Tensor | None = None
         block, unit, is_exponents, is_pow2, scales_of_word = 0, 1, False, False, 1
-        at_peers = constants(arena.scales)
+        group_bytes = self._at_peers["GROUP_BYTES"]
         if isinstance(x, Quantized):
             values = rows = as_words(rowwise(x.data, on))
             scale = rowwise(x.scale, on)
             scale = as_integers(scale) if self._column_major else as_words(scale)
             num_scales = scale.shape[1]
-            at_peers["GROUP_BYTES"] = at_peers["GROUP_BYTES"] if self._column_major else scale.element_size()
+            group_bytes = group_bytes if self._column_major else scale.element_size()
         elif isinstance(wire, Fp8):
             assert self._cast is not None
             values, (rows, scale) = rowwise(x, on), self._cast
@@ -136,7 +149,9 @@ class DecodeCalls:
             values = rows = as_words(rowwise(x, on))
             num_scales = 0
         row_bytes = spec.hidden * wire.dtype.itemsize
-        shape = on.config.few(rows.shape[1], plan.num_tokens, spec.num_topk, unit=unit)
+        at = on.config.num_sms, rows.shape[1], plan.num_tokens, unit
+        if (shape := self._few.get(at)) is None:
+            shape = self._few[at] = on.config.few(rows.shape[1], plan.num_tokens, spec.num_topk, unit=unit)
         scale_piece = shape.piece // unit if block else power_of_two(num_scales or 1)
         assert plan.report is not None
         on.launch(
@@ -153,10 +168,7 @@ class DecodeCalls:
             shape.patience,
             int(begins),
             int(awaits),
-            arena["words"].offset,
-            arena["arrived"].offset,
-            arena["aborts"].offset,
-            arena["counts"].offset,
+            *self._boxes,
             plan.counts,
             plan.scalars,
             plan.report.row,
@@ -186,15 +198,10 @@ class DecodeCalls:
             rows.stride(0),
             0 if scale is None else scale.stride(0),
             on.rank * spec.max_tokens,
-            arena["data"].offset,
-            on.slot_bytes("data"),
-            arena["scale"].offset if self._has_scales else 0,
-            on.slot_bytes("scale") if self._has_scales else 0,
-            arena["record"].offset,
-            on.slot_bytes("record"),
+            *self._lands,
             P=on.num_ranks,
             RING=arena.ring,
-            **on.blocks_of_rows(),
+            **self._blocks,
             K=spec.num_topk,
             ROW=rows.shape[1],
             PIECE=shape.piece,
@@ -203,7 +210,7 @@ class DecodeCalls:
             BLOCK=block,
             SCALES=num_scales,
             SCALE_PIECE=scale_piece,
-            **at_peers,
+            **self._at_peers | {"GROUP_BYTES": group_bytes},
             SCALES_OF_WORD=scales_of_word,
             POW2=is_pow2,
             EXPONENTS=is_exponents,
@@ -235,7 +242,12 @@ class DecodeCalls:
         on, arena, table = self._on, self._arena, plan.rows
         landing = arena["landing"].offset + word.slot * on.slot_bytes("landing")
         spec = self._spec
-        shape = on.config.few_sums(spec.hidden, plan.num_tokens, spec.num_topk, value_bytes=out.element_size())
+        at = on.config.num_sms, plan.num_tokens
+        if (shape := self._few_sums.get(at)) is None:
+            size = out.element_size()
+            shape = self._few_sums[at] = on.config.few_sums(
+                spec.hidden, plan.num_tokens, spec.num_topk, value_bytes=size
+            )
         on.launch(
             decode.combine_rows,
             (shape.programs,),
@@ -248,9 +260,7 @@ class DecodeCalls:
             on.rank,
             on.max_polls,
             int(begins),
-            arena["words"].offset,
-            arena["arrived"].offset,
-            arena["aborts"].offset,
+            *self._boxes[:3],
             self._verdict,
             self._ticket,
             out,

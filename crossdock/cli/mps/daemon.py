@@ -153,8 +153,8 @@ def signals_deferred() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for signum in came:
+            signal.raise_signal(signum)
 
 
 @contextmanager
