@@ -24,7 +24,7 @@ from crossdock import (
     PeerTimeout,
     Spec,
 )
-from crossdock.backends.cuda import config
+from crossdock.backends.cuda import decode
 from crossdock.backends.cuda.kernels.calls import BEGUN, PROGRESS, SENT
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
@@ -179,7 +179,7 @@ def test_what_is_started_is_sent_at_once_or_by_wait(world, layout, patience):
 
 def start_two(group, cases, patience):
     """Rows and sums of two batches whose calls overlap, and how far each dispatch was before and after its wait."""
-    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(config, "_PATIENCE", patience):
+    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(decode, "_PATIENCE", patience):
         r, on = buffer.rank, buffer._backend._on
         started, rooms = [], []
         for case in cases:
@@ -200,7 +200,7 @@ def start_two(group, cases, patience):
 
 def start_or_call(group, cases):
     """One batch dispatched around the combine of another: rank 0 waits behind that, the others at once."""
-    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(config, "_PATIENCE", 0):
+    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(decode, "_PATIENCE", 0):
         r = buffer.rank
         batches = [buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity") for case in cases]
         rows, sums = [observed(recv) for recv in batches], []
@@ -286,7 +286,7 @@ def misbehave(group, trouble):
             if trouble == "abort" and r == 1:
                 buffer.abort("had enough")
             elif trouble == "abort in flight" and r == 1:
-                with mock.patch.object(config, "_PATIENCE", 0):  # its word is given, and its rows are still to be sent
+                with mock.patch.object(decode, "_PATIENCE", 0):  # its word is given, and its rows are still to be sent
                     buffer.dispatch_start(x, topk_idx)
                 buffer.abort("had enough")
             elif trouble == "bad input" and r == 1:

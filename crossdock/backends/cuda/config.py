@@ -22,8 +22,6 @@ _FEW_WORDS = 512
 """Of a row that a program moves at a time."""
 _STAGED_BYTES = 65536
 """Of values that are on their way to a program; three programs have room for that on a multiprocessor."""
-_PATIENCE = 32
-"""Some 10 us."""
 PROGRAMS_PER_SM = 16
 """Of kernels whose number of rows only the device knows: each program takes its share of them."""
 
@@ -50,8 +48,6 @@ class Few:
     num_warps: int
     most_registers: int
     """Of a thread."""
-    patience: int
-    """Polls after which a call that is only started leaves its rows to ``wait()``."""
 
     def stages(self, word_bytes: int) -> int:
         """Of pieces that are cast: one is, the others are on their way; so many as there is shared memory for."""
@@ -143,7 +139,6 @@ class LaunchConfig:
             piece=piece,
             num_warps=fits.num_warps,
             most_registers=fits.registers,
-            patience=_PATIENCE,
         )
 
     def few_sums(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> FewSums:

@@ -24,6 +24,8 @@ from crossdock.scales import as_integers
 from crossdock.spec import Spec
 from crossdock.wire import Fp8, Quantized
 
+_PATIENCE = 32
+"""Polls, some 10 us, after which a call that is only started leaves its rows to ``wait()``."""
 _LEFT = Missing((), "finish", has_sent=True)
 """What a call that has been started leaves to ``wait()``."""
 _NO_WORD = Word(Kind.DISPATCH, 0)
@@ -165,7 +167,7 @@ class DecodeCalls:
             word.payload(),
             on.rank,
             on.max_polls,
-            shape.patience,
+            _PATIENCE,
             int(begins),
             int(awaits),
             *self._boxes,
