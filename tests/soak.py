@@ -4,7 +4,8 @@ Every rank derives every rank's inputs from (seed, round), so each knows what it
 decided first, printed when something is wrong, and done again by ``--only ROUND``.
 
 ``--device cuda`` plays the same rounds on GPUs. Inputs then also come late on the caller's stream, and a call that no
-host sync belongs to tells what went wrong in ``buffer.check()``.
+host sync belongs to tells what went wrong in ``buffer.check()``. ``--device interpreted`` plays them without a GPU, on
+the CUDA backend in Triton's interpreter: a few rounds a second.
 """
 
 # Printing is what it is for.
@@ -16,13 +17,15 @@ import argparse
 import contextlib
 import faulthandler
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -139,12 +142,18 @@ class Player:
     """One rank's part in rounds."""
 
     def __init__(self, group: Any, options: argparse.Namespace, device: torch.device) -> None:
+        self._has_kernels, make_buffer = options.device != "cpu", Buffer
         self.specs = make_specs(options.ranks)
+        if options.device == "interpreted":
+            from tests.interpreted import make_buffer  # noqa: PLC0415 - it imports Triton
+
+            # The interpreter cuts float32 off where it makes bfloat16 of it.
+            self.specs = [replace(spec, combine_wire=Fp32()) for spec in self.specs]
         if options.spec is not None:
             self.specs = [self.specs[options.spec]] * 2
         # debug=True finishes the calls in flight before it poisons a slot, so half of the buffers overlap for real.
         self.buffers = [
-            Buffer(group, spec, debug=i % 2 == 0, **_buffer_options(options, device, spec, i))
+            make_buffer(group, spec, debug=i % 2 == 0, **_buffer_options(options, device, spec, i))
             for i, spec in enumerate(self.specs)
         ]
         self.rank, self.num_ranks, self._seed = self.buffers[0].rank, options.ranks, options.seed
@@ -398,27 +407,29 @@ class Player:
 
     def _bring(self, *tensors: Tensor | None) -> list[Any]:
         """Inputs, on the buffers' device."""
-        return list(tensors) if self._device.type == "cpu" else late.bring(tensors, self._device, self._naps)
+        if self._device.type == "cuda":
+            return late.bring(tensors, self._device, self._naps)
+        return [tensor.clone() if self._has_kernels and tensor is not None else tensor for tensor in tensors]
 
     def _started(self, pending: Any, inputs: list[Tensor | None]) -> Any:
-        return pending if self._device.type == "cpu" else late.Call(pending, inputs)
+        return late.Call(pending, inputs) if self._has_kernels else pending
 
     def _launch(self) -> dict[str, Any]:
         """What a call may say of its kernels; ranks need not agree."""
-        if self._device.type == "cpu":
+        if not self._has_kernels:
             return {}
         return {"num_sms": [None, None, 1, 2][self._naps.integers(4)]}
 
     def _surface(self) -> None:
         """On CUDA the failure of a call without a host sync shows in the next one or here; on CPU, in ``wait()``."""
-        if self._device.type == "cuda":
+        if self._has_kernels:
             self.buffer.check()
 
 
 def _buffer_options(options: argparse.Namespace, device: torch.device, spec: Spec, number: int) -> dict[str, Any]:
     """How the buffer of that number is made."""
     timeout = {"timeout_s": 2 * options.watchdog}
-    if device.type == "cpu":
+    if options.device == "cpu":
         return timeout
     may_expand = spec.layout.per_pick and spec.row_bytes() <= spec.hidden * spec.combine_dtype.itemsize
     expand = (options.expand or ("sender", "receiver")[number % 2]) if may_expand else None
@@ -516,8 +527,10 @@ def _in_processes(options: argparse.Namespace) -> bool:
         ranks = [
             context.Process(target=_process, args=(r, options, store, at, num_devices)) for r in range(options.ranks)
         ]
-        for process in ranks:
-            process.start()
+        # Triton looks when it is imported, which torch may do.
+        with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if options.device == "interpreted" else {}):
+            for process in ranks:
+                process.start()
         failed_at = None
         while any(process.is_alive() for process in ranks):
             for process in ranks:
@@ -541,7 +554,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", action="store_true", help="ranks are threads of one process")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda", "interpreted"], default="cpu")
     parser.add_argument("--spec", type=int, choices=range(8), help="play this one of the Specs alone")
     parser.add_argument("--num-sms", type=int, help="on CUDA, of every buffer; calls choose others at times")
     parser.add_argument("--expand", choices=["sender", "receiver"], help="on CUDA; else every other buffer has either")
@@ -555,6 +568,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.device_count():
         parser.error("--device cuda: this machine has no CUDA device that torch could use")
+    if options.device == "interpreted" and options.threads:
+        parser.error("--device interpreted: Triton's interpreter is not made for threads; leave --threads out")
     configuration = f"{options.ranks} {'threads' if options.threads else 'processes'}, seed {options.seed}"
     if options.device != "cpu":
         configuration += f", {options.device}"
