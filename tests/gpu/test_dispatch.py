@@ -1,5 +1,7 @@
 """Dispatch on CUDA against the oracle, bit for bit: every layout and format, plans, wide rows, overflows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -170,9 +172,15 @@ def test_rows_are_quantised_to_the_same_bits_as_on_a_cpu(world, wire):
 
 @pytest.mark.worlds("cuda-2")
 @pytest.mark.parametrize("wire", [Fp8(block=8), Fp8(block=4, scale="ue8m0")], ids=repr)
-def test_casts_on_the_way_are_those_of_a_cpu_whatever_the_size_of_values(world, wire):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_casts_on_the_way_are_those_of_a_cpu_whatever_the_size_of_values(world, dtype, wire):
     case = make_case(programs.spec_of(Compact(), wire), [9, 9])
+    smallest, end = (-24, 16) if dtype == torch.float16 else (-133, 127)
+    rows = []
     for seed, x in enumerate(case.x):
-        exponents = torch.randint(-133, 127, (len(x), x.shape[1] // 8, 1), generator=torch.manual_seed(seed))
-        x.copy_((torch.rand(len(x), x.shape[1] // 8, 8) * 2.0**exponents).view_as(x))
+        exponents = torch.randint(smallest, end, (len(x), x.shape[1] // 8, 1), generator=torch.manual_seed(seed))
+        values = (torch.rand(len(x), x.shape[1] // 8, 8) - 0.5) * 2.0**exponents
+        values[0, 0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
+        rows.append(values.view_as(x).to(dtype))
+    case = replace(case, x=rows)
     check_received(case, world.run(programs.dispatch_plainly, case), weights=False, extras=False)

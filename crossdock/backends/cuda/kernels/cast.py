@@ -24,7 +24,6 @@ FIRST_NORMAL = tl.constexpr(2.0**-6)
 SUBNORMAL_UNIT = tl.constexpr(2.0**14)
 """Added to a float32 it rounds to multiples of 2**-9, the smallest e4m3; the last bits then count them."""
 SUBNORMAL_UNIT_BITS = tl.constexpr((127 + 14) << 23)
-SIGN = tl.constexpr(-(2**31))
 SMALL = tl.constexpr(2.0**-60)
 UP, DOWN = tl.constexpr(2.0**64), tl.constexpr(2.0**-64)
 
@@ -43,35 +42,39 @@ def e4m3_bits(value):
 
 
 @triton.jit
-def quotient(value, scale, POW2: tl.constexpr):
+def quotient(value, scale, POW2: tl.constexpr, CORRECTIONS: tl.constexpr):
     """``value / scale`` of blocks ``[G, BLOCK]`` by their scales ``[G]``, correctly rounded, without branches.
 
     Multiplies with the reciprocal, and corrects that twice by the remainder. By a theorem of Markstein's the second
     correction of a quotient that is off by less than its last bit rounds correctly, if the reciprocal is the nearest
-    and the remainder exact ("Computation of elementary functions on the IBM RISC System/6000", 1990). The remainder of
-    small scales would underflow: both are made larger before.
+    and the remainder exact ("Computation of elementary functions on the IBM RISC System/6000", 1990). One is enough
+    for values of 8 or 11 bits by a 448th of such a value: ``tests/unit/test_quotient.py`` tries all. The remainder of
+    small scales would underflow: both are made larger before. With the signs that remainder and reciprocal have here,
+    -0 stays -0; what is not finite becomes NaN, but for POW2.
     """
     reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     if POW2:
         return value * reciprocal[:, None]
     is_small = scale < SMALL
     value = value * tl.where(is_small, UP, 1.0)[:, None]
-    minus_scale = tl.broadcast_to((-scale * tl.where(is_small, UP, 1.0))[:, None], value.shape)
+    scale = tl.broadcast_to((scale * tl.where(is_small, UP, 1.0))[:, None], value.shape)
     reciprocal = tl.broadcast_to((reciprocal * tl.where(is_small, DOWN, 1.0))[:, None], value.shape)
     ratio = value * reciprocal
-    ratio = tl.fma(tl.fma(ratio, minus_scale, value), reciprocal, ratio)
-    ratio = tl.fma(tl.fma(ratio, minus_scale, value), reciprocal, ratio)
-    sign = value.to(tl.int32, bitcast=True) & SIGN  # -0 has a remainder of +0, which would make it +0
-    return ((ratio.to(tl.int32, bitcast=True) & ~SIGN) | sign).to(tl.float32, bitcast=True)
+    for _ in tl.static_range(CORRECTIONS):
+        ratio = tl.fma(tl.fma(ratio, scale, -value), -reciprocal, ratio)
+    return ratio
 
 
 @triton.jit
-def cast_blocks(value, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
-    """Blocks of float32 values ``[G, BLOCK]`` (0 behind a block's end) as bytes of e4m3, and their scales ``[G]``.
+def cast_blocks(given, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
+    """Blocks of values ``[G, BLOCK]`` (0 behind a block's end) as bytes of e4m3, and their scales ``[G]``.
 
     Args:
+        given: bfloat16, float16 or float32.
         POW2: round scales up to powers of two; EXPONENTS: give their biased exponents.
     """
+    CORRECTIONS: tl.constexpr = 2 if given.dtype.primitive_bitwidth == 32 else 1
+    value = given.to(tl.float32)
     size = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     is_finite = size < 0x7F800000
     # Sizes of finite floats are ordered as their bits are, and integers have no NaN to take care of.
@@ -82,7 +85,9 @@ def cast_blocks(value, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
     if tl.target_info.cuda_capability_geq(
         8, 9
     ):  # its casts are to nearest, ties to even, within +-448; NaN is E4M3_NAN
-        ratio = tl.where(is_finite, quotient(value, scale, POW2), float("nan"))
+        ratio = quotient(value, scale, POW2, CORRECTIONS)
+        if POW2:
+            ratio = tl.where(is_finite, ratio, float("nan"))
         data = ratio.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
         ratio = tl.div_rn(tl.where(is_finite, value, 0.0), tl.broadcast_to(scale[:, None], value.shape))
@@ -139,7 +144,7 @@ def push_cast(
             group = i % PIECES * GROUPS + tl.arange(0, GROUPS)
             at = group[:, None] * BLOCK + within[None, :]
             is_value = (group < G)[:, None] & (within < BLOCK)[None, :]
-            value = tl.load(x + wide(token) * stride + at, mask=is_value, other=0.0).to(tl.float32)
+            value = tl.load(x + wide(token) * stride + at, mask=is_value, other=0.0)
             data, stored = cast_blocks(value, POW2, EXPONENTS)
             stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
             behind = group_offset(group, GROUP_BYTES, WORD, SCALE_SIZE)

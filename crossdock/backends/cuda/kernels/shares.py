@@ -67,7 +67,7 @@ def cast_share(
         token, block = i // PIECES, i % PIECES * BLOCKS + tl.arange(0, BLOCKS)
         at = block[:, None] * BLOCK + within[None, :]
         is_value = (block < H // BLOCK)[:, None] & (within < BLOCK)[None, :]
-        value = tl.load(x + wide(token) * stride + at, mask=is_value, other=0.0).to(tl.float32)
+        value = tl.load(x + wide(token) * stride + at, mask=is_value, other=0.0)
         bytes_of, scale = cast_blocks(value, POW2, EXPONENTS)
         tl.store(data + token * H + at, bytes_of, mask=is_value)
         scale = tl.where(block < H // BLOCK, scale, 0).to(scales.dtype.element_ty)
