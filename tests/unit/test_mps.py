@@ -97,12 +97,15 @@ def test_the_daemon_ends_with_the_block(daemon, error):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_daemon_too(daemon, number):
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as caught, one_gpu_cluster(num_ranks=2, num_gpus=1):
-        signal.raise_signal(number)
-    assert caught.value.code == 128 + number
-    assert ends(daemon)
-    assert signal.getsignal(number) == before
+    before = signal.signal(number, signal.SIG_DFL)  # nohup has SIGHUP ignored
+    try:
+        with pytest.raises(SystemExit) as caught, one_gpu_cluster(num_ranks=2, num_gpus=1):
+            signal.raise_signal(number)
+        assert caught.value.code == 128 + number
+        assert ends(daemon)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_daemon_that_does_not_answer_is_killed(daemon, monkeypatch, capsys):
