@@ -8,8 +8,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from ctypes import Array, c_double
 from dataclasses import dataclass, field
 from multiprocessing import connection
@@ -24,6 +24,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from crossdock._env import num_cores
 from crossdock.cli.device import Gpus
 from crossdock.cli.line import StartingLine, shared_moments
+from crossdock.cli.signals import handled
 from crossdock.errors import CrossdockError, PeerFailed, PeerTimeout
 
 Job = TypeVar("Job")
@@ -155,21 +156,13 @@ def _death(rank: int, process: BaseProcess) -> RankDied:
     return RankDied(f"the process of rank {rank} {how} before it had a result{hint}")
 
 
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
+def _interrupts_ignored() -> AbstractContextManager[None]:
     """Processes that are started within ignore Ctrl-C, from their first instruction: whoever started them ends them.
 
     Ignored and not blocked, because multiprocessing unblocks it when it starts its resource tracker. One that comes
     within the block, some milliseconds, is lost.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # no other thread may set handlers, and none is interrupted
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return handled((signal.SIGINT,), signal.SIG_IGN)
 
 
 def _serve(program: Callable[[Member, Any], Any], job: object, seat: _Seat, sender: Connection) -> None:

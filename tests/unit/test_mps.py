@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from crossdock.cli import main, mps
+from crossdock.cli import main, mps, signals
 from crossdock.cli.mps import one_gpu_cluster, share_gpus
-from crossdock.cli.mps.daemon import signals_deferred
 from crossdock.errors import BackendUnavailable, ConfigError
 
 CONTROL = """#!/bin/bash
@@ -206,7 +205,7 @@ def test_a_signal_is_handled_behind_what_must_not_be_interrupted():
 
     done, before = [], signal.signal(signal.SIGTERM, handle)
     try:
-        with signals_deferred():
+        with signals.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
             done.append("block")

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
-from crossdock.cli.mps.daemon import check_daemon, mps_daemon, signals_deferred
+from crossdock.cli import signals
+from crossdock.cli.mps.daemon import check_daemon, mps_daemon
 from crossdock.cli.mps.sharing import PIPE_DIRECTORY, Sharing, share_gpus
 from crossdock.errors import BackendUnavailable, ConfigError
 
@@ -118,13 +119,13 @@ def _exit_code(words: list[str], variables: dict[str, str]) -> int:
     """Runs the command; when this process is to end before it, the command ends first."""
     process: subprocess.Popen[bytes] | None = None
     try:
-        with signals_deferred():
+        with signals.deferred():
             process = subprocess.Popen(words, env=variables)
         return process.wait()
-    except OSError as error:
-        raise ConfigError(f"{words[0]} cannot be run ({error.strerror}); pass a command that can") from error
     except BaseException as error:
         if process is None:
+            if isinstance(error, OSError):
+                raise ConfigError(f"{words[0]} cannot be run ({error.strerror}); pass a command that can") from error
             raise
         if not isinstance(error, KeyboardInterrupt):  # which the terminal has sent to the command as well
             process.terminate()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,10 @@ from types import FrameType
 from typing import NoReturn
 
 from crossdock.cli.mps.sharing import CONTROL, LOG_DIRECTORY, PERCENTAGE, PIPE_DIRECTORY
+from crossdock.cli.signals import ENDS, handled
 from crossdock.errors import BackendUnavailable, ConfigError
 
 _ANSWER_S = 30.0
-_ENDS = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a process, and which Python, unlike Ctrl-C, does not make an exception of."""
 
 
 @contextmanager
@@ -44,7 +42,8 @@ def mps_daemon() -> Iterator[dict[str, str]]:
             _start(environ, folder / "said")
             yield variables
         finally:
-            with _signals_ignored():
+            # So that a second Ctrl-C does not leave the daemon behind.
+            with handled((signal.SIGINT, *ENDS), signal.SIG_IGN):
                 _stop(environ, pipes)
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -122,50 +121,5 @@ def _ends_raised() -> Iterator[None]:
     def raise_exit(number: int, _frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # no other thread may set handlers
-        return
-    ours = [number for number in _ENDS if signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, raise_exit)
-    try:
+    with handled([number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL], raise_exit):
         yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Signals that Python handles and that come while the block runs are handled behind it.
-
-    Else one may raise between the start of a process and the name that it is given, and nobody could end it.
-    """
-    came: list[int] = []
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, *_ENDS):
-            if callable(handler := signal.getsignal(number)):
-                before[number] = handler
-                signal.signal(number, lambda number, _frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for signum in came:
-            signal.raise_signal(signum)
-
-
-@contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """So that a second Ctrl-C does not leave the daemon behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *_ENDS)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
