@@ -26,7 +26,7 @@ def cases_of(world, layout, reduce, count, **kwargs):
 def late(tensor):
     """The same values, as they will be once the stream gets there; until then NaN."""
     result = torch.full_like(tensor, float("nan") if tensor.is_floating_point() else -1)
-    torch.cuda._sleep(30 * MILLISECOND)
+    torch.cuda._sleep(2 * MILLISECOND)
     return result.copy_(tensor)
 
 
