@@ -179,7 +179,7 @@ def _as_few(num_pieces: int, most: int) -> int:
     What is left over is for a rank that cannot run them all at once: of four ranks with a quarter of an H200's
     multiprocessors each, 32 by what CUDA says, one had 29.
 
-    >>> _as_few(512, 95)
+    >>> _as_few(256, 95)  # three each
     86
     """
     return -(-num_pieces // -(-num_pieces // most)) if num_pieces else 0

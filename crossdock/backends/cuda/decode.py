@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import Outgoing, Rows
-from crossdock.backends.cuda.config import Few, FewSums, power_of_two
+from crossdock.backends.cuda.config import power_of_two
 from crossdock.backends.cuda.control import DeviceConsent
 from crossdock.backends.cuda.kernels import decode
 from crossdock.backends.cuda.launch import Launcher, kind_of
@@ -48,8 +48,6 @@ class DecodeCalls:
         self._room = torch.zeros(room, dtype=torch.int32, device=device)
         self._column_major = arena.scales.column_major
         self._cast = _cast_rows(spec, spec.wire, device) if isinstance(spec.wire, Fp8) else None
-        self._few: dict[tuple[int, ...], Few] = {}
-        self._few_sums: dict[tuple[int, ...], FewSums] = {}
         self._at_peers = constants(arena.scales)
         self._blocks = launcher.blocks_of_rows()
         self._boxes = tuple(arena[name].offset for name in ("words", "arrived", "aborts", "counts"))
@@ -151,9 +149,7 @@ class DecodeCalls:
             values = rows = as_words(rowwise(x, on))
             num_scales = 0
         row_bytes = spec.hidden * wire.dtype.itemsize
-        at = on.config.num_sms, rows.shape[1], plan.num_tokens, unit
-        if (shape := self._few.get(at)) is None:
-            shape = self._few[at] = on.config.few(rows.shape[1], plan.num_tokens, spec.num_topk, unit=unit)
+        shape = on.config.few(rows.shape[1], plan.num_tokens, spec.num_topk, unit=unit)
         scale_piece = shape.piece // unit if block else power_of_two(num_scales or 1)
         assert plan.report is not None
         on.launch(
@@ -244,12 +240,7 @@ class DecodeCalls:
         on, arena, table = self._on, self._arena, plan.rows
         landing = arena["landing"].offset + word.slot * on.slot_bytes("landing")
         spec = self._spec
-        at = on.config.num_sms, plan.num_tokens
-        if (shape := self._few_sums.get(at)) is None:
-            size = out.element_size()
-            shape = self._few_sums[at] = on.config.few_sums(
-                spec.hidden, plan.num_tokens, spec.num_topk, value_bytes=size
-            )
+        shape = on.config.few_sums(spec.hidden, plan.num_tokens, spec.num_topk, value_bytes=out.element_size())
         on.launch(
             decode.combine_rows,
             (shape.programs,),

@@ -322,7 +322,7 @@ class Planner:
         rows, pairs = self._table(num_tokens, self._num_places, self._num_segments, self._slot_rows), None
         if self._has_pairs:
             pairs = self._table(num_tokens, self._num_pairs, 1, self._num_ranks * self._arena.spec.max_tokens)
-        self._on.given(counts)
+        self._on.given(rows.places)
         if not is_whole:  # else kernels run on the current stream, on which torch may fill it, and nobody may ask
             for table in (rows, pairs):
                 if table is not None:
