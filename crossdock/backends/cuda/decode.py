@@ -5,12 +5,14 @@ Letters: T tokens here, K top-k, H hidden, P ranks.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import Outgoing, Rows
-from crossdock.backends.cuda.config import power_of_two
+from crossdock.backends.cuda.config import LaunchConfig, power_of_two
 from crossdock.backends.cuda.control import DeviceConsent
 from crossdock.backends.cuda.kernels import decode
 from crossdock.backends.cuda.launch import Launcher, kind_of
@@ -48,6 +50,7 @@ class DecodeCalls:
         self._room = torch.zeros(room, dtype=torch.int32, device=device)
         self._column_major = arena.scales.column_major
         self._cast = _cast_rows(spec, spec.wire, device) if isinstance(spec.wire, Fp8) else None
+        self._few, self._few_sums = functools.cache(LaunchConfig.few), functools.cache(LaunchConfig.few_sums)
         self._at_peers = constants(arena.scales)
         self._blocks = launcher.blocks_of_rows()
         self._boxes = tuple(arena[name].offset for name in ("words", "arrived", "aborts", "counts"))
@@ -149,7 +152,7 @@ class DecodeCalls:
             values = rows = as_words(rowwise(x, on))
             num_scales = 0
         row_bytes = spec.hidden * wire.dtype.itemsize
-        shape = on.config.few(rows.shape[1], plan.num_tokens, spec.num_topk, unit=unit)
+        shape = self._few(on.config, rows.shape[1], plan.num_tokens, spec.num_topk, unit=unit)
         scale_piece = shape.piece // unit if block else power_of_two(num_scales or 1)
         assert plan.report is not None
         on.launch(
@@ -240,7 +243,8 @@ class DecodeCalls:
         on, arena, table = self._on, self._arena, plan.rows
         landing = arena["landing"].offset + word.slot * on.slot_bytes("landing")
         spec = self._spec
-        shape = on.config.few_sums(spec.hidden, plan.num_tokens, spec.num_topk, value_bytes=out.element_size())
+        size = out.element_size()
+        shape = self._few_sums(on.config, spec.hidden, plan.num_tokens, spec.num_topk, value_bytes=size)
         on.launch(
             decode.combine_rows,
             (shape.programs,),
