@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Protocol, TypeVar
 
-from crossdock.errors import CrossdockError, NotSupported, PeerFailed, PeerTimeout, TransportError
+from crossdock.errors import ConfigError, CrossdockError, NotSupported, PeerFailed, PeerTimeout, TransportError
 from crossdock.masks import Proposal, num_words
 
 EPOCH_SHIFT = 32
@@ -340,8 +340,17 @@ class Consent:
         listeners = [peer for peer in self._peers if peer != self.rank and not is_gone(peer)]
         awaited = [peer for peer in self._peers if peer != self.rank and peer not in proposal.wanted]
         load = self._mailbox.load
+        ahead: set[int] = set()
+
+        def has_gone_on(box: int, peer: int) -> bool:
+            """Whether it is at a later proposal of this epoch: it does not wait for one that it wants masked itself."""
+            said = load("masks", box, peer)
+            return said > number and said >> PROPOSAL_SHIFT == number >> PROPOSAL_SHIFT
 
         def has_proposed(peer: int) -> bool:
+            if peer not in heard and has_gone_on(PROPOSED, peer):
+                ahead.add(peer)
+                return True
             if load("masks", PROPOSED, peer) == number:
                 words = [load("masks", FIRST_WORD + at, peer) for at in range(num_words(self._num_ranks))]
                 if load("masks", PROPOSED, peer) == number:  # else it has failed meanwhile, and proposes something else
@@ -356,7 +365,14 @@ class Consent:
         for peer in listeners:
             self._mailbox.post(peer, "masks", HEARD, number)
         heeded = [peer for peer in awaited if peer in heard]
-        yield from self._until_agreed(lambda peer: load("masks", HEARD, peer) == number, heeded, is_gone)
+        yield from self._until_agreed(
+            lambda peer: load("masks", HEARD, peer) == number or has_gone_on(HEARD, peer), heeded, is_gone
+        )
+        if ahead:
+            raise ConfigError(
+                f"ranks do not agree on who is masked: rank {min(ahead)} has gone on without having waited for this "
+                f"rank; nobody was masked: call mask() with the same ranks on all that are left"
+            )
         return heard
 
     def _until_agreed(

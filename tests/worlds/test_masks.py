@@ -29,7 +29,7 @@ from crossdock import (
 from crossdock.masks import Proposal, drop_picks, num_words, verdict
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, make_case, observed, same_bits
-from tests.world import WorkerLost, open_buffer
+from tests.world import WorkerLost, meet, open_buffer
 from tests.worlds.test_combine import row_weights, weights_of_rows
 
 LAYOUTS = [(Compact(), "token"), (Expanded(alignment=4), "rank"), (Padded(), "token")]
@@ -257,6 +257,27 @@ def test_nobody_is_masked_by_ranks_that_disagree(world):
         for error in errors:
             assert type(error) is ConfigError
             assert "do not agree" in str(error)
+            assert "nobody was masked" in str(error)
+
+
+def come_when_they_have_gone_on(group):
+    """The others want rank 1 masked, which lives, and do not wait for it; it comes when they have tried twice."""
+    with Buffer(group, SPEC, timeout_s=TIMEOUT_S) as buffer:
+        check_round(buffer)
+        errors = [caught(buffer.mask, 1) for _ in range(2) if buffer.rank != 1]
+        meet(group)
+        if buffer.rank == 1:
+            errors = [caught(buffer.mask, 3)]
+        meet(group)
+        return errors
+
+
+@pytest.mark.worlds("inproc-4", "processes-4")
+def test_a_rank_that_others_did_not_wait_for_is_told_that_they_have_gone_on(world):
+    for rank, errors in enumerate(world.run(come_when_they_have_gone_on)):
+        for error in errors:
+            assert type(error) is ConfigError
+            assert ("has gone on" if rank == 1 else "cannot be masked") in str(error)
             assert "nobody was masked" in str(error)
 
 
