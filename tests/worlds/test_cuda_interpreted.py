@@ -26,6 +26,7 @@ from crossdock import (
 )
 from crossdock.backends.cuda import decode
 from crossdock.backends.cuda.kernels.calls import BEGUN, PROGRESS, SENT
+from crossdock.backends.cuda.launch import Launcher
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
 from tests.world import meet, open_buffer
@@ -224,6 +225,43 @@ def test_a_rank_may_start_what_another_does_at_once(world):
         check_received(case, [mine[0][i] for mine in got], extras=False)
     wants = oracle.combined(case.spec, case.topk, case.flat_y())
     assert all(same_bits(mine[1][0], want) for mine, want in zip(got, wants, strict=True))
+
+
+def train_and_watch(group, *args):
+    """What ``train_once`` gives, and kernels that were launched before they had to wait for what torch fills."""
+    new_empty, enter, launch = torch.Tensor.new_empty, Launcher.enter, Launcher.launch
+    filled, early = [], []
+
+    def gives(tensor, *args, **kwargs):
+        given = new_empty(tensor, *args, **kwargs)
+        filled.extend([given.shape] if given.numel() else [])
+        return given
+
+    def waits(on):
+        filled.clear()
+        enter(on)
+
+    def launches(on, kernel, *args, **kwargs):
+        if filled and not on.config.one_kernel:  # which goes on the stream on which torch fills
+            early.append((kernel.__name__, *filled))
+        launch(on, kernel, *args, **kwargs)
+
+    with (
+        mock.patch.object(torch.Tensor, "new_empty", gives),
+        mock.patch.object(Launcher, "enter", waits),
+        mock.patch.object(Launcher, "launch", launches),
+    ):
+        return gradients.train_once(group, *args), early
+
+
+@two_ranks
+@reduces
+@layouts
+def test_kernels_wait_for_what_torch_fills(world, layout, reduce):
+    """With deterministic algorithms torch fills what it gives, on the caller's stream; kernels run on another."""
+    assert torch.are_deterministic_algorithms_enabled()
+    got = world.run(train_and_watch, gradients.make_spec(layout, reduce=reduce), reduce == "rank", None)
+    assert [early for _, early in got] == [[], []]
 
 
 def read_early_and_late(group, cases):

@@ -322,7 +322,6 @@ class Planner:
         rows, pairs = self._table(num_tokens, self._num_places, self._num_segments, self._slot_rows), None
         if self._has_pairs:
             pairs = self._table(num_tokens, self._num_pairs, 1, self._num_ranks * self._arena.spec.max_tokens)
-        self._on.given(rows.places)
         if not is_whole:  # else kernels run on the current stream, on which torch may fill it, and nobody may ask
             for table in (rows, pairs):
                 if table is not None:
@@ -377,5 +376,4 @@ class Planner:
         return Report(self._rows[row], self._rows[row].numpy(), event, is_captured=is_captured)
 
     def _ints(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        """Memory that torch may have filled; ``_blank`` sees to it that kernels come behind that."""
-        return self._on.state.new_empty(shape, dtype=dtype)
+        return self._on.empty(*shape, dtype=dtype)
