@@ -34,11 +34,25 @@ def test_one_correction_rounds_a_quotient_by_a_448th_as_a_division_does(num_bits
     reciprocal = np.float32(1) / scale
     value = values[None, :] + np.zeros_like(scale)
     scale, reciprocal = np.broadcast_arrays(scale, reciprocal, value)[:2]
-    ratio = value * reciprocal
     want = value / scale
-    assert (ratio != want).any()
-    got = fused(fused(ratio, scale, -value), -reciprocal, ratio)
-    assert np.array_equal(got, want)
+    assert (-value * -reciprocal != want).any()
+    assert np.array_equal(corrected(value, scale, reciprocal), want)
+
+
+def corrected(value, scale, reciprocal):
+    minus, minus_reciprocal = -value, -reciprocal
+    ratio = minus * minus_reciprocal
+    return fused(fused(ratio, scale, minus), minus_reciprocal, ratio)
+
+
+def test_zeros_keep_their_signs_and_what_is_not_finite_becomes_nan():
+    value = np.array([0.0, -0.0, np.inf, -np.inf, np.nan], dtype=np.float32)
+    scale = np.full(5, 3 / 448, dtype=np.float32)
+    with np.errstate(invalid="ignore"):
+        got = corrected(value, scale, 1 / scale)
+    assert np.array_equal(got[:2], value[:2])
+    assert np.array_equal(np.signbit(got[:2]), [False, True])
+    assert np.isnan(got[2:]).all()
 
 
 def test_the_sum_that_this_is_tried_with_is_rounded_once():

@@ -56,12 +56,13 @@ def quotient(value, scale, POW2: tl.constexpr, CORRECTIONS: tl.constexpr):
     if POW2:
         return value * reciprocal[:, None]
     is_small = scale < SMALL
-    value = value * tl.where(is_small, UP, 1.0)[:, None]
+    # With the signs of values and reciprocals turned, the remainder is one operation: there is none for a * b - c.
+    minus = value * tl.where(is_small, -UP, -1.0)[:, None]
     scale = tl.broadcast_to((scale * tl.where(is_small, UP, 1.0))[:, None], value.shape)
-    reciprocal = tl.broadcast_to((reciprocal * tl.where(is_small, DOWN, 1.0))[:, None], value.shape)
-    ratio = value * reciprocal
+    reciprocal = tl.broadcast_to((reciprocal * tl.where(is_small, -DOWN, -1.0))[:, None], value.shape)
+    ratio = minus * reciprocal
     for _ in tl.static_range(CORRECTIONS):
-        ratio = tl.fma(tl.fma(ratio, scale, -value), -reciprocal, ratio)
+        ratio = tl.fma(tl.fma(ratio, scale, minus), reciprocal, ratio)
     return ratio
 
 
