@@ -101,6 +101,18 @@ def test_programs_of_whole_calls_share_out_tokens_and_their_pieces(num_topk, num
     assert sums.programs * sums.num_warps * 32 * sums.most_registers <= num_sms * 65536
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5, 128])
+@pytest.mark.parametrize("num_sms", [16, 32])
+def test_where_ranks_crowd_a_gpu_programs_leave_room(num_tokens, num_sms):
+    alone, crowded = (decided(spec_of(layout=Padded(), max_tokens=128), ranks_here=n, num_sms=num_sms) for n in (2, 3))
+    assert (crowded.is_crowded, alone.is_crowded) == (True, False)
+    ours, theirs = (config.few(896, num_tokens, 8, unit=16) for config in (crowded, alone))
+    assert (ours.programs, ours.piece) == (theirs.programs, theirs.piece)
+    assert ours.num_warps * 32 * ours.most_registers * 4 <= 65536 < theirs.num_warps * 32 * theirs.most_registers * 4
+    programs = crowded.few_sums(7168, num_tokens, 8, value_bytes=2).programs
+    assert programs == 8 * num_sms or programs <= 6 * num_sms
+
+
 @given(num_pieces=st.integers(0, 5000), most=st.integers(1, 5000))
 def test_whole_calls_take_no_more_programs_than_end_as_soon(num_pieces, most):
     def rounds(programs):

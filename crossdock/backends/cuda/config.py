@@ -22,6 +22,14 @@ _FEW_WORDS = 512
 """Of a row that a program moves at a time."""
 _STAGED_BYTES = 65536
 """Of values that are on their way to a program; three programs have room for that on a multiprocessor."""
+_CROWDED_REGISTERS = 64
+"""Of a thread of a whole dispatch where ranks crowd a GPU, so that a multiprocessor has room for one program more.
+
+MPS bounds how many multiprocessors a rank has programs on, and lets others' programs onto them. What finds no room
+begins when the first programs have ended, and all ranks wait for it: of 8 or 4 ranks, mostly one in each call. Programs
+of 64 registers prevent that with 4 ranks, and sometimes with 8; so do sums that take all of the room or three quarters.
+With 2 ranks there is room enough, and a multiprocessor with one program more than the others is slower.
+"""
 PROGRAMS_PER_SM = 16
 """Of kernels whose number of rows only the device knows: each program takes its share of them."""
 
@@ -74,6 +82,7 @@ class LaunchConfig:
     expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
     topology: whose bandwidths that was decided from.
     one_kernel: whether calls are one kernel each, on the caller's stream, because their tokens are few.
+    is_crowded: whether more than two ranks share the GPU.
     launches_early: whether such a kernel is launched while the one before it still runs, and waits for its end: what
         CUDA calls a programmatic dependent launch.
 
@@ -94,6 +103,7 @@ class LaunchConfig:
     engine: Literal["kernel", "copy"]
     topology: Topology
     one_kernel: bool = False
+    is_crowded: bool = False
     launches_early: bool = False
 
     @property
@@ -131,6 +141,7 @@ class LaunchConfig:
     def few(self, num_words: int, num_tokens: int, num_topk: int, *, unit: int) -> Few:
         """For the kernel that is a whole dispatch, of rows of as many words, so many of which stay together."""
         fits = _dispatch_fits(num_topk)
+        registers = _CROWDED_REGISTERS if self.is_crowded and num_topk <= _MANY_PICKS else fits.registers
         most = power_of_two(_FEW_WORDS // unit + 1) // 2
         piece = unit * max(1, min(power_of_two(-(-num_words // unit)), most))
         pieces = num_tokens * -(-num_words // piece)
@@ -138,15 +149,19 @@ class LaunchConfig:
             programs=1 + _as_few(pieces, self.num_sms * fits.per_sm - 1),
             piece=piece,
             num_warps=fits.num_warps,
-            most_registers=fits.registers,
+            most_registers=registers,
         )
 
     def few_sums(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> FewSums:
         """For the kernel that is a whole combine."""
         fits = _Fit(4, 8, 64) if num_topk <= _MANY_PICKS else _Fit(4, 2, 255)
         piece = min(power_of_two(num_values), 2048 // value_bytes)
+        pieces, most = num_tokens * -(-num_values // piece), self.num_sms * fits.per_sm
+        programs = _as_few(pieces, most)
+        if self.is_crowded and programs < most:
+            programs = _as_few(pieces, most * 3 // 4)
         return FewSums(
-            programs=max(1, _as_few(num_tokens * -(-num_values // piece), self.num_sms * fits.per_sm)),
+            programs=max(1, programs),
             piece=piece,
             num_warps=fits.num_warps,
             most_registers=fits.registers,
@@ -228,6 +243,7 @@ def decide(
         engine=wishes.engine,
         topology=topology,
         one_kernel=one_kernel,
+        is_crowded=ranks_here > 2,
         launches_early=one_kernel and can_launch_early,
     )
 
