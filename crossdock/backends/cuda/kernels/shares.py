@@ -79,13 +79,21 @@ def count_share(topk_idx, own_picks, nths, room, first_token, last_token, E: tl.
     """Of each pick of some tokens, how many of all that come before are of its expert; and keeps the picks.
 
     Args:
-        room: int32 ``[E]`` of the program's own, to look counts up in: in registers that takes hundreds of these.
+        room: int32 ``[E]`` of the program's own, in which it counts: in registers that takes hundreds of instructions.
     """
     KP: tl.constexpr = triton.next_power_of_2(K)
     PLACED: tl.constexpr = max(KP, _PLACED)
     bins = tl.arange(0, triton.next_power_of_2(E))
+    tl.store(room + bins, tl.zeros_like(bins), mask=bins < E)
+    num_counted = tl.zeros([], tl.int32)
     for first in range(first_token, last_token, PLACED // KP):
-        before = count_picks(topk_idx, first * K, E)
+        tl.debug_barrier()  # there is nothing in the room yet, or the last ones have been looked up
+        for earlier in range(num_counted, first * K, _PICKS):
+            at = earlier + tl.arange(0, _PICKS)
+            expert = picks_at(topk_idx + at, at < first * K)
+            is_pick = (expert >= 0) & (expert < E)
+            tl.atomic_add(room + expert, tl.full([_PICKS], 1, tl.int32), mask=is_pick, sem="relaxed", scope="gpu")
+        num_counted = first * K
         i = tl.arange(0, PLACED)
         at = (first + i // KP) * K + i % KP
         is_here = (at < last_token * K) & (i % KP < K)
@@ -93,10 +101,9 @@ def count_share(topk_idx, own_picks, nths, room, first_token, last_token, E: tl.
         expert = picks_at(topk_idx + at, is_here)
         is_pick = (expert >= 0) & (expert < E)
         nth = nth_of_key(expert, is_pick, E)
-        tl.debug_barrier()  # the last ones have been looked up
-        tl.store(room + bins, before, mask=bins < E)
-        tl.debug_barrier()
-        tl.store(nths + at, nth + tl.load(room + expert, mask=is_pick, other=0), mask=is_here)
+        tl.debug_barrier()  # all are counted
+        before = tl.atomic_add(room + expert, tl.zeros_like(expert), mask=is_pick, sem="relaxed", scope="gpu")
+        tl.store(nths + at, nth + tl.where(is_pick, before, 0), mask=is_here)
 
 
 @triton.jit
