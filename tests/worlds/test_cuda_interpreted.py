@@ -363,3 +363,49 @@ def test_trouble_is_told_to_all_and_the_next_call_works(world, trouble, kinds, w
         assert type(error) is (kind or type(None)), error
         assert text in str(error)
         assert is_well
+
+
+def pick_badly(group, layout, starts, patience, at, expert):
+    """What each rank hears of picks of rank 1 that only the device looks at, and whether a call before and one behind
+    are as they should be."""
+    case = make_case(spec_of(layout), [4, 4], seed=3)
+    with (
+        open_buffer(group, case.spec, timeout_s=20) as buffer,
+        mock.patch.object(decode, "_PATIENCE", patience),
+        mock.patch("crossdock.buffer.check_picks"),
+    ):
+        r = buffer.rank
+        x, topk_idx = case.x[r], case.topk[r].clone()
+        before = buffer.dispatch(x, topk_idx, weights=case.weights[r], rows="capacity")
+        if r == 1:
+            topk_idx[at] = expert
+        error = None
+        try:
+            if starts:
+                buffer.dispatch_start(x, topk_idx, rows="capacity").wait()
+            else:
+                buffer.dispatch(x, topk_idx, rows="capacity")
+            buffer.check()
+        except (ConfigError, PeerFailed) as raised:
+            error = raised
+        counted = int(buffer.stats.num_tokens_per_expert.sum())
+        rows = observed(before)
+        meet(group)
+        again = buffer.dispatch(x, case.topk[r], weights=case.weights[r], rows="capacity")
+        return error, rows, observed(again), counted
+
+
+@two_ranks
+@pytest.mark.parametrize(("at", "expert"), [((3, 0), 4), ((0, 1), -2), ((2, slice(2)), 1), ((1, 2), 2**40)])
+@pytest.mark.parametrize(("starts", "patience"), [(False, 32), (True, 32), (True, 0)])
+@layouts
+def test_picks_that_are_not_allowed_are_told_to_all_by_the_device(world, layout, starts, patience, at, expert):
+    """Whole calls tell it with the rows, others before; what came with earlier rows stays."""
+    case = make_case(spec_of(layout), [4, 4], seed=3)
+    got = world.run(pick_badly, layout, starts, patience, at, expert)
+    for (error, *_), kind in zip(got, (PeerFailed, ConfigError), strict=True):
+        assert type(error) is kind, error
+        assert f"topk_idx[{at[0]}" in str(error)
+    for i in (1, 2):
+        check_received(case, [mine[i] for mine in got], extras=False)
+    assert sum(mine[3] for mine in got) == sum(int((topk >= 0).sum()) for topk in case.topk)

@@ -43,7 +43,7 @@ class DecodeCalls:
         self._planner = planner
         self._consent = consent
         spec, device = self._spec, launcher.device
-        self._verdict, self._ticket = torch.zeros(2, 1, dtype=torch.int32, device=device).unbind()
+        self._verdict, self._ticket, self._refused = torch.zeros(3, 1, dtype=torch.int32, device=device).unbind()
         self._nths = torch.zeros(spec.max_tokens, spec.num_topk, dtype=torch.int32, device=device)
         self._to_rows, self._to_scales = torch.zeros(2, *self._nths.shape, dtype=torch.int64, device=device).unbind()
         room = (launcher.config.most_programs(spec.num_topk), spec.num_experts)
@@ -183,6 +183,7 @@ class DecodeCalls:
             spec.capacity(on.num_ranks),
             self._verdict,
             self._ticket,
+            self._refused,
             self._nths,
             self._to_rows,
             self._to_scales,

@@ -137,9 +137,10 @@ def give_word(
     entry = (sequence & (RING - 1)) * P
     given = tl.zeros_like(speaker).to(tl.int64) + payload
     if W > 0:
-        if num_masked > 0:
-            is_refused = is_refused | has_masked_picks(segments, mine, rank, P, W)
-        given = tl.where(is_refused & (speaker == rank), given & WITHOUT_KIND, given)
+        is_old = num_masked > 0
+        if is_old:
+            is_old = has_masked_picks(segments, mine, rank, P, W)
+        given = tl.where((is_refused | is_old) & (speaker == rank), given & WITHOUT_KIND, given)
         COLUMNS: tl.constexpr = mine.shape[0]
         columns = tl.arange(0, COLUMNS)
         for first in range(0, P, AT_ONCE):
@@ -317,10 +318,16 @@ def await_rows(
     own = tl.load(segments + rank)
     words, aborts = words_at(own, arrived_offset) + entry, words_at(own, aborts_offset)
     ended, word = tl.load(state + NUM_ENDED), stamped(sequence, 0)
-    status, _ = wait_words(
+    status, said = wait_words(
         words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P, PAYLOAD_BITS, state + STATE_WORDS
     )
-    if L > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
+    if AWAITS_ALL:  # noqa: SIM102 - one is of the compiler, the other of the device
+        if status == OK:
+            peer = tl.min(tl.where(is_awaited & ((said & PAYLOAD_MASK) != 0), lanes, P), axis=0)
+            if peer < P:
+                status = tl.full([], MISMATCHED, tl.int32)
+                write_record(record, status, peer, ARRIVE, word, tl.zeros([], tl.int64))
+    if L > 0:  # noqa: SIM102 - as above
         if status == OK:
             local = tl.arange(0, triton.next_power_of_2(L))
             so_far = tl.load(all_tokens + local, mask=local < L)
@@ -330,11 +337,13 @@ def await_rows(
 
 
 @triton.jit
-def post_arrived(segments, call, rank, arrived_offset, P: tl.constexpr, RING: tl.constexpr):
-    """Tells every rank that this rank's rows of a call are in place."""
+def post_arrived(segments, call, is_refused, rank, arrived_offset, P: tl.constexpr, RING: tl.constexpr):
+    """Tells every rank that this rank's rows of a call are in place, or that its picks are not allowed."""
     sequence = tl.load(call + P + SEQUENCE)
     entry = (sequence & (RING - 1)) * P
-    post_words(segments, arrived_offset + 8 * (entry + speaker_at(segments, rank, P)), stamped(sequence, 0), P)
+    speaker = speaker_at(segments, rank, P)
+    word = stamped(sequence, (is_refused & (speaker == rank)).to(tl.int64))
+    post_words(segments, arrived_offset + 8 * (entry + speaker), word, P)
 
 
 @triton.jit(do_not_specialize=["rank", "max_polls"])
@@ -368,7 +377,7 @@ def finish_call(
     """
     if is_ok(state):
         if POSTS:
-            post_arrived(segments, call, rank, arrived_offset, P, RING)
+            post_arrived(segments, call, False, rank, arrived_offset, P, RING)
         await_rows(
             segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset, tokens, all_tokens,
             P, RING, AWAITS_ALL, L,

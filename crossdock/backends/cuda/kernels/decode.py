@@ -40,7 +40,6 @@ from crossdock.backends.cuda.kernels.places import (
     ROW_MASK,
     derive_incoming,
     derive_outgoing,
-    has_bad_picks,
 )
 from crossdock.backends.cuda.kernels.rows import wide
 from crossdock.backends.cuda.kernels.shares import count_picks, send_share
@@ -59,9 +58,6 @@ from crossdock.backends.cuda.kernels.sync import (
     take_verdict,
     words_at,
 )
-
-_TOKENS = tl.constexpr(256)
-"""Tokens whose picks are looked at at a time."""
 
 
 @triton.jit
@@ -110,11 +106,10 @@ def do_books(
     settles = tl.full([], 1, tl.int32)
     if begins != 0:  # pairs of tokens and ranks, whose counts lie behind those of experts, are not counted here
         mine = count_picks(topk_idx, num_tokens * K, E).to(tl.int64)
-        is_refused = has_bad_picks(topk_idx, 0, num_tokens, E, K, _TOKENS)
         if good:
             tl.store(call + P + PROGRESS, tl.full([], BEGUN, tl.int64))
             sequence = give_word(
-                segments, state, call, payload, is_refused, mine, rank, words_offset, counts_offset,
+                segments, state, call, payload, False, mine, rank, words_offset, counts_offset,
                 P, RING, W, AT_ONCE,
             )  # fmt: skip
     elif good:
@@ -180,6 +175,7 @@ def dispatch_rows(
     capacity,
     verdict,
     ticket,
+    refused,
     nths,
     to_rows,
     to_scales,
@@ -233,7 +229,7 @@ def dispatch_rows(
     Args:
         call: see ``calls``; its PROGRESS says what is left to do.
         gathered ... homes, capacity: see ``places``; told: the report there.
-        verdict, ticket: int32, both 0.
+        verdict, ticket, refused: int32, all 0.
         nths, to_rows, to_scales: int32 and twice int64 ``[T, K]``, room for what is known of rows before the verdict,
             and for the addresses of rows and scales at their receivers.
         rooms: int32 ``[programs, E]``, of nobody in particular.
@@ -255,8 +251,8 @@ def dispatch_rows(
         )  # fmt: skip
     else:
         send_share(
-            segments, call, outgoing, places, homes, verdict, begins, nths, to_rows, to_scales, rooms, topk_idx,
-            picks, weights, has_weights, x, rows, scales, num_tokens, x_stride, stride, scale_stride, source,
+            segments, call, outgoing, places, homes, verdict, refused, begins, nths, to_rows, to_scales, rooms,
+            topk_idx, picks, weights, has_weights, x, rows, scales, num_tokens, x_stride, stride, scale_stride, source,
             data_region, data_slot_bytes, scale_region, scale_slot_bytes, record_region, record_slot_bytes,
             L * P, L, K, ROW, PIECE, PIECES, ROW_BYTES, BLOCK, SCALES, SCALE_PIECE, SEGMENT_ROWS,
             SEGMENT_BYTES, SCALE_BYTES, GROUP_BYTES, SCALES_OF_WORD, POW2, EXPONENTS, STAGES, RECORD,
@@ -264,15 +260,18 @@ def dispatch_rows(
     let_next_kernel_launch()
     if is_last_program(ticket):
         tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
-        if is_ok(state):
-            if tl.load(call + P + PROGRESS) == READY:
-                post_arrived(segments, call, rank, arrived_offset, P, RING)
-                tl.store(call + P + PROGRESS, tl.full([], SENT, tl.int64))
-            if awaits != 0:
-                await_rows(
-                    segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset,
-                    tokens, all_tokens, P, RING, True, L,
-                )  # fmt: skip
+        is_refused = tl.load(refused) != 0
+        good = is_ok(state)
+        if good & (tl.load(call + P + PROGRESS) == READY):
+            post_arrived(segments, call, is_refused, rank, arrived_offset, P, RING)
+            tl.store(call + P + PROGRESS, tl.full([], SENT, tl.int64))
+        tl.debug_barrier()  # every warp has read it
+        tl.store(refused, 0)
+        if good & (awaits != 0):
+            await_rows(
+                segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset, tokens,
+                all_tokens, P, RING, True, L,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["payload", "rank"])

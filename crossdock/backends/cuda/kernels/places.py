@@ -115,6 +115,16 @@ def has_bad_picks(topk_idx, first_token, last_token, E: tl.constexpr, K: tl.cons
     return tl.max(is_bad, axis=0) != 0
 
 
+@triton.jit
+def are_bad(expert, token, E: tl.constexpr):
+    """Whether any of some picks is no expert (-1: none), or another of its token's."""
+    i = tl.arange(0, expert.shape[0])
+    is_same = (expert[None, :] == expert[:, None]) & (token[None, :] == token[:, None])
+    is_repeat = is_same & (i[None, :] < i[:, None]) & (expert >= 0)[:, None]
+    is_bad = ((expert < -1) | (expert >= E)).to(tl.int32) | tl.max(is_repeat.to(tl.int32), axis=1)
+    return tl.max(is_bad, axis=0) != 0
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def count_picks(
     topk_idx, num_tokens, sums, refused, E: tl.constexpr, P: tl.constexpr, K: tl.constexpr, S: tl.constexpr

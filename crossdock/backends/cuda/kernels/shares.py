@@ -15,7 +15,7 @@ import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import slot_of
 from crossdock.backends.cuda.kernels.cast import cast_blocks
-from crossdock.backends.cuda.kernels.places import ROW_BITS, nth_of_key, picks_at
+from crossdock.backends.cuda.kernels.places import ROW_BITS, are_bad, nth_of_key, picks_at
 from crossdock.backends.cuda.kernels.rows import wide
 from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
 from crossdock.backends.cuda.kernels.sync import GO, NOTHING, take_verdict
@@ -75,10 +75,11 @@ def cast_share(
 
 
 @triton.jit
-def count_share(topk_idx, own_picks, nths, room, first_token, last_token, E: tl.constexpr, K: tl.constexpr):
+def count_share(topk_idx, own_picks, nths, refused, room, first_token, last_token, E: tl.constexpr, K: tl.constexpr):
     """Of each pick of some tokens, how many of all that come before are of its expert; and keeps the picks.
 
     Args:
+        refused: becomes 1 where a pick is not allowed.
         room: int32 ``[E]`` of the program's own, in which it counts: in registers that takes hundreds of instructions.
     """
     KP: tl.constexpr = triton.next_power_of_2(K)
@@ -101,6 +102,8 @@ def count_share(topk_idx, own_picks, nths, room, first_token, last_token, E: tl.
         expert = picks_at(topk_idx + at, is_here)
         is_pick = (expert >= 0) & (expert < E)
         nth = nth_of_key(expert, is_pick, E)
+        if are_bad(expert, first + i // KP, E):
+            tl.store(refused, 1)
         tl.debug_barrier()  # all are counted
         before = tl.atomic_add(room + expert, tl.zeros_like(expert), mask=is_pick, sem="relaxed", scope="gpu")
         tl.store(nths + at, nth + tl.where(is_pick, before, 0), mask=is_here)
@@ -244,6 +247,7 @@ def send_share(
     places,
     homes,
     verdict,
+    refused,
     begins,
     nths,
     to_rows,
@@ -295,7 +299,7 @@ def send_share(
     if begins == 0:  # most often all has been sent
         decided = take_verdict(verdict)
     if decided != NOTHING:
-        count_share(topk_idx, picks, nths, rooms + program * E, first_token, last_token, E, K)
+        count_share(topk_idx, picks, nths, refused, rooms + program * E, first_token, last_token, E, K)
         if BLOCK > 0:
             cast_share(
                 x, rows.to(tl.pointer_type(tl.uint8), bitcast=True), scales, first_piece, last_piece, x_stride,
