@@ -20,6 +20,8 @@ from crossdock.errors import ConfigError
 CALLS = 10
 """In a row for one sample: in a graph, or one after the other from Python."""
 WARM_UPS = 2
+_LEADS = 4
+"""Replays ahead of the one that is timed; by its turn all hosts have launched it."""
 _TRIPS = 200
 """Of a word in a row for one sample."""
 
@@ -28,8 +30,8 @@ def measure_on_gpus(member: Member, job: Job) -> RankSamples:
     """Compares every operation with the baseline on CPU copies, then times ``job.repeats`` batches of CALLS of each.
 
     All ranks begin a batch together. Its time is that between two CUDA events on the rank's stream, over CALLS; where a
-    rank waits for a slow one, that is in its time. A graph is timed right behind another replay, in which ranks wait
-    for the one that began last: hosts start them up to 0.1 ms apart, which is more than a call of few tokens takes.
+    rank waits for a slow one, that is in its time. A graph is timed right behind other replays, in the first of which
+    ranks wait for the one that began last: hosts start them up to 0.1 ms apart, as long as ten calls of few tokens take.
 
     Raises:
         WrongRows: an operation gave other bits than the baseline.
@@ -143,13 +145,13 @@ def _in_a_row(call: Callable[[], object]) -> None:
 
 
 def _seconds(line: StartingLine, batch: Callable[[], object], repeats: int, *, leads: bool = False) -> list[float]:
-    """Of each call in a batch, for ``repeats`` batches that all ranks begin together, or right behind another."""
+    """Of each call in a batch, for ``repeats`` batches that all ranks begin together, or right behind others."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     samples = []
     for _ in range(WARM_UPS + repeats):
         torch.cuda.synchronize()
         line.wait()
-        if leads:
+        for _ in range(_LEADS if leads else 0):
             batch()
         begin.record()
         batch()

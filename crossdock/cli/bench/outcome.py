@@ -105,7 +105,7 @@ class Outcome:
         slow = [f"NOT A MEASUREMENT OF SPEED: {self.sharing.warning}."] if self.sharing.warning else []
         return [
             *slow,
-            f"Slowest rank's median of {repeats} batches of {CALLS} calls, by CUDA events; graphs behind another.",
+            f"Slowest rank's median of {repeats} batches of {CALLS} calls, by CUDA events; graphs behind others.",
             "Rows and sums equal those of the same exchange over gloo on CPU copies, bit for bit.",
             f"Limit of dispatch: {num_ranks} ranks read rows and write each to {places} places, {written:,.0f} GB/s.",
             f"Limit of combine: {num_ranks} ranks copy, {copy:,.0f} GB/s read and written.",
