@@ -31,7 +31,7 @@ def measure_on_gpus(member: Member, job: Job) -> RankSamples:
 
     All ranks begin a batch together. Its time is that between two CUDA events on the rank's stream, over CALLS; where a
     rank waits for a slow one, that is in its time. A graph is timed right behind other replays, in the first of which
-    ranks wait for the one that began last: hosts start them up to 0.1 ms apart, as long as ten calls of few tokens take.
+    ranks wait for the one that began last: hosts start them up to 0.1 ms apart, as long as ten calls of a token take.
 
     Raises:
         WrongRows: an operation gave other bits than the baseline.
