@@ -312,6 +312,18 @@ def test_figures_of_gpus_by_hand():
     )
 
 
+def test_a_table_with_much_in_it_says_the_wire_of_each_row(capsys):
+    outcome = outcome_on_gpus()
+    wide = replace(outcome.figures[0], median_us=42.4, p10_us=41.7, p90_us=43.5, floor_us=24.8, bytes=52 * 10**6)
+    figures = [replace(wide, op=op) for op in (cuda_cases.CACHED, cuda_cases.WEIGHTED, cuda_cases.FRESH)]
+    report.print_outcome(replace(outcome, figures=figures, sweep=[]))
+    table = capsys.readouterr().out
+    assert all(f"{figure.op} " in table for figure in figures)
+    assert table.count(" bf16 ") == 3
+    assert table.count("41.7 – 43.5 us") == 3
+    assert table.count("1,226.42") == 3
+
+
 def test_the_table_says_what_a_gpus_figures_stand_on(capsys):
     report.print_outcome(outcome_on_gpus())
     table = capsys.readouterr().out

@@ -13,7 +13,7 @@ from rich.table import Table
 from crossdock.cli.bench.figures import Figure
 from crossdock.cli.bench.outcome import Outcome
 
-_WIDTH = 100
+_WIDTH = 110
 """Columns where the output is no terminal."""
 
 
@@ -48,8 +48,8 @@ def print_outcome(outcome: Outcome) -> None:
 def _table(figures: Sequence[Figure], baseline: str | None) -> Table:
     """A column for SMs only where there are some, and one for the baseline only where there is one."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("op", no_wrap=True)
-    table.add_column("wire")
+    table.add_column("op", overflow="fold")  # alone takes two lines where there is too little room
+    table.add_column("wire", no_wrap=True)
     columns = [*_COLUMNS]
     if any(figure.num_sms is not None for figure in figures):
         columns.insert(2, ("floor", lambda figure: "" if figure.floor_us is None else _time(figure.floor_us)))
@@ -69,13 +69,20 @@ def _time(us: float) -> str:
     return f"{us / 1000:.2f} ms"
 
 
+def _range(low: float, high: float) -> str:
+    """The unit once, if it is the same."""
+    first, last = _time(low), _time(high)
+    number, unit = first.split()
+    return f"{number if last.endswith(f' {unit}') else first} – {last}"
+
+
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.1f}×"
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Figure], str]], ...] = (
     ("median", lambda figure: _time(figure.median_us)),
-    ("p10 – p90", lambda figure: f"{_time(figure.p10_us)} – {_time(figure.p90_us)}"),
+    ("p10 – p90", lambda figure: _range(figure.p10_us, figure.p90_us)),
     ("GB/s", lambda figure: f"{figure.gigabytes_per_s:,.2f}"),
     ("of limit", lambda figure: f"{figure.of_limit:.0%}"),
 )
