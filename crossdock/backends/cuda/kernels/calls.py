@@ -122,8 +122,8 @@ def give_word(
 
     Args:
         payload: int64, this rank's word without its stamp.
-        is_refused: whether this rank's picks are not allowed: its word then has no kind. So it is where picks are of a
-            masked rank's experts, which the host drops, but not in a graph that was captured before.
+        is_refused: whether it is known that this rank's picks are not allowed: its word then has no kind. So it is
+            where picks are of a masked rank's experts, which the host drops, but not in a graph captured before.
         mine: int64, a power of two of counts; what there are more than these are 0.
         AT_ONCE: ranks whose counts are moved at a time, a power of two.
     """
@@ -338,7 +338,12 @@ def await_rows(
 
 @triton.jit
 def post_arrived(segments, call, is_refused, rank, arrived_offset, P: tl.constexpr, RING: tl.constexpr):
-    """Tells every rank that this rank's rows of a call are in place, or that its picks are not allowed."""
+    """Tells every rank that this rank's rows of a call are in place.
+
+    Args:
+        is_refused: whether its picks are not allowed, in a call whose word has not told that. This word then has a
+            payload, and the call is void on all ranks.
+    """
     sequence = tl.load(call + P + SEQUENCE)
     entry = (sequence & (RING - 1)) * P
     speaker = speaker_at(segments, rank, P)
