@@ -42,7 +42,7 @@ from crossdock.backends.cuda.kernels.places import (
     derive_outgoing,
 )
 from crossdock.backends.cuda.kernels.rows import wide
-from crossdock.backends.cuda.kernels.shares import count_picks, send_share
+from crossdock.backends.cuda.kernels.shares import Given, Regions, Sizes, Tables, count_picks, send_share
 from crossdock.backends.cuda.kernels.sync import (
     ABORTED,
     GO,
@@ -251,11 +251,18 @@ def dispatch_rows(
         )  # fmt: skip
     else:
         send_share(
-            segments, call, outgoing, places, homes, verdict, refused, begins, nths, to_rows, to_scales, rooms,
-            topk_idx, picks, weights, has_weights, x, rows, scales, num_tokens, x_stride, stride, scale_stride, source,
-            data_region, data_slot_bytes, scale_region, scale_slot_bytes, record_region, record_slot_bytes,
-            L * P, L, K, ROW, PIECE, PIECES, ROW_BYTES, BLOCK, SCALES, SCALE_PIECE, SEGMENT_ROWS,
-            SEGMENT_BYTES, SCALE_BYTES, GROUP_BYTES, SCALES_OF_WORD, POW2, EXPONENTS, STAGES, RECORD,
+            segments,
+            call,
+            verdict,
+            refused,
+            begins,
+            Given(num_tokens, topk_idx, weights, has_weights, x, x_stride, rows, stride, scales, scale_stride, source),
+            Tables(outgoing, places, homes, picks, nths, to_rows, to_scales, rooms),
+            Regions(data_region, data_slot_bytes, scale_region, scale_slot_bytes, record_region, record_slot_bytes),
+            Sizes(  # a name would make tensors of them
+                L * P, L, K, ROW, PIECE, PIECES, ROW_BYTES, BLOCK, SCALES, SCALE_PIECE, SEGMENT_ROWS, SEGMENT_BYTES,
+                SCALE_BYTES, GROUP_BYTES, SCALES_OF_WORD, POW2, EXPONENTS, STAGES, RECORD,
+            ),
         )  # fmt: skip
     let_next_kernel_launch()
     if is_last_program(ticket):
