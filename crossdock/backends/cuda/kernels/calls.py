@@ -23,6 +23,7 @@ from crossdock.backends.cuda.kernels.sync import (
     MISMATCHED,
     OK,
     PAYLOAD_BITS,
+    PAYLOAD_MASK,
     RECORD_WORDS,
     find_abort,
     next_call,
@@ -62,7 +63,6 @@ OUTPUT_SHIFT = tl.constexpr(consent.OUTPUT_SHIFT)
 SLOT_MASK = tl.constexpr(consent.SLOT_MASK)
 SIGNATURE_MASK = tl.constexpr(consent.SIGNATURE_MASK)
 PUSHED = tl.constexpr(consent.PUSHED)
-PAYLOAD_MASK = tl.constexpr(consent.PAYLOAD_MASK)
 WITHOUT_KIND = tl.constexpr((1 << consent.KIND_SHIFT) - 1)
 
 
@@ -318,16 +318,10 @@ def await_rows(
     own = tl.load(segments + rank)
     words, aborts = words_at(own, arrived_offset) + entry, words_at(own, aborts_offset)
     ended, word = tl.load(state + NUM_ENDED), stamped(sequence, 0)
-    status, said = wait_words(
-        words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P, PAYLOAD_BITS, state + STATE_WORDS
+    status, _ = wait_words(
+        words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P, PAYLOAD_BITS, state + STATE_WORDS, 1
     )
-    if AWAITS_ALL:  # noqa: SIM102 - one is of the compiler, the other of the device
-        if status == OK:
-            peer = tl.min(tl.where(is_awaited & ((said & PAYLOAD_MASK) != 0), lanes, P), axis=0)
-            if peer < P:
-                status = tl.full([], MISMATCHED, tl.int32)
-                write_record(record, status, peer, ARRIVE, word, tl.zeros([], tl.int64))
-    if L > 0:  # noqa: SIM102 - as above
+    if L > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
         if status == OK:
             local = tl.arange(0, triton.next_power_of_2(L))
             so_far = tl.load(all_tokens + local, mask=local < L)

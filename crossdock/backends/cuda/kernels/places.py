@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossdock.backends.cuda.kernels.calls import PAYLOAD_MASK, begin_call, is_ok
+from crossdock.backends.cuda.kernels.calls import begin_call, is_ok
+from crossdock.backends.cuda.kernels.sync import PAYLOAD_MASK
 
 NUM_ROWS = tl.constexpr(0)
 OVERFLOW = tl.constexpr(1)

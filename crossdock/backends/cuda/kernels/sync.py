@@ -38,6 +38,7 @@ CLAIMED = tl.constexpr(-1)
 """In place of a record's status: a program is writing the rest."""
 
 PAYLOAD_BITS = tl.constexpr(consent.PAYLOAD_BITS)
+PAYLOAD_MASK = tl.constexpr(consent.PAYLOAD_MASK)
 CALL_MASK = tl.constexpr(consent.CALL_MASK)
 EPOCH_SHIFT = tl.constexpr(consent.EPOCH_SHIFT)
 FLAG_EPOCH_SHIFT = tl.constexpr(consent.FLAG_EPOCH_SHIFT)
@@ -138,6 +139,7 @@ def wait_words(
     P: tl.constexpr,
     BITS: tl.constexpr = PAYLOAD_BITS,
     waits=None,
+    REFUSALS: tl.constexpr = 0,
 ):
     """Why the wait ended, and the words: ``status, seen``. If OK, all that was before the words is visible here.
 
@@ -159,6 +161,7 @@ def wait_words(
         P: number of ranks.
         BITS: size of the payload, which is not compared; 0 compares whole words.
         waits: int64 ``[P]``, nanoseconds that have been waited for each rank, or None; added to.
+        REFUSALS: not 0 where a word with a payload refuses the call: that is MISMATCHED, and the record has seen 0.
     """
     lanes = tl.arange(0, triton.next_power_of_2(P))
     is_rank = lanes < P
@@ -191,6 +194,12 @@ def wait_words(
     is_missing = is_awaited & (seen >> BITS != expected >> BITS)
     first = tl.min(tl.where(is_missing, lanes, P), axis=0)
     status = tl.where(first == P, OK, tl.where(peer < P, ABORTED, TIMED_OUT))
+    if REFUSALS:
+        refusing = tl.min(tl.where(is_awaited & ((seen & PAYLOAD_MASK) != 0), lanes, P), axis=0)
+        is_refused = (status == OK) & (refusing < P)
+        status = tl.where(is_refused, MISMATCHED, status)
+        peer = tl.where(is_refused, refusing, peer)
+        flag = tl.where(is_refused, 0, flag)
     if status != OK:
         if status == TIMED_OUT:
             peer = first
