@@ -34,8 +34,6 @@ REPORT_WORDS = tl.constexpr(4)
 """Entries of the report to the host, int64: how many rows (written where the host does not know) and pairs; of an
 overflow the place (rank, or expert for fixed blocks) that needs most, and how many rows, written only then."""
 
-_FEW = tl.constexpr(8)
-"""Picks of a token up to which they are looked at in registers."""
 ROW_BITS = tl.constexpr(32)
 ROW_MASK = tl.constexpr(2**32 - 1)
 
@@ -93,37 +91,10 @@ def nth_of_key(key, is_row, B: tl.constexpr):
 
 
 @triton.jit
-def has_bad_picks(topk_idx, first_token, last_token, E: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
-    """Whether a pick of some tokens is no expert, or one expert is picked twice by a token; S tokens at a time."""
-    is_bad = tl.zeros([S], tl.int32)
-    for first in range(first_token, last_token, S):
-        token = first + tl.arange(0, S)
-        of_token, is_token = topk_idx + token * K, token < last_token
-        if K <= _FEW:
-            picks = ()  # a thread has all of a token's
-            for k in tl.static_range(K):
-                pick = picks_at(of_token + k, is_token)
-                is_bad = is_bad | ((pick < -1) | (pick >= E)).to(tl.int32)
-                for j in tl.static_range(k):
-                    is_bad = is_bad | ((pick == picks[j]) & (pick >= 0)).to(tl.int32)
-                picks = picks + (pick,)  # noqa: RUF005 - Triton's compiler knows no unpacking
-        else:  # unrolled, 32 picks take the compiler a minute
-            for k in range(K):
-                pick = picks_at(of_token + k, is_token)
-                is_bad = is_bad | ((pick < -1) | (pick >= E)).to(tl.int32)
-                for j in range(k):
-                    is_bad = is_bad | ((pick == picks_at(of_token + j, is_token)) & (pick >= 0)).to(tl.int32)
-    return tl.max(is_bad, axis=0) != 0
-
-
-@triton.jit
-def are_bad(expert, token, E: tl.constexpr):
-    """Whether any of some picks is no expert (-1: none), or another of its token's."""
-    i = tl.arange(0, expert.shape[0])
-    is_same = (expert[None, :] == expert[:, None]) & (token[None, :] == token[:, None])
-    is_repeat = is_same & (i[None, :] < i[:, None]) & (expert >= 0)[:, None]
-    is_bad = ((expert < -1) | (expert >= E)).to(tl.int32) | tl.max(is_repeat.to(tl.int32), axis=1)
-    return tl.max(is_bad, axis=0) != 0
+def has_bad_picks(expert, E: tl.constexpr, S: tl.constexpr):
+    """Of picks of S tokens, token by token: whether any is no expert (-1: no pick), or picked twice by its token."""
+    is_bad = (expert < -1) | (expert >= E) | ((expert >= 0) & ~is_first_there(expert, S))
+    return tl.max(is_bad.to(tl.int32), axis=0) != 0
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -137,8 +108,7 @@ def count_picks(
     L: tl.constexpr = E // P
     expert, _, _ = load_picks(topk_idx, num_tokens, tl.program_id(0), K, S)
     is_pick = (expert >= 0) & (expert < E)
-    first_token = tl.program_id(0) * S
-    if has_bad_picks(topk_idx, first_token, tl.minimum(first_token + S, num_tokens), E, K, S):
+    if has_bad_picks(expert, E, S):
         tl.store(refused, 1)
     here = sums + tl.program_id(0) * (E + P)
     BINS: tl.constexpr = triton.next_power_of_2(E)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import slot_of
 from crossdock.backends.cuda.kernels.cast import cast_blocks
-from crossdock.backends.cuda.kernels.places import ROW_BITS, are_bad, nth_of_key, picks_at
+from crossdock.backends.cuda.kernels.places import ROW_BITS, has_bad_picks, nth_of_key, picks_at
 from crossdock.backends.cuda.kernels.rows import wide
 from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
 from crossdock.backends.cuda.kernels.sync import GO, NOTHING, take_verdict
@@ -158,7 +158,7 @@ def count_share(given, tables, refused, room, first_token, last_token, sizes):
         expert = picks_at(given.topk_idx + at, is_here)
         is_pick = (expert >= 0) & (expert < E)
         nth = nth_of_key(expert, is_pick, E)
-        if are_bad(expert, first + i // KP, E):
+        if has_bad_picks(expert, E, PLACED // KP):
             tl.store(refused, 1)
         tl.debug_barrier()  # all are counted
         before = tl.atomic_add(room + expert, tl.zeros_like(expert), mask=is_pick, sem="relaxed", scope="gpu")
