@@ -136,12 +136,16 @@ class LaunchConfig:
 
     def most_programs(self, num_topk: int) -> int:
         """Of a whole dispatch, whatever a call asks for."""
-        return self.visible_sms * _dispatch_fits(num_topk).per_sm
+        return self.visible_sms * self._dispatch_fits(num_topk).per_sm
+
+    def _dispatch_fits(self, num_topk: int) -> _Fit:
+        if num_topk > _MANY_PICKS:
+            return _Fit(8, 2, 128)
+        return _Fit(8, 3, _CROWDED_REGISTERS if self.is_crowded else 80)
 
     def few(self, num_words: int, num_tokens: int, num_topk: int, *, unit: int) -> Few:
         """For the kernel that is a whole dispatch, of rows of as many words, so many of which stay together."""
-        fits = _dispatch_fits(num_topk)
-        registers = _CROWDED_REGISTERS if self.is_crowded and num_topk <= _MANY_PICKS else fits.registers
+        fits = self._dispatch_fits(num_topk)
         most = power_of_two(_FEW_WORDS // unit + 1) // 2
         piece = unit * max(1, min(power_of_two(-(-num_words // unit)), most))
         pieces = num_tokens * -(-num_words // piece)
@@ -149,7 +153,7 @@ class LaunchConfig:
             programs=1 + _as_few(pieces, self.num_sms * fits.per_sm - 1),
             piece=piece,
             num_warps=fits.num_warps,
-            most_registers=registers,
+            most_registers=fits.registers,
         )
 
     def few_sums(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> FewSums:
@@ -177,15 +181,11 @@ class LaunchConfig:
 
 
 class _Fit(NamedTuple):
-    """Programs of whole calls: as many on a multiprocessor as there are registers for, so that all run at once."""
+    """Programs of whole calls: no more on a multiprocessor than there are registers for, so that all run at once."""
 
     num_warps: int
     per_sm: int
     registers: int
-
-
-def _dispatch_fits(num_topk: int) -> _Fit:
-    return _Fit(8, 3, 80) if num_topk <= _MANY_PICKS else _Fit(8, 2, 128)
 
 
 def _as_few(num_pieces: int, most: int) -> int:
