@@ -319,8 +319,9 @@ def await_rows(
     words, aborts = words_at(own, arrived_offset) + entry, words_at(own, aborts_offset)
     ended, word = tl.load(state + NUM_ENDED), stamped(sequence, 0)
     status, _ = wait_words(
-        words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P, PAYLOAD_BITS, state + STATE_WORDS, 1
-    )
+        words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P, PAYLOAD_BITS, state + STATE_WORDS,
+        REFUSALS=1,
+    )  # fmt: skip
     if L > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
         if status == OK:
             local = tl.arange(0, triton.next_power_of_2(L))
