@@ -157,8 +157,13 @@ class LaunchConfig:
         )
 
     def few_sums(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> FewSums:
-        """For the kernel that is a whole combine."""
-        fits = _Fit(4, 8, 64) if num_topk <= _MANY_PICKS else _Fit(4, 2, 255)
+        """For the kernel that is a whole combine.
+
+        Seven programs of a multiprocessor's room share out 128 tokens' sums evenly; were there room for an eighth, some
+        multiprocessors would have it, and others a program less.
+        """
+        few = _Fit(4, 8, 64) if self.is_crowded else _Fit(4, 7, 72)
+        fits = few if num_topk <= _MANY_PICKS else _Fit(4, 2, 255)
         piece = min(power_of_two(num_values), 2048 // value_bytes)
         pieces, most = num_tokens * -(-num_values // piece), self.num_sms * fits.per_sm
         programs = _as_few(pieces, most)
