@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
@@ -216,12 +216,11 @@ class Calls:
         return Received(
             plan=plan,
             num_rows=plan.num_rows,
-            num_tokens_per_expert=plan.num_tokens_per_expert,
-            expert_offsets=plan.segment_starts.to(torch.int32) if isinstance(self._spec.layout, Expanded) else None,
             _records=records,
-            _rows=self._slots.received(region, slot, num_rows),
+            _read_rows=partial(self._slots.received, region, slot, num_rows),
             _scales=self._arena.scales,
             _lease=lease,
-            _outputs=self._slots.rows("outputs", slot, num_rows),
+            _read_outputs=partial(self._slots.rows, "outputs", slot, num_rows),
             _outputs_lease=lease,
+            _has_offsets=isinstance(self._spec.layout, Expanded),
         )

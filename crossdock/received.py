@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from crossdock.backends.base import Small
@@ -85,20 +87,27 @@ class Received:
     num_rows: int | None
     """Rows up to the end of the last segment; fewer than ``x`` has with ``rows="capacity"``, when on CUDA the host is
     not told (None)."""
-    num_tokens_per_expert: Tensor
-    """int32 [L], the picks of each local expert."""
-    expert_offsets: Tensor | None
-    """Expanded: int32 [L + 1], where each expert's rows start, and the end."""
     _records: Records
-    _rows: Tensor | Quantized
+    _read_rows: Callable[[], Tensor | Quantized]
     _scales: ScaleLayout
     _lease: Lease | None
-    _outputs: Tensor
+    _read_outputs: Callable[[], Tensor]
     _outputs_lease: Lease
+    _has_offsets: bool
 
     def __repr__(self) -> str:
         tokens = self.num_tokens_per_expert.tolist()
         return f"Received(num_rows={self.num_rows}, num_tokens_per_expert={tokens}, is_stale={self.is_stale})"
+
+    @property
+    def num_tokens_per_expert(self) -> Tensor:
+        """int32 [L], the picks of each local expert."""
+        return self.plan.num_tokens_per_expert
+
+    @cached_property
+    def expert_offsets(self) -> Tensor | None:
+        """Expanded: int32 [L + 1], where each expert's rows start, and the end."""
+        return self.plan.segment_starts.to(torch.int32) if self._has_offsets else None
 
     @property
     def topk_idx(self) -> Tensor | None:
@@ -146,8 +155,18 @@ class Received:
         """The same with rows ``x`` of its own, which no later dispatch overwrites."""
         rows = self.x
         if not isinstance(rows, Quantized):
-            return replace(self, _rows=rows.clone(), _lease=None)
-        return replace(self, _rows=Quantized(rows.data.clone(), self._scales.copied(rows.scale)), _lease=None)
+            own: Tensor | Quantized = rows.clone()
+        else:
+            own = Quantized(rows.data.clone(), self._scales.copied(rows.scale))
+        return replace(self, _read_rows=lambda: own, _lease=None)
+
+    @cached_property
+    def _rows(self) -> Tensor | Quantized:
+        return self._read_rows()
+
+    @cached_property
+    def _outputs(self) -> Tensor:
+        return self._read_outputs()
 
     @property
     def is_stale(self) -> bool:
