@@ -5,9 +5,10 @@ Letters: T tokens here, K top-k, H hidden, R rows received, L local experts, C c
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
@@ -245,7 +246,8 @@ class Buffer:
                 inputs.check_topk_idx(self.spec, routing, num_tokens)
                 if self.device.type == "cpu":  # else kernels look at the values
                     check_picks(routing, num_experts=self.spec.num_experts)
-                topk_idx = self.drop_masked(routing.to(torch.int64)).contiguous()
+                topk_idx = routing if routing.dtype == torch.int64 else routing.to(torch.int64)
+                topk_idx = self.drop_masked(topk_idx).contiguous()
             inputs.check_weights(self.spec, weights, num_tokens)
             inputs.check_token_extras(self.spec, extras, num_tokens)
             if rows not in (None, "exact", "capacity"):
@@ -650,9 +652,10 @@ class Buffer:
             raise
 
 
-def _shapes(extras: Sequence[Tensor]) -> list[tuple[str, tuple[int, ...]]]:
-    return [(str(extra.dtype), tuple(extra.shape[1:])) for extra in extras]
+def _shapes(extras: Sequence[Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((str(extra.dtype), tuple(extra.shape[1:])) for extra in extras)
 
 
-def _checksum(value: object) -> int:
+@functools.lru_cache
+def _checksum(value: Hashable) -> int:
     return zlib.crc32(repr(value).encode()) & 0xFFFF

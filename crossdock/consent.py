@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from crossdock.errors import ConfigError, CrossdockError, NotSupported, PeerFailed, PeerTimeout, TransportError
 from crossdock.masks import Proposal, num_words
@@ -75,8 +75,7 @@ class Kind(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-@dataclass(frozen=True)
-class Word:
+class Word(NamedTuple):
     """What a begin word says besides its sequence number: 24 bits of payload.
 
     Fields: kind (2 bits); slot (3), where peers may write: a receive slot of a dispatch, a landing slot of a combine;

@@ -72,8 +72,7 @@ class PlanTensors(NamedTuple):
     local_idx: Tensor  # [R, K] int32, one row per (token, rank)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """What a dispatch sends: rows, and the small things that travel with each."""
 
     x: Tensor | Quantized  # [T, H]
@@ -92,8 +91,7 @@ class Small(NamedTuple):
     extras: tuple[Tensor, ...]  # [R, ...] each
 
 
-@dataclass(frozen=True, kw_only=True)
-class Landed:
+class Landed(NamedTuple):
     """What is known of a receive slot once all rows have arrived."""
 
     plan: Plan
