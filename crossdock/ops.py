@@ -53,7 +53,7 @@ def dispatch(
     return (
         *_own_rows(owner.spec, recv, rows),
         plan.topk_idx,
-        plan.counts,
+        _apart(plan.counts, plan.topk_idx),
         no_ids if plan.partial_rows is None else plan.partial_rows,
         recv.src_idx,
         no_ids.clone() if recv.topk_idx is None else recv.topk_idx,
@@ -269,6 +269,12 @@ combine.register_autograd(_combine_backward, setup_context=_setup_combine)
 
 def _plan(owner: Buffer, tensors: Sequence[Tensor]) -> Plan:
     return owner.remake_plan(PlanTensors(*tensors))
+
+
+def _apart(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor, or a copy: a plan's tables may lie in one allocation, and what an op gives may not."""
+    is_shared = tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return tensor.clone() if is_shared else tensor
 
 
 def _own_rows(spec: Spec, recv: Received, rows: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -113,7 +113,7 @@ class Plan:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, num_tokens={self.num_tokens}, num_rows={self.num_rows})"
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """T, the tokens of this rank."""
         return self.topk_idx.shape[0]

@@ -7,7 +7,7 @@ constants that it was given.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -110,14 +110,20 @@ class _Handle:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, stream: int) -> None:
-            if (launched_as := _specialized(self.kernel, args, {})[:3]) != self.compiled_as:
+            if (launched_as := _specialized(self.kernel, args, {}, self.compiled_as[0])[:3]) != self.compiled_as:
                 raise AssertionError(f"{self.kernel.fn.__name__}: {launched_as} by what is {self.compiled_as}")
 
         return launch
 
 
-def _specialized(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
-    """As Triton would see the arguments: pointers and whole numbers that are multiples of 16 are known to be."""
+def _specialized(
+    kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], types: Mapping[str, str] | None = None
+) -> tuple[Any, ...]:
+    """As Triton would see the arguments: pointers and whole numbers that are multiples of 16 are known to be.
+
+    Args:
+        types: of what takes addresses in place of tensors, those of its parameters.
+    """
     names = [param.name for param in kernel.params]
     given = dict(zip(names, args, strict=False)) | {name: options.pop(name) for name in names if name in options}
     signature, constants, attributes = {}, {}, {}
@@ -128,6 +134,8 @@ def _specialized(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, 
             continue
         if isinstance(value, torch.Tensor):
             signature[param.name], size = _POINTERS[value.dtype], value.data_ptr()
+        elif types is not None and types[param.name].startswith("*"):
+            signature[param.name], size = types[param.name], value
         else:
             signature[param.name], size = ("i32" if -(2**31) <= value < 2**31 else "i64"), value
         if size % 16 == 0 and not param.do_not_specialize:

@@ -51,7 +51,7 @@ _LOOK_S = 0.05
 _GONE_S = 0.5
 """A peer that is gone, and whose part of the call is missing still after this time, will not do it."""
 _NUM_PICKS = 16
-"""Dispatches whose picks are kept until nobody can ask for them."""
+"""Dispatches that are kept until nobody can ask for their picks."""
 _REASON_S = 1.0
 """How long a host looks for the reason of a peer whose word says that it refuses its own call."""
 
@@ -72,7 +72,7 @@ class DeviceConsent(Consent):
         self._transport = transport
         self._posts = False
         self._tokens: torch.Tensor | None = None
-        self._picks: deque[torch.Tensor] = deque(maxlen=_NUM_PICKS)
+        self._told: deque[DevicePlan] = deque(maxlen=_NUM_PICKS)
         super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=ring)
 
     def start_from(self, sequence: int) -> None:
@@ -122,7 +122,7 @@ class DeviceConsent(Consent):
     def warm_up(self) -> None:
         """Launches all its kernels, so that they are compiled and loaded; only while calls are void."""
         plan, self._fresh = self._fresh, None
-        self._picks.clear()
+        self._told.clear()
         self._kernels.begin_call(0, plan)
         for posts, awaits_all in ((True, True), (True, False), (False, False)):
             self._kernels.finish_call(posts=posts, awaits_all=awaits_all)
@@ -166,12 +166,12 @@ class DeviceConsent(Consent):
     def tells(self, plan: DevicePlan) -> None:
         """The next word goes with the counts of a fresh dispatch, whose plan is filled from everybody's."""
         self._fresh = plan
-        self.remembers(plan.topk_idx)
+        self.remembers(plan)
 
-    def remembers(self, topk_idx: torch.Tensor) -> None:
-        """The picks of a dispatch, to say what is wrong with them if the device refuses them."""
-        if not torch.cuda.is_current_stream_capturing():
-            self._picks.append(topk_idx)
+    def remembers(self, plan: DevicePlan) -> None:
+        """A fresh dispatch, to say what is wrong with its picks if the device refuses them."""
+        if plan.report is None or not plan.report.is_captured:
+            self._told.append(plan)
 
     def counts(self, tokens: torch.Tensor) -> None:
         """The call under way is counted once its rows have arrived: so many picks of each local expert, ``[L]``."""
@@ -209,7 +209,7 @@ class DeviceConsent(Consent):
             flag = Flag(epoch=self.num_ended, first_void=current & CALL_MASK, num_more=0)
             self._mailbox.post(self.rank, "aborts", 0, flag.packed())
         self._on.synchronize()
-        self._picks.clear()
+        self._told.clear()
         super().fail(error, first_void=self._first_void())
         self._restart()
 
@@ -230,9 +230,9 @@ class DeviceConsent(Consent):
         return PeerFailed(peer, "its topk_idx has a value that is no expert, or one expert twice")
 
     def _own_refusal(self) -> ConfigError:
-        for topk_idx in self._picks:
+        for plan in self._told:
             try:
-                check_picks(topk_idx.cpu(), num_experts=self._num_experts)
+                check_picks(plan.topk_idx.cpu(), num_experts=self._num_experts)
             except ConfigError as error:
                 return error
         return ConfigError(

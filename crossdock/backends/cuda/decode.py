@@ -5,17 +5,17 @@ Letters: T tokens here, K top-k, H hidden, P ranks.
 
 from __future__ import annotations
 
-import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import Outgoing, Rows
-from crossdock.backends.cuda.config import LaunchConfig, power_of_two
+from crossdock.backends.cuda.config import power_of_two
 from crossdock.backends.cuda.control import DeviceConsent
 from crossdock.backends.cuda.kernels import decode
-from crossdock.backends.cuda.launch import Launcher, kind_of
+from crossdock.backends.cuda.launch import Launcher, Prepared, kind_of
 from crossdock.backends.cuda.movers import as_words, rowwise
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
@@ -31,6 +31,19 @@ _PATIENCE = 32
 _LEFT = Missing((), "finish", has_sent=True)
 """What a call that has been started leaves to ``wait()``."""
 _NO_WORD = Word(Kind.DISPATCH, 0)
+
+
+class _Sent(NamedTuple):
+    """What a dispatch sends, as its kernel takes it."""
+
+    values: Tensor
+    """Values to be cast, or ``rows``."""
+    rows: Tensor
+    """Words."""
+    scale: Tensor | None
+    weights: Tensor | None
+    """Bits of float32."""
+    is_cast: bool
 
 
 class DecodeCalls:
@@ -50,7 +63,10 @@ class DecodeCalls:
         self._room = torch.zeros(room, dtype=torch.int32, device=device)
         self._column_major = arena.scales.column_major
         self._cast = _cast_rows(spec, spec.wire, device) if isinstance(spec.wire, Fp8) else None
-        self._few, self._few_sums = functools.cache(LaunchConfig.few), functools.cache(LaunchConfig.few_sums)
+        self._dispatches: dict[Any, Prepared] = {}
+        self._sums: dict[Any, Prepared] = {}
+        """What has been prepared, by what may differ between calls."""
+        self._landing, self._landing_slot_bytes = self._region("landing")
         self._at_peers = constants(arena.scales)
         self._blocks = launcher.blocks_of_rows()
         self._boxes = tuple(arena[name].offset for name in ("words", "arrived", "aborts", "counts"))
@@ -72,8 +88,8 @@ class DecodeCalls:
         self, sequence: int, word: Word, outgoing: Outgoing, topk_idx: Tensor, mode: Rows, *, at_once: bool
     ) -> Steps[DevicePlan]:
         """See WholeCalls."""
-        plan, call = self._planner.blank(topk_idx, stamp=sequence), self._on.next_call()
-        self._consent.remembers(plan.topk_idx)
+        plan, call = self._planner.blank(topk_idx.shape[0], stamp=sequence), self._on.next_call()
+        self._consent.remembers(plan)
         self._send_rows(plan, word, outgoing, topk_idx, call, begins=True, awaits=at_once)
         if not at_once:
             yield _LEFT
@@ -129,105 +145,125 @@ class DecodeCalls:
         begins: bool,
         awaits: bool,
     ) -> None:
-        on, arena, spec, wire = self._on, self._arena, self._spec, self._spec.wire
-        x, weights = outgoing.x, outgoing.weights
-        scale: Tensor | None = None
-        block, unit, is_exponents, is_pow2, scales_of_word = 0, 1, False, False, 1
-        group_bytes = self._at_peers["GROUP_BYTES"]
-        if isinstance(x, Quantized):
-            values = rows = as_words(rowwise(x.data, on))
-            scale = rowwise(x.scale, on)
-            scale = as_integers(scale) if self._column_major else as_words(scale)
-            num_scales = scale.shape[1]
-            group_bytes = group_bytes if self._column_major else scale.element_size()
-        elif isinstance(wire, Fp8):
-            assert self._cast is not None
-            values, (rows, scale) = rowwise(x, on), self._cast
-            block, unit = wire.block, wire.block // rows.element_size()
-            is_exponents = wire.scale == "ue8m0"
-            is_pow2 = is_exponents or wire.pow2
-            scales_of_word = wire.scale_dtype.itemsize // scale.element_size()
-            num_scales = scale.shape[1]
-        else:
-            values = rows = as_words(rowwise(x, on))
-            num_scales = 0
-        row_bytes = spec.hidden * wire.dtype.itemsize
-        shape = self._few(on.config, rows.shape[1], plan.num_tokens, spec.num_topk, unit=unit)
-        scale_piece = shape.piece // unit if block else power_of_two(num_scales or 1)
+        on, sent, payload = self._on, self._as_words(outgoing), word.payload()
+        values, rows, scale, weights, is_cast = sent
+        given = (
+            *kind_of(topk_idx),
+            *kind_of(weights),
+            *kind_of(values),
+            *kind_of(scale),
+            values.stride(0),
+            None if scale is None else scale.stride(0),
+            payload < 2**31,
+        )
+        key = (plan.num_tokens, on.config.num_sms, begins, awaits, is_cast, *given)
+        if (launch := self._dispatches.get(key)) is None:
+            launch = self._prepared_dispatch(plan.num_tokens, sent, given, begins=begins, awaits=awaits)
+            self._dispatches[key] = launch
         assert plan.report is not None
-        on.launch(
-            decode.dispatch_rows,
-            (shape.programs,),
-            on.segments,
-            on.state,
+        assert plan.room is not None
+        on.run(
+            launch,
             call,
-            on.record,
-            on.failure,
-            word.payload(),
-            on.rank,
-            on.max_polls,
-            _PATIENCE,
-            int(begins),
-            int(awaits),
-            *self._boxes,
-            plan.counts,
-            plan.scalars,
+            payload,
             plan.report.row,
-            on.outgoing,
-            plan.rows.incoming,
-            plan.segment_starts,
-            plan.num_tokens_per_expert,
-            on.tokens,
-            plan.rows.places,
-            plan.rows.homes,
-            spec.capacity(on.num_ranks),
-            self._verdict,
-            self._ticket,
-            self._refused,
-            self._nths,
-            self._to_rows,
-            self._to_scales,
-            self._room,
+            *(plan.room.addresses() if launch.is_compiled else plan.room.tensors()),
             topk_idx,
-            plan.topk_idx,
-            self._nths if weights is None else on.dense(weights).view(torch.int32),
-            int(weights is not None),
+            self._nths if weights is None else weights,
             values,
             rows,
             rows if scale is None else scale,
-            plan.num_tokens,
-            values.stride(0),
-            rows.stride(0),
-            0 if scale is None else scale.stride(0),
-            on.rank * spec.max_tokens,
-            *self._lands,
-            P=on.num_ranks,
-            RING=arena.ring,
-            **self._blocks,
-            K=spec.num_topk,
-            ROW=rows.shape[1],
-            PIECE=shape.piece,
-            PIECES=max(-(-rows.shape[1] // shape.piece), -(-num_scales // scale_piece)),
-            ROW_BYTES=row_bytes,
-            BLOCK=block,
-            SCALES=num_scales,
-            SCALE_PIECE=scale_piece,
-            **self._at_peers | {"GROUP_BYTES": group_bytes},
-            SCALES_OF_WORD=scales_of_word,
-            POW2=is_pow2,
-            EXPONENTS=is_exponents,
-            STAGES=shape.stages(rows.element_size() * values.element_size()) if block else 0,
-            RECORD=arena.record_bytes // 4,
-            given=(
-                *(kind_of(tensor) for tensor in (topk_idx, weights, values, scale)),
+        )
+
+    def _as_words(self, outgoing: Outgoing) -> _Sent:
+        on, x = self._on, outgoing.x
+        weights = None if outgoing.weights is None else on.dense(outgoing.weights).view(torch.int32)
+        if isinstance(x, Quantized):
+            words, scale = as_words(rowwise(x.data, on)), rowwise(x.scale, on)
+            scale = as_integers(scale) if self._column_major else as_words(scale)
+            return _Sent(words, words, scale, weights, is_cast=False)
+        if self._cast is not None:
+            return _Sent(rowwise(x, on), self._cast.data, self._cast.scale, weights, is_cast=True)
+        words = as_words(rowwise(x, on))
+        return _Sent(words, words, None, weights, is_cast=False)
+
+    def _prepared_dispatch(
+        self, num_tokens: int, sent: _Sent, given: tuple[Any, ...], *, begins: bool, awaits: bool
+    ) -> Prepared:
+        """What dispatches of as many tokens, and of tensors of these kinds, have in common."""
+        on, arena, spec, wire = self._on, self._arena, self._spec, self._spec.wire
+        values, rows, scale, weights, is_cast = sent
+        num_scales, scale_bytes = (0, 1) if scale is None else (scale.shape[1], scale.element_size())
+        block, unit, is_exponents, is_pow2, scales_of_word = 0, 1, False, False, 1
+        group_bytes = self._at_peers["GROUP_BYTES"]
+        if is_cast:
+            assert isinstance(wire, Fp8)
+            block, unit = wire.block, wire.block // rows.element_size()
+            is_exponents = wire.scale == "ue8m0"
+            is_pow2 = is_exponents or wire.pow2
+            scales_of_word = wire.scale_dtype.itemsize // scale_bytes
+        elif scale is not None and not self._column_major:
+            group_bytes = scale_bytes
+        shape = on.config.few(rows.shape[1], num_tokens, spec.num_topk, unit=unit)
+        scale_piece = shape.piece // unit if is_cast else power_of_two(num_scales or 1)
+        return Prepared(
+            decode.dispatch_rows,
+            (shape.programs,),
+            (
+                on.segments,
+                on.state,
+                on.record,
+                on.failure,
+                on.rank,
+                on.max_polls,
+                _PATIENCE,
+                int(begins),
+                int(awaits),
+                *self._boxes,
+                on.outgoing,
+                on.tokens,
+                spec.capacity(on.num_ranks),
+                self._verdict,
+                self._ticket,
+                self._refused,
+                self._nths,
+                self._to_rows,
+                self._to_scales,
+                self._room,
+                int(weights is not None),
+                num_tokens,
                 values.stride(0),
-                None if scale is None else scale.stride(0),
-                word.payload() < 2**31,
+                rows.stride(0),
+                0 if scale is None else scale.stride(0),
+                on.rank * spec.max_tokens,
+                *self._lands,
             ),
-            num_warps=shape.num_warps,
-            enable_fp_fusion=not block,
-            maxnreg=shape.most_registers,
-            early=True,
+            {
+                "P": on.num_ranks,
+                "RING": arena.ring,
+                **self._blocks,
+                "K": spec.num_topk,
+                "ROW": rows.shape[1],
+                "PIECE": shape.piece,
+                "PIECES": max(-(-rows.shape[1] // shape.piece), -(-num_scales // scale_piece)),
+                "ROW_BYTES": spec.hidden * wire.dtype.itemsize,
+                "BLOCK": block,
+                "SCALES": num_scales,
+                "SCALE_PIECE": scale_piece,
+                **self._at_peers | {"GROUP_BYTES": group_bytes},
+                "SCALES_OF_WORD": scales_of_word,
+                "POW2": is_pow2,
+                "EXPONENTS": is_exponents,
+                "STAGES": shape.stages(rows.element_size() * values.element_size()) if is_cast else 0,
+                "RECORD": arena.record_bytes // 4,
+            },
+            {
+                "given": given,
+                "num_warps": shape.num_warps,
+                "enable_fp_fusion": not is_cast,
+                "maxnreg": shape.most_registers,
+                "early": True,
+            },
         )
 
     def _sum_rows(
@@ -241,53 +277,85 @@ class DecodeCalls:
         *,
         begins: bool,
     ) -> None:
-        on, arena, table = self._on, self._arena, plan.rows
-        landing = arena["landing"].offset + word.slot * on.slot_bytes("landing")
-        spec = self._spec
-        size = out.element_size()
-        shape = self._few_sums(on.config, spec.hidden, plan.num_tokens, spec.num_topk, value_bytes=size)
-        on.launch(
-            decode.combine_rows,
-            (shape.programs,),
-            on.segments,
-            on.state,
+        rows = plan.rows
+        payload, landing = word.payload(), self._landing + word.slot * self._landing_slot_bytes
+        given = (kind_of(weights), kind_of(bias), payload < 2**31, landing < 2**31)
+        bias_rows = int(bias is not None and bias.dim() == 2)
+        key = (plan.num_tokens, self._on.config.num_sms, begins, bias_rows, *given)
+        if (launch := self._sums.get(key)) is None:
+            launch = self._sums[key] = self._prepared_sums(
+                plan.num_tokens,
+                given,
+                has_weights=weights is not None,
+                has_bias=bias is not None,
+                bias_rows=bias_rows,
+                begins=begins,
+            )
+        self._on.run(
+            launch,
             call,
-            on.record,
-            on.failure,
-            word.payload(),
-            on.rank,
-            on.max_polls,
-            int(begins),
-            *self._boxes[:3],
-            self._verdict,
-            self._ticket,
+            payload,
             out,
             out if bias is None else bias,
             out if weights is None else weights,
-            table.places,
-            table.homes,
-            plan.num_tokens,
-            arena["outputs"].offset,
-            on.slot_bytes("outputs"),
+            *(rows.address("places"), rows.address("homes")) if launch.is_compiled else (rows.places, rows.homes),
             landing,
-            int(bias is not None and bias.dim() == 2),
-            P=on.num_ranks,
-            RING=arena.ring,
-            J=table.places.shape[1],
-            H=self._spec.hidden,
-            PIECE=shape.piece,
-            HAS_WEIGHTS=weights is not None,
-            HAS_BIAS=bias is not None,
-            given=(kind_of(weights), kind_of(bias), word.payload() < 2**31, landing < 2**31),
-            num_warps=shape.num_warps,
-            maxnreg=shape.most_registers,
-            early=True,
-            enable_fp_fusion=False,
+        )
+
+    def _prepared_sums(
+        self,
+        num_tokens: int,
+        given: tuple[Any, ...],
+        *,
+        has_weights: bool,
+        has_bias: bool,
+        bias_rows: int,
+        begins: bool,
+    ) -> Prepared:
+        """What combines of as many tokens, and of tensors of these kinds, have in common."""
+        on, arena, spec = self._on, self._arena, self._spec
+        value_bytes = spec.combine_dtype.itemsize
+        shape = on.config.few_sums(spec.hidden, num_tokens, spec.num_topk, value_bytes=value_bytes)
+        return Prepared(
+            decode.combine_rows,
+            (shape.programs,),
+            (
+                on.segments,
+                on.state,
+                on.record,
+                on.failure,
+                on.rank,
+                on.max_polls,
+                int(begins),
+                *self._boxes[:3],
+                self._verdict,
+                self._ticket,
+                num_tokens,
+                arena["outputs"].offset,
+                on.slot_bytes("outputs"),
+                bias_rows,
+            ),
+            {
+                "P": on.num_ranks,
+                "RING": arena.ring,
+                "J": spec.num_topk,
+                "H": spec.hidden,
+                "PIECE": shape.piece,
+                "HAS_WEIGHTS": has_weights,
+                "HAS_BIAS": has_bias,
+            },
+            {
+                "given": given,
+                "num_warps": shape.num_warps,
+                "maxnreg": shape.most_registers,
+                "enable_fp_fusion": False,
+                "early": True,
+            },
         )
 
     def warm_up(self, outgoing: Outgoing, picks: Tensor) -> DevicePlan:
         """Launches all that a dispatch may launch; only while calls are void."""
-        plan, call = self._planner.blank(picks, stamp=0), self._on.next_call()
+        plan, call = self._planner.blank(picks.shape[0], stamp=0), self._on.next_call()
         self._send_rows(plan, _NO_WORD, outgoing, picks, call, begins=True, awaits=True)
         return plan
 

@@ -5,10 +5,10 @@ Letters: P ranks, W counts, B blocks of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,39 @@ from crossdock.backends.cuda.kernels.sync import ABORTED, OK, RECORD_WORDS
 from crossdock.layout import Expanded, Padded
 from crossdock.transport.device import DeviceTransport
 
+try:
+    from torch._C import _cuda_getCurrentRawStream as _current_stream
+except ImportError:  # torch without CUDA
+
+    def _current_stream(device: int) -> int:
+        handle: int = torch.cuda.current_stream(device).cuda_stream
+        return handle
+
+
 _POLL_S = 0.3e-6
 """A poll of words takes at least that long, on an H200 with 2 to 8 ranks on it."""
+
+
+@dataclass(eq=False)
+class Prepared:
+    """A kernel with all that is the same in many launches of it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    fixed: tuple[Any, ...]
+    """The kernel's first arguments."""
+    sizes: dict[str, Any]
+    """Its last ones, constants."""
+    options: dict[str, Any]
+    addresses: tuple[Any, ...] = ()
+    """The first arguments with addresses for tensors."""
+    runner: Callable[..., None] | None = None
+    """Launches what is compiled; None as long as it is not."""
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it takes addresses in place of tensors."""
+        return self.runner is not None
 
 
 class Launcher:
@@ -35,6 +66,7 @@ class Launcher:
         """Of the call under way."""
         self.arena = arena
         self.device = transport.device
+        self._device_index = self.device.index or 0
         self.stream: torch.cuda.Stream = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
         spec = arena.spec
         self.rank, self.num_ranks = transport.rank, transport.num_ranks
@@ -102,11 +134,11 @@ class Launcher:
 
         Calls of one kernel go on that stream themselves; behind those before, wherever they were.
         """
-        current = torch.cuda.current_stream(self.device)
         if not self.config.one_kernel:
-            self._entered.record(current)
+            self._entered.record(torch.cuda.current_stream(self.device))
             self.stream.wait_event(self._entered)
-        elif current != self.stream:
+        elif _current_stream(self._device_index) != self.stream.cuda_stream:
+            current = torch.cuda.current_stream(self.device)
             if not torch.cuda.is_current_stream_capturing():  # which begins when all is done, and allows no such look
                 self._entered.record(self.stream)
                 current.wait_event(self._entered)
@@ -174,8 +206,10 @@ class Launcher:
         maxnreg: int | None = None,
         early: Any = False,
         **sizes: Any,
-    ) -> None:
+    ) -> Any:
         """Launches a kernel on our stream, once compiled by its handle, without Triton's look at every argument.
+
+        Gives the handle; None where there is none.
 
         Args:
             early: whether the kernel begins with ``await_kernels_before``, and so may be launched before that.
@@ -186,18 +220,33 @@ class Launcher:
         handle = self._handles.get(key)
         if handle is not None:
             handle[(*grid, 1, 1)[:3]](*args, *sizes.values(), stream=self.stream.cuda_stream)
-            return
+            return handle
         options: dict[str, Any] = sizes | {"num_warps": num_warps}
         options |= {} if enable_fp_fusion else {"enable_fp_fusion": False}
         options |= {} if maxnreg is None else {"maxnreg": maxnreg}
         options |= {"launch_pdl": True} if early and self.config.launches_early else {}
         if self._to_compile is not None:
             self._to_compile[key] = (kernel, args, options)
-            return
+            return None
         with torch.cuda.stream(self.stream):
             handle = kernel[grid](*args, **options)
         if handle is not None:
             self._handles[key] = handle
+        return handle
+
+    def run(self, launch: Prepared, *args: Any) -> None:
+        """``launch`` of what has been prepared, with the arguments of a call, between the first and the sizes.
+
+        Compiled kernels are given addresses: about each tensor Triton asks the driver.
+        """
+        if launch.runner is not None:
+            ours = [argument if isinstance(argument, int) else argument.data_ptr() for argument in args]
+            launch.runner(*launch.addresses, *ours, *launch.sizes.values(), stream=self.stream.cuda_stream)
+            return
+        handle = self.launch(launch.kernel, launch.grid, *launch.fixed, *args, **launch.options, **launch.sizes)
+        if handle is not None:
+            launch.addresses = tuple(map(_address, launch.fixed))
+            launch.runner = handle[(*launch.grid, 1, 1)[:3]]
 
     def blocks(self, *, is_pairs: bool) -> dict[str, int]:
         """By what rows are sorted where they land, and how segments are aligned."""
@@ -227,3 +276,8 @@ class Launcher:
 def kind_of(tensor: Tensor | None) -> tuple[torch.dtype | None, bool]:
     """What a compiler may make use of in a tensor that is not ours: its type, and whether it begins at 16 bytes."""
     return (None, True) if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
+
+
+def _address(argument: Any) -> Any:
+    """Of a tensor where it begins; numbers as they are."""
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument

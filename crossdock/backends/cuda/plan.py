@@ -5,8 +5,11 @@ Letters: T tokens here, J places of a token, K top-k, R rows, C rows of a receiv
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +19,86 @@ from torch import Tensor
 
 from crossdock.plan import Plan
 
+Made = TypeVar("Made", bound="_Cut")
+_ALIGNED_BYTES = 128
+"""Tables in one allocation begin at whole cache lines."""
+
+
+class Part(NamedTuple):
+    """A tensor in an allocation: its first byte, its bytes, its shape and type."""
+
+    first: int
+    num_bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Room:
+    """All tables of a plan in one allocation: addresses for kernels at once, and tensors when somebody asks."""
+
+    def __init__(self, memory: Int32[Tensor, "words"], parts: Mapping[str, Part]) -> None:
+        self._memory = memory
+        self.parts = parts
+
+    @staticmethod
+    def divided(tables: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[int, dict[str, Part]]:
+        """Bytes of a room for tables of such shapes and types, and where each lies."""
+        parts, end = {}, 0
+        for name, (shape, dtype) in tables.items():
+            parts[name] = Part(end, math.prod(shape) * dtype.itemsize, shape, dtype)
+            end += -(-parts[name].num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        return end, parts
+
+    def addresses(self) -> list[int]:
+        """Where each of the tables begins, in their order."""
+        begin = self._memory.data_ptr()
+        return [begin + part.first for part in self.parts.values()]
+
+    def address(self, name: str) -> int:
+        """Where one of the tables begins."""
+        return self._memory.data_ptr() + self.parts[name].first
+
+    def tensors(self) -> list[Tensor]:
+        """All tables, in their order."""
+        return [self.tensor(name) for name in self.parts]
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tables."""
+        part = self.parts[name]
+        words = self._memory[part.first // 4 : (part.first + part.num_bytes) // 4]
+        return words.view(part.dtype).view(part.shape)
+
+
+class _Cut:
+    """What may have its tables in a room: each is cut out of it when somebody first asks for it."""
+
+    room: Room | None = None
+
+    @classmethod
+    def of(cls: type[Made], room: Room, **fields: Any) -> Made:
+        """One with such fields, whose tables are in the room."""
+        made = cls.__new__(cls)
+        made.__dict__.update(fields, room=room)
+        return made
+
+    def address(self, name: str) -> int:
+        """Where a table begins."""
+        table: Tensor | None = self.__dict__.get(name)
+        if table is None and self.room is not None:
+            return self.room.address(name)
+        return getattr(self, name).data_ptr() if table is None else table.data_ptr()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if self.room is None or name not in self.room.parts:
+                raise AttributeError(f"{type(self).__name__} has no {name!r}")
+            table = self.__dict__[name] = self.room.tensor(name)
+            return table
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Table:
+class Table(_Cut):
     """One flat exchange: where this rank's rows go, and where the rows that come here are from.
 
     Places and origins are ``rank << 32 | row``; -1: none.
@@ -64,7 +144,7 @@ class Report:
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class DevicePlan(Plan):
+class DevicePlan(_Cut, Plan):
     """A plan whose rows are moved by kernels."""
 
     rows: Table

@@ -5,6 +5,7 @@ Letters: T tokens here, K top-k, J places of a token, C rows of a receive slot, 
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from dataclasses import replace
 from weakref import WeakSet
@@ -25,7 +26,7 @@ from crossdock.backends.cuda.kernels.places import (
     SCALARS,
 )
 from crossdock.backends.cuda.launch import Launcher, kind_of
-from crossdock.backends.cuda.plan import DevicePlan, Report, Table
+from crossdock.backends.cuda.plan import DevicePlan, Part, Report, Room, Table
 from crossdock.errors import CapacityError, NotSupported
 from crossdock.layout import Padded
 from crossdock.plan import overflow
@@ -88,6 +89,7 @@ class Planner:
         self._columns = _CELLS // min(power_of_two(num_chunks), 256)
         """Counts that a program sums, of as many chunks as make ``_CELLS`` with them."""
         num_counts = arena.spec.num_counts(arena.topology)
+        self._rooms = functools.cache(self._divided)
         self._partial_sums = torch.zeros(num_chunks, num_counts, dtype=torch.int32, device=launcher.device)
         """Of the plan that is being made: for each chunk of tokens, the counts of those before it."""
 
@@ -112,9 +114,41 @@ class Planner:
         self._count_picks(topk_idx)
         return plan
 
-    def blank(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
+    def blank(self, num_tokens: int, *, stamp: int) -> DevicePlan:
         """The plan of a dispatch as a whole, which counts for itself and fills it, with the picks too."""
-        return self._fresh(self._ints(*topk_idx.shape, dtype=torch.int64), stamp=stamp, is_whole=True)
+        num_bytes, parts = self._rooms(num_tokens)
+        room = Room(self._ints(num_bytes // 4), parts)
+        rows = Table.of(room, num_slots=self._slot_rows)
+        self._tables.add(rows)
+        return DevicePlan.of(
+            room,
+            rank=self._rank,
+            buffer_id=self._buffer_id,
+            stamp=stamp,
+            num_tokens=num_tokens,
+            num_rows=self._known_rows,
+            rows=rows,
+            pairs=None,
+            masked=self._masked,
+            report=self._report(stamp),
+            is_whole=True,
+        )
+
+    def _divided(self, num_tokens: int) -> tuple[int, dict[str, Part]]:
+        """The room of a plan of a dispatch as a whole: what its kernel fills, in the order of its arguments."""
+        per_token, longs, ints = (num_tokens, self._num_places), torch.int64, torch.int32
+        return Room.divided(
+            {
+                "topk_idx": (per_token, longs),
+                "counts": ((self._num_ranks, self._on.counts.shape[0]), longs),
+                "scalars": ((SCALARS.value,), ints),
+                "num_tokens_per_expert": ((self._num_local,), ints),
+                "segment_starts": ((self._num_segments + 1,), ints),
+                "places": (per_token, longs),
+                "homes": (per_token, ints),
+                "incoming": ((3, self._num_segments * self._num_ranks), ints),
+            }
+        )
 
     def place(self, plan: DevicePlan) -> None:
         """Fills in where rows go, once everybody's counts are here."""
@@ -204,9 +238,9 @@ class Planner:
             if (error := self.overflow_of(report)) is not None:
                 self.overflows.append((sequence, error))
 
-    def _fresh(self, topk_idx: Tensor, *, stamp: int, is_whole: bool = False) -> DevicePlan:
+    def _fresh(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
         gathered = self._ints(self._num_ranks, self._on.counts.shape[0], dtype=torch.int64)
-        return self._blank(topk_idx, gathered, stamp=stamp, report=self._report(stamp), is_whole=is_whole)
+        return self._blank(topk_idx, gathered, stamp=stamp, report=self._report(stamp))
 
     def _place(self, plan: DevicePlan, told: Tensor) -> None:
         self._place_rows(plan, plan.rows, is_pairs=False)
@@ -314,18 +348,15 @@ class Planner:
     def _num_chunks(self, topk_idx: Tensor) -> int:
         return -(-topk_idx.shape[0] // self._chunk_tokens)
 
-    def _blank(
-        self, topk_idx: Tensor, counts: Tensor, *, stamp: int, report: Report | None, is_whole: bool = False
-    ) -> DevicePlan:
+    def _blank(self, topk_idx: Tensor, counts: Tensor, *, stamp: int, report: Report | None) -> DevicePlan:
         """A plan whose tables are still to be filled."""
         num_tokens = topk_idx.shape[0]
         rows, pairs = self._table(num_tokens, self._num_places, self._num_segments, self._slot_rows), None
         if self._has_pairs:
             pairs = self._table(num_tokens, self._num_pairs, 1, self._num_ranks * self._arena.spec.max_tokens)
-        if not is_whole:  # else kernels run on the current stream, on which torch may fill it, and nobody may ask
-            for table in (rows, pairs):
-                if table is not None:
-                    self._on.given(table.origins)
+        for table in (rows, pairs):
+            if table is not None:
+                self._on.given(table.origins)
         return DevicePlan(
             rank=self._rank,
             buffer_id=self._buffer_id,
@@ -341,7 +372,6 @@ class Planner:
             masked=self._masked,
             scalars=self._ints(SCALARS.value),
             report=report,
-            is_whole=is_whole,
         )
 
     def _table(self, num_tokens: int, num_columns: int, num_segments: int, num_slots: int) -> Table:
