@@ -256,6 +256,7 @@ class DecodeCalls:
                 "EXPONENTS": is_exponents,
                 "STAGES": shape.stages(rows.element_size() * values.element_size()) if is_cast else 0,
                 "RECORD": arena.record_bytes // 4,
+                "CROWDED": on.config.is_crowded,
             },
             {
                 "given": given,

@@ -220,6 +220,7 @@ def dispatch_rows(
     EXPONENTS: tl.constexpr,
     STAGES: tl.constexpr,
     RECORD: tl.constexpr,
+    CROWDED: tl.constexpr,
 ):
     """A fresh dispatch of rows with one pick each: ``[T, ...]`` to all their places, with sources and weights.
 
@@ -241,6 +242,7 @@ def dispatch_rows(
         ROW_BYTES: between rows there. SEGMENT_ROWS ... SCALES_OF_WORD: where scales lie there, see ``scales``.
         STAGES: of pieces that are cast.
         RECORD: words between records.
+        CROWDED: whether rows of several ranks pass through this GPU's cache: then they leave it first.
     """
     await_kernels_before()
     if tl.program_id(0) == 0:
@@ -261,7 +263,7 @@ def dispatch_rows(
             Regions(data_region, data_slot_bytes, scale_region, scale_slot_bytes, record_region, record_slot_bytes),
             Sizes(  # a name would make tensors of them
                 L * P, L, K, ROW, PIECE, PIECES, ROW_BYTES, BLOCK, SCALES, SCALE_PIECE, SEGMENT_ROWS, SEGMENT_BYTES,
-                SCALE_BYTES, GROUP_BYTES, SCALES_OF_WORD, POW2, EXPONENTS, STAGES, RECORD,
+                SCALE_BYTES, GROUP_BYTES, SCALES_OF_WORD, POW2, EXPONENTS, STAGES, RECORD, CROWDED,
             ),
         )  # fmt: skip
     let_next_kernel_launch()

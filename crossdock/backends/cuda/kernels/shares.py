@@ -92,6 +92,7 @@ class Sizes(NamedTuple):
     EXPONENTS: tl.constexpr
     STAGES: tl.constexpr
     RECORD: tl.constexpr
+    CROWDED: tl.constexpr
 
 
 @triton.jit
@@ -233,6 +234,7 @@ def push_share(given, tables, values, first_piece, last_piece, sizes):
     K: tl.constexpr = sizes.K
     SCALES: tl.constexpr = sizes.SCALES
     SCALE_SIZE: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
+    POLICY: tl.constexpr = "evict_first" if sizes.CROWDED else ""
     lane = tl.arange(0, triton.next_power_of_2(sizes.PIECE))
     for i in range(first_piece, last_piece):
         token, piece = i // sizes.PIECES, i % sizes.PIECES
@@ -256,7 +258,7 @@ def push_share(given, tables, values, first_piece, last_piece, sizes):
                 to_row = there[k].to(rows.dtype, bitcast=True)
                 if sizes.ROW_BYTES % 16 == 0:
                     to_row = tl.multiple_of(to_row, 16)
-                tl.store(to_row + word, now, mask=is_word & (there[k] != 0))
+                tl.store(to_row + word, now, mask=is_word & (there[k] != 0), eviction_policy=POLICY)
                 if SCALES > 0:
                     to_scale = scales_there[k].to(scales.dtype, bitcast=True)
                     tl.store(to_scale + behind, scale, mask=(group < SCALES) & (there[k] != 0))
