@@ -409,3 +409,19 @@ def test_picks_that_are_not_allowed_are_told_to_all_by_the_device(world, layout,
     for i in (1, 2):
         check_received(case, [mine[i] for mine in got], extras=False)
     assert sum(mine[3] for mine in got) == sum(int((topk >= 0).sum()) for topk in case.topk)
+
+
+def memory_asked_for(group, case):
+    """How often each call of one kernel asks for memory."""
+    counted = mock.patch.object(Launcher, "empty", autospec=True, side_effect=Launcher.empty)
+    with open_buffer(group, case.spec) as buffer, counted as empty:
+        r = buffer.rank
+        recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r])
+        of_dispatch = empty.call_count
+        buffer.combine(recv.output_rows(), recv.plan, weights=case.weights[r])
+        return of_dispatch, empty.call_count - of_dispatch
+
+
+@two_ranks
+def test_a_call_of_few_tokens_asks_for_memory_once(world):
+    assert world.run(memory_asked_for, make_case(spec_of(Padded(), wire=Fp8(block=8)), [4, 3])) == [(1, 1)] * 2
