@@ -329,8 +329,8 @@ def sum_share(
             place = tl.load(places + token * J + j)
             places_of = places_of + (place,)  # noqa: RUF005 - Triton's compiler knows no unpacking
             if HAS_WEIGHTS:
-                weight = tl.load(weights + token * J + j)  # beside the place, not behind it
-                weights_of = weights_of + (tl.where(place >= 0, weight, 0.0),)  # noqa: RUF005
+                weight = tl.load(weights + token * J + j, mask=place >= 0, other=0.0)
+                weights_of = weights_of + (weight,)  # noqa: RUF005
         if decided == 0:  # the first ones are here when peers' words are
             decided = take_verdict(verdict)
         rows = ()
