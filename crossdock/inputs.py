@@ -44,7 +44,7 @@ def check_device(device: torch.device, tensors: Mapping[str, object]) -> None:
             if given.device != device:
                 pass_it = f"{name}.cpu()" if device.type == "cpu" else f"{name}.to({str(device)!r})"
                 raise ConfigError(f"{name} is on {given.device}; this buffer moves rows on {device}: pass {pass_it}")
-        elif given is None:
+        elif given is None or (isinstance(given, tuple) and not given):  # there is none, as most often
             continue
         elif isinstance(given, Quantized):
             check_device(device, {f"{name}.data": given.data, f"{name}.scale": given.scale})

@@ -83,10 +83,8 @@ class _Cut:
 
     def address(self, name: str) -> int:
         """Where a table begins."""
-        table: Tensor | None = self.__dict__.get(name)
-        if table is None and self.room is not None:
-            return self.room.address(name)
-        return getattr(self, name).data_ptr() if table is None else table.data_ptr()
+        address: int = getattr(self, name).data_ptr() if self.room is None else self.room.address(name)
+        return address
 
     if not TYPE_CHECKING:
 
