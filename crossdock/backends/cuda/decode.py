@@ -59,8 +59,8 @@ class DecodeCalls:
         self._verdict, self._ticket, self._refused = torch.zeros(3, 1, dtype=torch.int32, device=device).unbind()
         self._nths = torch.zeros(spec.max_tokens, spec.num_topk, dtype=torch.int32, device=device)
         self._to_rows, self._to_scales = torch.zeros(2, *self._nths.shape, dtype=torch.int64, device=device).unbind()
-        room = (launcher.config.most_programs(spec.num_topk), spec.num_experts)
-        self._room = torch.zeros(room, dtype=torch.int32, device=device)
+        rooms = (launcher.config.most_programs(spec.num_topk), spec.num_experts)
+        self._rooms = torch.zeros(rooms, dtype=torch.int32, device=device)
         self._column_major = arena.scales.column_major
         self._cast = _cast_rows(spec, spec.wire, device) if isinstance(spec.wire, Fp8) else None
         self._dispatches: dict[Any, Prepared] = {}
@@ -69,6 +69,15 @@ class DecodeCalls:
         self._landing, self._landing_slot_bytes = self._region("landing")
         self._at_peers = constants(arena.scales)
         self._blocks = launcher.blocks_of_rows()
+        self._of_all = (
+            launcher.segments,
+            launcher.state,
+            launcher.record,
+            launcher.failure,
+            launcher.rank,
+            launcher.max_polls,
+        )
+        """What the kernels of whole calls begin with."""
         self._boxes = tuple(arena[name].offset for name in ("words", "arrived", "aborts", "counts"))
         self._lands = tuple(
             at
@@ -148,10 +157,7 @@ class DecodeCalls:
         on, sent, payload = self._on, self._as_words(outgoing), word.payload()
         values, rows, scale, weights, is_cast = sent
         given = (
-            *kind_of(topk_idx),
-            *kind_of(weights),
-            *kind_of(values),
-            *kind_of(scale),
+            *map(kind_of, (topk_idx, weights, values, scale)),
             values.stride(0),
             None if scale is None else scale.stride(0),
             payload < 2**31,
@@ -210,12 +216,7 @@ class DecodeCalls:
             decode.dispatch_rows,
             (shape.programs,),
             (
-                on.segments,
-                on.state,
-                on.record,
-                on.failure,
-                on.rank,
-                on.max_polls,
+                *self._of_all,
                 _PATIENCE,
                 int(begins),
                 int(awaits),
@@ -229,7 +230,7 @@ class DecodeCalls:
                 self._nths,
                 self._to_rows,
                 self._to_scales,
-                self._room,
+                self._rooms,
                 int(weights is not None),
                 num_tokens,
                 values.stride(0),
@@ -281,17 +282,9 @@ class DecodeCalls:
         rows = plan.rows
         payload, landing = word.payload(), self._landing + word.slot * self._landing_slot_bytes
         given = (kind_of(weights), kind_of(bias), payload < 2**31, landing < 2**31)
-        bias_rows = int(bias is not None and bias.dim() == 2)
-        key = (plan.num_tokens, self._on.config.num_sms, begins, bias_rows, *given)
+        key = (plan.num_tokens, self._on.config.num_sms, begins, None if bias is None else bias.dim(), *given)
         if (launch := self._sums.get(key)) is None:
-            launch = self._sums[key] = self._prepared_sums(
-                plan.num_tokens,
-                given,
-                has_weights=weights is not None,
-                has_bias=bias is not None,
-                bias_rows=bias_rows,
-                begins=begins,
-            )
+            launch = self._sums[key] = self._prepared_sums(plan.num_tokens, weights, bias, given, begins=begins)
         self._on.run(
             launch,
             call,
@@ -306,11 +299,10 @@ class DecodeCalls:
     def _prepared_sums(
         self,
         num_tokens: int,
+        weights: Tensor | None,
+        bias: Tensor | None,
         given: tuple[Any, ...],
         *,
-        has_weights: bool,
-        has_bias: bool,
-        bias_rows: int,
         begins: bool,
     ) -> Prepared:
         """What combines of as many tokens, and of tensors of these kinds, have in common."""
@@ -321,12 +313,7 @@ class DecodeCalls:
             decode.combine_rows,
             (shape.programs,),
             (
-                on.segments,
-                on.state,
-                on.record,
-                on.failure,
-                on.rank,
-                on.max_polls,
+                *self._of_all,
                 int(begins),
                 *self._boxes[:3],
                 self._verdict,
@@ -334,7 +321,7 @@ class DecodeCalls:
                 num_tokens,
                 arena["outputs"].offset,
                 on.slot_bytes("outputs"),
-                bias_rows,
+                int(bias is not None and bias.dim() == 2),
             ),
             {
                 "P": on.num_ranks,
@@ -342,8 +329,8 @@ class DecodeCalls:
                 "J": spec.num_topk,
                 "H": spec.hidden,
                 "PIECE": shape.piece,
-                "HAS_WEIGHTS": has_weights,
-                "HAS_BIAS": has_bias,
+                "HAS_WEIGHTS": weights is not None,
+                "HAS_BIAS": bias is not None,
             },
             {
                 "given": given,

@@ -5,7 +5,7 @@ Letters: P ranks, W counts, B blocks of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ class Prepared:
     sizes: dict[str, Any]
     """Its last ones, constants."""
     options: dict[str, Any]
-    addresses: tuple[Any, ...] = ()
+    addresses: Sequence[int] = ()
     """The first arguments with addresses for tensors."""
     runner: Callable[..., None] | None = None
     """Launches what is compiled; None as long as it is not."""
@@ -240,12 +240,12 @@ class Launcher:
         Compiled kernels are given addresses: about each tensor Triton asks the driver.
         """
         if launch.runner is not None:
-            ours = [argument if isinstance(argument, int) else argument.data_ptr() for argument in args]
-            launch.runner(*launch.addresses, *ours, *launch.sizes.values(), stream=self.stream.cuda_stream)
+            ours, sizes = _addresses(args), launch.sizes.values()
+            launch.runner(*launch.addresses, *ours, *sizes, stream=self.stream.cuda_stream)
             return
         handle = self.launch(launch.kernel, launch.grid, *launch.fixed, *args, **launch.options, **launch.sizes)
         if handle is not None:
-            launch.addresses = tuple(map(_address, launch.fixed))
+            launch.addresses = _addresses(launch.fixed)
             launch.runner = handle[(*launch.grid, 1, 1)[:3]]
 
     def blocks(self, *, is_pairs: bool) -> dict[str, int]:
@@ -278,6 +278,6 @@ def kind_of(tensor: Tensor | None) -> tuple[torch.dtype | None, bool]:
     return (None, True) if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
 
 
-def _address(argument: Any) -> Any:
-    """Of a tensor where it begins; numbers as they are."""
-    return argument.data_ptr() if isinstance(argument, Tensor) else argument
+def _addresses(arguments: Sequence[Any]) -> list[int]:
+    """Of tensors where they begin; numbers as they are."""
+    return [argument if isinstance(argument, int) else argument.data_ptr() for argument in arguments]

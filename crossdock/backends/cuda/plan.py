@@ -20,6 +20,8 @@ from torch import Tensor
 from crossdock.plan import Plan
 
 Made = TypeVar("Made", bound="_Cut")
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Of tables, by name: their shapes and types."""
 _ALIGNED_BYTES = 128
 """Tables in one allocation begin at whole cache lines."""
 
@@ -41,7 +43,7 @@ class Room:
         self.parts = parts
 
     @staticmethod
-    def divided(tables: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[int, dict[str, Part]]:
+    def divided(tables: Shapes) -> tuple[int, dict[str, Part]]:
         """Bytes of a room for tables of such shapes and types, and where each lies."""
         parts, end = {}, 0
         for name, (shape, dtype) in tables.items():

@@ -5,9 +5,9 @@ Letters: T tokens here, K top-k, J places of a token, C rows of a receive slot, 
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from dataclasses import replace
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -26,7 +26,7 @@ from crossdock.backends.cuda.kernels.places import (
     SCALARS,
 )
 from crossdock.backends.cuda.launch import Launcher, kind_of
-from crossdock.backends.cuda.plan import DevicePlan, Part, Report, Room, Table
+from crossdock.backends.cuda.plan import DevicePlan, Part, Report, Room, Shapes, Table
 from crossdock.errors import CapacityError, NotSupported
 from crossdock.layout import Padded
 from crossdock.plan import overflow
@@ -89,7 +89,14 @@ class Planner:
         self._columns = _CELLS // min(power_of_two(num_chunks), 256)
         """Counts that a program sums, of as many chunks as make ``_CELLS`` with them."""
         num_counts = arena.spec.num_counts(arena.topology)
-        self._rooms = functools.cache(self._divided)
+        self._rooms: dict[int, tuple[int, dict[str, Part]]] = {}
+        """Of plans of dispatches as a whole, by their number of tokens."""
+        self._beside: Shapes = {
+            "scalars": ((SCALARS.value,), torch.int32),
+            "num_tokens_per_expert": ((self._num_local,), torch.int32),
+            "segment_starts": ((self._num_segments + 1,), torch.int32),
+        }
+        """What a plan says of the rows that come, beside its tables."""
         self._partial_sums = torch.zeros(num_chunks, num_counts, dtype=torch.int32, device=launcher.device)
         """Of the plan that is being made: for each chunk of tokens, the counts of those before it."""
 
@@ -116,7 +123,9 @@ class Planner:
 
     def blank(self, num_tokens: int, *, stamp: int) -> DevicePlan:
         """The plan of a dispatch as a whole, which counts for itself and fills it, with the picks too."""
-        num_bytes, parts = self._rooms(num_tokens)
+        if (divided := self._rooms.get(num_tokens)) is None:
+            divided = self._rooms[num_tokens] = self._divided(num_tokens)
+        num_bytes, parts = divided
         room = Room(self._ints(num_bytes // 4), parts)
         rows = Table.of(room, num_slots=self._slot_rows)
         self._tables.add(rows)
@@ -136,17 +145,12 @@ class Planner:
 
     def _divided(self, num_tokens: int) -> tuple[int, dict[str, Part]]:
         """The room of a plan of a dispatch as a whole: what its kernel fills, in the order of its arguments."""
-        per_token, longs, ints = (num_tokens, self._num_places), torch.int64, torch.int32
         return Room.divided(
             {
-                "topk_idx": (per_token, longs),
-                "counts": ((self._num_ranks, self._on.counts.shape[0]), longs),
-                "scalars": ((SCALARS.value,), ints),
-                "num_tokens_per_expert": ((self._num_local,), ints),
-                "segment_starts": ((self._num_segments + 1,), ints),
-                "places": (per_token, longs),
-                "homes": (per_token, ints),
-                "incoming": ((3, self._num_segments * self._num_ranks), ints),
+                "topk_idx": ((num_tokens, self._num_places), torch.int64),
+                "counts": ((self._num_ranks, self._on.counts.shape[0]), torch.int64),
+                **self._beside,
+                **self._of_table(num_tokens, self._num_places, self._num_segments),
             }
         )
 
@@ -364,25 +368,31 @@ class Planner:
             topk_idx=topk_idx,
             counts=counts,
             num_rows=self._known_rows,
-            num_tokens_per_expert=self._ints(self._num_local),
-            segment_starts=self._ints(self._num_segments + 1),
             rows=rows,
             pairs=pairs,
             sums_pairs=self._sums_pairs,
             masked=self._masked,
-            scalars=self._ints(SCALARS.value),
             report=report,
+            **self._each(self._beside),
         )
 
     def _table(self, num_tokens: int, num_columns: int, num_segments: int, num_slots: int) -> Table:
-        table = Table(
-            places=self._ints(num_tokens, num_columns, dtype=torch.int64),
-            homes=self._ints(num_tokens, num_columns),
-            incoming=self._ints(3, num_segments * self._num_ranks),
-            num_slots=num_slots,
-        )
+        tables = self._each(self._of_table(num_tokens, num_columns, num_segments))
+        table = Table(**tables, num_slots=num_slots)
         self._tables.add(table)
         return table
+
+    def _each(self, shapes: Shapes) -> dict[str, Any]:
+        """A tensor for each, by name."""
+        return {name: self._ints(*shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+
+    def _of_table(self, num_tokens: int, num_columns: int, num_segments: int) -> Shapes:
+        """What a table has."""
+        return {
+            "places": ((num_tokens, num_columns), torch.int64),
+            "homes": ((num_tokens, num_columns), torch.int32),
+            "incoming": ((3, num_segments * self._num_ranks), torch.int32),
+        }
 
     def _report(self, stamp: int) -> Report:
         """Room in host memory for what the host is told; a graph's is its own for good."""
