@@ -75,7 +75,6 @@ class DecodeCalls:
             launcher.record,
             launcher.failure,
             launcher.rank,
-            launcher.max_polls,
         )
         """What the kernels of whole calls begin with."""
         self._boxes = tuple(arena[name].offset for name in ("words", "arrived", "aborts", "counts"))
@@ -172,6 +171,7 @@ class DecodeCalls:
             launch,
             call,
             payload,
+            on.max_polls,
             plan.report.row,
             *(plan.room.addresses() if launch.is_compiled else plan.room.tensors()),
             topk_idx,
@@ -289,6 +289,7 @@ class DecodeCalls:
             launch,
             call,
             payload,
+            self._on.max_polls,
             out,
             out if bias is None else bias,
             out if weights is None else weights,
