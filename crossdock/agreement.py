@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from crossdock.consent import Consent, Missing, Waiting
 from crossdock.errors import ConfigError
-from crossdock.masks import Proposal, verdict
+from crossdock.masks import Proposal, find_disagreement
 from crossdock.spec import Spec
 from crossdock.transport.base import Group, Transport
 from crossdock.version import __version__
@@ -29,9 +29,9 @@ def agree(members: Group, spec: Spec, timeout_s: float, options: dict[str, objec
         options: what else must be the same, by name of the ``Buffer``'s argument.
         problem: what is wrong with other arguments of this rank.
     """
-    hellos = members.all_gather((__version__, _problem(spec, timeout_s) or problem, secrets.randbits(63)))
-    first_version, _, number = hellos[0]
-    for rank, (version, theirs, _) in enumerate(hellos):
+    gathered = members.all_gather((__version__, _problem(spec, timeout_s) or problem, secrets.randbits(63)))
+    first_version, _, number = gathered[0]
+    for rank, (version, theirs, _) in enumerate(gathered):
         if theirs is not None:
             raise ConfigError(f"rank {rank}: {theirs}")
         if version != first_version:
@@ -80,7 +80,7 @@ def agree_on_masked(consent: Consent, transport: Transport, wanted: Iterable[int
         yield Missing((), "be gone")
     proposal = Proposal(wanted=wanted, gone=frozenset(filter(is_gone, wanted)))
     heard = yield from consent.propose(proposal, is_gone)
-    if (error := verdict(heard)) is not None:
+    if (error := find_disagreement(heard)) is not None:
         raise error
 
 

@@ -60,17 +60,17 @@ class Arena:
 
     @property
     def pick_bytes(self) -> int:
-        """Bytes of the expert ids and weights in a row's record: all picks of the token, or one weight per pick row."""
+        """Bytes of the expert ids and weights in a row's metadata: all of the token's, or one weight."""
         return 4 if self.spec.layout.per_pick else 8 * self.spec.num_topk
 
     @property
     def extras_offset(self) -> int:
-        """Where a row's opaque extras begin in its record: behind source index, ids and weights."""
+        """Where a row's opaque extras begin in its metadata: behind source index, ids and weights."""
         return 4 + self.pick_bytes
 
     @property
-    def record_bytes(self) -> int:
-        """Bytes of the small record that travels with each row."""
+    def metadata_bytes(self) -> int:
+        """Bytes of the metadata that travels with each row."""
         return _round_up(self.extras_offset + self.spec.extra_bytes, 8)
 
     @property
@@ -79,7 +79,7 @@ class Arena:
         return _round_up(4 * self.spec.num_topk + self.spec.extra_bytes, 8)
 
     @property
-    def num_landing_rows(self) -> int:
+    def num_returned_rows(self) -> int:
         """Rows that can come home to one rank in one combine."""
         spec = self.spec
         by_pick = spec.layout.per_pick and spec.reduce == "token"
@@ -87,7 +87,7 @@ class Arena:
 
     @cached_property
     def scales(self) -> ScaleLayout:
-        """How scales lie in a slot of their region; of a wide wire there are none."""
+        """How scales lie in a slot of their region; of a unquantized wire there are none."""
         spec, num_ranks = self.spec, self.topology.num_ranks
         return ScaleLayout(
             num_segments=spec.num_local_experts(num_ranks) if isinstance(spec.layout, Padded) else None,
@@ -123,20 +123,20 @@ class Arena:
         add("data", (slots, rows, hidden), spec.wire.dtype, "peers: dispatched rows", PAGE)
         if self.scales.num_scales:
             add("scale", (slots, *self.scales.shape), spec.wire.scale_dtype, "peers: their scales", PAGE)
-        add("record", (slots, rows, self.record_bytes), torch.uint8, "peers: source, ids, weights, extras", PAGE)
+        add("metadata", (slots, rows, self.metadata_bytes), torch.uint8, "peers: source, ids, weights, extras", PAGE)
         if spec.layout.per_pick:
             shape = (slots, num_ranks * spec.max_tokens, spec.num_topk)
             add("partial_rows", shape, torch.int32, "peers: which rows are one token's", PAGE)
-        has_guests = self.region_of_rows(wide=True) == "outputs"
-        writer = "this rank: experts' outputs" + ("; peers: wide rows" if has_guests else "")
+        has_guests = self.region_of_rows(unquantized=True) == "outputs"
+        writer = "this rank: experts' outputs" + ("; peers: unquantized rows" if has_guests else "")
         add("outputs", (slots, rows, hidden), out, writer, whole_rows)
-        add("landing", (slots, self.num_landing_rows, hidden), out, "peers: rows come home", whole_rows)
-        add("returns", (slots, num_sent, self.return_bytes), torch.uint8, "peers: extras come home", PAGE)
+        add("returned", (slots, self.num_returned_rows, hidden), out, "peers: rows come home", whole_rows)
+        add("returned_extras", (slots, num_sent, self.return_bytes), torch.uint8, "peers: extras come home", PAGE)
         return table
 
-    def region_of_rows(self, *, wide: bool) -> str:
-        """Where dispatched rows land: wide ones, unless the wire has that format itself, where outputs are written."""
-        return "outputs" if wide and self.spec.combine_dtype != self.spec.wire.dtype else "data"
+    def region_of_rows(self, *, unquantized: bool) -> str:
+        """The region of dispatched rows: ``outputs`` for unquantized ones in another format than the wire's."""
+        return "outputs" if unquantized and self.spec.combine_dtype != self.spec.wire.dtype else "data"
 
     @property
     def num_bytes(self) -> int:
@@ -148,7 +148,7 @@ class Arena:
     def stride(self) -> int:
         """Bytes between neighbouring ranks' segments where they are mapped side by side: whole pages and whole rows.
 
-        So the outputs and landing rows of all ranks can be numbered as rows of one matrix.
+        So the outputs and returned rows of all ranks can be numbered as rows of one matrix.
         """
         return _round_up(self.num_bytes, math.lcm(PAGE, self.spec.hidden * self.spec.combine_dtype.itemsize))
 

@@ -2,8 +2,8 @@
 
 Letters: T tokens here, K top-k, H hidden, R rows received, L local experts, C capacity, P ranks, W counts.
 
-Rows are the caller's own, dequantised, and zero where no row is. Gradients travel in the combine format. What autograd,
-``torch.compile`` and checkpoints see are the ops of ``crossdock.ops``.
+Rows are the caller's own, dequantised, and zero where no row is. Gradients travel in the combine format. What
+autograd, ``torch.compile`` and checkpoints see are the ops of ``crossdock.ops``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossdock import ops
-from crossdock.backends.base import Rows
+from crossdock.backends.base import RowCount
 from crossdock.buffer import Buffer
 from crossdock.errors import ConfigError
 from crossdock.layout import Expanded, Padded
@@ -41,7 +41,7 @@ class SavedPlan(NamedTuple):
     link: Tensor
     """Empty, and differentiable: through it the backward of a combine is followed by that of its dispatch where the
     outputs want no gradient, as those of a rank without rows may."""
-    rows: Rows
+    rows: RowCount
     """Whether rows are as many as came, or as the slot has room for."""
 
     def tensors(self) -> list[Tensor]:
@@ -68,7 +68,12 @@ class Dispatched(NamedTuple):
 
 
 def dispatch(
-    buffer: Buffer, x: Tensor, routing: Tensor | SavedPlan, *, weights: Tensor | None = None, rows: Rows | None = None
+    buffer: Buffer,
+    x: Tensor,
+    routing: Tensor | SavedPlan,
+    *,
+    weights: Tensor | None = None,
+    rows: RowCount | None = None,
 ) -> Dispatched:
     """``Buffer.dispatch`` that records its gradient. Collective, and its backward too: a combine without weights.
 
@@ -101,7 +106,9 @@ def dispatch(
         raise ConfigError("routing is the plan of a plain dispatch; pass topk_idx, or recv.plan of autograd.dispatch")
     if isinstance(routing, SavedPlan):
         mode = routing.rows
-        x_rows, row_weights, link = ops.send(x, weights, _ANCHOR, routing.tensors(), buffer.handle, mode, wide=False)
+        x_rows, row_weights, link = ops.send(
+            x, weights, _ANCHOR, routing.tensors(), buffer.handle, mode, unquantized=False
+        )
         plan = routing._replace(link=link)
     else:
         mode = rows or ("capacity" if isinstance(buffer.spec.layout, Padded) else "exact")

@@ -22,10 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from crossdock import inputs
 from crossdock.agreement import agree, agree_on_masked
 from crossdock.arena import Arena
-from crossdock.backends.base import Outgoing, PlanTensors, Rows, Wishes
+from crossdock.backends.base import Batch, LaunchOptions, PlanTensors, RowCount
 from crossdock.calls import Call, Calls
+from crossdock.connect import connect, vet
 from crossdock.consent import PUSHED, Kind, Steps, Word
-from crossdock.engine import connect, vet
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
 from crossdock.masks import drop_picks, listed
@@ -54,7 +54,7 @@ class Stats:
     """What a buffer has counted since it was made; see ``Buffer.gather_stats`` for all ranks'."""
 
     num_tokens_per_expert: Tensor
-    """int64 [L]: tokens that each local expert has received, over all dispatches but wide ones."""
+    """int64 [L]: tokens that each local expert has received, over all dispatches but unquantized ones."""
     wait_s: Tensor
     """float64 [P]: seconds this rank has waited for each peer. Stacked, the rows of a slow rank's peers show it."""
 
@@ -71,12 +71,12 @@ class Buffer:
         spec: what travels, the same on all ranks.
         device: where rows are moved and tensors lie: ``"cpu"``, ``"cuda"`` (the current device) or ``"cuda:1"``; None:
             the current CUDA device when the process group has NCCL for it, else the CPU.
-        num_sms: on CUDA, how many of the GPU's multiprocessors the kernels that move rows may use; None: as many as the
+        num_sms: on CUDA, how many of the GPU's SMs the kernels that move rows may use; None: as many as the
             links can feed (``buffer.launch`` says). Calls may ask for another number.
         expand: on CUDA, who makes the copies of a row that several experts of a rank get (Expanded, Padded):
             ``"sender"`` (each copy crosses the link) or ``"receiver"`` (one does); None: the cheaper one by
             ``crossdock.cost``. The same bits.
-        engine: on CUDA, ``"kernel"``, or ``"copy"``: rows are packed, and whole blocks go by copy engines (Compact).
+        mover: on CUDA, ``"kernel"``, or ``"copy"``: rows are packed, and whole blocks go by copy engines (Compact).
         timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``.
         debug: fill receive slots with NaN before they are used again, so that stale views show; calls in flight are
             then finished before a dispatch begins.
@@ -105,16 +105,16 @@ class Buffer:
         device: torch.device | str | None = None,
         num_sms: int | None = None,
         expand: Literal["sender", "receiver"] | None = None,
-        engine: Literal["kernel", "copy"] = "kernel",
+        mover: Literal["kernel", "copy"] = "kernel",
         timeout_s: float = 100,
         debug: bool = False,
     ) -> None:
         if isinstance(group, Spec):
             raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
         members = group if isinstance(group, ThreadGroup) else ProcessGroup(group)
-        wishes = Wishes(num_sms=num_sms, expand=expand, engine=engine)
-        self.device, problem = vet(members, device, spec, wishes)
-        options: dict[str, object] = {"device": self.device.type, "expand": expand, "engine": engine}
+        launch_options = LaunchOptions(num_sms=num_sms, expand=expand, mover=mover)
+        self.device, problem = vet(members, device, spec, launch_options)
+        options: dict[str, object] = {"device": self.device.type, "expand": expand, "mover": mover}
         number = agree(members, spec, timeout_s, options, problem)
         self.group = group
         self.spec = spec
@@ -124,7 +124,7 @@ class Buffer:
         self._members = members
         self._id = number
         self._debug = debug
-        moving = connect(members, self.arena, self.device, wishes, number=number, timeout_s=timeout_s)
+        moving = connect(members, self.arena, self.device, launch_options, number=number, timeout_s=timeout_s)
         self.launch = moving.launch
         """How kernels are launched, printable; None on CPUs."""
         self._transport, self._backend, self._consent = moving.transport, moving.backend, moving.consent
@@ -160,8 +160,8 @@ class Buffer:
         *,
         weights: Tensor | None = None,
         extras: Sequence[Tensor] = (),
-        rows: Rows | None = None,
-        wide: bool = False,
+        rows: RowCount | None = None,
+        unquantized: bool = False,
         copy: bool = False,
         num_sms: int | None = None,
     ) -> Received:
@@ -178,7 +178,8 @@ class Buffer:
                 Padded); ``"capacity"``: it has as many as the slot has room for, and an overflow gives zero counts and
                 raises later: in ``check()``, or in the next call (on CUDA after 32 fresh dispatches, for the host does
                 not wait). The same on all ranks.
-            wide: x is in the combine format and travels as it is, whatever the wire, as gradients do. The rows lie
+            unquantized: x is in the combine format and travels as it is, whatever the wire, as gradients do. The
+            rows lie
                 where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own format;
                 calls in flight are finished first. The same on all ranks.
             copy: give rows of their own, which no later dispatch overwrites.
@@ -189,7 +190,7 @@ class Buffer:
             CapacityError, PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
         pending = self._start_dispatch(
-            x, routing, weights, extras, rows, at_once=True, wide=wide, copy=copy, num_sms=num_sms
+            x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms
         )
         return pending.wait()
 
@@ -200,14 +201,14 @@ class Buffer:
         *,
         weights: Tensor | None = None,
         extras: Sequence[Tensor] = (),
-        rows: Rows | None = None,
-        wide: bool = False,
+        rows: RowCount | None = None,
+        unquantized: bool = False,
         copy: bool = False,
         num_sms: int | None = None,
     ) -> Pending[Received]:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         return self._start_dispatch(
-            x, routing, weights, extras, rows, at_once=False, wide=wide, copy=copy, num_sms=num_sms
+            x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms
         )
 
     def _start_dispatch(
@@ -216,25 +217,25 @@ class Buffer:
         routing: Tensor | Plan,
         weights: Tensor | None,
         extras: Sequence[Tensor],
-        rows: Rows | None,
+        rows: RowCount | None,
         *,
         at_once: bool,
-        wide: bool,
+        unquantized: bool,
         copy: bool,
         num_sms: int | None,
     ) -> Pending[Received]:
         self._check_room()
         self._slots.check_free(self._queue.is_unwaited)
-        default: Rows = "capacity" if isinstance(self.spec.layout, Padded) else "exact"
+        default: RowCount = "capacity" if isinstance(self.spec.layout, Padded) else "exact"
         asks_host = (rows or default) == "exact" and not isinstance(routing, Plan)
         self._backend.check_capture(asks_host=asks_host)
 
-        def prepare() -> tuple[Outgoing, Plan | None, Tensor, Rows, bool]:
+        def prepare() -> tuple[Batch, Plan | None, Tensor, RowCount, bool]:
             self._check_sms(num_sms)
             given = {"x": x, "topk_idx": routing, "weights": weights, "extras": extras}
             inputs.check_device(self.device, given)
             inputs.check_no_grad(*(x if isinstance(x, Quantized) else (x,)), weights, *extras)
-            num_tokens = inputs.check_tokens(self.spec, x, wide=wide)
+            num_tokens = inputs.check_tokens(self.spec, x, unquantized=unquantized)
             if isinstance(routing, Plan):
                 inputs.check_plan(routing, self._id, self.masked)
                 topk_idx = routing.topk_idx
@@ -252,24 +253,24 @@ class Buffer:
             inputs.check_token_extras(self.spec, extras, num_tokens)
             if rows not in (None, "exact", "capacity"):
                 raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
-            outgoing = Outgoing(x=x, weights=weights, extras=tuple(extras), wide=wide)
-            is_whole = self._calls.takes_whole_dispatch(outgoing, routing)
-            if topk_idx is routing and not is_whole:  # its kernel copies the picks
+            batch = Batch(x=x, weights=weights, extras=tuple(extras), unquantized=unquantized)
+            is_fused = self._calls.takes_fused_dispatch(batch, routing)
+            if topk_idx is routing and not is_fused:  # its kernel copies the picks
                 topk_idx = routing.clone()
-            return outgoing, routing if isinstance(routing, Plan) else None, topk_idx, rows or default, is_whole
+            return batch, routing if isinstance(routing, Plan) else None, topk_idx, rows or default, is_fused
 
-        outgoing, plan, topk_idx, mode, is_whole = self._vetted(prepare)
-        lands_in_outputs = self.arena.region_of_rows(wide=wide) == "outputs"
+        batch, plan, topk_idx, mode, is_fused = self._vetted(prepare)
+        lands_in_outputs = self.arena.region_of_rows(unquantized=unquantized) == "outputs"
         if self._debug or lands_in_outputs:
             self._queue.drain()  # or rows would be overwritten that a combine in flight still pulls
             self._queue.check_room()
         slot = self._slots.take()
         if self._debug:
-            self._slots.poison(slot, "data", "scale", "record")
-        signature = (mode, wide, weights is None, _shapes(extras), self._sign(plan), *self.masked)
+            self._slots.poison(slot, "data", "scale", "metadata")
+        signature = (mode, unquantized, weights is None, _shapes(extras), self._sign(plan), *self.masked)
         word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
-        call = self._begin(word, None if plan else topk_idx, num_sms, at_once=at_once, is_whole=is_whole)
-        pending = self._start(call, self._calls.dispatch(call, outgoing, plan or topk_idx, mode, copy=copy))
+        call = self._begin(word, None if plan else topk_idx, num_sms, at_once=at_once, is_fused=is_fused)
+        pending = self._start(call, self._calls.dispatch(call, batch, plan or topk_idx, mode, copy=copy))
         self._slots.fill(slot, pending)
         return pending
 
@@ -399,10 +400,10 @@ class Buffer:
 
         flat, row_weights, small, output_slot = self._vetted(prepare)
         signature = _checksum((self._sign(plan), None if extras is None else _shapes(small), *self.masked))
-        word = Word(Kind.COMBINE, self._calls.next_landing(), output_slot, signature)
+        word = Word(Kind.COMBINE, self._calls.next_return_slot(), output_slot, signature)
         pushes, has_extras = output_slot == PUSHED, extras is not None
-        is_whole = self._calls.takes_whole_combine(plan, pushes=pushes, has_extras=has_extras)
-        call = self._begin(word, None, num_sms, at_once=at_once, is_whole=is_whole)
+        is_fused = self._calls.takes_fused_combine(plan, pushes=pushes, has_extras=has_extras)
+        call = self._begin(word, None, num_sms, at_once=at_once, is_fused=is_fused)
         return self._start(
             call, self._calls.combine(call, plan, flat, row_weights, bias, None if extras is None else small)
         )
@@ -432,7 +433,7 @@ class Buffer:
 
         small = self._vetted(prepare)
         signature = _checksum(("extras", self._sign(plan), _shapes(small), *self.masked))
-        word = Word(Kind.COMBINE, self._calls.next_landing(), PUSHED, signature)
+        word = Word(Kind.COMBINE, self._calls.next_return_slot(), PUSHED, signature)
         call = self._begin(word, None, None, at_once=True)
         return self._start(call, self._calls.return_extras(call, plan, small)).wait()
 
@@ -606,10 +607,10 @@ class Buffer:
         return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
 
     def _begin(
-        self, word: Word, topk_idx: Tensor | None, num_sms: int | None, *, at_once: bool, is_whole: bool = False
+        self, word: Word, topk_idx: Tensor | None, num_sms: int | None, *, at_once: bool, is_fused: bool = False
     ) -> Call:
         is_next = self._queue.is_idle
-        return self._calls.begin(word, topk_idx, is_next=is_next, at_once=at_once, is_whole=is_whole, num_sms=num_sms)
+        return self._calls.begin(word, topk_idx, is_next=is_next, at_once=at_once, is_fused=is_fused, num_sms=num_sms)
 
     def _sign(self, plan: Plan | None) -> int | None:
         """What all ranks that mean the same plan tell each other.
@@ -620,7 +621,7 @@ class Buffer:
 
     def _start(self, call: Call, steps: Steps[Result]) -> Pending[Result]:
         with self._backend.marked(_MARKS[call.word.kind]):
-            waits = call.at_once or not call.is_whole
+            waits = call.at_once or not call.is_fused
             return self._queue.start(call.word.kind, call.sequence, steps, call, waits=waits)
 
     def _check_overflow(self) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Backend, Event, Landed, Outgoing, Rows, Small
+from crossdock.backends.base import Arrived, Backend, Batch, Event, Metadata, RowCount
 from crossdock.consent import PUSHED, Consent, Steps, Word
 from crossdock.layout import Expanded, Padded
 from crossdock.plan import Plan
-from crossdock.received import Received, Records
+from crossdock.received import LazyMetadata, Received
 from crossdock.slots import ReceiveSlots
 
 
@@ -30,7 +30,7 @@ class Call:
     num_sms: int | None = None
     at_once: bool = False
     """Whether it is waited for where it is started."""
-    is_whole: bool = False
+    is_fused: bool = False
     """Whether the backend does it as a whole."""
     post: Callable[[], None] | None = None
     event: Event | None = None
@@ -59,14 +59,14 @@ class Calls:
         *,
         is_next: bool,
         at_once: bool = False,
-        is_whole: bool = False,
+        is_fused: bool = False,
         num_sms: int | None = None,
     ) -> Call:
         """Takes the next sequence number and gives this rank's word (and counts), if that need not wait for anybody.
 
         Args:
             is_next: whether no call before it is still to be driven to its end.
-            at_once, is_whole, num_sms: see ``Call``.
+            at_once, is_fused, num_sms: see ``Call``.
         """
         sequence = self._consent.take()
         if not is_next:  # it goes on later, maybe from another stream, which it will wait for too
@@ -77,7 +77,7 @@ class Calls:
                 self._backend.post_counts(sequence, topk_idx)
             self._consent.post(sequence, word)
 
-        call = Call(sequence=sequence, word=word, num_sms=num_sms, at_once=at_once, is_whole=is_whole)
+        call = Call(sequence=sequence, word=word, num_sms=num_sms, at_once=at_once, is_fused=is_fused)
         if self._consent.may_post(sequence):
             post()
         else:
@@ -100,46 +100,46 @@ class Calls:
         self._backend.use_sms(call.num_sms)
 
     def dispatch(
-        self, call: Call, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows, *, copy: bool
+        self, call: Call, batch: Batch, routing: Plan | Tensor, mode: RowCount, *, copy: bool
     ) -> Steps[Received]:
-        call.held = (outgoing, routing)
-        plan = yield from self._send(call, outgoing, routing, mode)
+        call.held = (batch, routing)
+        plan = yield from self._send(call, batch, routing, mode)
         num_rows = self._num_rows(plan, mode)
-        landed = self._backend.landed(plan, outgoing, call.word.slot, num_rows=num_rows)
-        if self._debug and self._arena.region_of_rows(wide=outgoing.wide) == "data":
+        arrived = self._backend.arrived(plan, batch, call.word.slot, num_rows=num_rows)
+        if self._debug and self._arena.region_of_rows(unquantized=batch.unquantized) == "data":
             with self._backend.on_stream():
                 self._slots.poison(call.word.slot, "outputs")
         call.event = self._backend.event(at_once=call.at_once)
-        plan = yield from self._backend.settled(landed.plan, mode)
-        region = self._arena.region_of_rows(wide=outgoing.wide)
-        recv = self._received(landed, plan, call.word.slot, region, num_rows=self._num_rows(plan, mode))
+        plan = yield from self._backend.settled(arrived.plan, mode)
+        region = self._arena.region_of_rows(unquantized=batch.unquantized)
+        recv = self._received(arrived, plan, call.word.slot, region, num_rows=self._num_rows(plan, mode))
         if copy:
             with self._backend.on_stream():
                 recv = recv.copied()
             call.event = self._backend.event(at_once=call.at_once)
         return recv
 
-    def takes_whole_dispatch(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
+    def takes_fused_dispatch(self, batch: Batch, routing: Plan | Tensor) -> bool:
         """Whether a dispatch is one that the backend does as a whole; it then keeps the picks itself."""
-        whole = self._backend.whole
-        return whole is not None and whole.takes_dispatch(outgoing, routing)
+        fused = self._backend.fused
+        return fused is not None and fused.takes_dispatch(batch, routing)
 
-    def takes_whole_combine(self, plan: Plan, *, pushes: bool, has_extras: bool) -> bool:
+    def takes_fused_combine(self, plan: Plan, *, pushes: bool, has_extras: bool) -> bool:
         """Whether a combine is one that the backend does as a whole."""
-        whole = self._backend.whole
-        return whole is not None and whole.takes_combine(plan, pushes=pushes, has_extras=has_extras)
+        fused = self._backend.fused
+        return fused is not None and fused.takes_combine(plan, pushes=pushes, has_extras=has_extras)
 
-    def _send(self, call: Call, outgoing: Outgoing, routing: Plan | Tensor, mode: Rows) -> Steps[Plan]:
+    def _send(self, call: Call, batch: Batch, routing: Plan | Tensor, mode: RowCount) -> Steps[Plan]:
         """Everybody's rows on their way, until they are in place."""
-        if call.is_whole:
-            whole = self._backend.whole
-            assert whole is not None
+        if call.is_fused:
+            fused = self._backend.fused
+            assert fused is not None
             assert isinstance(routing, Tensor)
             yield from self._turn(call)
-            return (yield from whole.dispatch(call.sequence, call.word, outgoing, routing, mode, at_once=call.at_once))
+            return (yield from fused.dispatch(call.sequence, call.word, batch, routing, mode, at_once=call.at_once))
         words = yield from self._words(call)
         plan = routing if isinstance(routing, Plan) else self._backend.make_plan(call.sequence, routing, mode)
-        self._backend.push_rows(plan, outgoing, words)
+        self._backend.push_rows(plan, batch, words)
         self._consent.signal(call.sequence)
         yield from self._consent.arrivals(call.sequence, words, from_all=True)
         return plan
@@ -156,11 +156,11 @@ class Calls:
         call.held = (plan, y, weights, bias, extras)
         pushes = call.word.output_slot == PUSHED
         sums_here = self._spec.reduce == "rank"
-        if call.is_whole:
-            whole = self._backend.whole
-            assert whole is not None
+        if call.is_fused:
+            fused = self._backend.fused
+            assert fused is not None
             yield from self._turn(call)
-            out = yield from whole.combine(call.word, plan, weights, bias, at_once=call.at_once)
+            out = yield from fused.combine(call.word, plan, weights, bias, at_once=call.at_once)
             call.event = self._backend.event(at_once=call.at_once)
             return out
         words = yield from self._words(call)
@@ -185,18 +185,18 @@ class Calls:
         call.event = self._backend.event(at_once=call.at_once)
         return home
 
-    def next_landing(self) -> int:
-        """The landing slot of the next combine, in turn."""
+    def next_return_slot(self) -> int:
+        """The returned slot of the next combine, in turn."""
         self._num_combines += 1
         return self._num_combines % self._spec.num_slots
 
-    def _num_rows(self, plan: Plan, mode: Rows) -> int:
+    def _num_rows(self, plan: Plan, mode: RowCount) -> int:
         """Rows to look at: as many as came, where that is asked for and known."""
         return self._slot_rows if mode == "capacity" or plan.num_rows is None else plan.num_rows
 
-    def _received(self, landed: Landed, plan: Plan, slot: int, region: str, *, num_rows: int) -> Received:
-        def small() -> Small:
-            small, lead = landed.small(), [num_rows]
+    def _received(self, arrived: Arrived, plan: Plan, slot: int, region: str, *, num_rows: int) -> Received:
+        def small() -> Metadata:
+            small, lead = arrived.small(), [num_rows]
             if isinstance(self._spec.layout, Padded):
                 num_local = plan.num_tokens_per_expert.shape[0]
                 lead = [num_local, num_rows // num_local]
@@ -204,19 +204,19 @@ class Calls:
             def shaped(rows: Tensor) -> Tensor:
                 return rows[:num_rows].view(*lead, *rows.shape[1:])
 
-            return Small(
+            return Metadata(
                 src_idx=shaped(small.src_idx),
                 topk_idx=None if small.topk_idx is None else small.topk_idx[:num_rows],
                 weights=None if small.weights is None else shaped(small.weights),
                 extras=tuple(shaped(extra) for extra in small.extras),
             )
 
-        records = Records(small)
+        records = LazyMetadata(small)
         lease = self._slots.lease(slot, plan.stamp, records)
         return Received(
             plan=plan,
             num_rows=plan.num_rows,
-            _records=records,
+            _metadata=records,
             _read_rows=partial(self._slots.received, region, slot, num_rows),
             _scales=self._arena.scales,
             _lease=lease,

@@ -78,7 +78,7 @@ class Kind(IntEnum):
 class Word(NamedTuple):
     """What a begin word says besides its sequence number: 24 bits of payload.
 
-    Fields: kind (2 bits); slot (3), where peers may write: a receive slot of a dispatch, a landing slot of a combine;
+    Fields: kind (2 bits); slot (3), where peers may write: a receive slot of a dispatch, a returned slot of a combine;
     output_slot (3), where peers may read a combine's rows, or ``PUSHED``; signature (16), a checksum of what must be
     the same on all ranks (plan, extras, row mode).
     """

@@ -11,7 +11,7 @@ from typing import Literal
 from crossdock.spec import Spec, Topology
 
 SM_BANDWIDTH = 59e9
-"""Bytes per second that one multiprocessor of an H200 writes (1 to 32 of them, whatever the instruction)."""
+"""Bytes per second that one SM of an H200 writes (1 to 32 of them, whatever the instruction)."""
 
 
 def ranks_per_token(spec: Spec, num_ranks: int) -> float:
@@ -49,7 +49,7 @@ def dispatch_s(spec: Spec, topology: Topology, *, expand: Literal["sender", "rec
 def receiver_can_expand(spec: Spec) -> bool:
     """Whether a receiver can make the copies of landed rows, if there are any.
 
-    Landed rows need room where outputs are written: a row of data, and behind it its scales, in an output row.
+    Arrived rows need room where outputs are written: a row of data, and behind it its scales, in an output row.
     """
     out_bytes = spec.hidden * spec.combine_dtype.itemsize
     data_bytes = spec.hidden * spec.wire.dtype.itemsize

@@ -52,8 +52,8 @@ def check_device(device: torch.device, tensors: Mapping[str, object]) -> None:
             check_device(device, {f"{name}[{i}]": part for i, part in enumerate(given)})
 
 
-def check_tokens(spec: Spec, x: Tensor | Quantized, *, wide: bool) -> int:
-    """Rows to dispatch: [T, H] of the wire's dtype, or to be cast, or Quantized; wide: of the combine's. Gives T."""
+def check_tokens(spec: Spec, x: Tensor | Quantized, *, unquantized: bool) -> int:
+    """Checks rows to dispatch, [T, H] (``unquantized``: in the combine format), and gives T."""
     data = x.data if isinstance(x, Quantized) else x
     _check_tensor("x", data)
     if data.dim() != 2 or data.shape[1] != spec.hidden:
@@ -63,10 +63,11 @@ def check_tokens(spec: Spec, x: Tensor | Quantized, *, wide: bool) -> int:
             f"x has {data.shape[0]} tokens, more than max_tokens={spec.max_tokens}; split the batch, or make the "
             f"Spec with a larger max_tokens"
         )
-    if wide:
+    if unquantized:
         if isinstance(x, Quantized) or data.dtype != spec.combine_dtype:
             raise ConfigError(
-                f"x is {_name(data)}; with wide=True rows travel in the combine format: pass x.to({spec.combine_dtype})"
+                f"x is {_name(data)}; with unquantized=True rows travel in the combine format: pass "
+                f"x.to({spec.combine_dtype})"
             )
     elif isinstance(x, Quantized):
         _check_quantized(spec, x)

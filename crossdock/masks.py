@@ -60,7 +60,7 @@ def num_words(num_ranks: int) -> int:
     return -(-num_ranks // _RANKS_PER_WORD)
 
 
-def verdict(proposals: Mapping[int, Proposal]) -> ConfigError | None:
+def find_disagreement(proposals: Mapping[int, Proposal]) -> ConfigError | None:
     """Why nobody is masked by what the ranks propose; None: it is agreed on."""
     first, *others = sorted(proposals)
     for rank in others:

@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from crossdock.backends.base import PlanTensors, Rows
+from crossdock.backends.base import PlanTensors, RowCount
 from crossdock.buffer import Buffer
 from crossdock.errors import PeerFailed, PeerTimeout
 from crossdock.layout import Padded
@@ -47,7 +47,7 @@ def dispatch(
     """Rows x [T, H], topk_idx [T, K], weights [T, K] -> rows, their weights, link, and the plan's five tensors."""
     owner = Buffer.of(buffer)
     with torch.no_grad():
-        recv = owner.dispatch(x, topk_idx, weights=weights, rows=cast("Rows", rows))
+        recv = owner.dispatch(x, topk_idx, weights=weights, rows=cast("RowCount", rows))
     plan = recv.plan
     no_ids = torch.empty(0, owner.spec.num_topk, dtype=torch.int32, device=x.device)
     return (
@@ -76,7 +76,7 @@ def _(
     local_lead = (0,) if spec.layout.per_pick else lead
     ids = torch.int32
     return (
-        x.new_empty(*lead, spec.hidden, dtype=_row_dtype(spec, wide=False)),
+        x.new_empty(*lead, spec.hidden, dtype=_row_dtype(spec, unquantized=False)),
         _empty_weights(spec, x, lead, weights),
         x.new_empty(0, dtype=torch.float32),
         torch.empty_like(topk_idx, dtype=torch.int64),
@@ -95,12 +95,14 @@ def send(
     plan: Sequence[Tensor],
     buffer: str,
     rows: str,
-    wide: bool,
+    unquantized: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows x [T, H], weights [T, K] along a plan -> rows, their weights, link; ``wide`` as in ``Buffer.dispatch``."""
+    """Rows x [T, H], weights [T, K] along a plan -> rows, their weights, link; see ``Buffer.dispatch``."""
     owner = Buffer.of(buffer)
-    with torch.no_grad(), _hint_in_backward(wide):
-        recv = owner.dispatch(x, _plan(owner, plan), weights=weights, rows=cast("Rows", rows), wide=wide)
+    with torch.no_grad(), _hint_in_backward(unquantized):
+        recv = owner.dispatch(
+            x, _plan(owner, plan), weights=weights, rows=cast("RowCount", rows), unquantized=unquantized
+        )
     return _own_rows(owner.spec, recv, rows)
 
 
@@ -112,11 +114,11 @@ def _(
     plan: Sequence[Tensor],
     buffer: str,
     rows: str,
-    wide: bool,
+    unquantized: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec, lead = Buffer.of(buffer).spec, plan[3].shape
     return (
-        x.new_empty(*lead, spec.hidden, dtype=_row_dtype(spec, wide=wide)),
+        x.new_empty(*lead, spec.hidden, dtype=_row_dtype(spec, unquantized=unquantized)),
         _empty_weights(spec, x, lead, weights),
         x.new_empty(0, dtype=torch.float32),
     )
@@ -291,8 +293,8 @@ def _own_rows(spec: Spec, recv: Received, rows: str) -> tuple[Tensor, Tensor, Te
     return x, weights, torch.empty(0, device=x.device)
 
 
-def _row_dtype(spec: Spec, *, wide: bool) -> torch.dtype:
-    return spec.combine_dtype if wide or isinstance(spec.wire, Fp8) else spec.wire.dtype
+def _row_dtype(spec: Spec, *, unquantized: bool) -> torch.dtype:
+    return spec.combine_dtype if unquantized or isinstance(spec.wire, Fp8) else spec.wire.dtype
 
 
 def _empty_weights(spec: Spec, like: Tensor, lead: Sequence[Any], weights: Tensor | None) -> Tensor:

@@ -125,7 +125,7 @@ class HostPlan(Plan):
 
     A rank of one domain needs one hop. With two axes ``hops[0]`` goes over the slow one, to the rail peers of the
     nodes, with ``carried`` beside its rows; ``hops[1]`` fans them out over the fast one, and its ``send_idx`` is known
-    once rows have landed (``landed_hop``).
+    once rows have landed (``second_hop``).
     """
 
     num_rows: int
@@ -258,7 +258,7 @@ def partial_rows_to_send(plan: HostPlan) -> Int32[Tensor, "Q K"]:
     return torch.from_numpy(np.where(same_rank, rows[tokens], -1).astype(np.int32))
 
 
-def landed_hop(plan: HostPlan, carried: Int64[Tensor, "R0 K"]) -> Hop:
+def second_hop(plan: HostPlan, carried: Int64[Tensor, "R0 K"]) -> Hop:
     """The second hop of a two-hop plan, once rows have landed with what they ``carried``.
 
     Its order is that of the final rows: by receiver, then row.

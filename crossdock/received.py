@@ -14,21 +14,21 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from crossdock.backends.base import Small
+from crossdock.backends.base import Metadata
 from crossdock.errors import ConfigError
 from crossdock.plan import Plan
 from crossdock.scales import ScaleLayout
 from crossdock.wire import Quantized
 
 
-class Records:
+class LazyMetadata:
     """The small things that came with rows, read when somebody asks for them, and before their slot comes round."""
 
-    def __init__(self, read: Callable[[], Small]) -> None:
-        self._read: Callable[[], Small] | None = read
-        self._small: Small | None = None
+    def __init__(self, read: Callable[[], Metadata]) -> None:
+        self._read: Callable[[], Metadata] | None = read
+        self._small: Metadata | None = None
 
-    def small(self) -> Small:
+    def small(self) -> Metadata:
         """Reads them, the first time.
 
         Raises:
@@ -53,17 +53,17 @@ class Records:
 class Lease:
     """The right to the rows of one receive slot, until a later dispatch takes the slot."""
 
-    def __init__(self, slot: int, stamp: int, records: Records) -> None:
+    def __init__(self, slot: int, stamp: int, records: LazyMetadata) -> None:
         self.slot = slot
         self.stamp = stamp
         """The plan whose rows lie in the slot."""
         self.is_valid = True
-        self._records = ref(records)
+        self._metadata = ref(records)
 
     def end(self) -> None:
         """The slot comes round: rows in it are stale from now on."""
         self.is_valid = False
-        if (records := self._records()) is not None:
+        if (records := self._metadata()) is not None:
             records.end()
 
     def check(self) -> None:
@@ -85,9 +85,9 @@ class Received:
     plan: Plan
     """Where each row came from and goes back to; good for any number of dispatches and combines."""
     num_rows: int | None
-    """Rows up to the end of the last segment; fewer than ``x`` has with ``rows="capacity"``, when on CUDA the host is
-    not told (None)."""
-    _records: Records
+    """Rows up to the end of the last segment; fewer than ``x`` has with ``rows="capacity"``, when on CUDA the
+    host is not told (None)."""
+    _metadata: LazyMetadata
     _read_rows: Callable[[], Tensor | Quantized]
     _scales: ScaleLayout
     _lease: Lease | None
@@ -112,22 +112,22 @@ class Received:
     @property
     def topk_idx(self) -> Tensor | None:
         """Compact: int32 [R, K], the local experts each row is for, in pick order; -1 for picks of other ranks."""
-        return self._records.small().topk_idx
+        return self._metadata.small().topk_idx
 
     @property
     def weights(self) -> Tensor | None:
         """float32, when dispatch was given weights: for Compact [R, K], 0 for other ranks' picks; else one per row."""
-        return self._records.small().weights
+        return self._metadata.small().weights
 
     @property
     def src_idx(self) -> Tensor:
         """int32: source rank * max_tokens + source token; -1 in rows that hold none."""
-        return self._records.small().src_idx
+        return self._metadata.small().src_idx
 
     @property
     def extras(self) -> tuple[Tensor, ...]:
         """The opaque tensors dispatch was given, by row."""
-        return self._records.small().extras
+        return self._metadata.small().extras
 
     @property
     def x(self) -> Tensor | Quantized:

@@ -12,7 +12,7 @@ from crossdock.consent import PUSHED
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
 from crossdock.pending import Pending
-from crossdock.received import Lease, Received, Records
+from crossdock.received import LazyMetadata, Lease, Received
 from crossdock.wire import Quantized
 
 
@@ -27,7 +27,9 @@ class ReceiveSlots:
         if isinstance(spec.layout, Padded):
             lead = (spec.num_local_experts(num_ranks), spec.capacity(num_ranks))
         self._regions = regions = {
-            name: arena.view(segment, name) for name in ("data", "scale", "record", "outputs") if name in arena.regions
+            name: arena.view(segment, name)
+            for name in ("data", "scale", "metadata", "outputs")
+            if name in arena.regions
         }
         self._views: dict[str, Tensor] = {
             name: region.view(self._num_slots, *lead, region.shape[2])
@@ -66,7 +68,7 @@ class ReceiveSlots:
         """Says which call the slot was taken for."""
         self._calls[slot] = call
 
-    def lease(self, slot: int, stamp: int, records: Records) -> Lease:
+    def lease(self, slot: int, stamp: int, records: LazyMetadata) -> Lease:
         """The right to the rows that have just landed in the slot, by the plan of that stamp."""
         self._leases[slot] = lease = Lease(slot, stamp, records)
         return lease

@@ -1,4 +1,4 @@
-"""Formats of rows on their way: the wide ones, FP8 with scales per block, and rows a caller has quantised.
+"""Formats of rows on their way: the unquantized ones, FP8 with scales per block, and rows a caller has quantised.
 
 Shapes: T tokens (or rows), H hidden, G = H / block scale groups per row.
 """
@@ -33,17 +33,17 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Wire:
-    """A row format. ``dtype`` is that of the data; a wide format has no scales."""
+    """A row format. ``dtype`` is that of the data; a unquantized format has no scales."""
 
     dtype: ClassVar[torch.dtype]
 
     def num_scales(self, hidden: int) -> int:
-        """Columns of the scale tensor of ``hidden`` values: 0 for a wide format."""
+        """Columns of the scale tensor of ``hidden`` values: 0 for a unquantized format."""
         return 0
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """Element type of the scale tensor (meaningless, float32, for a wide format)."""
+        """Element type of the scale tensor (meaningless, float32, for a unquantized format)."""
         return torch.float32
 
     def check_hidden(self, hidden: int) -> None:
@@ -139,7 +139,7 @@ class Fp8(Wire):
         if hidden % self.block:
             raise ConfigError(
                 f"hidden={hidden} is not divisible by the scale block {self.block}; "
-                f"pass Fp8(block=...) with a divisor of hidden, or a wide wire such as Bf16()"
+                f"pass Fp8(block=...) with a divisor of hidden, or a unquantized wire such as Bf16()"
             )
 
     def quantize(self, x: Shaped[Tensor, "T H"]) -> Quantized:

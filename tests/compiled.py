@@ -18,10 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from crossdock import Buffer, Spec, ThreadGroup, Topology, engine
+from crossdock import Buffer, Spec, ThreadGroup, Topology, connect
 from crossdock.arena import Arena
-from crossdock.backends.base import Wishes
-from tests.interpreted import engine_on, without_a_gpu
+from crossdock.backends.base import LaunchOptions
+from tests.interpreted import parts_on, without_a_gpu
 
 CUDA = GPUTarget("cuda", 90, 32)
 AMD = GPUTarget("hip", "gfx942", 64)
@@ -46,7 +46,7 @@ class Launch:
 
 
 def compile_launches(
-    spec: Spec, num_ranks: int, target: GPUTarget, *, only: Container[str] | None = None, **wishes: Any
+    spec: Spec, num_ranks: int, target: GPUTarget, *, only: Container[str] | None = None, **launch_options: Any
 ) -> list[Launch]:
     """Every different launch of a rank's buffer, or those of kernels of some names."""
     from crossdock.backends.cuda import backend as cuda
@@ -72,12 +72,12 @@ def compile_launches(
             launches[key] = Launch(kernel.fn.__name__, constants, code, compile_options, is_ahead=warmup)
 
     with _driver_for(target), mock.patch.object(JITFunction, "run", run):
-        cuda.connect(transport, arena, Wishes(**wishes), buffer_id=1, timeout_s=1)
+        cuda.connect(transport, arena, LaunchOptions(**launch_options), buffer_id=1, timeout_s=1)
     return list(launches.values())
 
 
 @contextlib.contextmanager
-def lone_buffer(spec: Spec, **wishes: Any) -> Iterator[Buffer]:
+def lone_buffer(spec: Spec, **launch_options: Any) -> Iterator[Buffer]:
     """A Buffer of one rank whose launches do nothing, but for a check: a kernel is only launched by a handle as what it
     was compiled as.
 
@@ -87,10 +87,10 @@ def lone_buffer(spec: Spec, **wishes: Any) -> Iterator[Buffer]:
 
     without_a_gpu()
 
-    def connect(members: Any, arena: Arena, *_: Any, number: int, timeout_s: float) -> engine.Engine:
+    def connect(members: Any, arena: Arena, *_: Any, number: int, timeout_s: float) -> connect.Connected:
         segment = torch.zeros(arena.num_bytes, dtype=torch.uint8)
         transport = DeviceTransport([segment], arena, rank=0, ranks_here=1, is_alive=lambda _: True, close=lambda: None)
-        return engine_on(transport, arena, Wishes(**wishes), number=number, timeout_s=timeout_s)
+        return parts_on(transport, arena, LaunchOptions(**launch_options), number=number, timeout_s=timeout_s)
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> _Handle:
         return _Handle(kernel, _specialized(kernel, args, options)[:3])
@@ -122,7 +122,7 @@ def _specialized(
     """As Triton would see the arguments: pointers and whole numbers that are multiples of 16 are known to be.
 
     Args:
-        types: of what takes addresses in place of tensors, those of its parameters.
+        types: of what takes addresses in dst_row of tensors, those of its parameters.
     """
     names = [param.name for param in kernel.params]
     given = dict(zip(names, args, strict=False)) | {name: options.pop(name) for name in names if name in options}

@@ -14,9 +14,9 @@ from unittest import mock
 
 import torch
 
-from crossdock import Buffer, Spec, engine
+from crossdock import Buffer, Spec, connect
 from crossdock.arena import Arena
-from crossdock.backends.base import Wishes
+from crossdock.backends.base import LaunchOptions
 from crossdock.transport import shm
 
 
@@ -42,9 +42,13 @@ def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
     os.environ["TRITON_INTERPRET"] = "1"
     without_a_gpu()
     patch_language_once()
-    wishes = Wishes(**{name: options.pop(name) for name in ("expand", "num_sms", "engine") if name in options})
+    launch_options = LaunchOptions(
+        **{name: options.pop(name) for name in ("expand", "num_sms", "mover") if name in options}
+    )
 
-    def connect(members: Any, arena: Any, device: Any, _: Wishes, *, number: int, timeout_s: float) -> engine.Engine:
+    def connect(
+        members: Any, arena: Any, device: Any, _: LaunchOptions, *, number: int, timeout_s: float
+    ) -> connect.Connected:
         from crossdock.transport.device import DeviceTransport
 
         host = shm.connect(members, arena, name=f"crossdock-test-{number:016x}")
@@ -52,7 +56,7 @@ def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
         transport = DeviceTransport(
             views, arena, rank=members.rank, ranks_here=members.size, is_alive=host.is_alive, close=host.close
         )
-        made = engine_on(transport, arena, wishes, number=number, timeout_s=timeout_s)
+        made = parts_on(transport, arena, launch_options, number=number, timeout_s=timeout_s)
         members.all_gather(None)
         return made
 
@@ -60,12 +64,16 @@ def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
         return Buffer(group, spec, **options)
 
 
-def engine_on(transport: Any, arena: Arena, wishes: Wishes, *, number: int, timeout_s: float) -> engine.Engine:
+def parts_on(
+    transport: Any, arena: Arena, launch_options: LaunchOptions, *, number: int, timeout_s: float
+) -> connect.Connected:
     """The CUDA backend over memory that need not be a GPU's."""
     from crossdock.backends.cuda import backend as cuda
 
-    parts = cuda.connect(transport, arena, wishes, buffer_id=number, timeout_s=timeout_s)
-    return engine.Engine(transport=transport, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch)
+    parts = cuda.connect(transport, arena, launch_options, buffer_id=number, timeout_s=timeout_s)
+    return connect.Connected(
+        transport=transport, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch
+    )
 
 
 @functools.cache

@@ -101,7 +101,7 @@ class Round:
     is_biased: bool
     brings_home: bool
     goes_back: bool
-    """Whether wide rows follow on the same plan, and extras go home alone, as gradients do."""
+    """Whether unquantized rows follow on the same plan, and extras go home alone, as gradients do."""
     pulls: tuple[bool, ...]
     """By rank: whether outputs are left in the arena."""
     copies: tuple[bool, ...]
@@ -202,10 +202,10 @@ class Player:
         self._kept[self.round.spec] = (recv, _bits(_data(recv.x)).clone())
 
     def _go_back(self, batch: Batch, recv: Received) -> Received:
-        wide = batch.tokens(wide=True)
+        wide = batch.tokens(unquantized=True)
         self._nap()
-        gradients = self._dispatch(batch, wide, recv.plan, wide=True).wait()
-        self._check_received(batch, wide, gradients, wide=True)
+        gradients = self._dispatch(batch, wide, recv.plan, unquantized=True).wait()
+        self._check_received(batch, wide, gradients, unquantized=True)
         self._nap()
         (given,) = self._bring(self._home(batch))
         (home,) = self.buffer.return_extras(recv.plan, [_filled(given, recv)])
@@ -310,7 +310,7 @@ class Player:
         plan: Plan | None = None,
         *,
         rows: str | None = None,
-        wide: bool = False,
+        unquantized: bool = False,
         topk: np.ndarray | None = None,
     ) -> Any:
         self._nap()
@@ -330,7 +330,7 @@ class Player:
             weights=weights,
             extras=() if extras is None else (extras,),
             rows=rows or self.round.rows,
-            wide=wide,
+            unquantized=unquantized,
             copy=self.round.copies[self.rank],
             **self._launch(),
         )
@@ -365,8 +365,8 @@ class Player:
         is_padded = isinstance(batch.spec.layout, Padded)
         return home.view(batch.spec.num_local_experts(self.num_ranks), -1, 2) if is_padded else home
 
-    def _check_received(self, batch: Batch, tokens: Tensor, recv: Received, *, wide: bool = False) -> None:
-        want = batch.received(self.rank, tokens, wide=wide)
+    def _check_received(self, batch: Batch, tokens: Tensor, recv: Received, *, unquantized: bool = False) -> None:
+        want = batch.received(self.rank, tokens, unquantized=unquantized)
         lead, num_rows = recv.src_idx.dim(), len(want["src_idx"])
         got = {"src_idx": recv.src_idx, "counts": recv.num_tokens_per_expert, "data": _data(recv.x)}
         if isinstance(recv.x, Quantized):
@@ -433,8 +433,8 @@ def _buffer_options(options: argparse.Namespace, device: torch.device, spec: Spe
         return timeout
     may_expand = spec.layout.per_pick and spec.row_bytes() <= spec.hidden * spec.combine_dtype.itemsize
     expand = (options.expand or ("sender", "receiver")[number % 2]) if may_expand else None
-    engine = options.engine if not spec.layout.per_pick else "kernel"
-    return timeout | {"device": device, "num_sms": options.num_sms, "expand": expand, "engine": engine}
+    engine = options.mover if not spec.layout.per_pick else "kernel"
+    return timeout | {"device": device, "num_sms": options.num_sms, "expand": expand, "mover": engine}
 
 
 @contextlib.contextmanager
@@ -558,7 +558,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--spec", type=int, choices=range(8), help="play this one of the Specs alone")
     parser.add_argument("--num-sms", type=int, help="on CUDA, of every buffer; calls choose others at times")
     parser.add_argument("--expand", choices=["sender", "receiver"], help="on CUDA; else every other buffer has either")
-    parser.add_argument("--engine", choices=["kernel", "copy"], default="kernel", help="on CUDA")
+    parser.add_argument("--mover", choices=["kernel", "copy"], default="kernel", help="on CUDA")
     parser.add_argument("--only", type=int, help="play this round alone")
     parser.add_argument("--first", type=int, default=0, help="the first round, to see what led to a later one")
     parser.add_argument("--without", choices=TROUBLES, action="append", default=[], help="leave a kind of trouble out")

@@ -97,13 +97,13 @@ class Batch:
         at = int(self._rng.integers(len(_NORMAL) - size))
         return torch.from_numpy(_NORMAL[at : at + size].reshape(shape).copy())
 
-    def tokens(self, *, wide: bool = False) -> Tensor:
+    def tokens(self, *, unquantized: bool = False) -> Tensor:
         """Rows to dispatch, of all ranks: [P, M, H]."""
         wire = self.spec.wire
-        dtype = self.spec.combine_dtype if wide else torch.bfloat16 if isinstance(wire, Fp8) else wire.dtype
+        dtype = self.spec.combine_dtype if unquantized else torch.bfloat16 if isinstance(wire, Fp8) else wire.dtype
         return self.randn(self.num_ranks, self.spec.max_tokens, self.spec.hidden).to(dtype)
 
-    def received(self, rank: int, tokens: Tensor, *, wide: bool = False) -> dict[str, Tensor]:
+    def received(self, rank: int, tokens: Tensor, *, unquantized: bool = False) -> dict[str, Tensor]:
         """What a rank gets, flat over its rows; gaps are 0 or -1."""
         spec, routes = self.spec, self.routes
         source, token, pick = routes.sources[rank].T
@@ -113,7 +113,7 @@ class Batch:
         local[is_gap] = -1
         want = {"src_idx": torch.from_numpy(np.where(source < 0, -1, source * spec.max_tokens + token)).int()}
         rows = tokens[at]
-        if isinstance(spec.wire, Fp8) and not wide:
+        if isinstance(spec.wire, Fp8) and not unquantized:
             rows = spec.wire.quantize(rows)
             want["scale"] = _blank(rows.scale, is_gap)
         want["data"] = _blank(rows.data if isinstance(rows, Quantized) else rows, is_gap)

@@ -30,12 +30,12 @@ class Launch(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class LaunchOptions:
     """What a user may ask of a backend; see ``Buffer``."""
 
     num_sms: int | None = None
     expand: Literal["sender", "receiver"] | None = None
-    engine: Literal["kernel", "copy"] = "kernel"
+    mover: Literal["kernel", "copy"] = "kernel"
 
     def check(self, spec: Spec, device: torch.device) -> None:
         """Raises ConfigError for what is not allowed."""
@@ -43,23 +43,23 @@ class Wishes:
             raise ConfigError(f"num_sms={self.num_sms}; pass a positive number, or None for the default")
         if self.expand not in (None, "sender", "receiver"):
             raise ConfigError(f"expand={self.expand!r}; pass 'sender', 'receiver', or None for the cheaper one")
-        if self.engine not in ("kernel", "copy"):
-            raise ConfigError(f"engine={self.engine!r}; pass 'kernel' or 'copy'")
-        if self.engine == "copy" and spec.layout.per_pick:
+        if self.mover not in ("kernel", "copy"):
+            raise ConfigError(f"mover={self.mover!r}; pass 'kernel' or 'copy'")
+        if self.mover == "copy" and spec.layout.per_pick:
             raise ConfigError(
-                f"engine='copy' moves whole blocks, which {type(spec.layout).__name__} rows do not form; pass "
-                f"layout=Compact(), or engine='kernel'"
+                f"mover='copy' moves whole blocks, which {type(spec.layout).__name__} rows do not form; pass "
+                f"layout=Compact(), or mover='kernel'"
             )
         if self.expand == "receiver" and not cost.receiver_can_expand(spec):
             raise ConfigError(
                 f"expand='receiver' makes copies of landed rows; {spec.layout} has none, or rows of {spec.wire} do not "
                 f"fit where outputs of {spec.combine_dtype} are written, in multiples of 16 bytes: pass expand=None"
             )
-        if device.type == "cpu" and (self.num_sms, self.expand, self.engine) != (None, None, "kernel"):
-            raise ConfigError("num_sms, expand and engine say how a GPU moves rows; leave them out on CPUs")
+        if device.type == "cpu" and (self.num_sms, self.expand, self.mover) != (None, None, "kernel"):
+            raise ConfigError("num_sms, expand and mover say how a GPU moves rows; leave them out on CPUs")
 
 
-Rows = Literal["exact", "capacity"]
+RowCount = Literal["exact", "capacity"]
 
 
 class PlanTensors(NamedTuple):
@@ -72,17 +72,17 @@ class PlanTensors(NamedTuple):
     local_idx: Tensor  # [R, K] int32, one row per (token, rank)
 
 
-class Outgoing(NamedTuple):
+class Batch(NamedTuple):
     """What a dispatch sends: rows, and the small things that travel with each."""
 
     x: Tensor | Quantized  # [T, H]
     weights: Tensor | None  # [T, K] float32
     extras: tuple[Tensor, ...]  # [T, ...] each
-    wide: bool = False
+    unquantized: bool = False
     """x travels in the combine format; ``Arena.region_of_rows`` says where it lands."""
 
 
-class Small(NamedTuple):
+class Metadata(NamedTuple):
     """The small things that came with rows: copies, which no later dispatch overwrites."""
 
     src_idx: Tensor  # [R] int32
@@ -91,11 +91,11 @@ class Small(NamedTuple):
     extras: tuple[Tensor, ...]  # [R, ...] each
 
 
-class Landed(NamedTuple):
+class Arrived(NamedTuple):
     """What is known of a receive slot once all rows have arrived."""
 
     plan: Plan
-    small: Callable[[], Small]
+    small: Callable[[], Metadata]
     """Gives the small things; to be called once, before the slot comes round."""
 
 
@@ -112,14 +112,14 @@ class Event(Protocol):
         """Returns once it has passed."""
 
 
-class WholeCalls(Protocol):
+class FusedCalls(Protocol):
     """Calls of few tokens, as a backend does them as a whole; on the wire the same as by the verbs of ``Backend``."""
 
-    def takes_dispatch(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
+    def takes_dispatch(self, batch: Batch, routing: Plan | Tensor) -> bool:
         """Whether ``dispatch`` does that."""
 
     def dispatch(
-        self, sequence: int, word: Word, outgoing: Outgoing, topk_idx: Tensor, mode: Rows, *, at_once: bool
+        self, sequence: int, word: Word, batch: Batch, topk_idx: Tensor, mode: RowCount, *, at_once: bool
     ) -> Steps[Plan]:
         """From picks to rows in place: the plan, once its rows are here.
 
@@ -142,7 +142,7 @@ class Backend(Protocol):
     """
 
     num_tokens_per_expert: Tensor
-    """[L] int64, picks of each local expert in all dispatches but wide ones."""
+    """[L] int64, picks of each local expert in all dispatches but unquantized ones."""
 
     @property
     def wait_s(self) -> Tensor:
@@ -153,7 +153,7 @@ class Backend(Protocol):
     """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
 
     @property
-    def whole(self) -> WholeCalls | None:
+    def fused(self) -> FusedCalls | None:
         """Calls that it does as a whole, if there are such."""
         raise NotImplementedError
 
@@ -169,12 +169,12 @@ class Backend(Protocol):
         """What the caller has issued on its current stream comes before what the call does."""
 
     def use_sms(self, num_sms: int | None) -> None:
-        """How many multiprocessors the call that comes now may use; None: the default."""
+        """How many SMs the call that comes now may use; None: the default."""
 
     def post_counts(self, sequence: int, topk_idx: Tensor) -> None:
         """Tells every rank how many rows this rank will send it in the call; before the call's word is posted."""
 
-    def make_plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> Plan:
+    def make_plan(self, sequence: int, topk_idx: Tensor, mode: RowCount) -> Plan:
         """The plan of a fresh dispatch, from its picks and everybody's counts; after the words have been seen.
 
         Of an overflow with ``rows="capacity"``, that of no rows, on all ranks.
@@ -190,13 +190,13 @@ class Backend(Protocol):
             ConfigError: it has rows of ranks that have been masked since; on all ranks that remake it.
         """
 
-    def push_rows(self, plan: Plan, outgoing: Outgoing, words: Sequence[Word]) -> None:
+    def push_rows(self, plan: Plan, batch: Batch, words: Sequence[Word]) -> None:
         """Writes each row into its final place, in the receive slot that each peer named."""
 
-    def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
+    def arrived(self, plan: Plan, batch: Batch, slot: int, *, num_rows: int) -> Arrived:
         """What has arrived in this rank's slot, with as many rows; zeroes what alignment left between segments."""
 
-    def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
+    def settled(self, plan: Plan, mode: RowCount) -> Steps[Plan]:
         """The plan with what the host is told of it, waiting for that if ``mode`` asks for it.
 
         Raises:
@@ -212,11 +212,11 @@ class Backend(Protocol):
         """
 
     def sum_rows(
-        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], landing_slot: int
+        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], return_slot: int
     ) -> Tensor:
-        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from landing."""
+        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from returned."""
 
-    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
+    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
         """Extras that came home: [T, ...] summed over ranks, or [T, K, ...] where a row is one pick."""
 
     def on_stream(self) -> AbstractContextManager[object]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Landed, Outgoing, PlanTensors, Rows, Small
+from crossdock.backends.base import Arrived, Batch, Metadata, PlanTensors, RowCount
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Steps, Word, stamped
 from crossdock.errors import CapacityError
@@ -43,7 +43,7 @@ class CpuBackend:
 
     def __init__(self, arena: Arena, transport: HostTransport, *, buffer_id: int) -> None:
         self.has_pairs = arena.spec.ranks_sum_picks
-        self.whole = None
+        self.fused = None
         self._overflows: list[tuple[int, CapacityError]] = []
         self.wait_s = torch.zeros(arena.topology.num_ranks, dtype=torch.float64)
         self.num_tokens_per_expert = torch.zeros(arena.spec.num_local_experts(transport.num_ranks), dtype=torch.int64)
@@ -59,9 +59,9 @@ class CpuBackend:
         self._at = [{name: arena.view(segment, name) for name in arena.regions} for segment in segments]
         self._own = self._at[self._rank]
         self._counts = _across_ranks(memory, arena, "counts")
-        self._records = [views["record"].numpy() for views in self._at]
-        self._returns = [views["returns"].numpy() for views in self._at]
-        # All memory as rows of the combine format: outputs and landing rows of every rank are numbers in one matrix.
+        self._metadata = [views["metadata"].numpy() for views in self._at]
+        self._returned_extras = [views["returned_extras"].numpy() for views in self._at]
+        # All memory as rows of the combine format: outputs and returned rows of every rank are numbers in one matrix.
         row_bytes = arena.spec.hidden * arena.spec.combine_dtype.itemsize
         last_row_end = (self._num_ranks - 1) * arena.stride + arena.num_bytes // row_bytes * row_bytes
         self._all_rows = memory[:last_row_end].view(arena.spec.combine_dtype).view(-1, arena.spec.hidden)
@@ -72,7 +72,7 @@ class CpuBackend:
         counts = local_counts(self._arena.spec, self._arena.topology, topk_idx)
         self._counts[self._left, sequence % self._arena.ring, self._rank] = counts.numpy() | stamped(sequence, 0)
 
-    def make_plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> HostPlan:
+    def make_plan(self, sequence: int, topk_idx: Tensor, mode: RowCount) -> HostPlan:
         """See Backend."""
         words = self._counts[self._rank, sequence % self._arena.ring]
         stamps = words[self._left] >> PAYLOAD_BITS
@@ -96,21 +96,21 @@ class CpuBackend:
         plan = self._make_plan(tensors.topk_idx, tensors.counts, stamp=stamp)
         return replace(plan, partial_rows=tensors.partial_rows) if self._arena.spec.ranks_sum_picks else plan
 
-    def push_rows(self, plan: Plan, outgoing: Outgoing, words: Sequence[Word]) -> None:
+    def push_rows(self, plan: Plan, batch: Batch, words: Sequence[Word]) -> None:
         """See Backend. One gather per block, straight into its place."""
         plan, slots = _of_host(plan), [word.slot for word in words]
         hop = plan.hops[0]
         blocks = list(self._blocks(hop))
-        records = self._pack_records(plan, outgoing)
+        metadata = self._pack_metadata(plan, batch)
         for peer, src, dst in blocks:
-            self._records[peer][slots[peer], dst] = records[src]
+            self._metadata[peer][slots[peer], dst] = metadata[src]
         if plan.hops[0] is not plan.back:
             rows_to_sum = partial_rows_to_send(plan)
             for peer, src, dst in self._blocks(plan.back):
                 self._at[peer]["partial_rows"][slots[peer], dst] = rows_to_sum[src]
-        wire, region = self._arena.spec.wire, self._arena.region_of_rows(wide=outgoing.wide)
-        if isinstance(outgoing.x, Quantized) or not isinstance(wire, Fp8) or outgoing.wide:
-            data, scale = outgoing.x if isinstance(outgoing.x, Quantized) else (outgoing.x, None)
+        wire, region = self._arena.spec.wire, self._arena.region_of_rows(unquantized=batch.unquantized)
+        if isinstance(batch.x, Quantized) or not isinstance(wire, Fp8) or batch.unquantized:
+            data, scale = batch.x if isinstance(batch.x, Quantized) else (batch.x, None)
             self._gather(data, hop.send_idx, region, blocks, slots)
             if scale is not None:
                 self._gather_scales(scale, hop.send_idx, blocks, slots)
@@ -118,16 +118,16 @@ class CpuBackend:
         idx = hop.send_idx.numpy()
         for start in range(0, plan.num_tokens, _CAST_ROWS):
             stop = min(start + _CAST_ROWS, plan.num_tokens)
-            data, scale = wire.quantize(outgoing.x[start:stop])
+            data, scale = wire.quantize(batch.x[start:stop])
             part = list(_between(blocks, idx, start, stop))
             self._gather(data, hop.send_idx - start, "data", part, slots)
             self._gather_scales(scale, hop.send_idx - start, part, slots)
 
-    def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
+    def arrived(self, plan: Plan, batch: Batch, slot: int, *, num_rows: int) -> Arrived:
         """See Backend."""
         plan = _of_host(plan)
-        region = self._arena.region_of_rows(wide=outgoing.wide)
-        data, record = self._own[region][slot, :num_rows], self._records[self._rank][slot, :num_rows]
+        region = self._arena.region_of_rows(unquantized=batch.unquantized)
+        data, metadata = self._own[region][slot, :num_rows], self._metadata[self._rank][slot, :num_rows]
         has_scale = "scale" in self._own and region == "data"
         scale = self._own["scale"][slot] if has_scale else None
         starts, lengths = plan.segment_starts.tolist(), plan.segment_rows.tolist()
@@ -141,12 +141,12 @@ class CpuBackend:
         if plan.hops[0] is not plan.back:
             num_pairs = int(plan.back.counts[:, self._rank].sum())
             plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
-        small = self._unpack_records(record, is_real, outgoing)
-        if not outgoing.wide:
+        small = self._unpack_metadata(metadata, is_real, batch)
+        if not batch.unquantized:
             self.num_tokens_per_expert += plan.num_tokens_per_expert
-        return Landed(plan=plan, small=lambda: small)
+        return Arrived(plan=plan, small=lambda: small)
 
-    def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
+    def settled(self, plan: Plan, mode: RowCount) -> Steps[Plan]:
         """See Backend."""
         yield from ()
         return plan
@@ -159,7 +159,7 @@ class CpuBackend:
         if y is not None:
             sums_here = plan.partial_rows is not None or weights is not None
             for peer, here, there in self._incoming_blocks(plan.back):
-                home = self._at[peer]["landing"][slots[peer], there]
+                home = self._at[peer]["returned"][slots[peer], there]
                 if sums_here:
                     self._sum_here(plan, y, weights, here, home)
                 else:
@@ -167,15 +167,15 @@ class CpuBackend:
         if extras:
             packed = np.concatenate([_as_bytes(extra) for extra in extras], axis=1)
             for peer, here, there in self._incoming_blocks(plan.hops[0]):
-                self._returns[peer][slots[peer], there, : packed.shape[1]] = packed[here]
+                self._returned_extras[peer][slots[peer], there, : packed.shape[1]] = packed[here]
 
     def sum_rows(
-        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], landing_slot: int
+        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], return_slot: int
     ) -> Tensor:
         """See Backend."""
         plan = _of_host(plan)
         back, spec = plan.back, self._arena.spec
-        landing = self._first_row("landing", self._rank, landing_slot)
+        returned = self._first_row("returned", self._rank, return_slot)
         first_output = np.array(
             [
                 -1 if word.output_slot == PUSHED else self._first_row("outputs", peer, word.output_slot)
@@ -183,15 +183,15 @@ class CpuBackend:
             ]
         )
         first = first_output[back.send_blocks // back.num_blocks_per_peer]
-        sent_rows = np.where(first < 0, landing + np.arange(first.size), first + back.send_dst_rows)
+        sent_rows = np.where(first < 0, returned + np.arange(first.size), first + back.send_dst_rows)
         terms = Terms(plan.terms.offsets, torch.from_numpy(sent_rows)[plan.terms.rows])
         term_weights = None if weights is None else _weights_of_terms(plan, weights)
         return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias)
 
-    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
+    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
         """See Backend."""
         plan = _of_host(plan)
-        home = self._returns[self._rank][landing_slot]
+        home = self._returned_extras[self._rank][return_slot]
         num_sent = plan.hops[0].send_idx.shape[0]
         results, at = [], 0
         for extra in extras:
@@ -312,33 +312,33 @@ class CpuBackend:
         """Every rank begins with another peer, so that they do not all write to one."""
         return [(self._rank + 1 + i) % self._num_ranks for i in range(self._num_ranks)]
 
-    def _pack_records(self, plan: HostPlan, outgoing: Outgoing) -> Bytes:
-        """The small record of each sent row, [Q, record_bytes]: int32 source, ids and weights or one weight, extras."""
+    def _pack_metadata(self, plan: HostPlan, batch: Batch) -> Bytes:
+        """The metadata of each sent row, [Q, metadata_bytes]: int32 source, ids and weights or one weight, extras."""
         hop, arena = plan.hops[0], self._arena
         tokens = hop.send_idx.numpy()
-        records = np.zeros((tokens.size, arena.record_bytes), dtype=np.uint8)
-        words = records.view(np.int32)
+        metadata = np.zeros((tokens.size, arena.metadata_bytes), dtype=np.uint8)
+        words = metadata.view(np.int32)
         words[:, 0] = self._rank * arena.spec.max_tokens + tokens
         num_topk = arena.spec.num_topk
         if hop.send_pick is None:
             words[:, 1 : 1 + num_topk] = plan.topk_idx.numpy()[tokens]
-        if outgoing.weights is not None:
-            weights = outgoing.weights.contiguous().numpy().view(np.int32)
+        if batch.weights is not None:
+            weights = batch.weights.contiguous().numpy().view(np.int32)
             if hop.send_pick is None:
                 words[:, 1 + num_topk : 1 + 2 * num_topk] = weights[tokens]
             else:
                 words[:, 1] = weights[tokens, hop.send_pick.numpy()]
         at = arena.extras_offset
-        for extra in outgoing.extras:
+        for extra in batch.extras:
             raw = _as_bytes(extra)
-            records[:, at : at + raw.shape[1]] = raw[tokens]
+            metadata[:, at : at + raw.shape[1]] = raw[tokens]
             at += raw.shape[1]
-        return records
+        return metadata
 
-    def _unpack_records(self, record: Bytes, is_real: npt.NDArray[np.bool_], outgoing: Outgoing) -> Small:
-        """The small things out of [R, record_bytes]; -1 and 0 where no row is."""
-        spec, num_rows = self._arena.spec, record.shape[0]
-        words, num_topk = record.view(np.int32), spec.num_topk
+    def _unpack_metadata(self, metadata: Bytes, is_real: npt.NDArray[np.bool_], batch: Batch) -> Metadata:
+        """The small things out of [R, metadata_bytes]; -1 and 0 where no row is."""
+        spec, num_rows = self._arena.spec, metadata.shape[0]
+        words, num_topk = metadata.view(np.int32), spec.num_topk
         src_idx = np.where(is_real, words[:, 0], -1)
         topk_idx = None
         if not spec.layout.per_pick:
@@ -346,18 +346,18 @@ class CpuBackend:
             local = words[:, 1 : 1 + num_topk] - self._rank * num_local
             topk_idx = np.where((local >= 0) & (local < num_local) & is_real[:, None], local, -1)
         weights = None
-        if outgoing.weights is not None:
+        if batch.weights is not None:
             if topk_idx is None:
                 weights = np.where(is_real, words[:, 1], 0).view(np.float32)
             else:
                 weights = np.where(topk_idx < 0, 0, words[:, 1 + num_topk : 1 + 2 * num_topk]).view(np.float32)
         extras, at = [], self._arena.extras_offset
-        for extra in outgoing.extras:
+        for extra in batch.extras:
             num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
-            raw = np.where(is_real[:, None], record[:, at : at + num_bytes], np.uint8(0))
+            raw = np.where(is_real[:, None], metadata[:, at : at + num_bytes], np.uint8(0))
             extras.append(torch.from_numpy(raw).view(-1).view(extra.dtype).view(num_rows, *extra.shape[1:]))
             at += num_bytes
-        return Small(
+        return Metadata(
             src_idx=torch.from_numpy(src_idx),
             topk_idx=None if topk_idx is None else torch.from_numpy(topk_idx),
             weights=None if weights is None else torch.from_numpy(weights),

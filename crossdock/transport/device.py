@@ -28,7 +28,7 @@ class DeviceTransport:
     Args:
         views: every rank's segment, uint8, as this device maps it.
         ranks_here: how many ranks share this device; shares_sms: whether their kernels compete for the same
-            multiprocessors, as those of threads do.
+            SMs, as those of threads do.
         is_alive: tells whether a peer still exists.
         close: what to let go of.
     """

@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck --target-processes all python3 -m tests.gpu.memcheck [--ranks 2] [--rounds 24]
 
-Rows are 32 values and tokens 12, so that a round ends in seconds under it. Its exit code says whether a bit was wrong;
-the sanitizer's own, with ``--error-exitcode 9``, whether memory was touched that is nobody's.
+Rows are 32 values and tokens 12, so that a round ends in seconds under it. Its exit code says whether a bit was
+wrong; the sanitizer's own, with ``--error-exitcode 9``, whether memory was touched that is nobody's.
 """
 
 import argparse

@@ -44,7 +44,7 @@ def free():
 
 
 def send_all_to_one(group, spec):
-    """Every token of all ranks goes to the last rank, and comes home doubled, pulled and pushed."""
+    """Every token of all ranks goes to the last rank, and comes return_row doubled, pulled and pushed."""
     with open_buffer(group, spec, timeout_s=60) as buffer:
         last = buffer.topology.num_ranks - 1
         x = torch.empty(spec.max_tokens, H, dtype=torch.bfloat16, device=device())
@@ -102,8 +102,8 @@ def use_the_last_expert(group, spec, num_tokens):
             wrong.append(count_wrong(came, recv.src_idx[-1, : counts[-1]]))
             recv.output_rows()[-1, : counts[-1]] = 2 * came
             wrong.append(count_wrong(buffer.combine(recv.output_rows(), recv.plan), numbers, times=4))
-            (home,) = buffer.return_extras(recv.plan, [recv.src_idx.float().unsqueeze(-1)])
-            wrong.append(int((home.squeeze(-1) != numbers.unsqueeze(1)).sum()))
+            (return_row,) = buffer.return_extras(recv.plan, [recv.src_idx.float().unsqueeze(-1)])
+            wrong.append(int((return_row.squeeze(-1) != numbers.unsqueeze(1)).sum()))
         buffer.check()
         del recv, came
     free()

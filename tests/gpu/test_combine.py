@@ -1,4 +1,5 @@
-"""Combine on CUDA against the oracle, bit for bit: where sums are made, how rows go home, weights, bias, extras."""
+"""Combine on CUDA against the oracle, bit for bit: where sums are made, how rows go return_row, weights, bias,
+extras."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Dispatch on CUDA against the oracle, bit for bit: every layout and format, plans, wide rows, overflows."""
+"""Dispatch on CUDA against the oracle, bit for bit: every layout and format, plans, unquantized rows, overflows."""
 
 from dataclasses import replace
 
@@ -71,8 +71,8 @@ def test_nan_and_infinity_travel(world, layout, wire):
 @pytest.mark.parametrize(
     ("layout", "combine_wire"), [(Compact(), Fp32()), (ALIGNED, Bf16()), (Padded(), Bf16())], ids=repr
 )
-def test_wide_rows_travel_in_the_combine_format(world, layout, combine_wire):
-    programs.test_wide_rows_travel_in_the_combine_format(world, layout, combine_wire)
+def test_unquantized_rows_travel_in_the_combine_format(world, layout, combine_wire):
+    programs.test_unquantized_rows_travel_in_the_combine_format(world, layout, combine_wire)
 
 
 @pytest.mark.worlds("cuda-2")

@@ -27,9 +27,9 @@ WAYS = [
     ({"expand": "receiver"}, ALIGNED, Fp8(block=8), "rank"),
     ({"expand": "receiver", "num_sms": 1}, Expanded(), Fp8(block=4, scale="ue8m0", packed=True), "token"),
     ({"expand": "receiver"}, ALIGNED, Fp8(block=4, scale="ue8m0", packed=True, column_major=True), "rank"),
-    ({"engine": "copy"}, Compact(), Bf16(), "token"),
-    ({"engine": "copy"}, Compact(), Fp8(block=8, column_major=True), "token"),
-    ({"engine": "copy"}, Compact(), Fp8(block=8), "rank"),
+    ({"mover": "copy"}, Compact(), Bf16(), "token"),
+    ({"mover": "copy"}, Compact(), Fp8(block=8, column_major=True), "token"),
+    ({"mover": "copy"}, Compact(), Fp8(block=8), "rank"),
 ]
 
 

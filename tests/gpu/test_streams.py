@@ -57,10 +57,10 @@ def work_on_a_side_stream(group, case, rows):
                 recv = buffer.dispatch(x, topk, weights=weights, extras=extras, rows=rows)
                 spoil(x, topk, *extras)
                 came = observed(recv)
-                home = weights if weighted else None
+                return_row = weights if weighted else None
                 if rows == "capacity" and y.dim() == 2:
                     y = torch.cat([y, y.new_full((recv.x.shape[0] - y.shape[0], y.shape[1]), float("nan"))])
-                out = buffer.combine(y, recv.plan, weights=home)
+                out = buffer.combine(y, recv.plan, weights=return_row)
                 spoil(y, weights)
                 seen.append((came, out.clone()))
                 spoil(out)
@@ -85,9 +85,9 @@ def multiply_meanwhile(group, case):
             product = factors @ factors
             recv = pending.wait()
             came = observed(recv)
-            home = buffer.combine_start(case.y[r], recv.plan, weights=case.weights[r])
+            return_row = buffer.combine_start(case.y[r], recv.plan, weights=case.weights[r])
             again = factors @ factors
-            out = home.wait()
+            out = return_row.wait()
             assert torch.equal(product, again)
             seen.append((came, out.clone()))
         buffer.check()

@@ -211,14 +211,16 @@ class Rank:
         if word.output_slot == PUSHED:
             for peer, theirs in enumerate(words):
                 yield Missing((), PREEMPTED)
-                self.port.post(peer, "landing", theirs.slot, sequence)
+                self.port.post(peer, "returned", theirs.slot, sequence)
             self.consent.signal(sequence)
         yield from self.consent.arrivals(sequence, words, from_all=False)
         terms = []
         for peer, theirs in enumerate(words):
             yield Missing((), PREEMPTED)
             pushed = theirs.output_slot == PUSHED
-            terms.append(self.port.load(*(("landing", word.slot) if pushed else ("outputs", theirs.output_slot)), peer))
+            terms.append(
+                self.port.load(*(("returned", word.slot) if pushed else ("outputs", theirs.output_slot)), peer)
+            )
         self.consent.check(sequence)
         assert set(terms) == {sequence}, "outputs of another call were summed"
         self.completed.add(sequence)

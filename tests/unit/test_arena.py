@@ -47,7 +47,7 @@ def test_regions_lie_apart_and_aligned(arena):
     assert arena.num_bytes % 4096 == arena.stride % 4096 == 0
     row_bytes = arena.spec.hidden * arena.spec.combine_dtype.itemsize
     assert arena.stride >= arena.num_bytes
-    assert [n % row_bytes for n in (arena.stride, arena["outputs"].offset, arena["landing"].offset)] == [0, 0, 0]
+    assert [n % row_bytes for n in (arena.stride, arena["outputs"].offset, arena["returned"].offset)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("arena", ARENAS, ids=lambda a: f"{type(a.spec.layout).__name__}-{a.topology.num_ranks}")
@@ -83,9 +83,9 @@ def test_a_literal_map():
         "reasons": (512, (4, 512)),
         "counts": (2560, (4, 4, 12)),
         "data": (4096, (2, 64, 64)),  # 4 ranks of 16 tokens
-        "record": (20480, (2, 64, 24)),  # source; 2 ids and 2 weights; 3 bytes of extras; to a multiple of 8
+        "metadata": (20480, (2, 64, 24)),  # source; 2 ids and 2 weights; 3 bytes of extras; to a multiple of 8
         "outputs": (23552, (2, 64, 64)),
-        "landing": (39936, (2, 32, 64)),  # 16 tokens, rows from 2 ranks at most
-        "returns": (49152, (2, 32, 16)),  # 2 float32 and 3 bytes, to a multiple of 8
+        "returned": (39936, (2, 32, 64)),  # 16 tokens, rows from 2 ranks at most
+        "returned_extras": (49152, (2, 32, 16)),  # 2 float32 and 3 bytes, to a multiple of 8
     }
     assert arena.num_bytes == arena.stride == 53248

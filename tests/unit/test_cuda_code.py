@@ -31,7 +31,7 @@ from tests.unit.test_cuda_sync import (  # noqa: E402
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "compact": ({"layout": Compact(), "wire": Bf16(), "reduce": "rank"}, {}),
-    "compact fp8, few multiprocessors": ({"layout": Compact(), "wire": Fp8()}, {"num_sms": 1}),
+    "compact fp8, few SMs": ({"layout": Compact(), "wire": Fp8()}, {"num_sms": 1}),
     "expanded fp8 at the receiver": (
         {"layout": Expanded(alignment=8, capacity=4096), "wire": Fp8(scale="ue8m0", packed=True), "reduce": "rank"},
         {"expand": "receiver"},
@@ -54,7 +54,7 @@ SCALES = {"push_cast", "push_scales", "expand_scales", "zero_scale_gaps"}
 all_cases = pytest.mark.parametrize("case", [*CASES, *COLUMNS])
 MOVERS = {
     "push_rows",
-    "push_home",
+    "return_rows_to",
     "push_sums",
     "sum_rows",
     "push_cast",
@@ -69,10 +69,10 @@ WHOLE = {"dispatch_rows": 2, "combine_rows": 2}
 
 
 def _compiled(case: str, backend: str) -> list[Launch]:
-    spec, wishes = (CASES | COLUMNS)[case]
+    spec, launch_options = (CASES | COLUMNS)[case]
     spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, **spec)
     target = {"cuda": CUDA, "hip": AMD}[backend]
-    return compile_launches(spec, 8, target, only=SCALES if case in COLUMNS else None, **wishes)
+    return compile_launches(spec, 8, target, only=SCALES if case in COLUMNS else None, **launch_options)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_words_are_released_behind_a_barrier(ptx, amdgcn):
             if launch.name in {*WAITERS, *WHOLE, "begin_combine"} and launch.constants.get("POSTS", True):
                 steps = steps_of(launch.code)
                 assert faults_of_release(steps, "sys") == [], launch.name
-                if launch.name in WHOLE:  # the verdict and the ticket
+                if launch.name in WHOLE:  # the go and the ticket
                     assert faults_of_release(steps, "gpu") == [], launch.name
                 if launches is amdgcn:
                     assert faults_of_write_back(steps, "sys") == [], launch.name
@@ -205,13 +205,13 @@ def _at(offset: int, tensor: torch.Tensor) -> torch.Tensor:
 
 def _call_oddly(case: str, hidden: int) -> int:
     """Calls with inputs of every kind of address and stride; how many launches were looked up."""
-    spec, wishes = (CASES | COLUMNS)[case]
+    spec, launch_options = (CASES | COLUMNS)[case]
     if isinstance(spec["layout"], Expanded):
         spec = spec | {"layout": Expanded(alignment=3)}  # slots that begin at no multiple of 16 bytes
     if isinstance(spec["wire"], Fp8) and hidden % 128:
         spec = spec | {"wire": replace(spec["wire"], block=4)}
     spec = Spec(num_experts=16, num_topk=3, hidden=hidden, max_tokens=21, extra_bytes=13, num_slots=3, **spec)
-    with lone_buffer(spec, **wishes) as buffer:
+    with lone_buffer(spec, **launch_options) as buffer:
         for offset in (0, 1, 8, 4, 2):
             for num_tokens, dtype in ((21, torch.int64), (1, torch.int32), (0, torch.int64)):
                 wide = _at(offset, torch.zeros(num_tokens, hidden + offset, dtype=spec.combine_dtype))[:, :hidden]
@@ -226,7 +226,7 @@ def _call_oddly(case: str, hidden: int) -> int:
                 for x in [*kinds, *kinds]:  # what has been compiled is launched as it was, by addresses
                     plan = buffer.dispatch(x, topk_idx, weights=weights, rows="capacity").plan
                     buffer.dispatch(x, plan, extras=extras[: 1 + offset % 2])
-                recv = buffer.dispatch(wide, plan, wide=True, weights=weights, rows="capacity")
+                recv = buffer.dispatch(wide, plan, unquantized=True, weights=weights, rows="capacity")
                 rows = recv.src_idx.shape
                 y = _at(offset, torch.zeros(*rows, hidden, dtype=spec.combine_dtype))
                 at_rows = _at(offset, torch.zeros(rows))
@@ -247,9 +247,9 @@ def test_what_a_launch_is_looked_up_by_is_all_that_a_compiler_may_use(case, hidd
 
 def _call_plainly(case: str) -> list[str]:
     """What has to be compiled for calls with contiguous inputs, behind the making of the buffer."""
-    spec, wishes = (CASES | COLUMNS)[case]
+    spec, launch_options = (CASES | COLUMNS)[case]
     spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, extra_bytes=20, **spec)
-    with lone_buffer(spec, **wishes) as buffer:
+    with lone_buffer(spec, **launch_options) as buffer:
         warm = set(buffer._backend._on._handles)
         for num_tokens, dtype in ((64, torch.int64), (1, torch.int32), (0, torch.int64)):
             wide = torch.zeros(num_tokens, 7168, dtype=spec.combine_dtype)
@@ -261,7 +261,7 @@ def _call_plainly(case: str) -> list[str]:
                 plan = buffer.dispatch(x, topk_idx, rows="capacity").plan
                 buffer.dispatch(x, topk_idx, weights=weights, extras=extras, rows="exact")
                 buffer.dispatch(x, plan, weights=weights, extras=extras[:1], rows="capacity")
-            recv = buffer.dispatch(wide, plan, wide=True, weights=weights, rows="capacity")
+            recv = buffer.dispatch(wide, plan, unquantized=True, weights=weights, rows="capacity")
             y = torch.zeros(*recv.src_idx.shape, 7168, dtype=spec.combine_dtype)
             at_rows = torch.zeros(recv.src_idx.shape)
             given = at_rows if spec.reduce == "rank" else weights

@@ -29,29 +29,29 @@ def test_tables_share_an_allocation_and_no_word(tables):
 
 
 def made():
-    num_bytes, parts = Room.divided({"places": ((2, 3), torch.int64), "counts": ((4,), torch.int64)})
+    num_bytes, parts = Room.divided({"dst_rows": ((2, 3), torch.int64), "counts": ((4,), torch.int64)})
     room = Room(torch.arange(num_bytes // 4, dtype=torch.int32), parts)
     return DevicePlan.of(room, num_tokens=2, rows=Table.of(room, num_slots=7))
 
 
 def test_a_table_is_cut_out_when_somebody_asks_and_stays_the_same():
     plan = made()
-    address = plan.rows.address("places")
-    assert plan.rows.places is plan.rows.places
-    assert plan.rows.places.shape == (2, 3)
-    assert plan.rows.places.data_ptr() == plan.rows.address("places") == address
-    assert plan.counts.untyped_storage().data_ptr() == plan.rows.places.untyped_storage().data_ptr()
+    address = plan.rows.address("dst_rows")
+    assert plan.rows.dst_rows is plan.rows.places
+    assert plan.rows.dst_rows.shape == (2, 3)
+    assert plan.rows.dst_rows.data_ptr() == plan.rows.address("dst_rows") == address
+    assert plan.counts.untyped_storage().data_ptr() == plan.rows.dst_rows.untyped_storage().data_ptr()
     assert plan.num_tokens == 2
     assert plan.src_idx is None
 
 
 def test_what_no_room_has_is_no_attribute():
-    with pytest.raises(AttributeError, match="DevicePlan has no 'homes'"):
-        _ = made().homes
+    with pytest.raises(AttributeError, match="DevicePlan has no 'return_rows'"):
+        _ = made().return_rows
 
 
 def test_a_table_of_its_own_is_where_it_is():
-    places = torch.zeros(2, 3, dtype=torch.int64)
+    dst_rows = torch.zeros(2, 3, dtype=torch.int64)
     nothing = torch.zeros(0, dtype=torch.int32)
-    table = Table(places=places, homes=nothing, incoming=nothing, num_slots=1)
-    assert table.address("places") == places.data_ptr()
+    table = Table(dst_rows=dst_rows, return_rows=nothing, incoming=nothing, num_slots=1)
+    assert table.address("dst_rows") == dst_rows.data_ptr()

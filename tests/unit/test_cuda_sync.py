@@ -49,8 +49,8 @@ def post(x, segments, offset, word, P: tl.constexpr):
 
 
 @triton.jit
-def wait(x, y, words, aborts, expected, max_polls, record, P: tl.constexpr):
-    status, seen = wait_words(words, aborts, expected, True, 0, max_polls, 1, record, P)
+def wait(x, y, words, aborts, expected, max_polls, failure, P: tl.constexpr):
+    status, seen = wait_words(words, aborts, expected, True, 0, max_polls, 1, failure, P)
     if status == OK:
         tl.store(y + tl.arange(0, BLOCK), tl.load(x + tl.arange(0, BLOCK)) + tl.sum(seen))
 

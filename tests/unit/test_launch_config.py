@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the CUDA backend is written in Triton: pip install triton")
 
 from crossdock import Bf16, Compact, ConfigError, Expanded, Fp8, Fp16, Fp32, Padded, Spec, cost
-from crossdock.backends.base import Wishes
+from crossdock.backends.base import LaunchOptions
 from crossdock.backends.cuda.config import PROGRAMS_PER_SM, LaunchConfig, _as_few, decide
 from crossdock.spec import Topology
 
@@ -25,8 +25,10 @@ def spec_of(**kwargs):
     return Spec(**{"num_experts": 256, "num_topk": 8, "hidden": 7168, "max_tokens": 4096} | kwargs)
 
 
-def decided(spec=None, topology=NVLINK, visible_sms=132, ranks_here=1, **wishes):
-    return decide(spec or spec_of(), topology, Wishes(**wishes), visible_sms=visible_sms, ranks_here=ranks_here)
+def decided(spec=None, topology=NVLINK, visible_sms=132, ranks_here=1, **launch_options):
+    return decide(
+        spec or spec_of(), topology, LaunchOptions(**launch_options), visible_sms=visible_sms, ranks_here=ranks_here
+    )
 
 
 @pytest.mark.parametrize("bandwidth", [50e9, 450e9, 900e9])
@@ -70,17 +72,17 @@ def test_the_cheaper_one_makes_copies_unless_somebody_is_asked_for(layout):
 
 
 @pytest.mark.parametrize("layout", [Expanded(), Padded(capacity=64)], ids=repr)
-def test_calls_of_few_tokens_are_one_kernel_on_all_multiprocessors(layout):
+def test_calls_of_few_tokens_are_one_kernel_on_all_sms(layout):
     few = spec_of(layout=layout, max_tokens=512)
-    assert decided(few).one_kernel
+    assert decided(few).is_fused
     assert decided(few, FAST_MEMORY).expand == "sender"
     assert decided(few).num_sms == 132
     assert "one kernel" in str(decided(few))
     others = [spec_of(max_tokens=512), replace(few, max_tokens=513), replace(few, reduce="rank")]
-    assert not any(decided(spec).one_kernel for spec in others)
-    assert not decided(few, expand="receiver").one_kernel
-    assert decided(replace(few, wire=Fp8())).one_kernel
-    assert decided(replace(few, wire=Fp8(column_major=True))).one_kernel
+    assert not any(decided(spec).is_fused for spec in others)
+    assert not decided(few, expand="receiver").is_fused
+    assert decided(replace(few, wire=Fp8())).is_fused
+    assert decided(replace(few, wire=Fp8(column_major=True))).is_fused
 
 
 @pytest.mark.parametrize("num_topk", [1, 8, 32])
@@ -89,14 +91,14 @@ def test_calls_of_few_tokens_are_one_kernel_on_all_multiprocessors(layout):
 def test_programs_of_whole_calls_share_out_tokens_and_their_pieces(num_topk, num_tokens, num_sms):
     config = decided(spec_of(layout=Padded(), max_tokens=128), num_sms=num_sms)
     for num_words, unit in ((896, 16), (896, 1), (1, 1), (18, 3)):
-        few = config.few(num_words, num_tokens, num_topk, unit=unit)
+        few = config.fused_dispatch(num_words, num_tokens, num_topk, unit=unit)
         assert few.piece % unit == 0
         assert few.piece // unit in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
         assert 1 <= few.programs <= 1 + num_tokens * -(-num_words // few.piece)
         assert few.programs <= config.most_programs(num_topk)
         assert few.programs * few.num_warps * 32 * few.most_registers <= num_sms * 65536
         assert 1 <= few.stages(8 * 2) <= 4
-    sums = config.few_sums(7168, num_tokens, num_topk, value_bytes=2)
+    sums = config.fused_combine(7168, num_tokens, num_topk, value_bytes=2)
     assert sums.programs >= 1
     assert sums.programs * sums.num_warps * 32 * sums.most_registers <= num_sms * 65536
 
@@ -106,10 +108,10 @@ def test_programs_of_whole_calls_share_out_tokens_and_their_pieces(num_topk, num
 def test_where_ranks_crowd_a_gpu_programs_leave_room(num_tokens, num_sms):
     alone, crowded = (decided(spec_of(layout=Padded(), max_tokens=128), ranks_here=n, num_sms=num_sms) for n in (2, 3))
     assert (crowded.is_crowded, alone.is_crowded) == (True, False)
-    ours, theirs = (config.few(896, num_tokens, 8, unit=16) for config in (crowded, alone))
+    ours, theirs = (config.fused_dispatch(896, num_tokens, 8, unit=16) for config in (crowded, alone))
     assert (ours.programs, ours.piece) == (theirs.programs, theirs.piece)
     assert ours.num_warps * 32 * ours.most_registers * 4 <= 65536 < theirs.num_warps * 32 * theirs.most_registers * 4
-    programs = crowded.few_sums(7168, num_tokens, 8, value_bytes=2).programs
+    programs = crowded.fused_combine(7168, num_tokens, 8, value_bytes=2).programs
     assert programs == 8 * num_sms or programs <= 6 * num_sms
 
 
@@ -151,7 +153,7 @@ def test_the_receiver_is_refused_where_rows_do_not_fit_into_outputs(kwargs):
     assert decided(spec, FAST_MEMORY).expand == "sender"
     assert decided(spec, FAST_MEMORY, expand="sender").expand == "sender"
     with pytest.raises(ConfigError) as raised:
-        Wishes(expand="receiver").check(spec, CUDA)
+        LaunchOptions(expand="receiver").check(spec, CUDA)
     text = str(raised.value)
     assert text.startswith("expand='receiver' makes copies of landed rows")
     for part in (str(spec.wire), str(spec.combine_dtype), "multiples of 16 bytes", "pass expand=None"):
@@ -161,7 +163,7 @@ def test_the_receiver_is_refused_where_rows_do_not_fit_into_outputs(kwargs):
 def test_the_receiver_is_refused_where_there_are_no_copies():
     assert decided(spec_of(layout=Compact()), FAST_MEMORY).expand == "sender"
     with pytest.raises(ConfigError, match=r"Compact\(capacity=None\) has none.*pass expand=None"):
-        Wishes(expand="receiver").check(spec_of(layout=Compact()), CUDA)
+        LaunchOptions(expand="receiver").check(spec_of(layout=Compact()), CUDA)
 
 
 ROW_BYTES = [2, 16, 48, 1024, 2048, 14336, 16384, 28672, 100_000]
@@ -177,7 +179,7 @@ def check_pieces(shape, row_bytes, *, most_bytes, at_once):
 
 @pytest.mark.parametrize("row_bytes", ROW_BYTES)
 @pytest.mark.parametrize("is_counted", [False, True])
-def test_few_multiprocessors_get_one_wide_program_each(row_bytes, is_counted):
+def test_few_multiprocessors_get_one_unquantized_program_each(row_bytes, is_counted):
     shape = decided(num_sms=5).rows(row_bytes, is_counted=is_counted)
     assert shape.programs == 5
     assert shape.num_warps == 32
@@ -186,7 +188,7 @@ def test_few_multiprocessors_get_one_wide_program_each(row_bytes, is_counted):
 
 @pytest.mark.parametrize("row_bytes", ROW_BYTES)
 def test_all_multiprocessors_get_narrow_programs(row_bytes):
-    """One for each piece, or, where only the device knows how many there are, a few for each multiprocessor."""
+    """One for each piece, or, where only the device knows how many there are, a few for each SM."""
     config = decided(visible_sms=33, ranks_here=4)
     counted, uncounted = (config.rows(row_bytes, is_counted=is_counted) for is_counted in (True, False))
     assert (counted.programs, counted.num_warps) == (None, 2)
@@ -207,18 +209,18 @@ def test_sums_of_more_rows_get_wider_programs(row_bytes):
 
 
 def test_it_is_a_value():
-    config = decided(num_sms=5, engine="copy")
-    assert config == decided(num_sms=5, engine="copy")
+    config = decided(num_sms=5, mover="copy")
+    assert config == decided(num_sms=5, mover="copy")
     assert config != replace(config, num_sms=6)
-    assert config.engine == "copy"
-    assert len({config, decided(num_sms=5, engine="copy"), decided()}) == 2
+    assert config.mover == "copy"
+    assert len({config, decided(num_sms=5, mover="copy"), decided()}) == 2
 
 
 def test_it_prints_on_one_line_what_was_decided_and_from_what():
     config = LaunchConfig(
-        num_sms=8, visible_sms=66, expand="receiver", engine="kernel",
+        num_sms=8, visible_sms=66, expand="receiver", mover="kernel",
         topology=Topology(num_ranks=2, link_bandwidth=1.5e12, memory_bandwidth=2e12),
     )  # fmt: skip
     assert str(config) == (
-        "LaunchConfig(num_sms=8 of 66, expand='receiver', engine='kernel', link 1500 GB/s, memory 2000 GB/s)"
+        "LaunchConfig(num_sms=8 of 66, expand='receiver', mover='kernel', link 1500 GB/s, memory 2000 GB/s)"
     )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdock import Compact, Expanded, Padded, Spec, Topology, make_plan
-from crossdock.plan import check_capacity, landed_hop, local_counts
+from crossdock.plan import check_capacity, local_counts, second_hop
 from tests import oracle
 
 LAYOUTS = [Compact(), Expanded(), Expanded(alignment=4), Padded()]
@@ -36,7 +36,7 @@ def plans_of(spec, topk, scale_up=None):
     return [make_plan(spec, topology, rank=r, topk_idx=idx, counts=counts) for r, idx in enumerate(topk)]
 
 
-def landed(hops, inputs, num_rows):
+def moved(hops, inputs, num_rows):
     """Sends each rank's inputs [n, ...] along its hop; gives what lies at each rank, [num_rows, ...]."""
     there = [np.full((num_rows, *inputs[0].shape[1:]), GAP) for _ in hops]
     for hop, mine in zip(hops, inputs, strict=True):
@@ -51,7 +51,7 @@ def check_places(spec, topk, plans):
     """Tokens and picks land where the oracle says, and nowhere else."""
     ids = [np.array([(r, t) for t in range(len(idx))]).reshape(-1, 2) for r, idx in enumerate(topk)]
     num_rows = spec.num_slot_rows(len(topk))
-    there = landed([plan.hops[0] for plan in plans], ids, num_rows)
+    there = moved([plan.hops[0] for plan in plans], ids, num_rows)
     for plan, mine, want in zip(plans, there, oracle.rows_of(spec, topk), strict=True):
         assert plan.num_rows == len(want)
         expected = [(GAP, GAP) if row is None else (row.source, row.token) for row in want]
@@ -136,17 +136,17 @@ def test_two_hops_bring_what_one_hop_brings(layout, scale_up):
     topk = random_picks(num_ranks, 3, 4, 256)
     flat, two = plans_of(spec, topk), plans_of(spec, topk, scale_up)
     ids = [np.arange(len(idx)) + 1000 * r for r, idx in enumerate(topk)]
-    wanted = landed([plan.hops[0] for plan in flat], ids, spec.num_slot_rows(num_ranks))
+    wanted = moved([plan.hops[0] for plan in flat], ids, spec.num_slot_rows(num_ranks))
 
     num_nodes, room = num_ranks // scale_up, num_ranks // scale_up * spec.max_tokens
     first = [plan.hops[0] for plan in two]
-    rows = landed(first, ids, room)
+    rows = moved(first, ids, room)
     in_order = [replace(hop, send_idx=torch.arange(hop.send_idx.shape[0])) for hop in first]
-    carried = landed(in_order, [plan.carried.numpy() for plan in two], room)
+    carried = moved(in_order, [plan.carried.numpy() for plan in two], room)
     second = [
-        landed_hop(plan, torch.from_numpy(np.where(c == GAP, -1, c))) for plan, c in zip(two, carried, strict=True)
+        second_hop(plan, torch.from_numpy(np.where(c == GAP, -1, c))) for plan, c in zip(two, carried, strict=True)
     ]
-    got = landed(second, rows, spec.num_slot_rows(num_ranks))
+    got = moved(second, rows, spec.num_slot_rows(num_ranks))
     assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
 
     for plan, hop, idx in zip(two, first, topk, strict=True):

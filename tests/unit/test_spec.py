@@ -54,7 +54,7 @@ def test_row_bytes_counts_data_and_scales():
         ({"wire": Fp32(), "combine_wire": Bf16()}, torch.bfloat16),
     ],
 )
-def test_rows_go_home_wide(kwargs, want):
+def test_rows_go_home_unquantized(kwargs, want):
     assert spec_of(**kwargs).combine_dtype == want
 
 

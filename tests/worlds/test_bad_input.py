@@ -99,7 +99,7 @@ BAD_DISPATCHES = {
     ),
     "device of x": (lambda a: a.buffer.dispatch(meta(a.x), topk()), ("x is on meta", "x.cpu()")),
     "x no tensor": (lambda a: a.buffer.dispatch(a.x.numpy(), topk()), ("x is a ndarray", "tensor")),
-    "quantized x on a wide wire": (
+    "quantized x on a unquantized wire": (
         lambda a: a.buffer.dispatch(Quantized(a.x, torch.ones(T, 1)), topk()),
         ("x is Quantized", "Fp32()", "wire=Fp8"),
     ),

@@ -26,7 +26,7 @@ TINY = ["bench", "--device=cpu", "--ranks=2", "--tokens=6", "--hidden=128", "--e
 OUT, CACHED, PULL, PUSH = "dispatch", "dispatch (cached plan)", "combine (pull)", "combine (push)"
 FIELDS = {
     *("op", "ranks", "tokens", "hidden", "experts", "topk", "wire", "layout", "load", "seed", "repeats", "machine"),
-    *("device", "reduce", "alignment", "num_sms", "expand", "engine", "mps_percentage", "sweep_sms", "calls"),
+    *("device", "reduce", "alignment", "num_sms", "expand", "mover", "mps_percentage", "sweep_sms", "calls"),
     *("median_us", "p10_us", "p90_us", "bytes", "link_bytes", "limit_us", "floor_us", "baseline", "baseline_us"),
     *("trip_us", "copy_gb_s", "write_gb_s", "times_dispatch", "gpu", "sharing"),
 }
@@ -51,7 +51,7 @@ def test_writes_a_line_per_operation(tmp_path, capsys, layout):
         assert set(line["machine"]) == {"cpu", "cores", "memory_gib", "os", "python", "torch", "crossdock", "gpu"}
 
 
-def test_fp8_brings_the_wide_wire_beside_it(tmp_path):
+def test_fp8_brings_the_unquantized_wire_beside_it(tmp_path):
     path = tmp_path / "results.jsonl"
     assert main([*TINY, "--wire=fp8", "--baseline=kept", f"--json={path}"]) == 0
     assert [(line["op"], line["wire"]) for line in lines_of(path)] == [

@@ -24,7 +24,7 @@ from crossdock import (
     PeerTimeout,
     Spec,
 )
-from crossdock.backends.cuda import decode
+from crossdock.backends.cuda import fused
 from crossdock.backends.cuda.kernels.calls import BEGUN, PROGRESS, SENT
 from crossdock.backends.cuda.launch import Launcher
 from tests import oracle
@@ -88,14 +88,14 @@ def test_scales_arrive_column_major(world, layout, wire, expand):
 
 @two_ranks
 @pytest.mark.parametrize("expand", ["sender", "receiver"])
-def test_scales_arrive_column_major_by_few_multiprocessors(world, expand):
+def test_scales_arrive_column_major_by_few_sms(world, expand):
     cases = loads(spec_of(Padded(), wire=COLUMNS[0]), 2)[:1]
     dispatch.check_columns(world.opening(num_sms=1, expand=expand), cases)
 
 
 @two_ranks
 def test_copies_whole_blocks_of_scales_column_major(world):
-    dispatch.check_columns(world.opening(engine="copy"), loads(spec_of(Compact(), wire=COLUMNS[2]), 2)[1:2])
+    dispatch.check_columns(world.opening(mover="copy"), loads(spec_of(Compact(), wire=COLUMNS[2]), 2)[1:2])
 
 
 @pytest.mark.worlds("interpreted-3")
@@ -121,7 +121,7 @@ def test_has_room_for_as_many_rows_as_the_slot(world, layout):
 
 @two_ranks
 def test_copies_whole_blocks(world):
-    dispatch.check_each(world.opening(engine="copy"), loads(spec_of(Compact(), wire=Fp8(block=8)), 2)[:4])
+    dispatch.check_each(world.opening(mover="copy"), loads(spec_of(Compact(), wire=Fp8(block=8)), 2)[:4])
 
 
 @two_ranks
@@ -180,7 +180,7 @@ def test_what_is_started_is_sent_at_once_or_by_wait(world, layout, patience):
 
 def start_two(group, cases, patience):
     """Rows and sums of two batches whose calls overlap, and how far each dispatch was before and after its wait."""
-    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(decode, "_PATIENCE", patience):
+    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(fused, "_PATIENCE", patience):
         r, on = buffer.rank, buffer._backend._on
         started, rooms = [], []
         for case in cases:
@@ -201,7 +201,7 @@ def start_two(group, cases, patience):
 
 def start_or_call(group, cases):
     """One batch dispatched around the combine of another: rank 0 waits behind that, the others at once."""
-    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(decode, "_PATIENCE", 0):
+    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(fused, "_PATIENCE", 0):
         r = buffer.rank
         batches = [buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity") for case in cases]
         rows, sums = [observed(recv) for recv in batches], []
@@ -242,7 +242,7 @@ def train_and_watch(group, *args):
         enter(on)
 
     def launches(on, kernel, *args, **kwargs):
-        if filled and not on.config.one_kernel:  # which goes on the stream on which torch fills
+        if filled and not on.config.is_fused:  # which goes on the stream on which torch fills
             early.append((kernel.__name__, *filled))
         launch(on, kernel, *args, **kwargs)
 
@@ -324,7 +324,7 @@ def misbehave(group, trouble):
             if trouble == "abort" and r == 1:
                 buffer.abort("had enough")
             elif trouble == "abort in flight" and r == 1:
-                with mock.patch.object(decode, "_PATIENCE", 0):  # its word is given, and its rows are still to be sent
+                with mock.patch.object(fused, "_PATIENCE", 0):  # its word is given, and its rows are still to be sent
                     buffer.dispatch_start(x, topk_idx)
                 buffer.abort("had enough")
             elif trouble == "bad input" and r == 1:
@@ -371,7 +371,7 @@ def pick_badly(group, layout, starts, patience, at, expert):
     case = make_case(spec_of(layout), [4, 4], seed=3)
     with (
         open_buffer(group, case.spec, timeout_s=20) as buffer,
-        mock.patch.object(decode, "_PATIENCE", patience),
+        mock.patch.object(fused, "_PATIENCE", patience),
         mock.patch("crossdock.buffer.check_picks"),
     ):
         r = buffer.rank

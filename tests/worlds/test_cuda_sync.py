@@ -63,7 +63,7 @@ def num_ended(sequence):
 
 
 @triton.jit
-def exchange(segments, rank, payload, state, max_polls, record, result, rows, P: tl.constexpr, POSTS: tl.constexpr):
+def exchange(segments, rank, payload, state, max_polls, failure, result, rows, P: tl.constexpr, POSTS: tl.constexpr):
     """One call: a row to each rank, a word to each, a wait, and the rows that have come."""
     lanes = tl.arange(0, triton.next_power_of_2(P))
     sequence = tl.load(state)
@@ -76,7 +76,7 @@ def exchange(segments, rank, payload, state, max_polls, record, result, rows, P:
     own = tl.load(segments + rank)
     words, aborts = words_at(own, WORDS_AT) + entry, words_at(own, ABORTS_AT)
     status, seen = wait_words(
-        words, aborts, stamped(sequence, 0), True, num_ended(sequence), max_polls, PHASE, record, P
+        words, aborts, stamped(sequence, 0), True, num_ended(sequence), max_polls, PHASE, failure, P
     )
     if status == sync.OK:
         arrived = tl.load(words_at(own, ROWS_AT) + entry + lanes, mask=lanes < P)
@@ -95,9 +95,9 @@ def abort(segments, rank, flag, P: tl.constexpr):
 
 
 @triton.jit
-def compare(segments, expected, result, record, P: tl.constexpr, BITS: tl.constexpr):
+def compare(segments, expected, result, failure, P: tl.constexpr, BITS: tl.constexpr):
     own = tl.load(segments)
-    status, _ = wait_words(words_at(own, WORDS_AT), words_at(own, ABORTS_AT), expected, True, 0, 3, 0, record, P, BITS)
+    status, _ = wait_words(words_at(own, WORDS_AT), words_at(own, ABORTS_AT), expected, True, 0, 3, 0, failure, P, BITS)
     tl.store(result, status)
 
 
@@ -119,17 +119,17 @@ class Rank:
         addresses = [ctypes.addressof(ctypes.c_char.from_buffer(segment)) for segment in self._maps]
         self.segments = torch.tensor(addresses)
         self.state = torch.tensor([FIRSTS[0]])
-        self.record = torch.zeros(5, dtype=torch.int64)
+        self.failure = torch.zeros(5, dtype=torch.int64)
         self.rng = random.Random(rank)  # noqa: S311 - delays
 
     def meet(self) -> None:
         self._barrier.wait(LIMIT_S)
 
     def start(self, sequence: int) -> None:
-        """All ranks, at a sequence number, with the words of long ago in place and nothing on record."""
+        """All ranks, at a sequence number, with the words of long ago in dst_row and nothing on failure."""
         self.meet()
         self.state.fill_(sequence)
-        self.record.zero_()
+        self.failure.zero_()
         for entry in range(RING.value):
             for sender in range(self.num_ranks):
                 old = consent.stamped(sequence - 4 + entry, self.payload(sequence - 4 + entry, sender))
@@ -153,7 +153,7 @@ class Rank:
         result = torch.full((1 + self.num_ranks,), -7)
         rows = torch.full((self.num_ranks,), -7)
         payload = self.payload(int(self.state), self.rank)
-        args = (self.segments, self.rank, payload, self.state, max_polls, self.record, result, rows)
+        args = (self.segments, self.rank, payload, self.state, max_polls, self.failure, result, rows)
         exchange[(1,)](*args, P=self.num_ranks, POSTS=posts)
         return int(result[0]), result[1:].tolist(), rows.tolist()
 
@@ -175,7 +175,7 @@ def many_rounds(rank: Rank) -> None:
             assert seen == [consent.stamped(sequence, rank.payload(sequence, peer)) for peer in peers]
             assert rows == [_signed(sequence * 8 + peer) for peer in peers]
             sequence = sequence & ~consent.CALL_MASK | (sequence + 1) & consent.CALL_MASK
-        assert rank.record.tolist() == [0] * 5
+        assert rank.failure.tolist() == [0] * 5
     rank.meet()
 
 
@@ -188,11 +188,11 @@ def expired_deadline(rank: Rank) -> None:
             assert status == sync.TIMED_OUT.value
             assert rows == [-7] * rank.num_ranks
             expected, seen = consent.stamped(first, 0), rank.word_here(first, absent)
-            record = [sync.TIMED_OUT.value, absent, PHASE.value, expected, seen]
-            assert rank.record.tolist() == record
+            failure = [sync.TIMED_OUT.value, absent, PHASE.value, expected, seen]
+            assert rank.failure.tolist() == failure
             assert seen == consent.stamped(first - 3 + first % 2 - 1, rank.payload(first - 3 + first % 2 - 1, absent))
             assert rank.exchange(max_polls=20)[0] == sync.TIMED_OUT.value
-            assert rank.record.tolist() == record  # the first failure stays
+            assert rank.failure.tolist() == failure  # the first failure stays
         rank.meet()
 
 
@@ -209,7 +209,7 @@ def abort_ends_wait(rank: Rank) -> None:
             assert rank.exchange()[0] == sync.ABORTED.value
             assert rank.exchange(max_polls=1, posts=False)[0] == sync.ABORTED.value
             expected = consent.stamped(FIRSTS[0] + 8, 0)
-            assert rank.record.tolist() == [sync.ABORTED.value, culprit, PHASE.value, expected, flag]
+            assert rank.failure.tolist() == [sync.ABORTED.value, culprit, PHASE.value, expected, flag]
         rank.meet()
 
 
@@ -222,9 +222,9 @@ def abort_after_words(rank: Rank) -> None:
         rank.abort(consent.Flag(epoch=0, first_void=16, num_more=0).packed())
     rank.meet()
     rank.state.fill_(sequence)
-    rank.record.zero_()
+    rank.failure.zero_()
     assert rank.exchange(posts=False)[0] == sync.OK.value
-    assert rank.record.tolist() == [0] * 5
+    assert rank.failure.tolist() == [0] * 5
     rank.meet()
 
 
@@ -238,7 +238,7 @@ def whole_words(rank: Rank) -> None:
             for sender in range(num_ranks):
                 rank.write(WORDS + 8 * sender, word)
             rank.write(WORDS + 8 * (num_ranks - 1), word if bit is None else _signed(word ^ 1 << bit))
-            compare[(1,)](mine, word, result, rank.record, P=num_ranks, BITS=bits)
+            compare[(1,)](mine, word, result, rank.failure, P=num_ranks, BITS=bits)
             assert int(result) == (sync.OK if bit is None or bit < bits else sync.TIMED_OUT).value
     rank.meet()
 

@@ -125,7 +125,7 @@ def test_scales_arrive_column_major(world, layout, wire):
 @pytest.mark.worlds("inproc-2")
 @pytest.mark.parametrize("wire", COLUMNS, ids=repr)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-def test_scales_of_wide_rows_arrive_column_major(world, layout, wire):
+def test_scales_of_unquantized_rows_arrive_column_major(world, layout, wire):
     check_columns(world, loads(spec_of(layout, replace(wire, block=32), hidden=7168), 2)[:2])
 
 
@@ -201,18 +201,22 @@ def test_a_plan_sends_other_rows_the_same_way(world, layout):
         check_received(case, [mine[i] for mine in got])
 
 
-def dispatch_wide(group, cases):
+def dispatch_unquantized(group, cases):
     """Calls by turns narrow and wide, on picks and on plans; outputs of the call before are pulled meanwhile."""
     with open_buffer(group, cases[0].spec, debug=True) as buffer:
         r, got, outs, before = buffer.rank, [], [], None
         for case in cases:
             narrow = buffer.dispatch(case.x[r], case.topk[r])
             pulled = buffer.combine_start(narrow.output_rows().fill_(1), narrow.plan)
-            wide = buffer.dispatch(case.y[r], case.topk[r], weights=case.weights[r], extras=case.extras[r], wide=True)
+            wide = buffer.dispatch(
+                case.y[r], case.topk[r], weights=case.weights[r], extras=case.extras[r], unquantized=True
+            )
             got.append(observed(wide))
             assert wide.x.data_ptr() == wide.output_rows().data_ptr()
             outs.append((pulled.wait(), buffer.combine(wide.x, wide.plan)))
-            got.append(observed(buffer.dispatch(case.y[r], narrow.plan, weights=case.weights[r], wide=True, copy=True)))
+            got.append(
+                observed(buffer.dispatch(case.y[r], narrow.plan, weights=case.weights[r], unquantized=True, copy=True))
+            )
             before = narrow
         assert before.is_stale
         return got, outs, int(buffer.stats.num_tokens_per_expert.sum())
@@ -221,12 +225,12 @@ def dispatch_wide(group, cases):
 @pytest.mark.worlds("inproc-1", "inproc-4", "processes-2")
 @pytest.mark.parametrize("combine_wire", [Bf16(), Fp32()], ids=repr)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-def test_wide_rows_travel_in_the_combine_format(world, layout, combine_wire):
+def test_unquantized_rows_travel_in_the_combine_format(world, layout, combine_wire):
     spec = spec_of(layout, Fp8(block=8), combine_wire=combine_wire)
     cases = loads(spec, world.num_ranks)
     for case in cases:
         case.y[:] = [x * 1.0078125 for x in case.x]  # wide tokens [T, H] here: bits that FP8 has not
-    got = world.run(dispatch_wide, cases)
+    got = world.run(dispatch_unquantized, cases)
     for i, case in enumerate(cases):
         wide = replace(case, spec=replace(spec, wire=combine_wire))
         check_received(wide, [mine[2 * i] for mine, _, _ in got], x=case.y)
@@ -239,14 +243,14 @@ def test_wide_rows_travel_in_the_combine_format(world, layout, combine_wire):
             assert same_bits(pulled, sums[rank])
             assert same_bits(combined, want)
     num_picks = sum(int((topk >= 0).sum()) for case in cases for topk in case.topk)
-    assert sum(num_tokens for _, _, num_tokens in got) == num_picks  # wide rows are not counted
+    assert sum(num_tokens for _, _, num_tokens in got) == num_picks  # unquantized rows are not counted
 
 
 def disagree_about_width(group, spec):
     with open_buffer(group, spec, timeout_s=20) as buffer:
         x = torch.ones(2, 24, dtype=torch.bfloat16, device=device())
         plan = buffer.dispatch(x, torch.full((2, 4), -1, device=device())).plan
-        buffer.dispatch(x, plan, wide=buffer.rank == 0)
+        buffer.dispatch(x, plan, unquantized=buffer.rank == 0)
         buffer.check()
 
 
@@ -256,15 +260,15 @@ def test_ranks_that_disagree_about_width_are_told(world):
     assert all(isinstance(outcome, PeerFailed) for outcome in outcomes)
 
 
-def dispatch_wide_in_another_format(group, spec):
+def dispatch_unquantized_in_another_format(group, spec):
     with open_buffer(group, spec) as buffer:
-        buffer.dispatch(torch.ones(2, 24), torch.zeros(2, 4, dtype=torch.int64) - 1, wide=True)
+        buffer.dispatch(torch.ones(2, 24), torch.zeros(2, 4, dtype=torch.int64) - 1, unquantized=True)
 
 
 @pytest.mark.worlds("inproc-1")
-def test_wide_rows_of_another_format_are_refused(world):
-    with pytest.raises(ConfigError, match=r"x is float32; with wide=True .* x\.to\(torch\.bfloat16\)"):
-        world.run(dispatch_wide_in_another_format, spec_of(Expanded(), Fp8(block=8)))
+def test_unquantized_rows_of_another_format_are_refused(world):
+    with pytest.raises(ConfigError, match=r"x is float32; with unquantized=True .* x\.to\(torch\.bfloat16\)"):
+        world.run(dispatch_unquantized_in_another_format, spec_of(Expanded(), Fp8(block=8)))
 
 
 def dispatch_quantized(group, case):

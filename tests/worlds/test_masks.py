@@ -26,7 +26,7 @@ from crossdock import (
     autograd,
     run_local,
 )
-from crossdock.masks import Proposal, drop_picks, num_words, verdict
+from crossdock.masks import Proposal, drop_picks, find_disagreement, num_words
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, make_case, observed, same_bits
 from tests.world import WorkerLost, meet, open_buffer
@@ -422,9 +422,9 @@ def test_a_proposal_of_any_number_of_ranks_fits_its_words(num_ranks):
 
 def test_a_verdict_says_what_is_in_the_way():
     both, one = (Proposal(wanted=frozenset(ranks), gone=frozenset({1})) for ranks in ((1, 2), (1,)))
-    assert verdict({0: one, 3: one}) is None
-    assert "rank 0 wants rank 1, rank 3 wants ranks 1, 2" in str(verdict({3: both, 0: one}))
-    assert "rank 2 cannot be masked: rank 0 sees" in str(verdict({0: both, 3: both}))
+    assert find_disagreement({0: one, 3: one}) is None
+    assert "rank 0 wants rank 1, rank 3 wants ranks 1, 2" in str(find_disagreement({3: both, 0: one}))
+    assert "rank 2 cannot be masked: rank 0 sees" in str(find_disagreement({0: both, 3: both}))
 
 
 def do_as_old_graphs(group, spec, cases):

@@ -1,9 +1,9 @@
 """Rows on GPUs that map each other's memory: the Backend protocol by kernels on a stream of its own.
 
-Every method issues work and returns; only ``settled`` waits for the host, and ``engine="copy"``, whose block sizes the
+Every method issues work and returns; only ``settled`` waits for the host, and ``mover="copy"``, whose block sizes the
 host has to know. Tensors that the caller gets are of its own stream's memory, and those of ours alone are of ours.
 
-Letters: T tokens here, K top-k, J places of a token, H hidden, R rows received, Q rows sent, P ranks.
+Letters: T tokens here, K top-k, J dst_rows of a token, H hidden, R rows received, Q rows sent, P ranks.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Landed, Outgoing, PlanTensors, Rows, Small, Wishes
+from crossdock.backends.base import Arrived, Batch, LaunchOptions, Metadata, PlanTensors, RowCount
 from crossdock.backends.cuda.config import decide
-from crossdock.backends.cuda.control import DeviceConsent
-from crossdock.backends.cuda.decode import DecodeCalls
+from crossdock.backends.cuda.consent import DeviceConsent
+from crossdock.backends.cuda.fused import FusedCalls
 from crossdock.backends.cuda.launch import Launcher
-from crossdock.backends.cuda.movers import RowKernels, rowwise
 from crossdock.backends.cuda.plan import DevicePlan, Table
 from crossdock.backends.cuda.planner import Planner
+from crossdock.backends.cuda.rows import RowKernels, rowwise
 from crossdock.backends.cuda.scales import ScaleKernels
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
@@ -46,7 +46,7 @@ class CudaBackend:
         self, arena: Arena, transport: DeviceTransport, launcher: Launcher, consent: DeviceConsent, *, buffer_id: int
     ) -> None:
         self.launch = launcher.config
-        """The default; a call may ask for another number of multiprocessors."""
+        """The default; a call may ask for another number of SMs."""
         spec = arena.spec
         self.has_pairs = spec.ranks_sum_picks or self.launch.expand == "receiver"
         self._arena = arena
@@ -58,7 +58,7 @@ class CudaBackend:
         self._consent = consent
         self._planner = Planner(arena, launcher, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
         self._device = transport.device
-        self.whole = DecodeCalls(arena, launcher, self._planner, consent) if self.launch.one_kernel else None
+        self.fused = FusedCalls(arena, launcher, self._planner, consent) if self.launch.is_fused else None
         self._fresh: DevicePlan | None = None
         self._is_narrow = isinstance(spec.wire, Fp8)
         self._is_aligned = isinstance(spec.layout, Expanded) and spec.layout.alignment > 1
@@ -88,7 +88,7 @@ class CudaBackend:
         self._fresh = self._planner.count(topk_idx, stamp=sequence)
         self._consent.tells(self._fresh)
 
-    def make_plan(self, sequence: int, topk_idx: Tensor, mode: Rows) -> DevicePlan:
+    def make_plan(self, sequence: int, topk_idx: Tensor, mode: RowCount) -> DevicePlan:
         """See Backend. The host is told later."""
         plan, self._fresh = self._fresh, None
         assert plan is not None
@@ -111,27 +111,27 @@ class CudaBackend:
                     raise made_before(self._masked)
         return self._planner.remake(tensors)
 
-    def push_rows(self, plan: Plan, outgoing: Outgoing, words: Sequence[Word]) -> None:
+    def push_rows(self, plan: Plan, batch: Batch, words: Sequence[Word]) -> None:
         """See Backend."""
         plan = _of_device(plan)
-        self._push(plan, outgoing)
+        self._push(plan, batch)
         if plan.src_idx is None and plan.pairs is not None:
-            self._planner.find_origins(plan, plan.pairs)
-        if _has_records(plan, outgoing):
+            self._planner.find_src_rows(plan, plan.pairs)
+        if _has_metadata(plan, batch):
             extras = None
-            if outgoing.extras:
-                extras = self._packed(outgoing.extras, self._arena.record_bytes - self._arena.extras_offset)
-            weights = None if outgoing.weights is None else self._on.dense(outgoing.weights)
-            self._kernels.push_records(plan.topk_idx, weights, extras, plan.rows)
+            if batch.extras:
+                extras = self._packed(batch.extras, self._arena.metadata_bytes - self._arena.extras_offset)
+            weights = None if batch.weights is None else self._on.dense(batch.weights)
+            self._kernels.push_metadata(plan.topk_idx, weights, extras, plan.rows)
         if plan.pairs is not None and plan.partial_rows is None:
             self._kernels.push_partial_rows(plan.rows, plan.pairs)
-        if not outgoing.wide:
+        if not batch.unquantized:
             self._consent.counts(plan.num_tokens_per_expert)
 
-    def landed(self, plan: Plan, outgoing: Outgoing, slot: int, *, num_rows: int) -> Landed:
+    def arrived(self, plan: Plan, batch: Batch, slot: int, *, num_rows: int) -> Arrived:
         """See Backend."""
         plan = _of_device(plan)
-        kernels, region = self._kernels, self._arena.region_of_rows(wide=outgoing.wide)
+        kernels, region = self._kernels, self._arena.region_of_rows(unquantized=batch.unquantized)
         has_scale = self._is_narrow and region == "data"
         partial_rows = plan.partial_rows
         if plan.pairs is not None and partial_rows is None:
@@ -139,7 +139,7 @@ class CudaBackend:
             with self.on_stream():
                 partial_rows.copy_(self._on.view("partial_rows", slot))
             plan = replace(plan, partial_rows=partial_rows)
-        if self.launch.expand == "receiver" and (way := self._way(plan, outgoing)).is_landed:
+        if self.launch.expand == "receiver" and (way := self._way(plan, batch)).is_staged:
             kernels.expand_rows(slot, "data", plan, offset=0)
             if has_scale and self._scale_kernels is not None:
                 self._scale_kernels.expand_scales(slot, plan, offset=way.scale_offset)
@@ -151,19 +151,19 @@ class CudaBackend:
                 self._scale_kernels.zero_gaps(slot, plan)
             elif has_scale:
                 kernels.zero_gaps(slot, "scale", plan)
-        plan, small = self._small(plan, outgoing, slot, num_rows)
-        return Landed(plan=plan, small=small)
+        plan, small = self._small(plan, batch, slot, num_rows)
+        return Arrived(plan=plan, small=small)
 
-    def settled(self, plan: Plan, mode: Rows) -> Steps[Plan]:
+    def settled(self, plan: Plan, mode: RowCount) -> Steps[Plan]:
         """See Backend.
 
         Raises:
             ConfigError: this rank's picks are not allowed; the others raise PeerFailed.
         """
         plan = _of_device(plan)
-        if mode == "capacity" or plan.report is None:
+        if mode == "capacity" or plan.host_counts is None:
             return plan
-        yield from self._consent.until(plan.report.event, "begin this dispatch")
+        yield from self._consent.until(plan.host_counts.event, "begin this dispatch")
         if (failure := self._consent.failure()) is not None:
             raise failure
         return self._planner.told(plan)
@@ -174,20 +174,20 @@ class CudaBackend:
         """See Backend."""
         plan, kernels = _of_device(plan), self._kernels
         if plan.src_idx is None:  # of a whole call: so far nobody has had to know
-            self._planner.find_origins(plan, plan.rows)
+            self._planner.find_src_rows(plan, plan.rows)
         if y is not None:
             y = rowwise(y, self._on)
             if plan.sums_pairs or weights is not None:
                 kernels.push_sums(y, plan, None if weights is None else self._on.dense(weights))
             else:
                 row_bytes = self._arena.spec.hidden * y.element_size()
-                kernels.push_home(y, plan, plan.rows, "landing", row_bytes)
+                kernels.return_rows_to(y, plan, plan.rows, "returned", row_bytes)
         if extras:
             packed = self._packed(extras, self._arena.return_bytes)
-            kernels.push_home(packed, plan, plan.rows, "returns", self._arena.return_bytes)
+            kernels.return_rows_to(packed, plan, plan.rows, "returned_extras", self._arena.return_bytes)
 
     def sum_rows(
-        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], landing_slot: int
+        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], return_slot: int
     ) -> Tensor:
         """See Backend."""
         plan, spec = _of_device(plan), self._arena.spec
@@ -195,28 +195,28 @@ class CudaBackend:
         if weights is not None:
             weights = self._on.dense(weights)
             if not spec.layout.per_pick:
-                of_picks, weights = weights, self._ours(*plan.rows.places.shape, dtype=torch.float32)
-                self._kernels.weigh_places(plan.topk_idx, of_picks, plan.rows, weights)
-        self._kernels.sum_rows(out, plan, weights, None if bias is None else self._on.dense(bias), landing_slot)
+                of_picks, weights = weights, self._ours(*plan.rows.dst_rows.shape, dtype=torch.float32)
+                self._kernels.weigh_rows(plan.topk_idx, of_picks, plan.rows, weights)
+        self._kernels.sum_rows(out, plan, weights, None if bias is None else self._on.dense(bias), return_slot)
         return out
 
-    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], landing_slot: int) -> tuple[Tensor, ...]:
+    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
         """See Backend."""
         plan = _of_device(plan)
         table, per_pick = plan.rows, self._arena.spec.layout.per_pick
-        num_tokens, num_columns = table.homes.shape
+        num_tokens, num_columns = table.return_rows.shape
         lead = (num_tokens, num_columns) if per_pick else (num_tokens,)
         results = [self._empty(*lead, *extra.shape[1:], dtype=torch.float32) for extra in extras]
         at = 0
         with self.on_stream():
-            home = self._on.view("returns", landing_slot)
-            is_row = (table.places >= 0).unsqueeze(-1)  # [T, J, 1]
-            homes = table.homes.clamp(min=0).long()
+            home = self._on.view("returned_extras", return_slot)
+            is_row = (table.dst_rows >= 0).unsqueeze(-1)  # [T, J, 1]
+            return_rows = table.return_rows.clamp(min=0).long()
             for extra, result in zip(extras, results, strict=True):
                 num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
                 sent = home[:, at : at + num_bytes].contiguous().view(torch.float32)  # [Q, values]
                 at += num_bytes
-                values = sent[homes].masked_fill_(~is_row, 0.0)  # [T, J, values]
+                values = sent[return_rows].masked_fill_(~is_row, 0.0)  # [T, J, values]
                 if per_pick:
                     result.copy_(values.view_as(result))
                     continue
@@ -232,7 +232,7 @@ class CudaBackend:
 
     def event(self, *, at_once: bool) -> torch.cuda.Event | None:
         """See Backend. Calls of one kernel that are waited for at once are on the stream that would wait."""
-        if at_once and self.launch.one_kernel:
+        if at_once and self.launch.is_fused:
             return None
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._on.stream)
@@ -247,11 +247,11 @@ class CudaBackend:
 
     def check_capture(self, *, asks_host: bool) -> None:
         """See Backend."""
-        if (asks_host or self.launch.engine == "copy") and torch.cuda.is_current_stream_capturing():
+        if (asks_host or self.launch.mover == "copy") and torch.cuda.is_current_stream_capturing():
             raise ConfigError(
                 "a CUDA graph is being captured, and this call asks the host (a dispatch how many rows came, or where "
-                "blocks of engine='copy' go; a mask who is gone); leave mask() out, and for a dispatch pass "
-                "rows='capacity', or recv.plan of an earlier dispatch, with engine='kernel'"
+                "blocks of mover='copy' go; a mask who is gone); leave mask() out, and for a dispatch pass "
+                "rows='capacity', or recv.plan of an earlier dispatch, with mover='kernel'"
             )
 
     def marked(self, name: str) -> AbstractContextManager[object]:
@@ -261,7 +261,7 @@ class CudaBackend:
     def synchronize(self) -> None:
         """See Backend."""
         self._on.synchronize()
-        self._planner.look_at_all_reports()
+        self._planner.look_at_all_host_counts()
 
     def warm_up(self) -> None:
         """Does every kind of call on no rows, so that kernels are compiled and loaded. Only while calls are void.
@@ -278,76 +278,80 @@ class CudaBackend:
             x = spec.wire.quantize(wide)
         kinds: list[Tensor | Quantized] = [x] if isinstance(x, Tensor) else [x, wide]
         calls = [
-            Outgoing(x=x, weights=None, extras=()),
-            Outgoing(x=x if isinstance(x, Tensor) else wide, weights=weights, extras=()),
-            Outgoing(x=wide, weights=weights, extras=(), wide=True),
+            Batch(x=x, weights=None, extras=()),
+            Batch(x=x if isinstance(x, Tensor) else wide, weights=weights, extras=()),
+            Batch(x=wide, weights=weights, extras=(), unquantized=True),
         ]
         if spec.extra_bytes:
             extras = (torch.zeros(1, spec.extra_bytes, dtype=torch.uint8, device=self._device),)
-            calls += [Outgoing(x=x, weights=given, extras=extras) for given in (None, weights)]
+            calls += [Batch(x=x, weights=given, extras=extras) for given in (None, weights)]
         with self.on_stream():
-            if self.whole is not None:
+            if self.fused is not None:
                 for given_x, given in itertools.product(kinds, (None, weights)):
-                    outgoing = Outgoing(x=given_x, weights=given, extras=())
-                    begun = self.whole.warm_up(outgoing, picks)
-                    self._unpack(begun, outgoing, 0, 1)
-                self._planner.find_origins(begun, begun.rows)
-            for outgoing in calls:
+                    batch = Batch(x=given_x, weights=given, extras=())
+                    begun = self.fused.warm_up(batch, picks)
+                    self._unpack(begun, batch, 0, 1)
+                self._planner.find_src_rows(begun, begun.rows)
+            for batch in calls:
                 self.post_counts(0, picks)
                 self._consent.warm_up()
                 plan: Plan = self.make_plan(0, picks, "exact")
-                self.push_rows(plan, outgoing, ())
-                plans.append(self.landed(plan, outgoing, 0, num_rows=1).plan)
+                self.push_rows(plan, batch, ())
+                plans.append(self.arrived(plan, batch, 0, num_rows=1).plan)
             self._consent.warm_up()
             plan = plans[0]
-            for outgoing in calls:
-                self.push_rows(plan, outgoing, ())
-                self.landed(plan, outgoing, 0, num_rows=1)
+            for batch in calls:
+                self.push_rows(plan, batch, ())
+                self.arrived(plan, batch, 0, num_rows=1)
             row_weights = torch.zeros(1, device=self._device) if spec.reduce == "rank" else None
             for given in (None, row_weights):
                 self.push_outputs(plan, wide, (weights[:, :1],), given, ())
             for given in (None, None if spec.reduce == "rank" else weights):
                 for bias in (None, wide, wide.float()):
                     self.sum_rows(plan, given, bias, (), 0)
-                    if self.whole is not None:
-                        self.whole.warm_up_sums(plan, given, bias)
+                    if self.fused is not None:
+                        self.fused.warm_up_sums(plan, given, bias)
         self.synchronize()
 
-    def _push(self, plan: DevicePlan, outgoing: Outgoing) -> None:
+    def _push(self, plan: DevicePlan, batch: Batch) -> None:
         """Rows alone, by kernels or by copies of whole blocks."""
-        if self.launch.engine == "copy":
-            self._push_blocks(plan, outgoing)
+        if self.launch.mover == "copy":
+            self._push_blocks(plan, batch)
             return
-        way, x = self._way(plan, outgoing), outgoing.x
-        if isinstance(x, Tensor) and self._is_narrow and not outgoing.wide:
-            self._kernels.push_cast(rowwise(x, self._on), way.table, landed=way.is_landed)
+        way, x = self._way(plan, batch), batch.x
+        if isinstance(x, Tensor) and self._is_narrow and not batch.unquantized:
+            self._kernels.push_cast(rowwise(x, self._on), way.table, staged=way.is_staged)
             return
         data, scale = x if isinstance(x, Quantized) else (x, None)
         self._kernels.push_rows(rowwise(data, self._on), way.table, way.region, row_bytes=way.row_bytes)
-        if scale is not None and self._scale_kernels is not None and not way.is_landed:
+        if scale is not None and self._scale_kernels is not None and not way.is_staged:
             self._scale_kernels.push_scales(scale, way.table)
         elif scale is not None:
-            scale, region = rowwise(scale, self._on), way.region if way.is_landed else "scale"
+            scale, region = rowwise(scale, self._on), way.region if way.is_staged else "scale"
             self._kernels.push_rows(scale, way.table, region, offset=way.scale_offset, row_bytes=way.row_bytes)
 
-    def _way(self, plan: DevicePlan, outgoing: Outgoing) -> _Way:
+    def _way(self, plan: DevicePlan, batch: Batch) -> _Way:
         """By which table rows go, and where they land."""
-        region, spec = self._arena.region_of_rows(wide=outgoing.wide), self._arena.spec
+        region, spec = self._arena.region_of_rows(unquantized=batch.unquantized), self._arena.spec
         if self.launch.expand == "receiver" and region == "data":
             assert plan.pairs is not None
             out_bytes = spec.hidden * spec.combine_dtype.itemsize
             offset = spec.hidden * spec.wire.dtype.itemsize
-            return _Way(plan.pairs, "outputs", is_landed=True, row_bytes=out_bytes, scale_offset=offset)
-        return _Way(plan.rows, region, is_landed=False, row_bytes=None, scale_offset=0)
+            return _Way(plan.pairs, "outputs", is_staged=True, row_bytes=out_bytes, scale_offset=offset)
+        return _Way(plan.rows, region, is_staged=False, row_bytes=None, scale_offset=0)
 
-    def _push_blocks(self, plan: DevicePlan, outgoing: Outgoing) -> None:
+    def _push_blocks(self, plan: DevicePlan, batch: Batch) -> None:
         """Packs rows in this rank's sending order, and copies the block of each peer as a whole.
 
         Blocks of scales that arrive column-major have gaps there, and so are copied by a kernel of torch's.
         """
-        spec, rank, region = self._arena.spec, self._transport.rank, self._arena.region_of_rows(wide=outgoing.wide)
-        x = outgoing.x
-        if isinstance(x, Tensor) and isinstance(spec.wire, Fp8) and not outgoing.wide:
+        spec, rank, region = (
+            self._arena.spec,
+            self._transport.rank,
+            self._arena.region_of_rows(unquantized=batch.unquantized),
+        )
+        x = batch.x
+        if isinstance(x, Tensor) and isinstance(spec.wire, Fp8) and not batch.unquantized:
             with self.on_stream():
                 x = spec.wire.quantize(x)
         parts = [(x.data, region), (x.scale, "scale")] if isinstance(x, Quantized) else [(x, region)]
@@ -379,50 +383,50 @@ class CudaBackend:
         return packed
 
     def _small(
-        self, plan: DevicePlan, outgoing: Outgoing, slot: int, num_rows: int
-    ) -> tuple[DevicePlan, Callable[[], Small]]:
+        self, plan: DevicePlan, batch: Batch, slot: int, num_rows: int
+    ) -> tuple[DevicePlan, Callable[[], Metadata]]:
         """The small things of a slot, and the plan with what it keeps of them; of whole calls when asked for."""
-        if plan.is_whole and plan.src_idx is None and not outgoing.extras:
+        if plan.is_fused and plan.src_idx is None and not batch.extras:
             is_captured = torch.cuda.is_current_stream_capturing()
 
-            def read() -> Small:
+            def read() -> Metadata:
                 if torch.cuda.is_current_stream_capturing() != is_captured:
                     raise ConfigError(
                         "what came with these rows is read when it is asked for: of a dispatch in a CUDA graph ask "
                         "within the capture, of any other outside of it"
                     )
                 self.enter()
-                return self._unpack(plan, outgoing, slot, num_rows)[1]
+                return self._unpack(plan, batch, slot, num_rows)[1]
 
             return plan, read
         weights: Tensor | None = None
         extras: tuple[Tensor, ...] = ()
-        if _has_records(plan, outgoing):
-            plan, small = self._unpack(plan, outgoing, slot, num_rows)
+        if _has_metadata(plan, batch):
+            plan, small = self._unpack(plan, batch, slot, num_rows)
             weights, extras = small.weights, small.extras
         assert plan.src_idx is not None
         src_idx = self._up_to(plan.src_idx, num_rows)
         topk_idx = None if plan.local_idx is None else self._up_to(plan.local_idx, num_rows)
-        small = Small(src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras)
+        small = Metadata(src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras)
         return plan, lambda: small
 
-    def _unpack(self, plan: DevicePlan, outgoing: Outgoing, slot: int, num_rows: int) -> tuple[DevicePlan, Small]:
+    def _unpack(self, plan: DevicePlan, batch: Batch, slot: int, num_rows: int) -> tuple[DevicePlan, Metadata]:
         """The small things out of the records, and the plan with sources and ids."""
         spec = self._arena.spec
         per_row = () if spec.layout.per_pick else (spec.num_topk,)
         src_idx = self._empty(num_rows, dtype=torch.int32)
         local_idx = self._empty(num_rows, spec.num_topk, dtype=torch.int32) if per_row else None
-        weights = None if outgoing.weights is None else self._empty(num_rows, *per_row, dtype=torch.float32)
-        extras = tuple(self._empty(num_rows, *extra.shape[1:], dtype=extra.dtype) for extra in outgoing.extras)
-        self._kernels.unpack_records(slot, plan, src_idx, local_idx, weights)
-        at, record = self._arena.extras_offset, self._on.view("record", slot)[:num_rows]
+        weights = None if batch.weights is None else self._empty(num_rows, *per_row, dtype=torch.float32)
+        extras = tuple(self._empty(num_rows, *extra.shape[1:], dtype=extra.dtype) for extra in batch.extras)
+        self._kernels.unpack_metadata(slot, plan, src_idx, local_idx, weights)
+        at, record = self._arena.extras_offset, self._on.view("metadata", slot)[:num_rows]
         for extra in extras:
             raw = _raw(extra)
             with self.on_stream():
                 part = record[:, at : at + raw.shape[1]]
-                raw.copy_(part.masked_fill(plan.rows.origins[:num_rows, None] < 0, 0))
+                raw.copy_(part.masked_fill(plan.rows.src_rows[:num_rows, None] < 0, 0))
             at += raw.shape[1]
-        small = Small(src_idx=src_idx, topk_idx=local_idx, weights=weights, extras=extras)
+        small = Metadata(src_idx=src_idx, topk_idx=local_idx, weights=weights, extras=extras)
         return replace(plan, src_idx=src_idx, local_idx=local_idx), small
 
     def _up_to(self, rows: Tensor, num_rows: int) -> Tensor:
@@ -433,7 +437,7 @@ class CudaBackend:
         return torch.cat([rows, more])
 
     def _packed(self, extras: Sequence[Tensor], num_bytes: int) -> Tensor:
-        """Small tensors ``[n, ...]`` side by side, int32 ``[n, words]``: as many as there is room for, zeros behind."""
+        """Extras ``[n, ...]`` side by side, int32 ``[n, words]``, zeros behind them."""
         with self.on_stream():
             raw = torch.cat([_raw(extra.contiguous()) for extra in extras], dim=1)
             packed = torch.zeros(raw.shape[0], num_bytes, dtype=torch.uint8, device=self._device)
@@ -452,7 +456,7 @@ class CudaBackend:
 class _Way(NamedTuple):
     table: Table
     region: str
-    is_landed: bool
+    is_staged: bool
     """Whether rows are copied from there to where they belong."""
     row_bytes: int | None
     """Between rows there; None: those of a row."""
@@ -467,7 +471,9 @@ class Parts(NamedTuple):
     consent: DeviceConsent
 
 
-def connect(transport: DeviceTransport, arena: Arena, wishes: Wishes, *, buffer_id: int, timeout_s: float) -> Parts:
+def connect(
+    transport: DeviceTransport, arena: Arena, launch_options: LaunchOptions, *, buffer_id: int, timeout_s: float
+) -> Parts:
     """The parts of a rank whose peers' memory is mapped. Local. Compiles and loads the kernels."""
     device = torch.cuda.get_device_properties(transport.device)
     visible = device.multi_processor_count // (transport.ranks_here if transport.shares_sms else 1)
@@ -476,7 +482,7 @@ def connect(transport: DeviceTransport, arena: Arena, wishes: Wishes, *, buffer_
     config = decide(
         arena.spec,
         topology,
-        wishes,
+        launch_options,
         visible_sms=visible,
         ranks_here=transport.ranks_here,
         can_launch_early=can_launch_early,
@@ -485,7 +491,7 @@ def connect(transport: DeviceTransport, arena: Arena, wishes: Wishes, *, buffer_
     consent = DeviceConsent(transport, launcher, ring=arena.ring, num_experts=arena.spec.num_experts)
     backend = CudaBackend(arena, transport, launcher, consent, buffer_id=buffer_id)
     with launcher.all_void():
-        if config.engine == "kernel":  # else the host asks what kernels have found
+        if config.mover == "kernel":  # else the host asks what kernels have found
             with launcher.compiling():
                 backend.warm_up()
         backend.warm_up()
@@ -505,9 +511,9 @@ def _of_device(plan: Plan) -> DevicePlan:
     return plan
 
 
-def _has_records(plan: DevicePlan, outgoing: Outgoing) -> bool:
+def _has_metadata(plan: DevicePlan, batch: Batch) -> bool:
     """Whether something travels beside rows: what a plan does not know yet, or what changes from call to call."""
-    return plan.src_idx is None or outgoing.weights is not None or bool(outgoing.extras)
+    return plan.src_idx is None or batch.weights is not None or bool(batch.extras)
 
 
 def _raw(extra: Tensor) -> Tensor:

@@ -6,29 +6,29 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from crossdock import cost
-from crossdock.backends.base import Wishes
+from crossdock.backends.base import LaunchOptions
 from crossdock.spec import Spec, Topology
 
 _MOST_ROWS = 32
-_ORIGIN_CELLS = 16384
+_SRC_CELLS = 16384
 """Rows times blocks of rows that a program compares."""
 _COUNTS = 4096
 """Counts that a program moves at a time."""
-_FEW_PICKS = 4096
+_FUSED_PICKS = 4096
 """Picks up to which a call of rows with one pick each is one kernel."""
 _MANY_PICKS = 8
 """Picks of a token from which on the addresses of its rows need more registers."""
-_FEW_WORDS = 512
+_FUSED_WORDS = 512
 """Of a row that a program moves at a time."""
 _STAGED_BYTES = 65536
-"""Of values that are on their way to a program; three programs have room for that on a multiprocessor."""
+"""Of values that are on their way to a program; three programs have room for that on a SM."""
 _CROWDED_REGISTERS = 64
-"""Of a thread of a whole dispatch where ranks crowd a GPU, so that a multiprocessor has room for one program more.
+"""Of a thread of a whole dispatch where ranks crowd a GPU, so that a SM has room for one program more.
 
-MPS bounds how many multiprocessors a rank has programs on, and lets others' programs onto them. What finds no room
+MPS bounds how many SMs a rank has programs on, and lets others' programs onto them. What finds no room
 begins when the first programs have ended, and all ranks wait for it: of 8 or 4 ranks, mostly one in each call. Programs
 of 64 registers prevent that with 4 ranks, and sometimes with 8; so do sums that take all of the room or three quarters.
-With 2 ranks there is room enough, and a multiprocessor with one program more than the others is slower.
+With 2 ranks there is room enough, and a SM with one program more than the others is slower.
 """
 PROGRAMS_PER_SM = 16
 """Of kernels whose number of rows only the device knows: each program takes its share of them."""
@@ -47,7 +47,7 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Few:
+class FusedDispatchShape:
     """How programs share out the rows of a whole dispatch: one keeps the books, the others have pieces of rows."""
 
     programs: int
@@ -63,7 +63,7 @@ class Few:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewSums:
+class FusedCombineShape:
     """How programs share out the sums of a whole combine; the first also speaks with the peers."""
 
     programs: int
@@ -78,17 +78,17 @@ class FewSums:
 class LaunchConfig:
     """How a buffer's kernels are launched; ``print(buffer.launch)`` shows it.
 
-    num_sms: multiprocessors that the kernels which move rows may use, of ``visible_sms`` that this process sees.
+    num_sms: SMs that the kernels which move rows may use, of ``visible_sms`` that this process sees.
     expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
     topology: whose bandwidths that was decided from.
-    one_kernel: whether calls are one kernel each, on the caller's stream, because their tokens are few.
+    is_fused: whether calls are one kernel each, on the caller's stream, because their tokens are few.
     is_crowded: whether more than two ranks share the GPU.
     launches_early: whether such a kernel is launched while the one before it still runs, and waits for its end: what
         CUDA calls a programmatic dependent launch.
 
-    With all visible multiprocessors there is a program of one or two warps for each piece of some KiB; with fewer, one
+    With all visible SMs there is a program of one or two warps for each piece of some KiB; with fewer, one
     program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under
-    MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by multiprocessors of a rank (and
+    MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by SMs of a rank (and
     by KiB and warps of a piece, where it sees no more; with fewer than 16 of 8 ranks in an earlier run)::
 
         8 ranks  dispatch  16: 814 (2, 1: 816; 4, 4: 816; 2, 2: 816)             8: 903   4: 1704
@@ -100,15 +100,15 @@ class LaunchConfig:
     num_sms: int
     visible_sms: int
     expand: Literal["sender", "receiver"]
-    engine: Literal["kernel", "copy"]
+    mover: Literal["kernel", "copy"]
     topology: Topology
-    one_kernel: bool = False
+    is_fused: bool = False
     is_crowded: bool = False
     launches_early: bool = False
 
     @property
     def is_capped(self) -> bool:
-        """Whether kernels must leave multiprocessors free."""
+        """Whether kernels must leave SMs free."""
         return self.num_sms < self.visible_sms
 
     def rows(self, row_bytes: int, *, is_counted: bool) -> Shape:
@@ -143,24 +143,24 @@ class LaunchConfig:
             return _Fit(8, 2, 128)
         return _Fit(8, 3, _CROWDED_REGISTERS if self.is_crowded else 80)
 
-    def few(self, num_words: int, num_tokens: int, num_topk: int, *, unit: int) -> Few:
+    def fused_dispatch(self, num_words: int, num_tokens: int, num_topk: int, *, unit: int) -> FusedDispatchShape:
         """For the kernel that is a whole dispatch, of rows of as many words, so many of which stay together."""
         fits = self._dispatch_fits(num_topk)
-        most = power_of_two(_FEW_WORDS // unit + 1) // 2
+        most = power_of_two(_FUSED_WORDS // unit + 1) // 2
         piece = unit * max(1, min(power_of_two(-(-num_words // unit)), most))
         pieces = num_tokens * -(-num_words // piece)
-        return Few(
+        return FusedDispatchShape(
             programs=1 + _as_few(pieces, self.num_sms * fits.per_sm - 1),
             piece=piece,
             num_warps=fits.num_warps,
             most_registers=fits.registers,
         )
 
-    def few_sums(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> FewSums:
+    def fused_combine(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> FusedCombineShape:
         """For the kernel that is a whole combine.
 
-        Seven programs of a multiprocessor's room share out 128 tokens' sums evenly; were there room for an eighth, some
-        multiprocessors would have it, and others a program less.
+        Seven programs of a SM's room share out 128 tokens' sums evenly; were there room for an eighth, some
+        SMs would have it, and others a program less.
         """
         few = _Fit(4, 8, 64) if self.is_crowded else _Fit(4, 7, 72)
         fits = few if num_topk <= _MANY_PICKS else _Fit(4, 2, 255)
@@ -169,7 +169,7 @@ class LaunchConfig:
         programs = _as_few(pieces, most)
         if self.is_crowded and programs < most:
             programs = _as_few(pieces, most * 3 // 4)
-        return FewSums(
+        return FusedCombineShape(
             programs=max(1, programs),
             piece=piece,
             num_warps=fits.num_warps,
@@ -177,16 +177,16 @@ class LaunchConfig:
         )
 
     def __str__(self) -> str:
-        one_kernel = ", one kernel per call" if self.one_kernel else ""
+        is_fused = ", one kernel per call" if self.is_fused else ""
         return (
             f"LaunchConfig(num_sms={self.num_sms} of {self.visible_sms}, expand={self.expand!r}, "
-            f"engine={self.engine!r}{one_kernel}, link {self.topology.link_bandwidth / 1e9:.0f} GB/s, "
+            f"mover={self.mover!r}{is_fused}, link {self.topology.link_bandwidth / 1e9:.0f} GB/s, "
             f"memory {self.topology.memory_bandwidth / 1e9:.0f} GB/s)"
         )
 
 
 class _Fit(NamedTuple):
-    """Programs of whole calls: no more on a multiprocessor than there are registers for, so that all run at once."""
+    """Programs of whole calls: no more on a SM than there are registers for, so that all run at once."""
 
     num_warps: int
     per_sm: int
@@ -197,7 +197,7 @@ def _as_few(num_pieces: int, most: int) -> int:
     """Programs that have done so many pieces no later than ``most`` would: none has more pieces than it has there.
 
     What is left over is for a rank that cannot run them all at once: of four ranks with a quarter of an H200's
-    multiprocessors each, 32 by what CUDA says, one had 29.
+    SMs each, 32 by what CUDA says, one had 29.
 
     >>> _as_few(256, 95)  # three each
     86
@@ -215,7 +215,7 @@ def _shape(row_bytes: int, *, piece_bytes: int, num_warps: int, programs: int | 
 def decide(
     spec: Spec,
     topology: Topology,
-    wishes: Wishes,
+    launch_options: LaunchOptions,
     *,
     visible_sms: int,
     ranks_here: int = 1,
@@ -223,39 +223,39 @@ def decide(
 ) -> LaunchConfig:
     """The configuration of a buffer: what was asked for, and the analytic default for the rest.
 
-    Twice as many multiprocessors as fill the link with stores, because a combine loads over it, which takes more in
+    Twice as many SMs as fill the link with stores, because a combine loads over it, which takes more in
     flight. All that there are, where that is fewer, where several ranks share the GPU and its memory is the link, and
     for calls of few tokens: these are one kernel each, with rows whose copies the sender makes.
 
     >>> spec = Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=4)
-    >>> print(decide(spec, Topology(num_ranks=8), Wishes(), visible_sms=132))
-    LaunchConfig(num_sms=16 of 132, expand='sender', engine='kernel', link 450 GB/s, memory 4100 GB/s)
+    >>> print(decide(spec, Topology(num_ranks=8), LaunchOptions(), visible_sms=132))
+    LaunchConfig(num_sms=16 of 132, expand='sender', mover='kernel', link 450 GB/s, memory 4100 GB/s)
     """
-    one_kernel = (
+    is_fused = (
         spec.layout.per_pick
         and spec.reduce == "token"
-        and spec.max_tokens * spec.num_topk <= _FEW_PICKS
-        and wishes.expand != "receiver"
-        and wishes.engine == "kernel"
+        and spec.max_tokens * spec.num_topk <= _FUSED_PICKS
+        and launch_options.expand != "receiver"
+        and launch_options.mover == "kernel"
     )
     default = visible_sms
-    if ranks_here == 1 and not one_kernel:
+    if ranks_here == 1 and not is_fused:
         default = 2 * cost.sms_to_fill(topology.link_bandwidth)
     return LaunchConfig(
-        num_sms=min(wishes.num_sms or default, visible_sms),
+        num_sms=min(launch_options.num_sms or default, visible_sms),
         visible_sms=visible_sms,
-        expand=wishes.expand or ("sender" if one_kernel else cost.cheaper_expand(spec, topology)),
-        engine=wishes.engine,
+        expand=launch_options.expand or ("sender" if is_fused else cost.cheaper_expand(spec, topology)),
+        mover=launch_options.mover,
         topology=topology,
-        one_kernel=one_kernel,
+        is_fused=is_fused,
         is_crowded=ranks_here > 2,
-        launches_early=one_kernel and can_launch_early,
+        launches_early=is_fused and can_launch_early,
     )
 
 
-def origins_at_once(num_blocks: int) -> int:
-    """Rows whose origins one program works out, among as many blocks."""
-    return min(max(1, _ORIGIN_CELLS // power_of_two(num_blocks)), 256)
+def src_rows_at_once(num_blocks: int) -> int:
+    """Rows whose src_rows one program works out, among as many blocks."""
+    return min(max(1, _SRC_CELLS // power_of_two(num_blocks)), 256)
 
 
 def counts_at_once(num_ranks: int, num_counts: int) -> int:

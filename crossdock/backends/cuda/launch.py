@@ -1,4 +1,4 @@
-"""The only place with ``[grid]``: a rank's stream, what its kernels share, and how one is launched.
+"""The only dst_row with ``[grid]``: a rank's stream, what its kernels share, and how one is launched.
 
 Letters: P ranks, W counts, B blocks of rows.
 """
@@ -19,7 +19,7 @@ from crossdock._env import num_cores
 from crossdock.arena import Arena
 from crossdock.backends.cuda.config import LaunchConfig, counts_at_once
 from crossdock.backends.cuda.kernels import calls
-from crossdock.backends.cuda.kernels.sync import ABORTED, OK, RECORD_WORDS
+from crossdock.backends.cuda.kernels.sync import ABORTED, FAILURE_WORDS, OK
 from crossdock.layout import Expanded, Padded
 from crossdock.transport.device import DeviceTransport
 
@@ -54,7 +54,7 @@ class Prepared:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether it takes addresses in place of tensors."""
+        """Whether it takes addresses in dst_row of tensors."""
         return self.runner is not None
 
 
@@ -78,9 +78,9 @@ class Launcher:
         self.state = torch.zeros(num_state + self.num_ranks, dtype=torch.int64, device=self.device)
         self.waits_ns = self.state[num_state:]
         """``[P]``, how long kernels have waited for each rank."""
-        self.record = torch.zeros(RECORD_WORDS.value, dtype=torch.int64, device=self.device)
+        self.failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, device=self.device)
         self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.failure = torch.zeros(RECORD_WORDS.value, dtype=torch.int64, pin_memory=True)
+        self.host_failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, pin_memory=True)
         """The record of the call that has failed, in host memory; zero while none has."""
         call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
         self.calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device)
@@ -92,7 +92,7 @@ class Launcher:
         """``[L]``, picks of each local expert in all calls."""
         self.counts = torch.zeros(spec.num_counts(arena.topology), dtype=torch.int64, device=self.device)
         """``[W]``, what the next words of a fresh dispatch tell."""
-        self.outgoing = torch.zeros(2 * spec.num_experts, dtype=torch.int32, device=self.device)
+        self.send_starts = torch.zeros(2 * spec.num_experts, dtype=torch.int32, device=self.device)
         """``[2, B]``, where the blocks begin of the plan that is being made."""
         self._regions = {name: arena.view(transport.segment, name) for name in arena.regions}
         self._slot_size = {name: view.nbytes // view.shape[0] for name, view in self._regions.items()}
@@ -134,7 +134,7 @@ class Launcher:
 
         Calls of one kernel go on that stream themselves; behind those before, wherever they were.
         """
-        if not self.config.one_kernel:
+        if not self.config.is_fused:
             self._entered.record(torch.cuda.current_stream(self.device))
             self.stream.wait_event(self._entered)
         elif _current_stream(self._device_index) != self.stream.cuda_stream:

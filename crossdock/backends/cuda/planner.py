@@ -1,6 +1,7 @@
 """Makes plans on the device: counts of picks, everybody's counts, and from both where each row goes.
 
-Letters: T tokens here, K top-k, J places of a token, C rows of a receive slot, P ranks, N segments, B blocks, W counts.
+Letters: T tokens here, K top-k, J dst_rows of a token, C rows of a receive slot, P ranks, N segments, B blocks, W
+counts.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import PlanTensors, Rows
-from crossdock.backends.cuda.config import origins_at_once, power_of_two
-from crossdock.backends.cuda.kernels import places
-from crossdock.backends.cuda.kernels.places import (
-    REPORT_NEEDED,
-    REPORT_PAIRS,
-    REPORT_ROWS,
-    REPORT_WORDS,
-    REPORT_WORST,
+from crossdock.backends.base import PlanTensors, RowCount
+from crossdock.backends.cuda.config import power_of_two, src_rows_at_once
+from crossdock.backends.cuda.kernels import plan as plan_kernels
+from crossdock.backends.cuda.kernels.plan import (
+    HOST_NEEDED,
+    HOST_PAIRS,
+    HOST_ROWS,
+    HOST_WORDS,
+    HOST_WORST,
     SCALARS,
 )
 from crossdock.backends.cuda.launch import Launcher, kind_of
-from crossdock.backends.cuda.plan import DevicePlan, Part, Report, Room, Shapes, Table
+from crossdock.backends.cuda.plan import DevicePlan, HostCounts, Part, Room, Shapes, Table
 from crossdock.errors import CapacityError, NotSupported
 from crossdock.layout import Padded
 from crossdock.plan import overflow
@@ -35,9 +36,9 @@ _PICKS = 128
 """Picks that a program compares with each other."""
 _CELLS = 4096
 """Counts of chunks that a program sums at a time."""
-NUM_REPORTS = 64
-"""Dispatches whose reports are kept."""
-_TOLD_AFTER = NUM_REPORTS // 2
+NUM_HOST_COUNTS = 64
+"""Dispatches whose host_counts are kept."""
+_TOLD_AFTER = NUM_HOST_COUNTS // 2
 """Fresh dispatches after which an overflow is told that nobody has asked for: all ranks then know of it."""
 _NUM_CAPTURED = 1024
 REMADE = 1
@@ -71,18 +72,19 @@ class Planner:
         self._known_rows = self._slot_rows if isinstance(arena.spec.layout, Padded) else None
         """What the host knows of the rows that come before it is told."""
         self._sums_pairs = arena.spec.ranks_sum_picks
-        num_rows = NUM_REPORTS + _NUM_CAPTURED + 1
-        self._rows = torch.zeros(num_rows, REPORT_WORDS.value, dtype=torch.int64, pin_memory=True)
-        self._rows[:, REPORT_ROWS.value] = self._slot_rows  # where there are always as many, no kernel says so
-        self._reports = [self._report_in(i, is_captured=False) for i in range(NUM_REPORTS)]
-        self._num_reports = 0
-        self._captured: list[Report] = []
+        num_rows = NUM_HOST_COUNTS + _NUM_CAPTURED + 1
+        self._rows = torch.zeros(num_rows, HOST_WORDS.value, dtype=torch.int64, pin_memory=True)
+        self._rows[:, HOST_ROWS.value] = self._slot_rows  # where there are always as many, no kernel says so
+        self._host_counts = [self._host_counts_in(i, is_captured=False) for i in range(NUM_HOST_COUNTS)]
+        self._num_host_counts = 0
+        self._captured: list[HostCounts] = []
         """Those that graphs write, whenever they are replayed."""
         self.overflows: list[tuple[int, CapacityError]] = []
         """See Backend."""
         self._num_fresh = 0
-        self._untold: deque[tuple[int, int, Report]] = deque()
-        """Of dispatches whose report nobody has looked at: its number among the fresh ones, sequence number, report."""
+        self._untold: deque[tuple[int, int, HostCounts]] = deque()
+        """Of dispatches whose host_counts nobody has looked at: its number among the fresh ones, sequence number,
+        host_counts."""
         self._nobody = self._rows[-1]
         self._chunk_tokens = max(1, _PICKS // power_of_two(arena.spec.num_topk))
         num_chunks = -(-arena.spec.max_tokens // self._chunk_tokens)
@@ -107,10 +109,10 @@ class Planner:
         """
         self._masked = ranks
         for table in self._tables:
-            table.places.fill_(-1)
+            table.dst_rows.fill_(-1)
             table.incoming[:2] = self._nowhere  # no rows, and no gap before them
-            if table.has_origins:
-                table.origins.fill_(-1)
+            if table.has_src_rows:
+                table.src_rows.fill_(-1)
 
     def count(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
         """Counts this rank's picks, for the words that come next to tell; the plan that is filled with them.
@@ -139,8 +141,8 @@ class Planner:
             rows=rows,
             pairs=None,
             masked=self._masked,
-            report=self._report(stamp),
-            is_whole=True,
+            host_counts=self._next_host_counts(stamp),
+            is_fused=True,
         )
 
     def _divided(self, num_tokens: int) -> tuple[int, dict[str, Part]]:
@@ -156,31 +158,31 @@ class Planner:
 
     def place(self, plan: DevicePlan) -> None:
         """Fills in where rows go, once everybody's counts are here."""
-        assert plan.report is not None
-        self._place(plan, plan.report.row)
+        assert plan.host_counts is not None
+        self._place(plan, plan.host_counts.row)
 
-    def placed(self, plan: DevicePlan, sequence: int, mode: Rows) -> None:
-        """What fills the plan of a dispatch has been issued: its report is on its way."""
-        report = plan.report
-        assert report is not None
-        if report.is_captured:
+    def placed(self, plan: DevicePlan, sequence: int, mode: RowCount) -> None:
+        """What fills the plan of a dispatch has been issued: its host_counts is on its way."""
+        host_counts = plan.host_counts
+        assert host_counts is not None
+        if host_counts.is_captured:
             return
-        report.event.record(self._on.stream)
+        host_counts.event.record(self._on.stream)
         self._num_fresh += 1
         if mode == "capacity":
-            self._untold.append((self._num_fresh, sequence, report))
-        self._look_at_reports(_TOLD_AFTER)
+            self._untold.append((self._num_fresh, sequence, host_counts))
+        self._look_at_host_counts(_TOLD_AFTER)
 
     def remake(self, tensors: PlanTensors) -> DevicePlan:
         """The plan again, from the tensors that decide it."""
         topk_idx, counts, partial_rows, src_idx, local_idx = tensors
-        plan = self._blank(topk_idx, counts, stamp=REMADE, report=None)
+        plan = self._blank(topk_idx, counts, stamp=REMADE, host_counts=None)
         self._count_picks(topk_idx)
         self._derive_blocks(plan, plan.rows, self._nobody, is_pairs=False)
         self._place(plan, self._nobody)
         for table in (plan.rows, plan.pairs):
             if table is not None:
-                self.find_origins(plan, table)
+                self.find_src_rows(plan, table)
         return replace(
             plan,
             num_rows=src_idx.numel(),
@@ -190,19 +192,19 @@ class Planner:
         )
 
     def told(self, plan: DevicePlan) -> DevicePlan:
-        """The plan with what its report says, which has come.
+        """The plan with what its host_counts says, which has come.
 
         Raises:
             CapacityError: rows did not fit; on all ranks.
         """
-        report = plan.report
-        if report is None:
+        host_counts = plan.host_counts
+        if host_counts is None:
             return plan
-        if report.is_captured or report.stamp == plan.stamp:
-            if (error := self.overflow_of(report)) is not None:
+        if host_counts.is_captured or host_counts.stamp == plan.stamp:
+            if (error := self.overflow_of(host_counts)) is not None:
                 raise error
-            num_rows, num_pairs = int(report.told[REPORT_ROWS.value]), int(report.told[REPORT_PAIRS.value])
-        else:  # so long ago that the report is another dispatch's by now, and was looked at before it was
+            num_rows, num_pairs = int(host_counts.told[HOST_ROWS.value]), int(host_counts.told[HOST_PAIRS.value])
+        else:  # so long ago that the host_counts is another dispatch's by now, and was looked at before it was
             num_rows, _, num_pairs = plan.scalars.tolist()
 
         def cut(rows: Tensor | None, num: int) -> Tensor | None:
@@ -211,53 +213,53 @@ class Planner:
         return replace(
             plan,
             num_rows=num_rows,
-            report=None,
+            host_counts=None,
             partial_rows=cut(plan.partial_rows, num_pairs),
             src_idx=cut(plan.src_idx, num_rows),
             local_idx=cut(plan.local_idx, num_rows),
         )
 
-    def overflow_of(self, report: Report) -> CapacityError | None:
-        """What a report that has come says of rows that did not fit; once."""
-        told = report.told
-        needed = int(told[REPORT_NEEDED.value])
+    def overflow_of(self, host_counts: HostCounts) -> CapacityError | None:
+        """What a host_counts that has come says of rows that did not fit; once."""
+        told = host_counts.told
+        needed = int(told[HOST_NEEDED.value])
         if not needed:
             return None
-        told[REPORT_NEEDED.value] = 0
-        worst = int(told[REPORT_WORST.value])
+        told[HOST_NEEDED.value] = 0
+        worst = int(told[HOST_WORST.value])
         return overflow(self._arena.spec, self._arena.topology, worst=worst, needed=needed)
 
-    def look_at_all_reports(self) -> None:
+    def look_at_all_host_counts(self) -> None:
         """Notes all overflows, also of graphs that were replayed; what was issued is done."""
-        self._look_at_reports(0)
-        for report in self._captured:
-            if (error := self.overflow_of(report)) is not None:
+        self._look_at_host_counts(0)
+        for host_counts in self._captured:
+            if (error := self.overflow_of(host_counts)) is not None:
                 self.overflows.append((0, error))
 
-    def _look_at_reports(self, age: int) -> None:
+    def _look_at_host_counts(self, age: int) -> None:
         """Notes the overflows of dispatches ``age`` before the last, or earlier; all ranks look at the same ones."""
         while self._untold and self._num_fresh - self._untold[0][0] >= age:
-            _, sequence, report = self._untold.popleft()
-            report.event.synchronize()
-            if (error := self.overflow_of(report)) is not None:
+            _, sequence, host_counts = self._untold.popleft()
+            host_counts.event.synchronize()
+            if (error := self.overflow_of(host_counts)) is not None:
                 self.overflows.append((sequence, error))
 
     def _fresh(self, topk_idx: Tensor, *, stamp: int) -> DevicePlan:
         gathered = self._ints(self._num_ranks, self._on.counts.shape[0], dtype=torch.int64)
-        return self._blank(topk_idx, gathered, stamp=stamp, report=self._report(stamp))
+        return self._blank(topk_idx, gathered, stamp=stamp, host_counts=self._next_host_counts(stamp))
 
     def _place(self, plan: DevicePlan, told: Tensor) -> None:
-        self._place_rows(plan, plan.rows, is_pairs=False)
+        self._find_dst_rows(plan, plan.rows, is_pairs=False)
         if plan.pairs is not None:
             self._derive_blocks(plan, plan.pairs, told, is_pairs=True)
-            self._place_rows(plan, plan.pairs, is_pairs=True)
+            self._find_dst_rows(plan, plan.pairs, is_pairs=True)
 
     def _count_picks(self, topk_idx: Tensor) -> None:
         """Counts picks ``[T, K]``, by chunks of tokens and all together."""
         num_counts, num_chunks = self._on.counts.shape[0], self._num_chunks(topk_idx)
         if num_chunks:
             self._on.launch(
-                places.count_picks,
+                plan_kernels.count_picks,
                 (num_chunks,),
                 topk_idx,
                 topk_idx.shape[0],
@@ -271,7 +273,7 @@ class Planner:
                 num_warps=4,
             )
         self._on.launch(
-            places.sum_chunks,
+            plan_kernels.sum_chunks,
             (-(-num_counts // self._columns),),
             self._partial_sums,
             self._on.counts,
@@ -285,13 +287,13 @@ class Planner:
     def _derive_blocks(self, plan: DevicePlan, table: Table, told: Tensor, *, is_pairs: bool) -> None:
         """Where the blocks of a table begin, from everybody's counts; what the host is told goes to ``told``."""
         self._on.launch(
-            places.derive_blocks,
+            plan_kernels.derive_blocks,
             (1,),
             plan.counts,
             self._on.state,
             plan.scalars,
             told,
-            self._on.outgoing,
+            self._on.send_starts,
             table.incoming,
             plan.segment_starts,
             plan.num_tokens_per_expert,
@@ -305,25 +307,25 @@ class Planner:
             num_warps=4,
         )
 
-    def _place_rows(self, plan: DevicePlan, table: Table, *, is_pairs: bool) -> None:
-        """Places and homes of this rank's rows."""
+    def _find_dst_rows(self, plan: DevicePlan, table: Table, *, is_pairs: bool) -> None:
+        """Places and return_rows of this rank's rows."""
         spec, topk_idx = self._on.arena.spec, plan.topk_idx
         if topk_idx.shape[0]:
             self._on.launch(
-                places.place_rows,
+                plan_kernels.find_dst_rows,
                 (self._num_chunks(topk_idx),),
                 topk_idx,
                 topk_idx.shape[0],
                 self._partial_sums,
-                self._on.outgoing,
+                self._on.send_starts,
                 plan.scalars,
                 self._on.state,
-                table.places,
-                table.homes,
+                table.dst_rows,
+                table.return_rows,
                 P=self._on.num_ranks,
                 L=self._on.num_local,
                 K=self._on.arena.spec.num_topk,
-                J=table.places.shape[1],
+                J=table.dst_rows.shape[1],
                 S=self._chunk_tokens,
                 BY_RANK=is_pairs or not spec.layout.per_pick,
                 IN_ORDER_OF_RANKS=is_pairs or spec.reduce == "rank",
@@ -331,18 +333,18 @@ class Planner:
                 num_warps=4,
             )
 
-    def find_origins(self, plan: DevicePlan, table: Table) -> None:
-        """Works out where the rows of a table that come here are from; of fresh rows, ``unpack_records`` does it."""
+    def find_src_rows(self, plan: DevicePlan, table: Table) -> None:
+        """Works out where the rows of a table that come here are from; of fresh rows, ``unpack_metadata`` does it."""
         num_blocks, num_slots = table.incoming.shape[1], table.num_slots
-        at_once = origins_at_once(num_blocks)
+        at_once = src_rows_at_once(num_blocks)
         self._on.launch(
-            places.find_origins,
+            plan_kernels.find_src_rows,
             (-(-num_slots // at_once),),
             table.incoming,
             plan.scalars,
-            table.origins,
+            table.src_rows,
             num_slots,
-            NUM=(places.NUM_PAIRS if table is plan.pairs else places.NUM_ROWS).value,
+            NUM=(plan_kernels.NUM_PAIRS if table is plan.pairs else plan_kernels.NUM_ROWS).value,
             BLOCKS=num_blocks,
             P=self._on.num_ranks,
             ROWS=at_once,
@@ -352,7 +354,7 @@ class Planner:
     def _num_chunks(self, topk_idx: Tensor) -> int:
         return -(-topk_idx.shape[0] // self._chunk_tokens)
 
-    def _blank(self, topk_idx: Tensor, counts: Tensor, *, stamp: int, report: Report | None) -> DevicePlan:
+    def _blank(self, topk_idx: Tensor, counts: Tensor, *, stamp: int, host_counts: HostCounts | None) -> DevicePlan:
         """A plan whose tables are still to be filled."""
         num_tokens = topk_idx.shape[0]
         rows, pairs = self._table(num_tokens, self._num_places, self._num_segments, self._slot_rows), None
@@ -360,7 +362,7 @@ class Planner:
             pairs = self._table(num_tokens, self._num_pairs, 1, self._num_ranks * self._arena.spec.max_tokens)
         for table in (rows, pairs):
             if table is not None:
-                self._on.given(table.origins)
+                self._on.given(table.src_rows)
         return DevicePlan(
             rank=self._rank,
             buffer_id=self._buffer_id,
@@ -372,7 +374,7 @@ class Planner:
             pairs=pairs,
             sums_pairs=self._sums_pairs,
             masked=self._masked,
-            report=report,
+            host_counts=host_counts,
             **self._each(self._beside),
         )
 
@@ -389,12 +391,12 @@ class Planner:
     def _of_table(self, num_tokens: int, num_columns: int, num_segments: int) -> Shapes:
         """What a table has."""
         return {
-            "places": ((num_tokens, num_columns), torch.int64),
-            "homes": ((num_tokens, num_columns), torch.int32),
+            "dst_rows": ((num_tokens, num_columns), torch.int64),
+            "return_rows": ((num_tokens, num_columns), torch.int32),
             "incoming": ((3, num_segments * self._num_ranks), torch.int32),
         }
 
-    def _report(self, stamp: int) -> Report:
+    def _next_host_counts(self, stamp: int) -> HostCounts:
         """Room in host memory for what the host is told; a graph's is its own for good."""
         if torch.cuda.is_current_stream_capturing():
             if len(self._captured) == _NUM_CAPTURED:
@@ -402,18 +404,18 @@ class Planner:
                     f"{_NUM_CAPTURED} fresh dispatches of this buffer have been captured in graphs, and there is room "
                     f"for no more; capture dispatches on recv.plan of an earlier one, or make another Buffer"
                 )
-            self._captured.append(self._report_in(NUM_REPORTS + len(self._captured), is_captured=True))
+            self._captured.append(self._host_counts_in(NUM_HOST_COUNTS + len(self._captured), is_captured=True))
             return self._captured[-1]
-        report = self._reports[self._num_reports % NUM_REPORTS]
-        self._num_reports += 1
-        report.event.synchronize()  # of the dispatch that had it before
-        report.told[REPORT_NEEDED.value] = 0  # if that was void, nobody has looked
-        report.stamp = stamp
-        return report
+        host_counts = self._host_counts[self._num_host_counts % NUM_HOST_COUNTS]
+        self._num_host_counts += 1
+        host_counts.event.synchronize()  # of the dispatch that had it before
+        host_counts.told[HOST_NEEDED.value] = 0  # if that was void, nobody has looked
+        host_counts.stamp = stamp
+        return host_counts
 
-    def _report_in(self, row: int, *, is_captured: bool) -> Report:
+    def _host_counts_in(self, row: int, *, is_captured: bool) -> HostCounts:
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        return Report(self._rows[row], self._rows[row].numpy(), event, is_captured=is_captured)
+        return HostCounts(self._rows[row], self._rows[row].numpy(), event, is_captured=is_captured)
 
     def _ints(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return self._on.empty(*shape, dtype=dtype)

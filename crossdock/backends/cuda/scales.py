@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crossdock.backends.cuda.config import power_of_two
-from crossdock.backends.cuda.kernels import places
+from crossdock.backends.cuda.kernels import plan as plan_kernels
 from crossdock.backends.cuda.kernels import scales as kernels
 from crossdock.backends.cuda.launch import Launcher, kind_of
 from crossdock.backends.cuda.plan import DevicePlan, Table
@@ -41,7 +41,7 @@ class ScaleKernels:
             kernels.push_scales,
             (num_items if shape.programs is None else shape.programs,),
             words,
-            table.places,
+            table.dst_rows,
             self._on.segments,
             self._on.call,
             self._on.state,
@@ -50,7 +50,7 @@ class ScaleKernels:
             words.stride(1),
             self._on.arena["scale"].offset,
             self._on.slot_bytes("scale"),
-            J=table.places.shape[1],
+            J=table.dst_rows.shape[1],
             SCALES=num_scales,
             SIZE=words.element_size(),
             **constants(self._layout),
@@ -61,26 +61,26 @@ class ScaleKernels:
         )
 
     def expand_scales(self, slot: int, plan: DevicePlan, *, offset: int) -> None:
-        """Scales of landed rows, ``offset`` bytes into output rows, to the places of their rows' picks."""
+        """Scales of staged rows, ``offset`` bytes into output rows, to the places of their rows' picks."""
         assert plan.partial_rows is not None
         layout, spec = self._layout, self._on.arena.spec
         scales = as_integers(self._on.view("scale", slot))
         size = scales.element_size()
-        landed = self._on.view("outputs", slot).view(torch.uint8).view(-1)[offset:]
-        landed = landed[: landed.shape[0] // size * size].view(scales.dtype)
+        staged = self._on.view("outputs", slot).view(torch.uint8).view(-1)[offset:]
+        staged = staged[: staged.shape[0] // size * size].view(scales.dtype)
         shape = self._on.config.rows(layout.num_scales * size, is_counted=False)
         piece, at_once = _share(layout.num_scales)
         num_bytes = constants(layout)
         self._on.launch(
             kernels.expand_scales,
             (shape.programs or 1,),
-            landed,
+            staged,
             scales,
             plan.partial_rows,
             plan.scalars,
             self._on.state,
             spec.hidden * spec.combine_dtype.itemsize // size,
-            NUM=places.NUM_PAIRS.value,
+            NUM=plan_kernels.NUM_PAIRS.value,
             K=spec.num_topk,
             SCALES=layout.num_scales,
             SEGMENT_ROWS=num_bytes["SEGMENT_ROWS"],
@@ -89,7 +89,7 @@ class ScaleKernels:
             GROUP=num_bytes["GROUP_BYTES"] // size,
             PIECE=piece,
             PAIRS=at_once,
-            given=(kind_of(landed), kind_of(scales), kind_of(plan.partial_rows)),
+            given=(kind_of(staged), kind_of(scales), kind_of(plan.partial_rows)),
             num_warps=max(_NUM_WARPS, shape.num_warps),
         )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from crossdock.backends.cuda.kernels import calls, places
+from crossdock.backends.cuda.kernels import calls
+from crossdock.backends.cuda.kernels import plan as plan_kernels
 from crossdock.backends.cuda.launch import Launcher
 from crossdock.backends.cuda.plan import DevicePlan
 
@@ -22,16 +23,16 @@ class WordKernels:
             self._on.segments,
             self._on.state,
             self._on.call,
-            self._on.record,
             self._on.failure,
+            self._on.host_failure,
             payload,
             self._on.refused,
             self._on.counts,
         )
         arena, is_small = self._on.arena, (payload < 2**31,)
-        places_of_words = (arena["words"].offset, arena["aborts"].offset, arena["counts"].offset)
+        offsets_of_words = (arena["words"].offset, arena["aborts"].offset, arena["counts"].offset)
         if plan is None:
-            args = (*words, self._on.counts, self._on.rank, self._on.max_polls, *places_of_words)
+            args = (*words, self._on.counts, self._on.rank, self._on.max_polls, *offsets_of_words)
             self._on.launch(
                 calls.begin_call,
                 (1,),
@@ -44,18 +45,18 @@ class WordKernels:
                 given=is_small,
             )
             return
-        assert plan.report is not None
+        assert plan.host_counts is not None
         self._on.launch(
-            places.begin_dispatch,
+            plan_kernels.begin_dispatch,
             (1,),
             *words,
             plan.counts,
             self._on.rank,
             self._on.max_polls,
-            *places_of_words,
+            *offsets_of_words,
             plan.scalars,
-            plan.report.row,
-            self._on.outgoing,
+            plan.host_counts.row,
+            self._on.send_starts,
             plan.rows.incoming,
             plan.segment_starts,
             plan.num_tokens_per_expert,
@@ -68,15 +69,15 @@ class WordKernels:
         )
 
     def finish_call(self, *, posts: bool, awaits_all: bool, tokens: Tensor | None = None) -> None:
-        """Rows are in place: to all, and from all (or from those that push). Counts the tokens ``[L]`` of experts."""
+        """Rows are in place: to all, and from all (or from those that push). Counts ``tokens [L]``."""
         self._on.launch(
             calls.finish_call,
             (1,),
             self._on.segments,
             self._on.state,
             self._on.call,
-            self._on.record,
             self._on.failure,
+            self._on.host_failure,
             self._on.rank,
             self._on.max_polls,
             self._on.arena["arrived"].offset,
@@ -100,8 +101,8 @@ class WordKernels:
             self._on.segments,
             self._on.state,
             self._on.call,
-            self._on.record,
             self._on.failure,
+            self._on.host_failure,
             payload,
             self._on.rank,
             self._on.max_polls,
@@ -122,8 +123,8 @@ class WordKernels:
             self._on.segments,
             self._on.state,
             self._on.call,
-            self._on.record,
             self._on.failure,
+            self._on.host_failure,
             self._on.rank,
             self._on.arena["aborts"].offset,
             P=self._on.num_ranks,

@@ -49,7 +49,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     cuda = parser.add_argument_group("on CUDA")
     cuda.add_argument("--num-sms", type=int, default=None, help="SMs that each rank's calls use")
     cuda.add_argument("--expand", choices=("sender", "receiver"), default=None, help="who makes a row per pick")
-    cuda.add_argument("--engine", choices=("kernel", "copy"), default=None, help="what moves compact rows")
+    cuda.add_argument("--mover", choices=("kernel", "copy"), default=None, help="what moves compact rows")
     cuda.add_argument("--mps-percentage", type=float, default=None, help="of a shared GPU's SMs, what each rank sees")
     cuda.add_argument(
         "--sweep-sms", type=_numbers, default=(), metavar="N,N,...", help="also time other numbers of SMs, a line each"

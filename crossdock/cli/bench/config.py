@@ -20,7 +20,7 @@ from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Wire
 WIRES: dict[str, Wire] = {"bf16": Bf16(), "fp16": Fp16(), "fp32": Fp32(), "fp8": Fp8()}
 LAYOUTS: dict[str, Layout] = {"compact": Compact(), "expanded": Expanded(), "padded": Padded()}
 LOADS = {"uniform": uniform_load, "zipf": zipf_load, "hot": hot_expert_load}
-_FOR_CUDA = ("num_sms", "expand", "engine", "mps_percentage", "sweep_sms")
+_FOR_CUDA = ("num_sms", "expand", "mover", "mps_percentage", "sweep_sms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Config:
     alignment: int = 1
     num_sms: int | None = None
     expand: str | None = None
-    engine: str | None = None
+    mover: str | None = None
     mps_percentage: float | None = None
     sweep_sms: tuple[int, ...] = ()
 
@@ -102,7 +102,7 @@ def make_job(config: Config) -> Job:
             needed = int((-(-per_expert // config.alignment) * config.alignment).sum(1).max())
         spec = replace(spec, layout=replace(spec.layout, capacity=max(1, needed)))
     spec.capacity(config.ranks)
-    options = {"num_sms": config.num_sms, "expand": config.expand, "engine": config.engine}
+    options = {"num_sms": config.num_sms, "expand": config.expand, "mover": config.mover}
     return Job(
         spec=spec,
         topk_idx=topk_idx.numpy(),

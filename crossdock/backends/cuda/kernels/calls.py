@@ -5,8 +5,8 @@ that have ended, whether all is OK, and how many ranks are masked. A call that i
 this rank touches peer memory any more, none waits, until the host has begun the next epoch. What belongs to one call is
 an int64 ``call``.
 
-Where a rank is masked, ``segments`` has this rank's own segment in its place, and this rank stands in for it: it gives
-itself the words that the masked rank would give. So nothing that waits, here or on another rank, knows of it.
+Where a rank is masked, ``segments`` has this rank's own segment in its dst_row, and this rank stands in for it: it
+gives itself the words that the masked rank would give. So nothing that waits, here or on another rank, knows of it.
 
 Letters: P ranks, W counts of a rank.
 """
@@ -20,18 +20,18 @@ from crossdock import consent
 from crossdock.backends.cuda.kernels.sync import (
     ABORTED,
     CALL_MASK,
+    FAILURE_WORDS,
     MISMATCHED,
     OK,
     PAYLOAD_BITS,
     PAYLOAD_MASK,
-    RECORD_WORDS,
     find_abort,
     next_call,
     post_words,
     stamped,
     wait_words,
     words_at,
-    write_record,
+    write_failure,
 )
 
 NEXT = tl.constexpr(0)
@@ -55,7 +55,7 @@ SENT = tl.constexpr(3)
 
 BEGIN = tl.constexpr(1)
 ARRIVE = tl.constexpr(2)
-"""Phases of a failure record."""
+"""Phases of a failure failure."""
 
 KIND_SHIFT = tl.constexpr(consent.KIND_SHIFT)
 SLOT_SHIFT = tl.constexpr(consent.SLOT_SHIFT)
@@ -96,10 +96,10 @@ def speaker_at(segments, rank, P: tl.constexpr):
 def has_masked_picks(segments, mine, rank, P: tl.constexpr, W: tl.constexpr):
     """Whether any of the counts are of a masked rank's experts; those come first."""
     column = tl.arange(0, mine.shape[0])
-    home = column // (W // P - 1)
+    return_row = column // (W // P - 1)
     is_expert = column < W - P
-    is_own = tl.load(segments + home, mask=is_expert, other=0) == tl.load(segments + rank)
-    return tl.max((is_expert & is_own & (home != rank) & (mine > 0)).to(tl.int32), axis=0) > 0
+    is_own = tl.load(segments + return_row, mask=is_expert, other=0) == tl.load(segments + rank)
+    return tl.max((is_expert & is_own & (return_row != rank) & (mine > 0)).to(tl.int32), axis=0) > 0
 
 
 @triton.jit
@@ -161,8 +161,8 @@ def take_words(
     segments,
     state,
     call,
-    record,
-    report,
+    failure,
+    host_failure,
     sequence,
     payload,
     rank,
@@ -180,7 +180,17 @@ def take_words(
     words, aborts = words_at(own, words_offset) + entry, words_at(own, aborts_offset)
     ended = tl.load(state + NUM_ENDED)
     status, theirs = wait_words(
-        words, aborts, stamped(sequence, 0), True, ended, max_polls, BEGIN, record, P, PAYLOAD_BITS, state + STATE_WORDS
+        words,
+        aborts,
+        stamped(sequence, 0),
+        True,
+        ended,
+        max_polls,
+        BEGIN,
+        failure,
+        P,
+        PAYLOAD_BITS,
+        state + STATE_WORDS,
     )
     theirs = theirs & PAYLOAD_MASK
     if status == OK:
@@ -191,9 +201,9 @@ def take_words(
             peer = tl.min(tl.where(differs, lanes, P), axis=0)
         if peer < P:
             status = tl.full([], MISMATCHED, tl.int32)
-            write_record(record, status, peer, BEGIN, payload, tl.sum(tl.where(lanes == peer, theirs, 0), axis=0))
+            write_failure(failure, status, peer, BEGIN, payload, tl.sum(tl.where(lanes == peer, theirs, 0), axis=0))
     tl.store(call + lanes, theirs, mask=is_rank)
-    tell_status(state, sequence, status, record, report)
+    tell_status(state, sequence, status, failure, host_failure)
     return status
 
 
@@ -213,8 +223,8 @@ def begin_call(
     segments,
     state,
     call,
-    record,
-    report,
+    failure,
+    host_failure,
     payload,
     refused,
     counts,
@@ -252,8 +262,8 @@ def begin_call(
             segments, state, call, payload, is_refused, mine, rank, words_offset, counts_offset, P, RING, W, AT_ONCE
         )
         status = take_words(
-            segments, state, call, record, report, sequence, payload, rank, max_polls, words_offset, aborts_offset,
-            P, RING,
+            segments, state, call, failure, host_failure, sequence, payload, rank, max_polls, words_offset,
+            aborts_offset, P, RING,
         )  # fmt: skip
         if W > 0:
             came = words_at(tl.load(segments + rank), counts_offset) + (sequence & (RING - 1)) * (P * W)
@@ -265,8 +275,8 @@ def exchange_words(
     segments,
     state,
     call,
-    record,
-    report,
+    failure,
+    host_failure,
     payload,
     rank,
     max_polls,
@@ -283,8 +293,8 @@ def exchange_words(
                 segments, state, call, payload, False, tl.zeros([1], tl.int64), rank, words_offset, 0, P, RING, 0, 1
             )
             take_words(
-                segments, state, call, record, report, sequence, payload, rank, max_polls, words_offset, aborts_offset,
-                P, RING,
+                segments, state, call, failure, host_failure, sequence, payload, rank, max_polls, words_offset,
+                aborts_offset, P, RING,
             )  # fmt: skip
         tl.debug_barrier()  # every warp sees how it went
 
@@ -294,8 +304,8 @@ def await_rows(
     segments,
     state,
     call,
-    record,
-    report,
+    failure,
+    host_failure,
     rank,
     max_polls,
     arrived_offset,
@@ -319,7 +329,7 @@ def await_rows(
     words, aborts = words_at(own, arrived_offset) + entry, words_at(own, aborts_offset)
     ended, word = tl.load(state + NUM_ENDED), stamped(sequence, 0)
     status, _ = wait_words(
-        words, aborts, word, is_awaited, ended, max_polls, ARRIVE, record, P, PAYLOAD_BITS, state + STATE_WORDS,
+        words, aborts, word, is_awaited, ended, max_polls, ARRIVE, failure, P, PAYLOAD_BITS, state + STATE_WORDS,
         REFUSALS=1,
     )  # fmt: skip
     if L > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
@@ -327,13 +337,13 @@ def await_rows(
             local = tl.arange(0, triton.next_power_of_2(L))
             so_far = tl.load(all_tokens + local, mask=local < L)
             tl.store(all_tokens + local, so_far + tl.load(tokens + local, mask=local < L), mask=local < L)
-    tell_status(state, sequence, status, record, report)
+    tell_status(state, sequence, status, failure, host_failure)
     return status
 
 
 @triton.jit
 def post_arrived(segments, call, is_refused, rank, arrived_offset, P: tl.constexpr, RING: tl.constexpr):
-    """Tells every rank that this rank's rows of a call are in place.
+    """Tells every rank that this rank's rows of a call are in dst_row.
 
     Args:
         is_refused: whether its picks are not allowed, in a call whose word has not told that. This word then has a
@@ -351,8 +361,8 @@ def finish_call(
     segments,
     state,
     call,
-    record,
-    report,
+    failure,
+    host_failure,
     rank,
     max_polls,
     arrived_offset,
@@ -365,7 +375,7 @@ def finish_call(
     AWAITS_ALL: tl.constexpr,
     L: tl.constexpr,
 ):
-    """Tells every rank that this rank's rows are in place, and waits for theirs; ends the call where a rank gave it up.
+    """Tells every rank that this rank's rows are in place, and waits for theirs; ends a call that a rank gave up.
 
     Runs behind the kernels that wrote rows, so that its release covers them.
 
@@ -379,26 +389,26 @@ def finish_call(
         if POSTS:
             post_arrived(segments, call, False, rank, arrived_offset, P, RING)
         await_rows(
-            segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset, tokens, all_tokens,
-            P, RING, AWAITS_ALL, L,
+            segments, state, call, failure, host_failure, rank, max_polls, arrived_offset, aborts_offset, tokens,
+            all_tokens, P, RING, AWAITS_ALL, L,
         )  # fmt: skip
 
 
 @triton.jit
-def tell_status(state, sequence, status, record, report):
-    """Where a call is not OK, says so to the kernels that follow, and gives the host the record."""
+def tell_status(state, sequence, status, failure, host_failure):
+    """Where a call is not OK, says so to the kernels that follow, and gives the host the failure."""
     tl.debug_barrier()  # every warp has read the state
     if status != OK:
         tl.store(state + STATUS, status.to(tl.int64))
         tl.store(state + CURRENT, sequence)
-        words = tl.arange(0, triton.next_power_of_2(RECORD_WORDS))
-        is_word = words < RECORD_WORDS
+        words = tl.arange(0, triton.next_power_of_2(FAILURE_WORDS))
+        is_word = words < FAILURE_WORDS
         tl.debug_barrier()
-        tl.store(report + words, tl.load(record + words, mask=is_word, volatile=True), mask=is_word)
+        tl.store(host_failure + words, tl.load(failure + words, mask=is_word, volatile=True), mask=is_word)
 
 
 @triton.jit
-def look_for_abort(segments, state, call, record, report, rank, aborts_offset, P: tl.constexpr):
+def look_for_abort(segments, state, call, failure, host_failure, rank, aborts_offset, P: tl.constexpr):
     """Ends a call where a rank has given it up: what it let this rank read may have changed since."""
     lanes = tl.arange(0, triton.next_power_of_2(P))
     sequence = tl.load(call + P + SEQUENCE)
@@ -406,12 +416,12 @@ def look_for_abort(segments, state, call, record, report, rank, aborts_offset, P
     peer, flag = find_abort(aborts, lanes < P, tl.load(state + NUM_ENDED), sequence & CALL_MASK, P)
     status = tl.where(peer == P, OK, ABORTED)
     if status != OK:
-        write_record(record, status, peer, ARRIVE, stamped(sequence, 0), flag)
-    tell_status(state, sequence, status, record, report)
+        write_failure(failure, status, peer, ARRIVE, stamped(sequence, 0), flag)
+    tell_status(state, sequence, status, failure, host_failure)
 
 
 @triton.jit(do_not_specialize=["rank"])
-def check_call(segments, state, call, record, report, rank, aborts_offset, P: tl.constexpr):
+def check_call(segments, state, call, failure, host_failure, rank, aborts_offset, P: tl.constexpr):
     """``look_for_abort``, behind the kernels that read."""
     if is_ok(state):
-        look_for_abort(segments, state, call, record, report, rank, aborts_offset, P)
+        look_for_abort(segments, state, call, failure, host_failure, rank, aborts_offset, P)

@@ -2,7 +2,7 @@
 
 Launch with ``enable_fp_fusion=False``; the division is the correctly rounded one.
 
-Letters: T tokens here, J places of a token, H hidden, G scale groups of a row.
+Letters: T tokens here, J dst_rows of a token, H hidden, G scale groups of a row.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
-from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
-from crossdock.backends.cuda.kernels.rows import wide
+from crossdock.backends.cuda.kernels.plan import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.rows import as_int64
 from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
 
 E4M3_MAX = tl.constexpr(448.0)
@@ -100,7 +100,7 @@ def cast_blocks(given, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def push_cast(
     x,
-    places,
+    dst_rows,
     segments,
     call,
     state,
@@ -145,20 +145,20 @@ def push_cast(
             group = i % PIECES * GROUPS + tl.arange(0, GROUPS)
             at = group[:, None] * BLOCK + within[None, :]
             is_value = (group < G)[:, None] & (within < BLOCK)[None, :]
-            value = tl.load(x + wide(token) * stride + at, mask=is_value, other=0.0)
+            value = tl.load(x + as_int64(token) * stride + at, mask=is_value, other=0.0)
             data, stored = cast_blocks(value, POW2, EXPONENTS)
             stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
             behind = group_offset(group, GROUP_BYTES, WORD, SCALE_SIZE)
             for j in tl.static_range(J):  # without branches, as push_rows
-                place = tl.load(places + token * J + j)
-                peer, row = tl.where(place >= 0, place >> ROW_BITS, 0), place & ROW_MASK
+                dst_row = tl.load(dst_rows + token * J + j)
+                peer, row = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0), dst_row & ROW_MASK
                 slot, base = slot_of(call, peer), tl.load(segments + peer)
                 there = base + data_region + slot * data_slot_bytes + row * DATA_BYTES
                 there = there.to(tl.pointer_type(tl.uint8), bitcast=True)
                 if DATA_BYTES % 16 == 0:
                     there = tl.multiple_of(there, 16)
-                tl.store(there + at, data, mask=is_value & (place >= 0))
+                tl.store(there + at, data, mask=is_value & (dst_row >= 0))
                 scales = base + scale_region + slot * scale_slot_bytes
                 scales += scale_offset(row, SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES)
                 scales = scales.to(tl.pointer_type(SCALE_TYPE), bitcast=True)
-                tl.store(scales + behind, stored, mask=(group < SCALES) & (place >= 0))
+                tl.store(scales + behind, stored, mask=(group < SCALES) & (dst_row >= 0))

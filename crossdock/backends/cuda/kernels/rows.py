@@ -1,9 +1,9 @@
-"""Copies of rows: out to their places, home to their owners, and from landed rows into their places. Triton only.
+"""Copies of rows: out to their places, return_row to their owners, and from staged rows into their places. Triton only.
 
 A row is moved as words of the widest type that divides it, in pieces; a program moves one piece, then the next of its
 share. Wide kernels wait for nobody, and touch peer memory only in a call that is OK.
 
-Letters: T tokens here, J places of a token, K top-k, P ranks.
+Letters: T tokens here, J dst_rows of a token, K top-k, P ranks.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
-from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.plan import ROW_BITS, ROW_MASK
 
 
 @triton.jit
-def wide(index):
+def as_int64(index):
     """An index as int64, so that its product with a row's size does not wrap around."""
     return tl.zeros([], tl.int64) + index
 
@@ -33,7 +33,7 @@ def row_at(address, row, like, ROW_BYTES: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def push_rows(
     x,
-    places,
+    dst_rows,
     segments,
     call,
     state,
@@ -65,18 +65,18 @@ def push_rows(
             is_word = (token < num_tokens)[:, None] & (at < ROW)[None, :]
             row = tl.load(x + token.to(tl.int64)[:, None] * stride + at[None, :], mask=is_word)
             for j in tl.static_range(J):
-                place = tl.load(places + token * J + j, mask=token < num_tokens, other=-1)
-                peer = tl.where(place >= 0, place >> ROW_BITS, 0)
+                dst_row = tl.load(dst_rows + token * J + j, mask=token < num_tokens, other=-1)
+                peer = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0)
                 there = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
-                there = row_at(there, place & ROW_MASK, x, ROW_BYTES)[:, None]
-                tl.store(there + at[None, :], row, mask=is_word & (place >= 0)[:, None])
+                there = row_at(there, dst_row & ROW_MASK, x, ROW_BYTES)[:, None]
+                tl.store(there + at[None, :], row, mask=is_word & (dst_row >= 0)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def pack_rows(
     x,
-    places,
-    homes,
+    dst_rows,
+    return_rows,
     packed,
     state,
     num_tokens,
@@ -91,17 +91,17 @@ def pack_rows(
         for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
             token = i // PIECES
             at = i % PIECES * PIECE + tl.arange(0, PIECE)
-            row = tl.load(x + wide(token) * stride + at, mask=at < ROW)
+            row = tl.load(x + as_int64(token) * stride + at, mask=at < ROW)
             for j in tl.static_range(J):
-                if tl.load(places + token * J + j) >= 0:
-                    home = tl.load(homes + token * J + j).to(tl.int64)
-                    tl.store(packed + home * ROW + at, row, mask=at < ROW)
+                if tl.load(dst_rows + token * J + j) >= 0:
+                    return_row = tl.load(return_rows + token * J + j).to(tl.int64)
+                    tl.store(packed + return_row * ROW + at, row, mask=at < ROW)
 
 
 @triton.jit
-def push_home(
+def return_rows_to(
     y,
-    origins,
+    src_rows,
     scalars,
     segments,
     call,
@@ -114,7 +114,7 @@ def push_home(
     ROW_BYTES: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Writes each row of ``y [R, ROW]`` that has an origin to its home there, in the landing slot that the peer named.
+    """Writes each row of ``y [R, ROW]`` that came from somewhere back there, into the slot that the peer named.
 
     Args:
         NUM: which of the scalars is R.
@@ -122,40 +122,40 @@ def push_home(
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
     if is_ok(state):
         for i in range(tl.program_id(0), tl.load(scalars + NUM) * PIECES, tl.num_programs(0)):
-            origin = tl.load(origins + i // PIECES)
-            if origin >= 0:
+            src_row = tl.load(src_rows + i // PIECES)
+            if src_row >= 0:
                 at = i % PIECES * PIECE + tl.arange(0, PIECE)
-                row = tl.load(y + wide(i // PIECES) * stride + at, mask=at < ROW)
-                peer = origin >> ROW_BITS
+                row = tl.load(y + as_int64(i // PIECES) * stride + at, mask=at < ROW)
+                peer = src_row >> ROW_BITS
                 there = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
-                tl.store(row_at(there, origin & ROW_MASK, y, ROW_BYTES) + at, row, mask=at < ROW)
+                tl.store(row_at(there, src_row & ROW_MASK, y, ROW_BYTES) + at, row, mask=at < ROW)
 
 
 @triton.jit
 def expand_rows(
-    landed,
+    staged,
     rows,
     partial_rows,
     scalars,
     state,
-    landed_stride,
+    staged_stride,
     NUM: tl.constexpr,
     K: tl.constexpr,
     ROW: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Copies each landed row, one for all picks of its token here, to the places of those picks in ``rows [R, ROW]``.
+    """Copies each staged row, one for all picks of its token here, to the places of those picks in ``rows [R, ROW]``.
 
     Args:
-        landed_stride: words between landed rows.
-        partial_rows: int32 ``[pairs, K]``, places, -1 for picks of other ranks.
+        staged_stride: words between staged rows.
+        partial_rows: int32 ``[pairs, K]``, dst_rows, -1 for picks of other ranks.
     """
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
     if is_ok(state):
         for i in range(tl.program_id(0), tl.load(scalars + NUM) * PIECES, tl.num_programs(0)):
             pair = i // PIECES
             at = i % PIECES * PIECE + tl.arange(0, PIECE)
-            row = tl.load(landed + wide(pair) * landed_stride + at, mask=at < ROW)
+            row = tl.load(staged + as_int64(pair) * staged_stride + at, mask=at < ROW)
             for k in tl.static_range(K):
                 there = tl.load(partial_rows + pair * K + k)
                 if there >= 0:
@@ -171,4 +171,4 @@ def zero_gaps(rows, incoming, starts, state, P: tl.constexpr, N: tl.constexpr, R
     zero = tl.zeros([PIECE], rows.dtype.element_ty)
     if is_ok(state):
         for i in range(tl.load(last) + tl.load(last + N * P), tl.load(starts + segment + 1)):
-            tl.store(rows + wide(i) * ROW + at, zero, mask=at < ROW)
+            tl.store(rows + as_int64(i) * ROW + at, zero, mask=at < ROW)

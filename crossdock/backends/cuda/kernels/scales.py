@@ -1,9 +1,9 @@
-"""Scales to where ``crossdock.scales.ScaleLayout`` wants them: at peers, from landed rows, and zeros. Triton only.
+"""Scales to where ``crossdock.scales.ScaleLayout`` wants them: at peers, from staged rows, and zeros. Triton only.
 
 A scale is a word of 4 bytes, or one byte. Neighbours of a row need not be neighbours there, so words are stored one by
 one; rows are taken as many at a time as make the lanes of a program busy.
 
-Letters: T tokens here, J places of a token, K top-k, P ranks, N segments.
+Letters: T tokens here, J dst_rows of a token, K top-k, P ranks, N segments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
-from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.plan import ROW_BITS, ROW_MASK
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def group_offset(group, GROUP_BYTES: tl.constexpr, WORD: tl.constexpr, SIZE: tl.
 @triton.jit(do_not_specialize=["num_tokens", "row_stride", "group_stride"])
 def push_scales(
     scale,
-    places,
+    dst_rows,
     segments,
     call,
     state,
@@ -86,22 +86,22 @@ def push_scales(
             word = tl.load(scale + at, mask=is_scale)
             behind = group_offset(group, GROUP_BYTES, 1, SIZE)
             for j in tl.static_range(J):  # without branches, as push_rows
-                place = tl.load(places + token * J + j, mask=token < num_tokens, other=-1)
-                peer = tl.where(place >= 0, place >> ROW_BITS, 0)
+                dst_row = tl.load(dst_rows + token * J + j, mask=token < num_tokens, other=-1)
+                peer = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0)
                 there = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
-                there += scale_offset(place & ROW_MASK, SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES)
+                there += scale_offset(dst_row & ROW_MASK, SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES)
                 there = there.to(scale.dtype, bitcast=True)[:, None]
-                tl.store(there + behind, word, mask=is_scale & (place >= 0)[:, None])
+                tl.store(there + behind, word, mask=is_scale & (dst_row >= 0)[:, None])
 
 
 @triton.jit
 def expand_scales(
-    landed,
+    staged,
     scales,
     partial_rows,
     scalars,
     state,
-    landed_stride,
+    staged_stride,
     NUM: tl.constexpr,
     K: tl.constexpr,
     SCALES: tl.constexpr,
@@ -112,13 +112,13 @@ def expand_scales(
     PIECE: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Copies the scales of each landed row to the places of its token's picks here.
+    """Copies the scales of each staged row to the places of its token's picks here.
 
     Args:
-        landed: words; ``landed_stride`` of them between landed rows.
-        partial_rows: int32 ``[pairs, K]``, places, -1 for picks of other ranks.
+        staged: words; ``staged_stride`` of them between staged rows.
+        partial_rows: int32 ``[pairs, K]``, dst_rows, -1 for picks of other ranks.
         SEGMENT, ROW, GROUP: words between segments, rows, and the words of a row in ``scales``.
-        PAIRS, PIECE: landed rows, and words of each, that a program copies at a time.
+        PAIRS, PIECE: staged rows, and words of each, that a program copies at a time.
     """
     PIECES: tl.constexpr = (SCALES + PIECE - 1) // PIECE
     if is_ok(state):
@@ -127,7 +127,7 @@ def expand_scales(
             pair = i // PIECES * PAIRS + tl.arange(0, PAIRS)
             group = (i % PIECES * PIECE + tl.arange(0, PIECE))[None, :]
             is_scale = (pair < num_pairs)[:, None] & (group < SCALES)
-            word = tl.load(landed + pair.to(tl.int64)[:, None] * landed_stride + group, mask=is_scale)
+            word = tl.load(staged + pair.to(tl.int64)[:, None] * staged_stride + group, mask=is_scale)
             behind = group.to(tl.int64) * GROUP
             for k in tl.static_range(K):
                 row = tl.load(partial_rows + pair.to(tl.int64) * K + k, mask=pair < num_pairs, other=-1)

@@ -17,10 +17,10 @@ import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import slot_of
 from crossdock.backends.cuda.kernels.cast import cast_blocks
-from crossdock.backends.cuda.kernels.places import ROW_BITS, has_bad_picks, nth_of_key, picks_at
-from crossdock.backends.cuda.kernels.rows import wide
+from crossdock.backends.cuda.kernels.plan import ROW_BITS, has_bad_picks, nth_of_key, picks_at
+from crossdock.backends.cuda.kernels.rows import as_int64
 from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
-from crossdock.backends.cuda.kernels.sync import GO, NOTHING, take_verdict
+from crossdock.backends.cuda.kernels.sync import GO, NOTHING, await_go
 
 _PICKS = tl.constexpr(1024)
 """Picks that are counted at a time."""
@@ -47,27 +47,27 @@ class Given(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Where rows go: what the clerk works out, the plan's, and room for what shares work out. See ``dispatch_rows``."""
+    """Where rows go: what the coordinator works out, the plan's, and scratch of shares. See ``dispatch_rows``."""
 
-    outgoing: tl.tensor
-    places: tl.tensor
-    homes: tl.tensor
+    send_starts: tl.tensor
+    dst_rows: tl.tensor
+    return_rows: tl.tensor
     picks: tl.tensor
     nths: tl.tensor
     to_rows: tl.tensor
     to_scales: tl.tensor
-    rooms: tl.tensor
+    scratch_counts: tl.tensor
 
 
 class Regions(NamedTuple):
-    """Where in each peer's segment rows, scales and records land: regions, and bytes of their slots."""
+    """Where in each peer's segment rows, scales and metadata land: regions, and bytes of their slots."""
 
     data: tl.tensor
     data_slot_bytes: tl.tensor
     scale: tl.tensor
     scale_slot_bytes: tl.tensor
-    record: tl.tensor
-    record_slot_bytes: tl.tensor
+    metadata: tl.tensor
+    metadata_slot_bytes: tl.tensor
 
 
 class Sizes(NamedTuple):
@@ -91,7 +91,7 @@ class Sizes(NamedTuple):
     POW2: tl.constexpr
     EXPONENTS: tl.constexpr
     STAGES: tl.constexpr
-    RECORD: tl.constexpr
+    METADATA_WORDS: tl.constexpr
     CROWDED: tl.constexpr
 
 
@@ -122,7 +122,7 @@ def cast_share(given, first_piece, last_piece, sizes):
         token, block = i // sizes.PIECES, i % sizes.PIECES * sizes.SCALE_PIECE + tl.arange(0, sizes.SCALE_PIECE)
         at = block[:, None] * BLOCK + within[None, :]
         is_value = (block < H // BLOCK)[:, None] & (within < BLOCK)[None, :]
-        value = tl.load(given.x + wide(token) * given.x_stride + at, mask=is_value, other=0.0)
+        value = tl.load(given.x + as_int64(token) * given.x_stride + at, mask=is_value, other=0.0)
         bytes_of, scale = cast_blocks(value, sizes.POW2, sizes.EXPONENTS)
         tl.store(data + token * H + at, bytes_of, mask=is_value)
         scale = tl.where(block < H // BLOCK, scale, 0).to(scales.dtype.element_ty)
@@ -167,7 +167,7 @@ def count_share(given, tables, refused, room, first_token, last_token, sizes):
 
 
 @triton.jit
-def place_share(
+def address_share(
     segments,
     call,
     given,
@@ -181,7 +181,8 @@ def place_share(
 ):
     """Works out where the rows of some tokens go: their addresses, for all warps of the program to see.
 
-    Of the tokens from ``first_owned`` on, whose first piece is the program's, it also writes places, homes and records.
+    Of the tokens from ``first_owned`` on, whose first piece is the program's, it also writes places, return_rows and
+    metadata.
     """
     E: tl.constexpr = sizes.E
     K: tl.constexpr = sizes.K
@@ -195,8 +196,8 @@ def place_share(
         expert = picks_at(tables.picks + at, is_here)
         nth = tl.load(tables.nths + at, mask=is_here, other=0)
         is_row = (expert >= 0) & (expert < E) & goes
-        row = tl.load(tables.outgoing + expert, mask=is_row, other=0) + nth
-        home = tl.load(tables.outgoing + E + expert, mask=is_row, other=0) + nth
+        row = tl.load(tables.send_starts + expert, mask=is_row, other=0) + nth
+        return_row = tl.load(tables.send_starts + E + expert, mask=is_row, other=0) + nth
         peer = tl.where(is_row, expert // sizes.L, 0)
         segment, slot = tl.load(segments + peer), slot_of(call, peer)
         to_row = segment + regions.data + slot * regions.data_slot_bytes + row.to(tl.int64) * sizes.ROW_BYTES
@@ -206,15 +207,20 @@ def place_share(
             to_scale += scale_offset(row, sizes.SEGMENT_ROWS, sizes.SEGMENT_BYTES, sizes.SCALE_BYTES)
             tl.store(tables.to_scales + at, to_scale, mask=is_here)
         owns = is_here & (token >= first_owned)
-        place = (peer.to(tl.int64) << ROW_BITS) | row
-        tl.store(tables.places + at, tl.where(is_row, place, -1), mask=owns)
-        tl.store(tables.homes + at, tl.where(is_row, home, -1), mask=owns)
-        to_record = segment + regions.record + slot * regions.record_slot_bytes + row.to(tl.int64) * (4 * sizes.RECORD)
-        to_record = to_record.to(tl.pointer_type(tl.int32), bitcast=True)
-        tl.store(to_record, given.source + token, mask=owns & is_row)
+        dst_row = (peer.to(tl.int64) << ROW_BITS) | row
+        tl.store(tables.dst_rows + at, tl.where(is_row, dst_row, -1), mask=owns)
+        tl.store(tables.return_rows + at, tl.where(is_row, return_row, -1), mask=owns)
+        to_metadata = (
+            segment
+            + regions.metadata
+            + slot * regions.metadata_slot_bytes
+            + row.to(tl.int64) * (4 * sizes.METADATA_WORDS)
+        )
+        to_metadata = to_metadata.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.store(to_metadata, given.source + token, mask=owns & is_row)
         if given.has_weights != 0:
             weight = tl.load(given.weights + at, mask=is_here, other=0)
-            tl.store(to_record + 1, weight, mask=owns & is_row)
+            tl.store(to_metadata + 1, weight, mask=owns & is_row)
     tl.debug_barrier()
 
 
@@ -224,7 +230,7 @@ def load_piece(given, i, last_piece, sizes):
     lane = tl.arange(0, triton.next_power_of_2(sizes.PIECE))
     at = i % sizes.PIECES * sizes.PIECE + lane
     is_there = (lane < sizes.PIECE) & (at < sizes.ROW) & (i < last_piece)
-    return tl.load(given.rows + wide(i // sizes.PIECES) * given.stride + at, mask=is_there, other=0)
+    return tl.load(given.rows + as_int64(i // sizes.PIECES) * given.stride + at, mask=is_there, other=0)
 
 
 @triton.jit
@@ -243,7 +249,7 @@ def push_share(given, tables, values, first_piece, last_piece, sizes):
         group = piece * sizes.SCALE_PIECE + tl.arange(0, sizes.SCALE_PIECE)
         behind = group_offset(group, sizes.GROUP_BYTES, sizes.SCALES_OF_WORD, SCALE_SIZE)
         if SCALES > 0:
-            scale = tl.load(scales + wide(token) * given.scale_stride + group, mask=group < SCALES)
+            scale = tl.load(scales + as_int64(token) * given.scale_stride + group, mask=group < SCALES)
         now = values
         values = load_piece(given, i + 1, last_piece, sizes)
         for first in tl.static_range(0, K, _AT_ONCE):
@@ -265,7 +271,7 @@ def push_share(given, tables, values, first_piece, last_piece, sizes):
 
 
 @triton.jit
-def send_share(segments, call, verdict, refused, begins, given, tables, regions, sizes):
+def send_share(segments, call, go, refused, begins, given, tables, regions, sizes):
     """A program's share of the rows: pieces one after another, of a few tokens. See ``dispatch_rows``."""
     program, num_programs = tl.program_id(0) - 1, tl.num_programs(0) - 1
     num_pieces = given.num_tokens * sizes.PIECES
@@ -273,19 +279,19 @@ def send_share(segments, call, verdict, refused, begins, given, tables, regions,
     first_token, last_token = first_piece // sizes.PIECES, (last_piece + sizes.PIECES - 1) // sizes.PIECES
     decided = tl.full([], 0, tl.int32)
     if begins == 0:  # most often all has been sent
-        decided = take_verdict(verdict)
+        decided = await_go(go)
     if decided != NOTHING:
-        room = tables.rooms + program * sizes.E
+        room = tables.scratch_counts + program * sizes.E
         count_share(given, tables, refused, room, first_token, last_token, sizes)
         if sizes.BLOCK > 0:
             cast_share(given, first_piece, last_piece, sizes)
         tl.debug_barrier()  # what the program has kept is there for all its warps
         values = load_piece(given, first_piece, last_piece, sizes)
         if begins != 0:
-            decided = take_verdict(verdict)
+            decided = await_go(go)
         if decided != NOTHING:
             first_owned = (first_piece + sizes.PIECES - 1) // sizes.PIECES
-            place_share(
+            address_share(
                 segments, call, given, tables, regions, first_token, last_token, first_owned, decided == GO, sizes
             )
             if decided == GO:

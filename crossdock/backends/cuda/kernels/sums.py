@@ -3,7 +3,7 @@
 Every product and every sum is rounded by itself, as ``crossdock.backends.sums`` defines: launch with
 ``enable_fp_fusion=False``. A row that is not there counts as +0, which changes no sum that was begun with +0.
 
-Letters: T tokens here, J places of a token, K top-k, H hidden, P ranks.
+Letters: T tokens here, J dst_rows of a token, K top-k, H hidden, P ranks.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import PUSHED, is_ok, output_slot_of, slot_of
-from crossdock.backends.cuda.kernels.places import ROW_BITS, ROW_MASK
-from crossdock.backends.cuda.kernels.rows import row_at, wide
+from crossdock.backends.cuda.kernels.plan import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.rows import as_int64, row_at
 
 
-@triton.jit(do_not_specialize=["num_tokens", "rank", "landing", "bias_rows"])
+@triton.jit(do_not_specialize=["num_tokens", "rank", "returned", "bias_rows"])
 def sum_rows(
     out,
     bias,
     weights,
-    places,
-    homes,
+    dst_rows,
+    return_rows,
     segments,
     call,
     state,
@@ -30,7 +30,7 @@ def sum_rows(
     rank,
     outputs,
     slot_bytes,
-    landing,
+    returned,
     bias_rows,
     J: tl.constexpr,
     H: tl.constexpr,
@@ -40,40 +40,40 @@ def sum_rows(
 ):
     """``out[t] = cast(0 + w[t, 0] * row 0 + w[t, 1] * row 1 + ... + bias)``, of the rows of each token.
 
-    Rows lie in the output slots of the peers that left them there, and at this rank's landing place from those that
-    pushed.
+    Rows lie in the output slots of the peers that left them there, and at this rank's returned dst_row from
+    those that pushed.
 
     Args:
         weights: float32 ``[T, J]``; bias: ``[T, H]`` (bias_rows 1), or ``[H]`` (0).
         outputs, slot_bytes: where in a segment output slot 0 begins, and bytes of a slot.
-        landing: where in this rank's segment the landing slot of the call begins.
+        returned: where in this rank's segment the returned slot of the call begins.
     """
     PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
     ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
     good = is_ok(state)
-    own = tl.load(segments + rank) + landing
+    own = tl.load(segments + rank) + returned
     for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
         token = i // PIECES
         at = i % PIECES * PIECE + tl.arange(0, PIECE)
         is_value = at < H
         total = tl.zeros([PIECE], tl.float32)
         for j in tl.static_range(J):
-            place = tl.load(places + token * J + j)
-            is_row = (place >= 0) & good
-            peer = tl.where(is_row, place >> ROW_BITS, rank)
+            dst_row = tl.load(dst_rows + token * J + j)
+            is_row = (dst_row >= 0) & good
+            peer = tl.where(is_row, dst_row >> ROW_BITS, rank)
             slot = output_slot_of(call, peer)
             is_pushed = is_row & (slot == PUSHED)
-            home = tl.load(homes + token * J + j, mask=is_pushed, other=0)
+            return_row = tl.load(return_rows + token * J + j, mask=is_pushed, other=0)
             there = tl.load(segments + peer) + outputs + slot * slot_bytes
             base = tl.where(is_pushed, own, there)
-            row = tl.where(is_pushed, home.to(tl.int64), place & ROW_MASK)
+            row = tl.where(is_pushed, return_row.to(tl.int64), dst_row & ROW_MASK)
             value = tl.load(row_at(base, row, out, ROW_BYTES) + at, mask=is_value & is_row, other=0.0).to(tl.float32)
             if HAS_WEIGHTS:
                 value = value * tl.load(weights + token * J + j, mask=is_row, other=0.0)
             total += value
         if HAS_BIAS:
-            total += tl.load(bias + wide(token) * bias_rows * H + at, mask=is_value, other=0.0).to(tl.float32)
-        tl.store(out + wide(token) * H + at, total.to(out.dtype.element_ty), mask=is_value)
+            total += tl.load(bias + as_int64(token) * bias_rows * H + at, mask=is_value, other=0.0).to(tl.float32)
+        tl.store(out + as_int64(token) * H + at, total.to(out.dtype.element_ty), mask=is_value)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def push_sums(
     y,
     row_weights,
     partial_rows,
-    origins,
+    src_rows,
     scalars,
     segments,
     call,
@@ -95,7 +95,7 @@ def push_sums(
     PIECE: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):
-    """Writes this rank's sum of the rows of each (token, rank) pair to the pair's home.
+    """Writes this rank's sum of the rows of each (token, rank) pair to the pair's return_row.
 
     Args:
         partial_rows: int32 ``[pairs, K]``, the rows of a pair in the order of picks, -1 for none; with K = 0 each row
@@ -112,29 +112,37 @@ def push_sums(
             total = tl.zeros([PIECE], tl.float32)
             for k in tl.static_range(K if K > 0 else 1):
                 row = tl.load(partial_rows + pair * K + k) if K > 0 else pair
-                value = tl.load(y + wide(row) * stride + at, mask=is_value & (row >= 0), other=0.0)
+                value = tl.load(y + as_int64(row) * stride + at, mask=is_value & (row >= 0), other=0.0)
                 value = value.to(tl.float32)
                 if HAS_WEIGHTS:
                     value = value * tl.load(row_weights + row, mask=row >= 0, other=0.0)
                 total += value
-            origin = tl.load(origins + pair)
-            if origin >= 0:
-                peer = origin >> ROW_BITS
+            src_row = tl.load(src_rows + pair)
+            if src_row >= 0:
+                peer = src_row >> ROW_BITS
                 there = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
-                home = row_at(there, origin & ROW_MASK, y, ROW_BYTES)
-                tl.store(home + at, total.to(y.dtype.element_ty), mask=is_value)
+                return_row = row_at(there, src_row & ROW_MASK, y, ROW_BYTES)
+                tl.store(return_row + at, total.to(y.dtype.element_ty), mask=is_value)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def weigh_places(
-    topk_idx, weights, places, out, num_tokens, L: tl.constexpr, K: tl.constexpr, J: tl.constexpr, TOKENS: tl.constexpr
+def weigh_rows(
+    topk_idx,
+    weights,
+    dst_rows,
+    out,
+    num_tokens,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    J: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """Weights of rows that serve all picks of a token at a rank, ``[T, J]``: the sum of theirs, in pick order."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, triton.next_power_of_2(J))
     is_here = (token < num_tokens)[:, None] & (column < J)[None, :]
     at = token[:, None] * J + column[None, :]
-    peer = tl.load(places + at, mask=is_here, other=-1) >> ROW_BITS
+    peer = tl.load(dst_rows + at, mask=is_here, other=-1) >> ROW_BITS
     total = tl.zeros([TOKENS, column.shape[0]], tl.float32)
     for k in range(K):
         expert = tl.load(topk_idx + token * K + k, mask=token < num_tokens, other=-1).to(tl.int64)

@@ -1,6 +1,6 @@
-"""Words between ranks and tickets inside a grid: the only place where memory is ordered. Triton only.
+"""Words between ranks and tickets inside a grid: the only dst_row where memory is ordered. Triton only.
 
-A word is 64 bits at a place of its own in a peer's segment: a stamp (the call's sequence number) over a payload, as
+A word is 64 bits at a dst_row of its own in a peer's segment: a stamp (the call's sequence number) over a payload, as
 ``crossdock.consent.stamped`` makes it. It is written by an atomic and read by atomics, never by a load or a store.
 A single thread releases or acquires, and Triton (up to 3.8) puts no barrier between it and the program's others: so one
 stands before every release and after every acquire. tests/unit/test_cuda_sync.py looks for them in what is emitted.
@@ -24,18 +24,18 @@ MISMATCHED = tl.constexpr(3)
 GO = tl.constexpr(1)
 NO_ROWS = tl.constexpr(2)
 NOTHING = tl.constexpr(3)
-"""Verdicts of a grid's first program: rows go where the tables say; the call is void, or rows do not fit; there is
-nothing to do (any more)."""
+"""Values of the go flag of a grid's first program: rows go where the tables say; the call is void, or rows do not
+fit; there is nothing to do (any more)."""
 
-RECORD_STATUS = tl.constexpr(0)
-RECORD_PEER = tl.constexpr(1)
-RECORD_PHASE = tl.constexpr(2)
-RECORD_EXPECTED = tl.constexpr(3)
-RECORD_SEEN = tl.constexpr(4)
-RECORD_WORDS = tl.constexpr(5)
-"""Entries of a failure record, int64; all zero while nothing has failed."""
+FAILURE_STATUS = tl.constexpr(0)
+FAILURE_PEER = tl.constexpr(1)
+FAILURE_PHASE = tl.constexpr(2)
+FAILURE_EXPECTED = tl.constexpr(3)
+FAILURE_SEEN = tl.constexpr(4)
+FAILURE_WORDS = tl.constexpr(5)
+"""Entries of a failure failure, int64; all zero while nothing has failed."""
 CLAIMED = tl.constexpr(-1)
-"""In place of a record's status: a program is writing the rest."""
+"""In dst_row of a failure's status: a program is writing the rest."""
 
 PAYLOAD_BITS = tl.constexpr(consent.PAYLOAD_BITS)
 PAYLOAD_MASK = tl.constexpr(consent.PAYLOAD_MASK)
@@ -135,7 +135,7 @@ def wait_words(
     num_ended,
     max_polls,
     phase,
-    record,
+    failure,
     P: tl.constexpr,
     BITS: tl.constexpr = PAYLOAD_BITS,
     waits=None,
@@ -146,8 +146,8 @@ def wait_words(
     Peers signal with ``post_words``. The wait ends when every awaited word equals the expected one above its lowest
     ``BITS`` bits, or a flag in ``aborts`` makes the call void, or after ``max_polls`` polls. Polls are relaxed atomics;
     then one vector atomic acquires at system scope, a barrier follows it, and what it has read decides: words that are
-    there at last make it OK, whatever else was seen. Otherwise the first failure since the record was zeroed is written
-    there: the rank that aborted and its flag, or the first rank that is missing and its word.
+    there at last make it OK, whatever else was seen. Otherwise the first failure since the failure was zeroed is
+    written there: the rank that aborted and its flag, or the first rank that is missing and its word.
 
     Args:
         words: this rank's words, int64 ``[P]``.
@@ -156,12 +156,12 @@ def wait_words(
         is_awaited: whether a rank's word is waited for; the same for all, or a block with one lane per rank.
         num_ended: int64, the epochs that have ended before that of the call.
         max_polls: the deadline; a poll takes about 0.3 us on an H200, with 2 to 8 ranks on it.
-        phase: a number for the record.
-        record: int64 ``[RECORD_WORDS]``.
+        phase: a number for the failure.
+        failure: int64 ``[FAILURE_WORDS]``.
         P: number of ranks.
         BITS: size of the payload, which is not compared; 0 compares whole words.
         waits: int64 ``[P]``, nanoseconds that have been waited for each rank, or None; added to.
-        REFUSALS: not 0 where a word with a payload refuses the call: that is MISMATCHED, and the record has seen 0.
+        REFUSALS: not 0 where a word with a payload refuses the call: that is MISMATCHED, and the failure has seen 0.
     """
     lanes = tl.arange(0, triton.next_power_of_2(P))
     is_rank = lanes < P
@@ -205,7 +205,7 @@ def wait_words(
             peer = first
             flag = tl.sum(tl.where(lanes == peer, seen, 0), axis=0)
         awaited = tl.sum(tl.where(lanes == peer, expected, 0), axis=0)
-        write_record(record, status, peer, phase, awaited, flag)
+        write_failure(failure, status, peer, phase, awaited, flag)
     return status, tl.where(is_rank, seen, 0)
 
 
@@ -228,16 +228,16 @@ def are_here(words, expected, num_polls, P: tl.constexpr):
 
 
 @triton.jit
-def write_record(record, status, peer, phase, expected, seen):
+def write_failure(failure, status, peer, phase, expected, seen):
     """Leaves a failure for the host, unless an earlier one is there; the status comes last, and releases the rest."""
     free, claimed = tl.full([], 0, tl.int64), tl.full([], CLAIMED, tl.int64)
-    if tl.atomic_cas(record + RECORD_STATUS, free, claimed, sem="relaxed", scope="sys") == 0:
-        tl.store(record + RECORD_PEER, peer)
-        tl.store(record + RECORD_PHASE, phase)
-        tl.store(record + RECORD_EXPECTED, expected)
-        tl.store(record + RECORD_SEEN, seen)
+    if tl.atomic_cas(failure + FAILURE_STATUS, free, claimed, sem="relaxed", scope="sys") == 0:
+        tl.store(failure + FAILURE_PEER, peer)
+        tl.store(failure + FAILURE_PHASE, phase)
+        tl.store(failure + FAILURE_EXPECTED, expected)
+        tl.store(failure + FAILURE_SEEN, seen)
         complete_stores()
-        tl.atomic_xchg(record + RECORD_STATUS, status.to(tl.int64), sem="release", scope="sys")
+        tl.atomic_xchg(failure + FAILURE_STATUS, status.to(tl.int64), sem="release", scope="sys")
 
 
 @triton.jit
@@ -283,26 +283,26 @@ def is_last_program(ticket):
 
 
 @triton.jit
-def release_programs(verdict, value):
-    """Lets the grid's programs that wait in ``take_verdict`` go on; what this one has stored is visible to them.
+def release_programs(go, value):
+    """Lets the grid's programs that wait in ``await_go`` go on; what this one has stored is visible to them.
 
     Args:
-        verdict: int32, 0 before the kernel, and to be zeroed by ``is_last_program``'s last one.
+        go: int32, 0 before the kernel, and to be zeroed by ``is_last_program``'s last one.
         value: int32, not 0.
     """
     complete_stores()
-    tl.atomic_xchg(verdict, value, sem="release", scope="gpu")
+    tl.atomic_xchg(go, value, sem="release", scope="gpu")
 
 
 @triton.jit
-def take_verdict(verdict):
+def await_go(go):
     """Waits for the program of this grid that calls ``release_programs``: what it has released.
 
     Without a deadline of its own: that program comes first in the grid, and has one.
     """
-    value = tl.atomic_or(verdict, 0, sem="acquire", scope="gpu")
+    value = tl.atomic_or(go, 0, sem="acquire", scope="gpu")
     while value == 0:
-        value = tl.atomic_or(verdict, 0, sem="acquire", scope="gpu")
+        value = tl.atomic_or(go, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
     return value
 

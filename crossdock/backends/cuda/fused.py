@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Outgoing, Rows
+from crossdock.backends.base import Batch, RowCount
 from crossdock.backends.cuda.config import power_of_two
-from crossdock.backends.cuda.control import DeviceConsent
-from crossdock.backends.cuda.kernels import decode
+from crossdock.backends.cuda.consent import DeviceConsent
+from crossdock.backends.cuda.kernels import fused as kernels
 from crossdock.backends.cuda.launch import Launcher, Prepared, kind_of
-from crossdock.backends.cuda.movers import as_words, rowwise
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
+from crossdock.backends.cuda.rows import as_words, rowwise
 from crossdock.backends.cuda.scales import constants
 from crossdock.consent import Kind, Missing, Steps, Word
 from crossdock.plan import Plan
@@ -46,8 +46,8 @@ class _Sent(NamedTuple):
     is_cast: bool
 
 
-class DecodeCalls:
-    """The WholeCalls of a buffer whose ``LaunchConfig`` says ``one_kernel``."""
+class FusedCalls:
+    """The FusedCalls of a buffer whose ``LaunchConfig`` says ``is_fused``."""
 
     def __init__(self, arena: Arena, launcher: Launcher, planner: Planner, consent: DeviceConsent) -> None:
         self._arena = arena
@@ -56,31 +56,31 @@ class DecodeCalls:
         self._planner = planner
         self._consent = consent
         spec, device = self._spec, launcher.device
-        self._verdict, self._ticket, self._refused = torch.zeros(3, 1, dtype=torch.int32, device=device).unbind()
+        self._go, self._ticket, self._refused = torch.zeros(3, 1, dtype=torch.int32, device=device).unbind()
         self._nths = torch.zeros(spec.max_tokens, spec.num_topk, dtype=torch.int32, device=device)
         self._to_rows, self._to_scales = torch.zeros(2, *self._nths.shape, dtype=torch.int64, device=device).unbind()
         rooms = (launcher.config.most_programs(spec.num_topk), spec.num_experts)
-        self._rooms = torch.zeros(rooms, dtype=torch.int32, device=device)
+        self._scratch_counts = torch.zeros(rooms, dtype=torch.int32, device=device)
         self._column_major = arena.scales.column_major
         self._cast = _cast_rows(spec, spec.wire, device) if isinstance(spec.wire, Fp8) else None
         self._dispatches: dict[Any, Prepared] = {}
         self._sums: dict[Any, Prepared] = {}
         """What has been prepared, by what may differ between calls."""
-        self._landing, self._landing_slot_bytes = self._region("landing")
+        self._returned, self._returned_slot_bytes = self._region("returned")
         self._at_peers = constants(arena.scales)
         self._blocks = launcher.blocks_of_rows()
         self._of_all = (
             launcher.segments,
             launcher.state,
-            launcher.record,
             launcher.failure,
+            launcher.host_failure,
             launcher.rank,
         )
         """What the kernels of whole calls begin with."""
         self._boxes = tuple(arena[name].offset for name in ("words", "arrived", "aborts", "counts"))
         self._lands = tuple(
             at
-            for name in ("data", "scale", "record")
+            for name in ("data", "scale", "metadata")
             for at in (self._region(name) if name in arena.regions else (0, 0))
         )
 
@@ -88,32 +88,32 @@ class DecodeCalls:
         """Where a region begins, and how large its slots are."""
         return self._arena[name].offset, self._on.slot_bytes(name)
 
-    def takes_dispatch(self, outgoing: Outgoing, routing: Plan | Tensor) -> bool:
-        """See WholeCalls. Fresh ones, of what has room in a record as it is."""
-        return isinstance(routing, Tensor) and not outgoing.wide and not outgoing.extras
+    def takes_dispatch(self, batch: Batch, routing: Plan | Tensor) -> bool:
+        """See FusedCalls. Fresh ones, of what has room in a record as it is."""
+        return isinstance(routing, Tensor) and not batch.unquantized and not batch.extras
 
     def dispatch(
-        self, sequence: int, word: Word, outgoing: Outgoing, topk_idx: Tensor, mode: Rows, *, at_once: bool
+        self, sequence: int, word: Word, batch: Batch, topk_idx: Tensor, mode: RowCount, *, at_once: bool
     ) -> Steps[DevicePlan]:
-        """See WholeCalls."""
+        """See FusedCalls."""
         plan, call = self._planner.blank(topk_idx.shape[0], stamp=sequence), self._on.next_call()
         self._consent.remembers(plan)
-        self._send_rows(plan, word, outgoing, topk_idx, call, begins=True, awaits=at_once)
+        self._send_rows(plan, word, batch, topk_idx, call, begins=True, awaits=at_once)
         if not at_once:
             yield _LEFT
             self._on.enter()
-            self._send_rows(plan, word, outgoing, plan.topk_idx, call, begins=False, awaits=True)
+            self._send_rows(plan, word, batch, plan.topk_idx, call, begins=False, awaits=True)
         self._planner.placed(plan, sequence, mode)
         return plan
 
     def takes_combine(self, plan: Plan, *, pushes: bool, has_extras: bool) -> bool:
-        """See WholeCalls."""
+        """See FusedCalls."""
         return not pushes and not has_extras
 
     def combine(
         self, word: Word, plan: Plan, weights: Tensor | None, bias: Tensor | None, *, at_once: bool
     ) -> Steps[Tensor]:
-        """See WholeCalls."""
+        """See FusedCalls."""
         assert isinstance(plan, DevicePlan)
         call = self._on.next_call()
         if not at_once:
@@ -128,7 +128,7 @@ class DecodeCalls:
     def _give_word(self, word: Word, call: Tensor) -> None:
         """This rank's word for a call that another kernel goes on with."""
         self._on.launch(
-            decode.begin_combine,
+            kernels.begin_combine,
             (1,),
             self._on.segments,
             self._on.state,
@@ -146,14 +146,14 @@ class DecodeCalls:
         self,
         plan: DevicePlan,
         word: Word,
-        outgoing: Outgoing,
+        batch: Batch,
         topk_idx: Tensor,
         call: Tensor,
         *,
         begins: bool,
         awaits: bool,
     ) -> None:
-        on, sent, payload = self._on, self._as_words(outgoing), word.payload()
+        on, sent, payload = self._on, self._as_words(batch), word.payload()
         values, rows, scale, weights, is_cast = sent
         given = (
             *map(kind_of, (topk_idx, weights, values, scale)),
@@ -165,14 +165,14 @@ class DecodeCalls:
         if (launch := self._dispatches.get(key)) is None:
             launch = self._prepared_dispatch(plan.num_tokens, sent, given, begins=begins, awaits=awaits)
             self._dispatches[key] = launch
-        assert plan.report is not None
+        assert plan.host_counts is not None
         assert plan.room is not None
         on.run(
             launch,
             call,
             payload,
             on.max_polls,
-            plan.report.row,
+            plan.host_counts.row,
             *(plan.room.addresses() if launch.is_compiled else plan.room.tensors()),
             topk_idx,
             self._nths if weights is None else weights,
@@ -181,9 +181,9 @@ class DecodeCalls:
             rows if scale is None else scale,
         )
 
-    def _as_words(self, outgoing: Outgoing) -> _Sent:
-        on, x = self._on, outgoing.x
-        weights = None if outgoing.weights is None else on.dense(outgoing.weights).view(torch.int32)
+    def _as_words(self, batch: Batch) -> _Sent:
+        on, x = self._on, batch.x
+        weights = None if batch.weights is None else on.dense(batch.weights).view(torch.int32)
         if isinstance(x, Quantized):
             words, scale = as_words(rowwise(x.data, on)), rowwise(x.scale, on)
             scale = as_integers(scale) if self._column_major else as_words(scale)
@@ -210,10 +210,10 @@ class DecodeCalls:
             scales_of_word = wire.scale_dtype.itemsize // scale_bytes
         elif scale is not None and not self._column_major:
             group_bytes = scale_bytes
-        shape = on.config.few(rows.shape[1], num_tokens, spec.num_topk, unit=unit)
+        shape = on.config.fused_dispatch(rows.shape[1], num_tokens, spec.num_topk, unit=unit)
         scale_piece = shape.piece // unit if is_cast else power_of_two(num_scales or 1)
         return Prepared(
-            decode.dispatch_rows,
+            kernels.dispatch_rows,
             (shape.programs,),
             (
                 *self._of_all,
@@ -221,16 +221,16 @@ class DecodeCalls:
                 int(begins),
                 int(awaits),
                 *self._boxes,
-                on.outgoing,
+                on.send_starts,
                 on.tokens,
                 spec.capacity(on.num_ranks),
-                self._verdict,
+                self._go,
                 self._ticket,
                 self._refused,
                 self._nths,
                 self._to_rows,
                 self._to_scales,
-                self._rooms,
+                self._scratch_counts,
                 int(weights is not None),
                 num_tokens,
                 values.stride(0),
@@ -256,7 +256,7 @@ class DecodeCalls:
                 "POW2": is_pow2,
                 "EXPONENTS": is_exponents,
                 "STAGES": shape.stages(rows.element_size() * values.element_size()) if is_cast else 0,
-                "RECORD": arena.record_bytes // 4,
+                "METADATA_WORDS": arena.metadata_bytes // 4,
                 "CROWDED": on.config.is_crowded,
             },
             {
@@ -280,8 +280,8 @@ class DecodeCalls:
         begins: bool,
     ) -> None:
         rows = plan.rows
-        payload, landing = word.payload(), self._landing + word.slot * self._landing_slot_bytes
-        given = (kind_of(weights), kind_of(bias), payload < 2**31, landing < 2**31)
+        payload, returned = word.payload(), self._returned + word.slot * self._returned_slot_bytes
+        given = (kind_of(weights), kind_of(bias), payload < 2**31, returned < 2**31)
         key = (plan.num_tokens, self._on.config.num_sms, begins, None if bias is None else bias.dim(), *given)
         if (launch := self._sums.get(key)) is None:
             launch = self._sums[key] = self._prepared_sums(plan.num_tokens, weights, bias, given, begins=begins)
@@ -293,8 +293,10 @@ class DecodeCalls:
             out,
             out if bias is None else bias,
             out if weights is None else weights,
-            *(rows.address("places"), rows.address("homes")) if launch.is_compiled else (rows.places, rows.homes),
-            landing,
+            *(rows.address("dst_rows"), rows.address("return_rows"))
+            if launch.is_compiled
+            else (rows.dst_rows, rows.return_rows),
+            returned,
         )
 
     def _prepared_sums(
@@ -309,15 +311,15 @@ class DecodeCalls:
         """What combines of as many tokens, and of tensors of these kinds, have in common."""
         on, arena, spec = self._on, self._arena, self._spec
         value_bytes = spec.combine_dtype.itemsize
-        shape = on.config.few_sums(spec.hidden, num_tokens, spec.num_topk, value_bytes=value_bytes)
+        shape = on.config.fused_combine(spec.hidden, num_tokens, spec.num_topk, value_bytes=value_bytes)
         return Prepared(
-            decode.combine_rows,
+            kernels.combine_rows,
             (shape.programs,),
             (
                 *self._of_all,
                 int(begins),
                 *self._boxes[:3],
-                self._verdict,
+                self._go,
                 self._ticket,
                 num_tokens,
                 arena["outputs"].offset,
@@ -342,10 +344,10 @@ class DecodeCalls:
             },
         )
 
-    def warm_up(self, outgoing: Outgoing, picks: Tensor) -> DevicePlan:
+    def warm_up(self, batch: Batch, picks: Tensor) -> DevicePlan:
         """Launches all that a dispatch may launch; only while calls are void."""
         plan, call = self._planner.blank(picks.shape[0], stamp=0), self._on.next_call()
-        self._send_rows(plan, _NO_WORD, outgoing, picks, call, begins=True, awaits=True)
+        self._send_rows(plan, _NO_WORD, batch, picks, call, begins=True, awaits=True)
         return plan
 
     def warm_up_sums(self, plan: Plan, weights: Tensor | None, bias: Tensor | None) -> None:

@@ -66,7 +66,7 @@ class DeviceConsent(Consent):
     def __init__(self, transport: DeviceTransport, launcher: Launcher, *, ring: int, num_experts: int) -> None:
         self._num_experts = num_experts
         self._on = launcher
-        self._failure = launcher.failure.numpy()  # to be looked at before each call
+        self._failure = launcher.host_failure.numpy()  # to be looked at before each call
         self._kernels = WordKernels(launcher)
         self._fresh: DevicePlan | None = None
         self._transport = transport
@@ -170,7 +170,7 @@ class DeviceConsent(Consent):
 
     def remembers(self, plan: DevicePlan) -> None:
         """A fresh dispatch, to say what is wrong with its picks if the device refuses them."""
-        if plan.report is None or not plan.report.is_captured:
+        if plan.host_counts is None or not plan.host_counts.is_captured:
             self._told.append(plan)
 
     def counts(self, tokens: torch.Tensor) -> None:
@@ -284,7 +284,7 @@ class DeviceConsent(Consent):
         with torch.cuda.stream(self._transport.stream):
             self._on.state[: len(state)].copy_(torch.tensor(state))
             self._on.calls.zero_()
-            self._on.record.zero_()
+            self._on.failure.zero_()
             self._on.refused.zero_()
         self._transport.stream.synchronize()
-        self._on.failure.zero_()
+        self._on.host_failure.zero_()

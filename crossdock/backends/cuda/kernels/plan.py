@@ -1,10 +1,10 @@
-"""Where rows go, worked out on the device: counts of picks, prefix sums, places. Triton only.
+"""Where rows go, worked out on the device: counts of picks, prefix sums, dst_rows. Triton only.
 
 The same numbers as ``crossdock.plan`` has on the host. A *key* is what rows are sorted by where they land: the expert
-of a row that serves one pick, the rank of a row that serves all of a token's picks there. A place is
+of a row that serves one pick, the rank of a row that serves all of a token's picks there. A dst_row is
 ``rank << 32 | row`` in an int64, -1 where there is none.
 
-Letters: T tokens here, K top-k, J places of a token, E experts, L local experts, P ranks, N keys of a rank,
+Letters: T tokens here, K top-k, J dst_rows of a token, E experts, L local experts, P ranks, N keys of a rank,
 B = N * P keys, W = E + P counts, S tokens of a chunk.
 """
 
@@ -26,13 +26,13 @@ SCALARS = tl.constexpr(3)
 """Entries of a plan's int32 scalars: rows here up to the end of the last segment, whether a rank's rows do not fit
 anywhere (then nobody has any), and (token, rank) pairs that come here."""
 
-REPORT_ROWS = tl.constexpr(0)
-REPORT_PAIRS = tl.constexpr(1)
-REPORT_WORST = tl.constexpr(2)
-REPORT_NEEDED = tl.constexpr(3)
-REPORT_WORDS = tl.constexpr(4)
-"""Entries of the report to the host, int64: how many rows (written where the host does not know) and pairs; of an
-overflow the place (rank, or expert for fixed blocks) that needs most, and how many rows, written only then."""
+HOST_ROWS = tl.constexpr(0)
+HOST_PAIRS = tl.constexpr(1)
+HOST_WORST = tl.constexpr(2)
+HOST_NEEDED = tl.constexpr(3)
+HOST_WORDS = tl.constexpr(4)
+"""Entries of the host_counts to the host, int64: how many rows (written where the host does not know) and pairs; of an
+overflow the dst_row (rank, or expert for fixed blocks) that needs most, and how many rows, written only then."""
 
 ROW_BITS = tl.constexpr(32)
 ROW_MASK = tl.constexpr(2**32 - 1)
@@ -115,11 +115,11 @@ def count_picks(
     experts = tl.arange(0, BINS)
     of_experts = tl.histogram(tl.where(is_pick, expert, 0), BINS, mask=is_pick)
     tl.store(here + experts, of_experts, mask=experts < E)
-    home = tl.where(is_pick, expert // L, -1)
-    is_row = is_first_there(home, S)
+    return_row = tl.where(is_pick, expert // L, -1)
+    is_row = is_first_there(return_row, S)
     RANKS: tl.constexpr = triton.next_power_of_2(P)
     ranks = tl.arange(0, RANKS)
-    of_ranks = tl.histogram(tl.where(is_row, home, 0), RANKS, mask=is_row)
+    of_ranks = tl.histogram(tl.where(is_row, return_row, 0), RANKS, mask=is_row)
     tl.store(here + E + ranks, of_ranks, mask=ranks < P)
 
 
@@ -150,11 +150,11 @@ def load_counts(counts, source, column, is_column, P: tl.constexpr, W: tl.conste
 
 
 @triton.jit
-def derive_outgoing(
+def derive_send_starts(
     counts,
     good,
     scalars,
-    outgoing,
+    send_starts,
     capacity,
     rank,
     P: tl.constexpr,
@@ -169,7 +169,7 @@ def derive_outgoing(
 
     Returns:
         Where each key's rows begin at their receiver, int32 ``[next_power_of_2(B)]``; the end of this rank's rows;
-        whether rows are moved at all; of an overflow, how many rows the place needs that needs most, and which it is.
+        whether rows are moved at all; of an overflow, how many rows the dst_row needs that needs most, and which it is.
     """
     B: tl.constexpr = N * P
     W: tl.constexpr = (L + 1) * P
@@ -190,9 +190,9 @@ def derive_outgoing(
     else:
         size = (total + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         ends = tl.cumsum(size, axis=0)
-        tl.store(outgoing + key, ends - size, mask=is_key)
+        tl.store(send_starts + key, ends - size, mask=is_key)
         tl.debug_barrier()
-        of_rank = tl.load(outgoing + key // N * N, mask=is_key, other=0)
+        of_rank = tl.load(send_starts + key // N * N, mask=is_key, other=0)
         tl.debug_barrier()
         base = ends - size - of_rank
         needed = tl.where(key % N == N - 1, base + size, 0)
@@ -206,14 +206,14 @@ def derive_outgoing(
         good = good & fits
         base = tl.where(good, base, key % N * capacity if ALIGNMENT == 0 else 0)
         own = tl.where(good, own, 0)
-    tl.store(outgoing + key, base + before, mask=is_key)
-    tl.store(outgoing + B + key, tl.cumsum(own, axis=0) - own, mask=is_key)
+    tl.store(send_starts + key, base + before, mask=is_key)
+    tl.store(send_starts + B + key, tl.cumsum(own, axis=0) - own, mask=is_key)
     end = tl.max(tl.where(is_key & (key // N == rank) & good, base + size, 0), axis=0)
     return base, end, good, most, worst
 
 
 @triton.jit
-def derive_incoming(
+def derive_recv_starts(
     counts,
     base,
     end,
@@ -221,7 +221,7 @@ def derive_incoming(
     needed,
     worst,
     scalars,
-    report,
+    host_counts,
     incoming,
     starts,
     tokens,
@@ -235,14 +235,14 @@ def derive_incoming(
     AT_ONCE: tl.constexpr,
     IS_PAIRS: tl.constexpr,
 ):
-    """From what ``derive_outgoing`` gives: where others' blocks begin here, and the report. See ``derive_blocks``."""
+    """From what ``derive_send_starts`` gives: where blocks begin here, and the host counts. See ``derive_blocks``."""
     B: tl.constexpr = N * P
     W: tl.constexpr = (L + 1) * P
     key = tl.arange(0, triton.next_power_of_2(B))
     is_mine = (key < B) & (key // N == rank)
     if IS_PAIRS:
         tl.store(scalars + NUM_PAIRS, end)
-        tl.store(report + REPORT_PAIRS, end.to(tl.int64))
+        tl.store(host_counts + HOST_PAIRS, end.to(tl.int64))
     else:
         end = N * capacity if ALIGNMENT == 0 else end
         tl.store(scalars + NUM_ROWS, end)
@@ -272,10 +272,10 @@ def derive_incoming(
             picks += tl.sum(load_counts(counts + rank * L, source, local, (local < L) & good, P, W), axis=0)
         tl.store(tokens + local, picks, mask=local < L)
         if ALIGNMENT > 0:
-            tl.store(report + REPORT_ROWS, end.to(tl.int64))
+            tl.store(host_counts + HOST_ROWS, end.to(tl.int64))
         if needed > 0:  # only then, because what is stored for the host takes a kernel microseconds
-            tl.store(report + REPORT_NEEDED, needed.to(tl.int64))
-            tl.store(report + REPORT_WORST, worst.to(tl.int64))
+            tl.store(host_counts + HOST_NEEDED, needed.to(tl.int64))
+            tl.store(host_counts + HOST_WORST, worst.to(tl.int64))
 
 
 @triton.jit
@@ -292,8 +292,8 @@ def derive_blocks(
     counts,
     state,
     scalars,
-    report,
-    outgoing,
+    host_counts,
+    send_starts,
     incoming,
     starts,
     tokens,
@@ -314,7 +314,7 @@ def derive_blocks(
 
     Args:
         counts: int64 ``[P, W]``; keys are its columns from FIRST on.
-        outgoing: int32 ``[2, B]``: where each of this rank's blocks begins at its receiver, and in its own order.
+        send_starts: int32 ``[2, B]``: where each of this rank's blocks begins at its receiver, and in its own order.
         incoming: int32 ``[3, N * P]``, block (key, source): where it begins here, its rows, where it begins there.
         starts: int32 ``[N + 1]``, first row of each segment here, and the end.
         tokens: int32 ``[L]``, picks of each local expert.
@@ -325,11 +325,11 @@ def derive_blocks(
     good = is_ok(state)
     if IS_PAIRS:
         good = good & (tl.load(scalars + OVERFLOW) == 0)
-    base, end, good, needed, worst = derive_outgoing(
-        counts, good, scalars, outgoing, capacity, rank, P, L, N, FIRST, ALIGNMENT, AT_ONCE, IS_PAIRS
+    base, end, good, needed, worst = derive_send_starts(
+        counts, good, scalars, send_starts, capacity, rank, P, L, N, FIRST, ALIGNMENT, AT_ONCE, IS_PAIRS
     )
-    derive_incoming(
-        counts, base, end, good, needed, worst, scalars, report, incoming, starts, tokens, capacity, rank,
+    derive_recv_starts(
+        counts, base, end, good, needed, worst, scalars, host_counts, incoming, starts, tokens, capacity, rank,
         P, L, N, FIRST, ALIGNMENT, AT_ONCE, IS_PAIRS,
     )  # fmt: skip
     if not (IS_PAIRS or KEEPS_COUNTS):  # noqa: SIM102 - one is of the compiler, the other of the device
@@ -342,8 +342,8 @@ def begin_dispatch(
     segments,
     state,
     call,
-    record,
     failure,
+    host_failure,
     payload,
     refused,
     counts,
@@ -354,8 +354,8 @@ def begin_dispatch(
     aborts_offset,
     counts_offset,
     scalars,
-    report,
-    outgoing,
+    host_counts,
+    send_starts,
     incoming,
     starts,
     tokens,
@@ -370,26 +370,26 @@ def begin_dispatch(
 ):
     """``begin_call`` of a fresh dispatch, and ``derive_blocks`` from what it has gathered: one launch, not two."""
     begin_call(
-        segments, state, call, record, failure, payload, refused, counts, gathered, rank, max_polls,
+        segments, state, call, failure, host_failure, payload, refused, counts, gathered, rank, max_polls,
         words_offset, aborts_offset, counts_offset, P, RING, (L + 1) * P, AT_ONCE,
     )  # fmt: skip
     tl.debug_barrier()  # every warp's part of the state and of the counts is there
     derive_blocks(
-        gathered, state, scalars, report, outgoing, incoming, starts, tokens, capacity, rank,
+        gathered, state, scalars, host_counts, send_starts, incoming, starts, tokens, capacity, rank,
         P, L, N, FIRST, ALIGNMENT, AT_ONCE, False, False,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def place_rows(
+def find_dst_rows(
     topk_idx,
     num_tokens,
     sums,
-    outgoing,
+    send_starts,
     scalars,
     state,
-    places,
-    homes,
+    dst_rows,
+    return_rows,
     P: tl.constexpr,
     L: tl.constexpr,
     K: tl.constexpr,
@@ -398,14 +398,14 @@ def place_rows(
     BY_RANK: tl.constexpr,
     IN_ORDER_OF_RANKS: tl.constexpr,
 ):
-    """For each token of a chunk, in the order in which its rows are summed: where each row lands, and its home.
+    """For each token of a chunk, in the order in which its rows are summed: where each row lands, and its return_row.
 
-    Its home is the row's place in this rank's sending order, where it lands when it is pushed back. One row per pick,
-    in a column of its own; or per rank that any pick of the token is at (``BY_RANK``), in the first columns, in the
-    order of first picks or of ranks.
+    Its return_row is the row's dst_row in this rank's sending order, where it lands when it is pushed back. One row
+    per pick, in a column of its own; or per rank that any pick of the token is at (``BY_RANK``), in the first
+    columns, in the order of first picks or of ranks.
 
     Args:
-        places: int64 ``[T, J]``; homes: int32 ``[T, J]``.
+        dst_rows: int64 ``[T, J]``; return_rows: int32 ``[T, J]``.
     """
     W: tl.constexpr = (L + 1) * P
     N: tl.constexpr = 1 if BY_RANK else L
@@ -420,23 +420,23 @@ def place_rows(
         column = nth_of_token(key, is_row, S, IN_ORDER_OF_RANKS)
         slots = tl.program_id(0) * S * J + tl.arange(0, S * triton.next_power_of_2(J))
         is_slot = slots < tl.minimum((tl.program_id(0) + 1) * S, num_tokens) * J
-        tl.store(places + slots, tl.full([slots.shape[0]], -1, tl.int64), mask=is_slot)
-        tl.store(homes + slots, tl.full([slots.shape[0]], -1, tl.int32), mask=is_slot)
+        tl.store(dst_rows + slots, tl.full([slots.shape[0]], -1, tl.int64), mask=is_slot)
+        tl.store(return_rows + slots, tl.full([slots.shape[0]], -1, tl.int32), mask=is_slot)
         tl.debug_barrier()
     nth = nth_of_key(key, is_row, N * P)
     nth += tl.load(sums + tl.program_id(0) * W + FIRST + key, mask=is_row, other=0)
-    row = tl.load(outgoing + key, mask=is_row, other=0) + nth
-    home = tl.load(outgoing + N * P + key, mask=is_row, other=0) + nth
-    place = ((key // N).to(tl.int64) << ROW_BITS) | row
+    row = tl.load(send_starts + key, mask=is_row, other=0) + nth
+    return_row = tl.load(send_starts + N * P + key, mask=is_row, other=0) + nth
+    dst_row = ((key // N).to(tl.int64) << ROW_BITS) | row
     at = token * J + column
     is_written = is_row if BY_RANK else (token < num_tokens) & (pick < K)
-    tl.store(places + at, tl.where(is_row, place, -1), mask=is_written)
-    tl.store(homes + at, tl.where(is_row, home, -1), mask=is_written)
+    tl.store(dst_rows + at, tl.where(is_row, dst_row, -1), mask=is_written)
+    tl.store(return_rows + at, tl.where(is_row, return_row, -1), mask=is_written)
 
 
 @triton.jit
-def origins_of(row, incoming, scalars, NUM: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr):
-    """Where rows are from: ``rank << 32 | place in that rank's sending order``, int64; -1 where none is.
+def src_rows_of(row, incoming, scalars, NUM: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr):
+    """Where rows are from: ``rank << 32 | dst_row in that rank's sending order``, int64; -1 where none is.
 
     Args:
         row: int32, those of a program, in order.
@@ -458,8 +458,8 @@ def origins_of(row, incoming, scalars, NUM: tl.constexpr, BLOCKS: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["num_slots"])
-def find_origins(incoming, scalars, origins, num_slots, NUM: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr,
+def find_src_rows(incoming, scalars, src_rows, num_slots, NUM: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr,
                  ROWS: tl.constexpr):  # fmt: skip
-    """``origins_of`` all rows of a slot."""
+    """``src_rows_of`` all rows of a slot."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(origins + row, origins_of(row, incoming, scalars, NUM, BLOCKS, P), mask=row < num_slots)
+    tl.store(src_rows + row, src_rows_of(row, incoming, scalars, NUM, BLOCKS, P), mask=row < num_slots)

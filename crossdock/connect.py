@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Backend, Launch, Wishes
+from crossdock.backends.base import Backend, Launch, LaunchOptions
 from crossdock.backends.cpu import CpuBackend
 from crossdock.consent import Consent
 from crossdock.errors import BackendUnavailable, ConfigError
@@ -19,7 +19,7 @@ from crossdock.transport.base import ProcessGroup, Transport, raise_on_all
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class Connected:
     """A rank's three parts, already connected to those of its peers."""
 
     transport: Transport
@@ -30,13 +30,16 @@ class Engine:
 
 
 def vet(
-    members: inproc.ThreadGroup | ProcessGroup, device: torch.device | str | None, spec: Spec, wishes: Wishes
+    members: inproc.ThreadGroup | ProcessGroup,
+    device: torch.device | str | None,
+    spec: Spec,
+    launch_options: LaunchOptions,
 ) -> tuple[torch.device, str | None]:
     """Where rows are moved, and what is wrong with what was asked for; the other ranks are to hear of it."""
     try:
         chosen = choose_device(members, device)
         if isinstance(spec, Spec):  # what else it may be is told later
-            wishes.check(spec, chosen)
+            launch_options.check(spec, chosen)
     except ConfigError as error:
         return torch.device("cpu"), str(error)
     return chosen, None
@@ -63,11 +66,11 @@ def connect(
     members: inproc.ThreadGroup | ProcessGroup,
     arena: Arena,
     device: torch.device,
-    wishes: Wishes,
+    launch_options: LaunchOptions,
     *,
     number: int,
     timeout_s: float,
-) -> Engine:
+) -> Connected:
     """Makes the parts and connects them to the peers'. Collective.
 
     Args:
@@ -82,7 +85,7 @@ def connect(
         )
         backend = CpuBackend(arena, host, buffer_id=number)
         consent = Consent(host, rank=members.rank, num_ranks=members.size, ring=arena.ring)
-        return Engine(transport=host, backend=backend, consent=consent, launch=None)
+        return Connected(transport=host, backend=backend, consent=consent, launch=None)
     raise_on_all(members, _missing(device), BackendUnavailable)
     # Triton is not on every system, and torch's symmetric memory takes a while to import.
     from crossdock.backends.cuda import backend as cuda  # noqa: PLC0415
@@ -93,9 +96,9 @@ def connect(
         if isinstance(members, inproc.ThreadGroup)
         else symmetric.connect(members, arena, device, name=name)
     )
-    parts = cuda.connect(peers, arena, wishes, buffer_id=number, timeout_s=timeout_s)
+    parts = cuda.connect(peers, arena, launch_options, buffer_id=number, timeout_s=timeout_s)
     members.all_gather(None)  # kernels are loaded: no rank is kept waiting by a peer that compiles
-    return Engine(transport=peers, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch)
+    return Connected(transport=peers, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch)
 
 
 def _missing(device: torch.device) -> str | None:

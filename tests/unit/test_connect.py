@@ -16,9 +16,9 @@ from crossdock import (
     Padded,
     Spec,
     ThreadGroup,
-    engine,
+    connect,
 )
-from crossdock.backends.base import Wishes
+from crossdock.backends.base import LaunchOptions
 from crossdock.transport.base import ProcessGroup
 from tests.world import meet
 
@@ -39,7 +39,7 @@ def threads():
 
 @pytest.mark.parametrize("device", [None, "cpu", "cpu:0", CPU], ids=repr)
 def test_threads_are_on_the_cpu_unless_a_device_is_named(device):
-    assert engine.choose_device(threads(), device) == CPU
+    assert connect.choose_device(threads(), device) == CPU
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_processes_are_where_their_group_has_nccl(backend, device):
     members.process_group = None
     config = str(dist.distributed_c10d.BackendConfig(dist.Backend(backend)))
     with (
-        mock.patch.object(engine.dist, "get_backend_config", return_value=config),
+        mock.patch.object(connect.dist, "get_backend_config", return_value=config),
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "current_device", return_value=3),
     ):
-        assert engine.choose_device(members, None) == device
-        assert engine.choose_device(members, "cpu") == CPU  # what is asked for comes first
+        assert connect.choose_device(members, None) == device
+        assert connect.choose_device(members, "cpu") == CPU  # what is asked for comes first
 
 
 @pytest.mark.parametrize(("given", "want"), [("cuda", 3), ("cuda:1", 1), (torch.device("cuda", 2), 2)], ids=repr)
@@ -70,7 +70,7 @@ def test_cuda_is_the_current_device_unless_one_is_named(given, want):
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "current_device", return_value=3),
     ):
-        assert engine.choose_device(threads(), given) == torch.device("cuda", want)
+        assert connect.choose_device(threads(), given) == torch.device("cuda", want)
 
 
 @pytest.mark.parametrize(
@@ -87,27 +87,27 @@ def test_cuda_is_the_current_device_unless_one_is_named(given, want):
 )
 def test_other_devices_are_refused(device, text):
     with pytest.raises(ConfigError) as raised:
-        engine.choose_device(threads(), device)
+        connect.choose_device(threads(), device)
     assert str(raised.value) == text
 
 
 @pytest.mark.parametrize(
-    ("wishes", "device", "text"),
+    ("launch_options", "device", "text"),
     [
         ({"num_sms": 0}, CUDA, "num_sms=0; pass a positive number, or None for the default"),
         ({"num_sms": -3}, CPU, "num_sms=-3; pass a positive number"),
         ({"expand": "both"}, CUDA, "expand='both'; pass 'sender', 'receiver', or None for the cheaper one"),
-        ({"engine": "dma"}, CUDA, "engine='dma'; pass 'kernel' or 'copy'"),
-        ({"engine": None}, CPU, "engine=None; pass 'kernel' or 'copy'"),
-        ({"num_sms": 4}, CPU, "num_sms, expand and engine say how a GPU moves rows; leave them out on CPUs"),
-        ({"expand": "sender"}, CPU, "num_sms, expand and engine say how a GPU moves rows; leave them out on CPUs"),
-        ({"engine": "copy"}, CPU, "num_sms, expand and engine say how a GPU moves rows; leave them out on CPUs"),
+        ({"mover": "dma"}, CUDA, "mover='dma'; pass 'kernel' or 'copy'"),
+        ({"mover": None}, CPU, "mover=None; pass 'kernel' or 'copy'"),
+        ({"num_sms": 4}, CPU, "num_sms, expand and mover say how a GPU moves rows; leave them out on CPUs"),
+        ({"expand": "sender"}, CPU, "num_sms, expand and mover say how a GPU moves rows; leave them out on CPUs"),
+        ({"mover": "copy"}, CPU, "num_sms, expand and mover say how a GPU moves rows; leave them out on CPUs"),
     ],
     ids=repr,
 )
-def test_wishes_that_cannot_be_are_refused(wishes, device, text):
+def test_wishes_that_cannot_be_are_refused(launch_options, device, text):
     with pytest.raises(ConfigError) as raised:
-        Wishes(**wishes).check(COMPACT, device)
+        LaunchOptions(**launch_options).check(COMPACT, device)
     assert str(raised.value).startswith(text)
 
 
@@ -115,18 +115,18 @@ def test_wishes_that_cannot_be_are_refused(wishes, device, text):
 def test_copy_engines_move_whole_blocks_alone(layout):
     spec = Spec(num_experts=8, num_topk=2, hidden=16, max_tokens=5, layout=layout)
     with pytest.raises(ConfigError) as raised:
-        Wishes(engine="copy").check(spec, CUDA)
+        LaunchOptions(mover="copy").check(spec, CUDA)
     name = type(layout).__name__
     assert str(raised.value) == (
-        f"engine='copy' moves whole blocks, which {name} rows do not form; pass layout=Compact(), or engine='kernel'"
+        f"mover='copy' moves whole blocks, which {name} rows do not form; pass layout=Compact(), or mover='kernel'"
     )
 
 
 def test_wishes_that_can_be_are_not_refused():
-    Wishes().check(SPEC, CPU)
-    Wishes(engine="copy", num_sms=1).check(COMPACT, CUDA)
+    LaunchOptions().check(SPEC, CPU)
+    LaunchOptions(mover="copy", num_sms=1).check(COMPACT, CUDA)
     for expand in (None, "sender", "receiver"):
-        Wishes(expand=expand, num_sms=1000).check(SPEC, CUDA)
+        LaunchOptions(expand=expand, num_sms=1000).check(SPEC, CUDA)
 
 
 @WORLDS
@@ -166,9 +166,9 @@ def test_cuda_where_there_is_none_is_said_on_every_rank(world, device):
         ({"device": "mps"}, "device=mps; rows are moved on 'cpu' or 'cuda'"),
         ({"device": "meta"}, "device=meta; rows are moved"),
         ({"device": "gpu"}, "device='gpu' is no torch device"),
-        ({"num_sms": 4}, "num_sms, expand and engine say how a GPU moves rows"),
-        ({"expand": "receiver"}, "num_sms, expand and engine say how a GPU moves rows"),
-        ({"engine": "copy", "device": "cuda"}, "engine='copy' moves whole blocks, which Expanded rows do not form"),
+        ({"num_sms": 4}, "num_sms, expand and mover say how a GPU moves rows"),
+        ({"expand": "receiver"}, "num_sms, expand and mover say how a GPU moves rows"),
+        ({"mover": "copy", "device": "cuda"}, "mover='copy' moves whole blocks, which Expanded rows do not form"),
     ],
     ids=repr,
 )
@@ -189,8 +189,8 @@ def test_what_cannot_be_is_refused_on_every_rank_and_the_group_is_as_good_as_bef
             "differ in expand: 'sender' != None",
         ),
         (
-            [{"device": "cuda"}, {"device": "cuda", "engine": "copy"}],
-            "differ in engine: 'kernel' != 'copy'",
+            [{"device": "cuda"}, {"device": "cuda", "mover": "copy"}],
+            "differ in mover: 'kernel' != 'copy'",
         ),
     ],
     ids=repr,
@@ -212,9 +212,9 @@ def missing_on(device, *, count, has_triton):
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=count > 0),
         mock.patch.object(torch.cuda, "device_count", return_value=count),
-        mock.patch.object(engine.importlib.util, "find_spec", return_value="triton" if has_triton else None),
+        mock.patch.object(connect.importlib.util, "find_spec", return_value="triton" if has_triton else None),
     ):
-        return engine._missing(torch.device(device))
+        return connect._missing(torch.device(device))
 
 
 def test_what_cuda_needs_is_said_in_turn():

@@ -1,9 +1,9 @@
 """The small things that travel with a row: source, ids, weights, extras; and which rows make up a pair. Triton only.
 
-A record is int32 words: source, then the token's picks and their weights, or the weight of the row's one pick, then
+A metadata is int32 words: source, then the token's picks and their weights, or the weight of the row's one pick, then
 extras; ``crossdock.arena`` has the sizes.
 
-Letters: T tokens here, K top-k, J places of a token, M max_tokens, L local experts.
+Letters: T tokens here, K top-k, J dst_rows of a token, M max_tokens, L local experts.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
-from crossdock.backends.cuda.kernels.places import NUM_ROWS, ROW_BITS, ROW_MASK, origins_of
+from crossdock.backends.cuda.kernels.plan import NUM_ROWS, ROW_BITS, ROW_MASK, src_rows_of
 from crossdock.backends.cuda.kernels.sync import words_at
 
 
 @triton.jit(do_not_specialize=["num_tokens", "source"])
-def push_records(
+def push_metadata(
     topk_idx,
     weights,
     extras,
-    places,
+    dst_rows,
     segments,
     call,
     state,
@@ -32,57 +32,57 @@ def push_records(
     K: tl.constexpr,
     J: tl.constexpr,
     PER_PICK: tl.constexpr,
-    RECORD: tl.constexpr,
+    METADATA_WORDS: tl.constexpr,
     EXTRA: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Writes the record of each row beside it.
+    """Writes the metadata of each row beside it.
 
     Args:
         weights: int32 ``[T, K]``, the bits of float32; extras: int32 ``[T, EXTRA]``.
         source: of this rank's token 0.
-        RECORD: words between records.
+        METADATA_WORDS: words between metadata.
     """
     PICKS: tl.constexpr = 1 if PER_PICK else 2 * K
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     is_token = token < num_tokens
     word = tl.arange(0, triton.next_power_of_2(1 + PICKS + EXTRA))
     at = word[None, :]
-    record = tl.where(at == 0, (source + token)[:, None], 0)
+    metadata = tl.where(at == 0, (source + token)[:, None], 0)
     if not PER_PICK:
         is_id = is_token[:, None] & (at >= 1) & (at <= K)
         ids = tl.load(topk_idx + token[:, None] * K + at - 1, mask=is_id, other=0).to(tl.int32)
-        record = tl.where(is_id, ids, record)
+        metadata = tl.where(is_id, ids, metadata)
         if HAS_WEIGHTS:
             is_weight = is_token[:, None] & (at > K) & (at <= 2 * K)
-            record = tl.where(
-                is_weight, tl.load(weights + token[:, None] * K + at - 1 - K, mask=is_weight, other=0), record
+            metadata = tl.where(
+                is_weight, tl.load(weights + token[:, None] * K + at - 1 - K, mask=is_weight, other=0), metadata
             )
     if EXTRA > 0:
         is_extra = is_token[:, None] & (at > PICKS) & (at <= PICKS + EXTRA)
         more = tl.load(extras + token[:, None] * EXTRA + at - 1 - PICKS, mask=is_extra, other=0)
-        record = tl.where(is_extra, more, record)
+        metadata = tl.where(is_extra, more, metadata)
     if is_ok(state):
         for j in tl.static_range(J):
-            place = tl.load(places + token * J + j, mask=is_token, other=-1)
-            peer = tl.where(place >= 0, place >> ROW_BITS, 0)
+            dst_row = tl.load(dst_rows + token * J + j, mask=is_token, other=-1)
+            peer = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0)
             base = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
-            base += (place & ROW_MASK) * (4 * RECORD)
+            base += (dst_row & ROW_MASK) * (4 * METADATA_WORDS)
             if PER_PICK:  # noqa: SIM102 - Triton's compiler takes no ``and`` of constants that decide on code
                 if HAS_WEIGHTS:
                     weight = tl.load(weights + token * K + j, mask=is_token, other=0)
-                    record = tl.where(at == 1, weight[:, None], record)
+                    metadata = tl.where(at == 1, weight[:, None], metadata)
             there = base.to(tl.pointer_type(tl.int32), bitcast=True)[:, None] + at
-            tl.store(there, record, mask=(place >= 0)[:, None] & (at < 1 + PICKS + EXTRA))
+            tl.store(there, metadata, mask=(dst_row >= 0)[:, None] & (at < 1 + PICKS + EXTRA))
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_expert"])
-def unpack_records(
-    records,
+def unpack_metadata(
+    metadata,
     incoming,
     scalars,
-    origins,
+    src_rows,
     src_idx,
     topk_idx,
     weights,
@@ -92,7 +92,7 @@ def unpack_records(
     L: tl.constexpr,
     K: tl.constexpr,
     PER_PICK: tl.constexpr,
-    RECORD: tl.constexpr,
+    METADATA_WORDS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     IS_FRESH: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -102,17 +102,17 @@ def unpack_records(
     """Sources int32 ``[R]``, local experts int32 ``[R, K]`` (rows that serve several), weights ``[R]`` or ``[R, K]``.
 
     -1 and 0 where no row is, and where a pick is another rank's. Where rows are from is worked out first, where that is
-    not known yet (``IS_FRESH``): ``origins`` int64 ``[R]``, see ``origins_of``.
+    not known yet (``IS_FRESH``): ``src_rows`` int64 ``[R]``, see ``src_rows_of``.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_here = row < num_rows
     if IS_FRESH:
-        origin = origins_of(row, incoming, scalars, NUM_ROWS, BLOCKS, P)
-        tl.store(origins + row, origin, mask=is_here)
+        src_row = src_rows_of(row, incoming, scalars, NUM_ROWS, BLOCKS, P)
+        tl.store(src_rows + row, src_row, mask=is_here)
     else:
-        origin = tl.load(origins + row, mask=is_here, other=-1)
-    is_row = is_here & (origin >= 0) & is_ok(state)
-    at = records + row.to(tl.int64) * RECORD
+        src_row = tl.load(src_rows + row, mask=is_here, other=-1)
+    is_row = is_here & (src_row >= 0) & is_ok(state)
+    at = metadata + row.to(tl.int64) * METADATA_WORDS
     tl.store(src_idx + row, tl.load(at, mask=is_row, other=-1), mask=is_here)
     if PER_PICK:
         if HAS_WEIGHTS:
@@ -131,8 +131,8 @@ def unpack_records(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def push_partial_rows(
-    places,
-    pair_places,
+    dst_rows,
+    pair_dst_rows,
     segments,
     call,
     state,
@@ -146,18 +146,18 @@ def push_partial_rows(
     """Tells each rank which of its rows belong to one token: int32 ``[K]`` a pair, -1 for picks of other ranks.
 
     Args:
-        places: int64 ``[T, K]`` of rows; pair_places: int64 ``[T, J]``.
+        dst_rows: int64 ``[T, K]`` of rows; pair_dst_rows: int64 ``[T, J]``.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     pick = tl.arange(0, triton.next_power_of_2(K))
     is_pick = (token < num_tokens)[:, None] & (pick < K)[None, :]
-    place = tl.load(places + token[:, None] * K + pick[None, :], mask=is_pick, other=-1)
+    dst_row = tl.load(dst_rows + token[:, None] * K + pick[None, :], mask=is_pick, other=-1)
     if is_ok(state):
         for j in tl.static_range(J):
-            pair = tl.load(pair_places + token * J + j, mask=token < num_tokens, other=-1)
+            pair = tl.load(pair_dst_rows + token * J + j, mask=token < num_tokens, other=-1)
             peer = tl.where(pair >= 0, pair >> ROW_BITS, 0)
             base = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
             there = words_at(base, (pair & ROW_MASK) * (4 * K)).to(tl.pointer_type(tl.int32), bitcast=True)
-            is_its = is_pick & (place >= 0) & ((place >> ROW_BITS) == peer[:, None])
-            rows = tl.where(is_its, place & ROW_MASK, -1).to(tl.int32)
+            is_its = is_pick & (dst_row >= 0) & ((dst_row >> ROW_BITS) == peer[:, None])
+            rows = tl.where(is_its, dst_row & ROW_MASK, -1).to(tl.int32)
             tl.store(there[:, None] + pick[None, :], rows, mask=is_pick & (pair >= 0)[:, None])

@@ -1,8 +1,8 @@
-"""Whole calls of few tokens, each one kernel: from picks to rows in place, and from words to sums. Triton only.
+"""Whole calls of few tokens, each one kernel: from picks to rows in dst_row, and from words to sums. Triton only.
 
-Program 0, the *clerk*, does what only one can: it counts, gives this rank's word, waits for everybody's, works out
-where rows go, and lets the other programs go on with a *verdict*; these have cast and counted their shares meanwhile,
-and now only copy. Whoever is last tells the peers that this rank's rows are in place, and waits for theirs.
+Program 0, the *coordinator*, does what only one can: it counts, gives this rank's word, waits for everybody's, works
+out where rows go, and lets the other programs go on with a *go*; these have cast and counted their shares meanwhile,
+and now only copy. Whoever is last tells the peers that this rank's rows are in dst_row, and waits for theirs.
 
 On the wire such a call is the same as one by several kernels: ranks may do either.
 
@@ -35,13 +35,13 @@ from crossdock.backends.cuda.kernels.calls import (
     post_arrived,
     take_words,
 )
-from crossdock.backends.cuda.kernels.places import (
+from crossdock.backends.cuda.kernels.plan import (
     ROW_BITS,
     ROW_MASK,
-    derive_incoming,
-    derive_outgoing,
+    derive_recv_starts,
+    derive_send_starts,
 )
-from crossdock.backends.cuda.kernels.rows import wide
+from crossdock.backends.cuda.kernels.rows import as_int64
 from crossdock.backends.cuda.kernels.shares import Given, Regions, Sizes, Tables, count_picks, send_share
 from crossdock.backends.cuda.kernels.sync import (
     ABORTED,
@@ -50,23 +50,23 @@ from crossdock.backends.cuda.kernels.sync import (
     NOTHING,
     OK,
     are_here,
+    await_go,
     await_kernels_before,
     is_last_program,
     let_next_kernel_launch,
     release_programs,
     stamped,
-    take_verdict,
     words_at,
 )
 
 
 @triton.jit
-def do_books(
+def coordinate(
     segments,
     state,
     call,
-    record,
-    report,
+    failure,
+    host_failure,
     payload,
     rank,
     max_polls,
@@ -78,13 +78,13 @@ def do_books(
     counts_offset,
     gathered,
     scalars,
-    told,
-    outgoing,
+    host_counts,
+    send_starts,
     incoming,
     starts,
     tokens,
     capacity,
-    verdict,
+    go,
     topk_idx,
     num_tokens,
     P: tl.constexpr,
@@ -94,7 +94,7 @@ def do_books(
     AT_ONCE: tl.constexpr,
     K: tl.constexpr,
 ):
-    """The clerk's part: words, counts, the verdict, and then what else the plan and the host are told.
+    """The coordinator's part: words, counts, the go, and then what else the plan and the host are told.
 
     See ``dispatch_rows``.
     """
@@ -118,23 +118,23 @@ def do_books(
         words = words_at(own, words_offset) + (sequence & (RING - 1)) * P
         settles = are_here(words, stamped(sequence, 0), patience, P).to(tl.int32)
     if settles == 0:
-        release_programs(verdict, tl.full([], NOTHING, tl.int32))
+        release_programs(go, tl.full([], NOTHING, tl.int32))
     else:
         counts = words_at(own, counts_offset) + (sequence & (RING - 1)) * (P * W)
         status = tl.full([], ABORTED, tl.int32)
         if good:
             status = take_words(
-                segments, state, call, record, report, sequence, payload, rank, max_polls,
+                segments, state, call, failure, host_failure, sequence, payload, rank, max_polls,
                 words_offset, aborts_offset, P, RING,
             )  # fmt: skip
-        base, end, moves, needed, worst = derive_outgoing(
-            counts, status == OK, scalars, outgoing, capacity, rank, P, L, L, 0, ALIGNMENT, AT_ONCE, False
+        base, end, moves, needed, worst = derive_send_starts(
+            counts, status == OK, scalars, send_starts, capacity, rank, P, L, L, 0, ALIGNMENT, AT_ONCE, False
         )
         if status == OK:
             tl.store(call + P + PROGRESS, tl.full([], READY, tl.int64))
-        release_programs(verdict, tl.where(moves, GO, NO_ROWS))
-        derive_incoming(
-            counts, base, end, moves, needed, worst, scalars, told, incoming, starts, tokens, capacity, rank,
+        release_programs(go, tl.where(moves, GO, NO_ROWS))
+        derive_recv_starts(
+            counts, base, end, moves, needed, worst, scalars, host_counts, incoming, starts, tokens, capacity, rank,
             P, L, L, 0, ALIGNMENT, AT_ONCE, False,
         )  # fmt: skip
         copy_counts(counts, gathered, moves, P, W, AT_ONCE)
@@ -149,8 +149,8 @@ def do_books(
 def dispatch_rows(
     segments,
     state,
-    record,
-    report,
+    failure,
+    host_failure,
     rank,
     patience,
     begins,
@@ -159,16 +159,16 @@ def dispatch_rows(
     arrived_offset,
     aborts_offset,
     counts_offset,
-    outgoing,
+    send_starts,
     all_tokens,
     capacity,
-    verdict,
+    go,
     ticket,
     refused,
     nths,
     to_rows,
     to_scales,
-    rooms,
+    scratch_counts,
     has_weights,
     num_tokens,
     x_stride,
@@ -179,19 +179,19 @@ def dispatch_rows(
     data_slot_bytes,
     scale_region,
     scale_slot_bytes,
-    record_region,
-    record_slot_bytes,
+    metadata_region,
+    metadata_slot_bytes,
     call,
     payload,
     max_polls,
-    told,
+    host_counts,
     picks,
     gathered,
     scalars,
     tokens,
     starts,
-    places,
-    homes,
+    dst_rows,
+    return_rows,
     incoming,
     topk_idx,
     weights,
@@ -219,7 +219,7 @@ def dispatch_rows(
     POW2: tl.constexpr,
     EXPONENTS: tl.constexpr,
     STAGES: tl.constexpr,
-    RECORD: tl.constexpr,
+    METADATA_WORDS: tl.constexpr,
     CROWDED: tl.constexpr,
 ):
     """A fresh dispatch of rows with one pick each: ``[T, ...]`` to all their places, with sources and weights.
@@ -229,11 +229,11 @@ def dispatch_rows(
 
     Args:
         call: see ``calls``; its PROGRESS says what is left to do.
-        gathered ... homes, outgoing, capacity: see ``places``; told: the report there.
-        verdict, ticket, refused: int32, all 0.
-        nths, to_rows, to_scales: int32 and twice int64 ``[T, K]``, room for what is known of rows before the verdict,
+        gathered ... return_rows, send_starts, capacity: see ``dst_rows``; told: the host_failure there.
+        go, ticket, refused: int32, all 0.
+        nths, to_rows, to_scales: int32 and twice int64 ``[T, K]``, room for what is known of rows before the go,
             and for the addresses of rows and scales at their receivers.
-        rooms: int32 ``[programs, E]``, of nobody in particular.
+        scratch_counts: int32 ``[programs, E]``, of nobody in particular.
         topk_idx: int64 ``[T, K]``; picks: the plan's own, filled from it.
         weights: int32 ``[T, K]``, the bits of float32.
         x: values ``[T, H]`` that are cast to rows, if BLOCK > 0: of so many with one scale.
@@ -241,34 +241,34 @@ def dispatch_rows(
         PIECE: words of a row that a program moves at a time; PIECES of a row, SCALE_PIECE scales of each.
         ROW_BYTES: between rows there. SEGMENT_ROWS ... SCALES_OF_WORD: where scales lie there, see ``scales``.
         STAGES: of pieces that are cast.
-        RECORD: words between records.
+        METADATA_WORDS: words between records.
         CROWDED: whether rows of several ranks pass through this GPU's cache: then they leave it first.
     """
     await_kernels_before()
     if tl.program_id(0) == 0:
-        do_books(
-            segments, state, call, record, report, payload, rank, max_polls, patience, begins, awaits,
-            words_offset, aborts_offset, counts_offset, gathered, scalars, told, outgoing, incoming, starts, tokens,
-            capacity, verdict, topk_idx, num_tokens, P, RING, L, ALIGNMENT, AT_ONCE, K,
+        coordinate(
+            segments, state, call, failure, host_failure, payload, rank, max_polls, patience, begins, awaits,
+            words_offset, aborts_offset, counts_offset, gathered, scalars, host_counts, send_starts, incoming,
+            starts, tokens, capacity, go, topk_idx, num_tokens, P, RING, L, ALIGNMENT, AT_ONCE, K,
         )  # fmt: skip
     else:
         send_share(
             segments,
             call,
-            verdict,
+            go,
             refused,
             begins,
             Given(num_tokens, topk_idx, weights, has_weights, x, x_stride, rows, stride, scales, scale_stride, source),
-            Tables(outgoing, places, homes, picks, nths, to_rows, to_scales, rooms),
-            Regions(data_region, data_slot_bytes, scale_region, scale_slot_bytes, record_region, record_slot_bytes),
+            Tables(send_starts, dst_rows, return_rows, picks, nths, to_rows, to_scales, scratch_counts),
+            Regions(data_region, data_slot_bytes, scale_region, scale_slot_bytes, metadata_region, metadata_slot_bytes),
             Sizes(  # a name would make tensors of them
                 L * P, L, K, ROW, PIECE, PIECES, ROW_BYTES, BLOCK, SCALES, SCALE_PIECE, SEGMENT_ROWS, SEGMENT_BYTES,
-                SCALE_BYTES, GROUP_BYTES, SCALES_OF_WORD, POW2, EXPONENTS, STAGES, RECORD, CROWDED,
+                SCALE_BYTES, GROUP_BYTES, SCALES_OF_WORD, POW2, EXPONENTS, STAGES, METADATA_WORDS, CROWDED,
             ),
         )  # fmt: skip
     let_next_kernel_launch()
     if is_last_program(ticket):
-        tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
+        tl.atomic_xchg(go, 0, sem="relaxed", scope="gpu")
         is_refused = tl.load(refused) != 0
         good = is_ok(state)
         if good & (tl.load(call + P + PROGRESS) == READY):
@@ -278,7 +278,7 @@ def dispatch_rows(
         tl.store(refused, 0)
         if good & (awaits != 0):
             await_rows(
-                segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset, tokens,
+                segments, state, call, failure, host_failure, rank, max_polls, arrived_offset, aborts_offset, tokens,
                 all_tokens, P, RING, True, L,
             )  # fmt: skip
 
@@ -295,16 +295,16 @@ def sum_share(
     out,
     bias,
     weights,
-    places,
-    homes,
+    dst_rows,
+    return_rows,
     segments,
     call,
-    verdict,
+    go,
     num_tokens,
     rank,
     outputs,
     slot_bytes,
-    landing,
+    returned,
     bias_rows,
     J: tl.constexpr,
     H: tl.constexpr,
@@ -320,28 +320,28 @@ def sum_share(
     ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
     program, num_programs, num_pieces = tl.program_id(0), tl.num_programs(0), num_tokens * PIECES
     first_piece, last_piece = program * num_pieces // num_programs, (program + 1) * num_pieces // num_programs
-    own = tl.load(segments + rank) + landing
+    own = tl.load(segments + rank) + returned
     decided = tl.full([], 0, tl.int32)
     for token in range(first_piece // PIECES, (last_piece + PIECES - 1) // PIECES):
-        places_of = ()
+        dst_rows_of = ()
         weights_of = ()
         for j in tl.static_range(J):
-            place = tl.load(places + token * J + j)
-            places_of = places_of + (place,)  # noqa: RUF005 - Triton's compiler knows no unpacking
+            dst_row = tl.load(dst_rows + token * J + j)
+            dst_rows_of = dst_rows_of + (dst_row,)  # noqa: RUF005 - Triton's compiler knows no unpacking
             if HAS_WEIGHTS:
-                weight = tl.load(weights + token * J + j, mask=place >= 0, other=0.0)
+                weight = tl.load(weights + token * J + j, mask=dst_row >= 0, other=0.0)
                 weights_of = weights_of + (weight,)  # noqa: RUF005
         if decided == 0:  # the first ones are here when peers' words are
-            decided = take_verdict(verdict)
+            decided = await_go(go)
         rows = ()
         for j in tl.static_range(J):
-            place = places_of[j]
-            is_row = (place >= 0) & (decided == GO)
-            peer = tl.where(is_row, place >> ROW_BITS, rank)
+            dst_row = dst_rows_of[j]
+            is_row = (dst_row >= 0) & (decided == GO)
+            peer = tl.where(is_row, dst_row >> ROW_BITS, rank)
             slot = output_slot_of(call, peer)
-            there = tl.load(segments + peer) + outputs + slot * slot_bytes + (place & ROW_MASK) * ROW_BYTES
+            there = tl.load(segments + peer) + outputs + slot * slot_bytes + (dst_row & ROW_MASK) * ROW_BYTES
             if slot == PUSHED:
-                there = own + tl.load(homes + token * J + j).to(tl.int64) * ROW_BYTES
+                there = own + tl.load(return_rows + token * J + j).to(tl.int64) * ROW_BYTES
             rows = rows + (tl.where(is_row, there, 0),)  # noqa: RUF005
         first = token * PIECES
         for piece in range(tl.maximum(first_piece - first, 0), tl.minimum(last_piece - first, PIECES)):
@@ -356,22 +356,22 @@ def sum_share(
                     value = value * weights_of[j]
                 total += value
             if HAS_BIAS:
-                total += tl.load(bias + wide(token) * bias_rows * H + at, mask=at < H, other=0.0).to(tl.float32)
-            tl.store(out + wide(token) * H + at, total.to(out.dtype.element_ty), mask=at < H)
+                total += tl.load(bias + as_int64(token) * bias_rows * H + at, mask=at < H, other=0.0).to(tl.float32)
+            tl.store(out + as_int64(token) * H + at, total.to(out.dtype.element_ty), mask=at < H)
 
 
-@triton.jit(do_not_specialize=["payload", "rank", "max_polls", "begins", "num_tokens", "landing", "bias_rows"])
+@triton.jit(do_not_specialize=["payload", "rank", "max_polls", "begins", "num_tokens", "returned", "bias_rows"])
 def combine_rows(
     segments,
     state,
-    record,
-    report,
+    failure,
+    host_failure,
     rank,
     begins,
     words_offset,
     arrived_offset,
     aborts_offset,
-    verdict,
+    go,
     ticket,
     num_tokens,
     outputs,
@@ -383,9 +383,9 @@ def combine_rows(
     out,
     bias,
     weights,
-    places,
-    homes,
-    landing,
+    dst_rows,
+    return_rows,
+    returned,
     P: tl.constexpr,
     RING: tl.constexpr,
     J: tl.constexpr,
@@ -398,7 +398,7 @@ def combine_rows(
 
     Args:
         begins: whether this rank's word is still to be given.
-        verdict, ticket: int32, both 0.
+        go, ticket: int32, both 0.
     """
     await_kernels_before()
     if tl.program_id(0) == 0:
@@ -411,7 +411,7 @@ def combine_rows(
                     P, RING, 0, 1,
                 )  # fmt: skip
             status = take_words(
-                segments, state, call, record, report, sequence, payload, rank, max_polls,
+                segments, state, call, failure, host_failure, sequence, payload, rank, max_polls,
                 words_offset, aborts_offset, P, RING,
             )  # fmt: skip
             if status == OK:
@@ -419,16 +419,16 @@ def combine_rows(
                 theirs = tl.load(call + lanes, mask=lanes < P, other=0)
                 if tl.max((((theirs >> OUTPUT_SHIFT) & SLOT_MASK) == PUSHED).to(tl.int32), axis=0) != 0:
                     status = await_rows(
-                        segments, state, call, record, report, rank, max_polls, arrived_offset, aborts_offset,
-                        record, record, P, RING, False, 0,
+                        segments, state, call, failure, host_failure, rank, max_polls, arrived_offset, aborts_offset,
+                        failure, failure, P, RING, False, 0,
                     )  # fmt: skip
-        release_programs(verdict, tl.where(status == OK, GO, NO_ROWS))
+        release_programs(go, tl.where(status == OK, GO, NO_ROWS))
     sum_share(
-        out, bias, weights, places, homes, segments, call, verdict, num_tokens, rank, outputs, slot_bytes, landing,
+        out, bias, weights, dst_rows, return_rows, segments, call, go, num_tokens, rank, outputs, slot_bytes, returned,
         bias_rows, J, H, PIECE, HAS_WEIGHTS, HAS_BIAS,
     )  # fmt: skip
     let_next_kernel_launch()
     if is_last_program(ticket):
-        tl.atomic_xchg(verdict, 0, sem="relaxed", scope="gpu")
+        tl.atomic_xchg(go, 0, sem="relaxed", scope="gpu")
         if is_ok(state):
-            look_for_abort(segments, state, call, record, report, rank, aborts_offset, P)
+            look_for_abort(segments, state, call, failure, host_failure, rank, aborts_offset, P)
