@@ -9,7 +9,8 @@ import secrets
 import time
 from collections.abc import Iterable
 
-from crossdock.consent import Consent, Missing, Waiting
+from crossdock.backends.base import Outcome
+from crossdock.consent import Consent, Missing, Steps
 from crossdock.errors import ConfigError
 from crossdock.masks import Proposal, find_disagreement
 from crossdock.spec import Spec
@@ -55,7 +56,7 @@ def agree(members: Group, spec: Spec, timeout_s: float, options: dict[str, objec
     return number
 
 
-def agree_on_masked(consent: Consent, transport: Transport, wanted: Iterable[int]) -> Waiting:
+def agree_on_masked(consent: Consent, transport: Transport, wanted: Iterable[int]) -> Steps[Outcome[None]]:
     """Done when all ranks but these have said that they want these masked, and see them gone. Collective among them.
 
     To be begun before any call of an epoch.
@@ -82,6 +83,7 @@ def agree_on_masked(consent: Consent, transport: Transport, wanted: Iterable[int
     heard = yield from consent.propose(proposal, is_gone)
     if (error := find_disagreement(heard)) is not None:
         raise error
+    return Outcome(None)
 
 
 def _problem(spec: object, timeout_s: float) -> str | None:

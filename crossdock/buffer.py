@@ -1,4 +1,4 @@
-"""Dispatch and combine: Buffer knows Spec, Plan, Transport and Backend, and nobody else does.
+"""Dispatch and combine: the verbs. Buffer knows Spec, Plan, Transport and Backend, and nobody else does.
 
 Letters: T tokens here, K top-k, H hidden, R rows received, L local experts, C capacity, P ranks.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,27 +19,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
-from crossdock.agreement import agree, agree_on_masked
-from crossdock.arena import Arena
-from crossdock.backends.base import Batch, LaunchOptions, PlanTensors, RowCount
-from crossdock.calls import Call, Calls
-from crossdock.connect import connect, vet
-from crossdock.consent import PUSHED, Kind, Steps, Word
+from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, PlanTensors, RowCount
+from crossdock.connection import Connection, Stats
+from crossdock.consent import PUSHED, Kind, Word
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
-from crossdock.masks import drop_picks, listed
-from crossdock.pending import CallQueue, Pending
+from crossdock.pending import Pending
 from crossdock.plan import Plan
 from crossdock.received import Received
 from crossdock.routing import check_picks
-from crossdock.slots import ReceiveSlots
-from crossdock.spec import Spec, Topology
-from crossdock.transport.base import ProcessGroup
+from crossdock.spec import Spec
 from crossdock.transport.inproc import ThreadGroup
 from crossdock.wire import Quantized
 
-Result = TypeVar("Result")
-Self = TypeVar("Self", bound="Buffer")
+__all__ = ["Buffer", "Stats"]
 
 _MARKS = {kind: f"crossdock {kind}" for kind in Kind}
 """What calls are named in a profiler."""
@@ -49,17 +41,7 @@ _by_handle: WeakValueDictionary[str, Buffer] = WeakValueDictionary()
 """The one state of this module: a ``torch.library`` op takes tensors, numbers and strings, so a buffer needs a name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What a buffer has counted since it was made; see ``Buffer.gather_stats`` for all ranks'."""
-
-    num_tokens_per_expert: Tensor
-    """int64 [L]: tokens that each local expert has received, over all dispatches but unquantized ones."""
-    wait_s: Tensor
-    """float64 [P]: seconds this rank has waited for each peer. Stacked, the rows of a slow rank's peers show it."""
-
-
-class Buffer:
+class Buffer(Connection):
     """Expert-parallel dispatch and combine among the ranks of a group. Collective to make, local to close.
 
     All ranks issue the same calls in the same order. A call that fails on one rank (bad input, an exception that leaves
@@ -109,32 +91,12 @@ class Buffer:
         timeout_s: float = 100,
         debug: bool = False,
     ) -> None:
-        if isinstance(group, Spec):
-            raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
-        members = group if isinstance(group, ThreadGroup) else ProcessGroup(group)
-        launch_options = LaunchOptions(num_sms=num_sms, expand=expand, mover=mover)
-        self.device, problem = vet(members, device, spec, launch_options)
-        options: dict[str, object] = {"device": self.device.type, "expand": expand, "mover": mover}
-        number = agree(members, spec, timeout_s, options, problem)
-        self.group = group
-        self.spec = spec
-        self.topology = Topology(num_ranks=members.size)
-        self.rank = members.rank
-        self.arena = Arena(spec, self.topology)
-        self._members = members
-        self._id = number
-        self._debug = debug
-        moving = connect(members, self.arena, self.device, launch_options, number=number, timeout_s=timeout_s)
-        self.launch = moving.launch
-        """How kernels are launched, printable; None on CPUs."""
-        self._transport, self._backend, self._consent = moving.transport, moving.backend, moving.consent
-        self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
+        options = LaunchOptions(num_sms=num_sms, expand=expand, mover=mover)
+        super().__init__(group, spec, device=device, launch_options=options, timeout_s=timeout_s, debug=debug)
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
-        self._slots = ReceiveSlots(self.arena, self._transport.segment)
-        self._calls = Calls(self._consent, self._backend, self._slots, self.arena, debug=debug)
-        self._is_closed = False
-        self.masked: tuple[int, ...] = ()
-        """The ranks that ``mask`` has left out, in order."""
+        self._default_row_count: RowCount = "capacity" if isinstance(spec.layout, Padded) else "exact"
+        self._num_combines = 0
+        self._marked = torch.cuda.nvtx.range if self.device.type == "cuda" else nullcontext
         self.handle = f"crossdock.Buffer {next(_handles)}"  # a string, as torch.compile would make a number dynamic
         """This process's name for this buffer: what the ops of ``crossdock.autograd`` are given."""
         _by_handle[self.handle] = self
@@ -189,10 +151,9 @@ class Buffer:
             ConfigError: bad input here; the other ranks raise PeerFailed.
             CapacityError, PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        pending = self._start_dispatch(
+        return self._start_dispatch(
             x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms
-        )
-        return pending.wait()
+        ).wait()
 
     def dispatch_start(
         self,
@@ -224,55 +185,69 @@ class Buffer:
         copy: bool,
         num_sms: int | None,
     ) -> Pending[Received]:
-        self._check_room()
+        is_fresh, row_count = not isinstance(routing, Plan), rows or self._default_row_count
+        self._check_open()
+        self._queue.check_room()
         self._slots.check_free(self._queue.is_unwaited)
-        default: RowCount = "capacity" if isinstance(self.spec.layout, Padded) else "exact"
-        asks_host = (rows or default) == "exact" and not isinstance(routing, Plan)
-        self._backend.check_capture(asks_host=asks_host)
-
-        def prepare() -> tuple[Batch, Plan | None, Tensor, RowCount, bool]:
+        self._backend.check_capture(asks_host=row_count == "exact" and is_fresh)
+        try:
+            self._check_overflow()
             self._check_sms(num_sms)
-            given = {"x": x, "topk_idx": routing, "weights": weights, "extras": extras}
-            inputs.check_device(self.device, given)
-            inputs.check_no_grad(*(x if isinstance(x, Quantized) else (x,)), weights, *extras)
-            num_tokens = inputs.check_tokens(self.spec, x, unquantized=unquantized)
-            if isinstance(routing, Plan):
-                inputs.check_plan(routing, self._id, self.masked)
-                topk_idx = routing.topk_idx
-                if num_tokens != routing.num_tokens:
-                    raise ConfigError(
-                        f"x has {num_tokens} tokens, the plan was made for {routing.num_tokens}; pass as many"
-                    )
-            else:
-                inputs.check_topk_idx(self.spec, routing, num_tokens)
-                if self.device.type == "cpu":  # else kernels look at the values
-                    check_picks(routing, num_experts=self.spec.num_experts)
-                topk_idx = routing if routing.dtype == torch.int64 else routing.to(torch.int64)
-                topk_idx = self.drop_masked(topk_idx).contiguous()
-            inputs.check_weights(self.spec, weights, num_tokens)
-            inputs.check_token_extras(self.spec, extras, num_tokens)
-            if rows not in (None, "exact", "capacity"):
-                raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
-            batch = Batch(x=x, weights=weights, extras=tuple(extras), unquantized=unquantized)
-            is_fused = self._calls.takes_fused_dispatch(batch, routing)
-            if topk_idx is routing and not is_fused:  # its kernel copies the picks
-                topk_idx = routing.clone()
-            return batch, routing if isinstance(routing, Plan) else None, topk_idx, rows or default, is_fused
-
-        batch, plan, topk_idx, mode, is_fused = self._vetted(prepare)
-        lands_in_outputs = self.arena.region_of_rows(unquantized=unquantized) == "outputs"
-        if self._debug or lands_in_outputs:
+            batch = Batch(x, weights, tuple(extras), unquantized)
+            routing = self._checked_routing(batch, routing, rows)
+        except Exception as error:
+            self._queue.refuse(error)
+            raise
+        if self._debug or self.arena.region_of_rows(unquantized=unquantized) == "outputs":
             self._queue.drain()  # or rows would be overwritten that a combine in flight still pulls
             self._queue.check_room()
         slot = self._slots.take()
         if self._debug:
             self._slots.poison(slot, "data", "scale", "metadata")
-        signature = (mode, unquantized, weights is None, _shapes(extras), self._sign(plan), *self.masked)
-        word = Word(Kind.CACHED_DISPATCH if plan else Kind.DISPATCH, slot, signature=_checksum(signature))
-        call = self._begin(word, None if plan else topk_idx, num_sms, at_once=at_once, is_fused=is_fused)
-        pending = self._start(call, self._calls.dispatch(call, batch, plan or topk_idx, mode, copy=copy))
+        plan = routing if isinstance(routing, Plan) else None
+        signature = (row_count, unquantized, weights is None, _shapes(extras), self._sign(plan), *self.masked)
+        kind = Kind.CACHED_DISPATCH if plan else Kind.DISPATCH
+        word = Word(kind, slot, signature=_checksum(signature))
+        call = self._take(word, row_count=row_count, at_once=at_once, num_sms=num_sms)
+        steps = self._backend.dispatch(call, batch, routing)
+
+        def finish(arrived: Arrived) -> Received:
+            if self._debug and self.arena.region_of_rows(unquantized=unquantized) == "data":
+                self._slots.poison(slot, "outputs")
+            return self._slots.lend(arrived, slot, unquantized=unquantized, copy=copy)
+
+        pending = self._queue.start(kind, call.sequence, steps, finish, held=(batch, routing))
         self._slots.fill(slot, pending)
+        with self._marked(_MARKS[kind]):
+            self._queue.drive()
         return pending
+
+    def _checked_routing(self, batch: Batch, routing: Tensor | Plan, rows: RowCount | None) -> Tensor | Plan:
+        """The plan, or the picks as int64 without those of masked ranks.
+
+        Raises:
+            ConfigError: anything of the batch or of these is not allowed.
+        """
+        x, weights, extras, unquantized = batch
+        inputs.check_device(self.device, {"x": x, "topk_idx": routing, "weights": weights, "extras": extras})
+        inputs.check_no_grad(*(x if isinstance(x, Quantized) else (x,)), weights, *extras)
+        num_tokens = inputs.check_tokens(self.spec, x, unquantized=unquantized)
+        if isinstance(routing, Plan):
+            inputs.check_plan(routing, self._id, self.masked)
+            if num_tokens != routing.num_tokens:
+                raise ConfigError(
+                    f"x has {num_tokens} tokens, the plan was made for {routing.num_tokens}; pass as many"
+                )
+        else:
+            inputs.check_topk_idx(self.spec, routing, num_tokens)
+            if self.device.type == "cpu":  # else kernels look at the values
+                check_picks(routing, num_experts=self.spec.num_experts)
+            routing = self.drop_masked(routing.to(torch.int64)).contiguous()
+        inputs.check_weights(self.spec, weights, num_tokens)
+        inputs.check_token_extras(self.spec, extras, num_tokens)
+        if rows not in (None, "exact", "capacity"):
+            raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
+        return routing
 
     @overload
     def combine(
@@ -330,8 +305,9 @@ class Buffer:
             ConfigError: bad input here; the other ranks raise PeerFailed.
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        pending = self._start_combine(y, plan, weights, bias, extras, at_once=True, num_sms=num_sms)
-        result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = pending.wait()
+        result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = self._start_combine(
+            y, plan, weights, bias, extras, at_once=True, num_sms=num_sms
+        ).wait()
         return result
 
     @overload
@@ -379,34 +355,36 @@ class Buffer:
         at_once: bool,
         num_sms: int | None,
     ) -> Pending[Any]:
-        self._check_room()
-
-        def prepare() -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], int]:
+        self._check_open()
+        self._queue.check_room()
+        try:
+            self._check_overflow()
             self._check_sms(num_sms)
             inputs.check_device(self.device, {"y": y, "weights": weights, "bias": bias, "extras": extras})
             inputs.check_no_grad(y, weights, bias, *(extras or ()))
             inputs.check_plan(plan, self._id, self.masked)
             inputs.check_outputs(self.spec, plan, y, self._slot_rows)
             lead = tuple(y.shape[:-1])
-            row_weights = inputs.check_combine_weights(self.spec, plan, weights, lead=lead)
+            weights = inputs.check_combine_weights(self.spec, plan, weights, lead=lead)
             inputs.check_bias(self.spec, plan, bias)
-            limit = self.arena.return_bytes
-            small = inputs.check_row_extras(extras or (), lead=lead, limit=limit)
+            returned = inputs.check_row_extras(extras or (), lead=lead, limit=self.arena.return_bytes)
             output_slot = self._slots.output_slot(y, plan.stamp)
-            if self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None):
-                output_slot = PUSHED  # they are summed here
-            flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
-            return flat, row_weights, small, output_slot
-
-        flat, row_weights, small, output_slot = self._vetted(prepare)
-        signature = _checksum((self._sign(plan), None if extras is None else _shapes(small), *self.masked))
-        word = Word(Kind.COMBINE, self._calls.next_return_slot(), output_slot, signature)
-        pushes, has_extras = output_slot == PUSHED, extras is not None
-        is_fused = self._calls.takes_fused_combine(plan, pushes=pushes, has_extras=has_extras)
-        call = self._begin(word, None, num_sms, at_once=at_once, is_fused=is_fused)
-        return self._start(
-            call, self._calls.combine(call, plan, flat, row_weights, bias, None if extras is None else small)
+        except Exception as error:
+            self._queue.refuse(error)
+            raise
+        if self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None):
+            output_slot = PUSHED  # they are summed here
+        signature = (self._sign(plan), None if extras is None else _shapes(returned), *self.masked)
+        word = Word(Kind.COMBINE, self._next_return_slot(), output_slot, _checksum(signature))
+        call = self._take(word, at_once=at_once, num_sms=num_sms)
+        flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
+        steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
+        pending: Pending[Any] = self._queue.start(
+            Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned)
         )
+        with self._marked(_MARKS[Kind.COMBINE]):
+            self._queue.drive()
+        return pending
 
     def return_extras(self, plan: Plan, extras: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Brings small tensors home as ``combine(extras=)`` does, without outputs. Collective.
@@ -422,20 +400,26 @@ class Buffer:
             ConfigError: bad input here; the other ranks raise PeerFailed.
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        self._check_room()
-
-        def prepare() -> tuple[Tensor, ...]:
+        self._check_open()
+        self._queue.check_room()
+        try:
+            self._check_overflow()
             inputs.check_device(self.device, {"extras": extras})
             inputs.check_no_grad(*extras)
             inputs.check_plan(plan, self._id, self.masked)
             lead = inputs.check_lone_extras(self.spec, plan, extras, self._slot_rows)
-            return inputs.check_row_extras(extras, lead=lead, limit=self.arena.return_bytes)
-
-        small = self._vetted(prepare)
-        signature = _checksum(("extras", self._sign(plan), _shapes(small), *self.masked))
-        word = Word(Kind.COMBINE, self._calls.next_return_slot(), PUSHED, signature)
-        call = self._begin(word, None, None, at_once=True)
-        return self._start(call, self._calls.return_extras(call, plan, small)).wait()
+            returned = inputs.check_row_extras(extras, lead=lead, limit=self.arena.return_bytes)
+        except Exception as error:
+            self._queue.refuse(error)
+            raise
+        signature = ("extras", self._sign(plan), _shapes(returned), *self.masked)
+        word = Word(Kind.COMBINE, self._next_return_slot(), PUSHED, _checksum(signature))
+        call = self._take(word)
+        steps = self._backend.return_extras(call, plan, returned)
+        pending: Pending[tuple[Tensor, ...]] = self._queue.start(
+            Kind.COMBINE, call.sequence, steps, held=(plan, returned)
+        )
+        return pending.wait()
 
     def remake_plan(self, tensors: PlanTensors) -> Plan:
         """A plan from the tensors that decide it. Local.
@@ -448,169 +432,22 @@ class Buffer:
         """
         return self._backend.remake_plan(tensors)
 
-    def check(self) -> None:
-        """Raises what has failed without being raised: once, and after all that was issued is done.
-
-        That is the CapacityError of a ``rows="capacity"`` dispatch that has been waited for, and on CUDA, where a call
-        may return before the host knows how it went, also PeerFailed, PeerTimeout, or the ConfigError of picks that are
-        not allowed.
-        """
-        self._check_open()
-        self._queue.settle()
-        self._backend.synchronize()
-        self._queue.check_failure()
-        self._check_overflow()
-
-    def exchange_words(self, num_trips: int) -> None:
-        """Gives a word to every rank and waits for everyone's, so many times, on CUDA; nothing else moves.
-
-        One of them is the shortest that a call can take, a one-way trip between all ranks: what benchmarks hold
-        latencies against. Collective; it returns at once, its work goes on the stream of the buffer's calls.
-
-        Raises:
-            ConfigError: calls are in flight.
-            NotSupported: on CPUs.
-        """
-        self._check_open()
-        if not self._queue.is_idle:
-            raise ConfigError("exchange_words while calls are in flight; wait for them first")
-        self._consent.exchange_words(num_trips)
-
-    def abort(self, reason: str) -> None:
-        """Gives up on this rank, between two calls or with calls in flight: every peer raises PeerFailed at once.
-
-        What is in flight here is void. The next call works again, on all ranks. Leaving the ``with`` block by an
-        exception does this too.
-        """
-        self._check_open()
-        self._queue.abandon(reason)
-
-    def reset(self) -> None:
-        """Forgets failures and overflows that were not raised yet. Local; no word to the peers.
-
-        Calls in flight, if there are any, are given up, as ``abort`` does.
-        """
-        self._check_open()
-        self._backend.synchronize()
-        self._backend.overflows.clear()
-        self._queue.forget()
-
-    def mask(self, *ranks: int) -> None:
-        """Goes on without ranks that are gone. Collective among all that are left; what is in flight is void.
-
-        To be called with the same ranks on all that are left, after a call has failed because of them. From then on
-        nothing is awaited from a masked rank, and nothing sent to it: picks of its experts are dropped, as if they were
-        -1. Plans from before are not valid any more, nor are rows of theirs. Ranks keep their numbers and experts; a
-        process that takes the place of one that has ended comes in with a new Buffer of all ranks.
-
-        Args:
-            ranks: whose processes have ended, or that have closed their buffers; those that are masked already may be
-                among them.
-
-        Raises:
-            ConfigError: ranks were given that still live, or not the same on all; nobody is masked, on all ranks. Or
-                this rank's arguments make no sense; the others raise PeerFailed.
-            PeerFailed, PeerTimeout: a rank that was to agree gave up, is late, or is gone too; nobody is masked. Call
-                it again on all that are left, with that rank if it is gone.
-
-        >>> from crossdock import Fp32, Spec, run_local
-        >>> spec = Spec(num_experts=3, num_topk=2, hidden=1, max_tokens=1, wire=Fp32())
-        >>> def program(group):
-        ...     with Buffer(group, spec) as buffer:
-        ...         if group.rank == 1:
-        ...             return "leaves"
-        ...         buffer.mask(1)
-        ...         recv = buffer.dispatch(torch.ones(1, 1), torch.tensor([[1, 2]]))
-        ...         return buffer.masked, buffer.combine(recv.x, recv.plan).item()
-        >>> run_local(program, num_ranks=3)
-        [((1,), 1.0), 'leaves', ((1,), 1.0)]
-        """
-        self._check_open()
-        self._backend.check_capture(asks_host=True)
-        self._queue.renew(f"it masks {', '.join(map(str, ranks))}")
-        try:
-            inputs.check_ranks(ranks, num_ranks=self.topology.num_ranks)
-        except ConfigError as error:
-            self._queue.refuse(error)
-            raise
-        wanted = {*self.masked, *ranks}
-        agreement = agree_on_masked(self._consent, self._transport, wanted)
-        self._queue.start("mask", self._consent.next_sequence, agreement).wait()
-        new = sorted(wanted - set(self.masked))
-        self.masked = tuple(sorted(wanted))
-        self._transport.mask(new)
-        self._consent.mask(new)
-        self._backend.mask(self.masked)
-
-    def drop_masked(self, topk_idx: Tensor) -> Tensor:
-        """The picks with -1 in place of masked ranks' experts; the verbs do that themselves.
-
-        Graphs do not that were captured before a rank was masked: what they are given has to be free of such picks.
-        """
-        if not self.masked:
-            return topk_idx
-        return drop_picks(topk_idx, self.masked, num_local=self.spec.num_local_experts(self.topology.num_ranks))
-
-    def close(self) -> None:
-        """Leaves: a peer that waits for this rank raises PeerFailed. Local; rows that were handed out stay readable.
-
-        On CUDA it returns once what was issued is done.
-        """
-        if not self._is_closed:
-            self._is_closed = True
-            self._backend.synchronize()
-            self._consent.leave()
-            self._transport.close()
-
-    def __enter__(self: Self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None and self._queue.last_error is None and not self._is_closed:
-            self.abort(f"{type(error).__name__}: {error}")
-        self.close()
-
     @property
     def has_pairs(self) -> bool:
         """Whether plans say which rows here are of one token (``Plan.partial_rows``): where ranks sum or copy them."""
         return self._backend.has_pairs
 
-    @property
-    def stats(self) -> Stats:
-        """What this rank has counted so far."""
-        return Stats(
-            num_tokens_per_expert=self._backend.num_tokens_per_expert.clone(),
-            wait_s=torch.tensor(self._queue.wait_s, dtype=torch.float64) + self._backend.wait_s.cpu(),
-        )
-
-    def gather_stats(self) -> Stats:
-        """Everybody's: tokens per expert int64 [E], and waits float64 [P, P] of each rank for each peer. Collective.
-
-        Raises:
-            ConfigError: a rank is masked, and the group that would gather them waits for it.
-        """
-        if self.masked:
-            raise ConfigError(
-                f"masked: {listed(self.masked)}; the group that gathers statistics would wait there: gather "
-                f"buffer.stats in a group of the ranks that are left"
-            )
-        all_stats: list[Any] = self._members.all_gather(self.stats)
-        return Stats(
-            num_tokens_per_expert=torch.cat([stats.num_tokens_per_expert for stats in all_stats]),
-            wait_s=torch.stack([stats.wait_s for stats in all_stats]),
-        )
-
-    def __repr__(self) -> str:
-        state = "closed" if self._is_closed else "open"
-        return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
-
-    def _begin(
-        self, word: Word, topk_idx: Tensor | None, num_sms: int | None, *, at_once: bool, is_fused: bool = False
+    def _take(
+        self, word: Word, *, row_count: RowCount = "capacity", at_once: bool = True, num_sms: int | None = None
     ) -> Call:
-        is_next = self._queue.is_idle
-        return self._calls.begin(word, topk_idx, is_next=is_next, at_once=at_once, is_fused=is_fused, num_sms=num_sms)
+        """The next call, with the next sequence number."""
+        is_first = self._queue.is_idle
+        return Call(self._consent.take(), word, row_count, at_once=at_once, is_first=is_first, num_sms=num_sms)
+
+    def _next_return_slot(self) -> int:
+        """Where rows come back to in the next combine, in turn."""
+        self._num_combines += 1
+        return self._num_combines % self.spec.num_slots
 
     def _sign(self, plan: Plan | None) -> int | None:
         """What all ranks that mean the same plan tell each other.
@@ -619,38 +456,9 @@ class Buffer:
         """
         return plan.stamp if plan is not None and self.device.type == "cpu" else None
 
-    def _start(self, call: Call, steps: Steps[Result]) -> Pending[Result]:
-        with self._backend.marked(_MARKS[call.word.kind]):
-            waits = call.at_once or not call.is_fused
-            return self._queue.start(call.word.kind, call.sequence, steps, call, waits=waits)
-
-    def _check_overflow(self) -> None:
-        for overflow in self._backend.overflows:
-            sequence, error = overflow
-            if not self._queue.has_unwaited(sequence):  # or ranks would raise in different calls, as it was found
-                self._backend.overflows.remove(overflow)
-                raise error
-
     def _check_sms(self, num_sms: int | None) -> None:
         if num_sms is not None and (self.launch is None or num_sms < 1):
             raise ConfigError(f"num_sms={num_sms}; pass a positive number on CUDA, and None on CPUs")
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ConfigError("the buffer is closed; make a new one")
-
-    def _check_room(self) -> None:
-        self._check_open()
-        self._queue.check_room()
-
-    def _vetted(self, prepare: Callable[[], Result]) -> Result:
-        """What ``prepare`` gives. When it raises, calls in flight are finished first and then every peer is told."""
-        try:
-            self._check_overflow()
-            return prepare()
-        except Exception as error:
-            self._queue.refuse(error)
-            raise
 
 
 def _shapes(extras: Sequence[Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from crossdock.arena import Arena
 from crossdock.backends.base import Backend, Launch, LaunchOptions
-from crossdock.backends.cpu import CpuBackend
+from crossdock.backends.cpu.calls import CpuBackend
 from crossdock.consent import Consent
 from crossdock.errors import BackendUnavailable, ConfigError
 from crossdock.spec import Spec
@@ -83,12 +83,12 @@ def connect(
             if isinstance(members, inproc.ThreadGroup)
             else shm.connect(members, arena, name=name)
         )
-        backend = CpuBackend(arena, host, buffer_id=number)
         consent = Consent(host, rank=members.rank, num_ranks=members.size, ring=arena.ring)
+        backend = CpuBackend(arena, host, consent, buffer_id=number)
         return Connected(transport=host, backend=backend, consent=consent, launch=None)
     raise_on_all(members, _missing(device), BackendUnavailable)
     # Triton is not on every system, and torch's symmetric memory takes a while to import.
-    from crossdock.backends.cuda import backend as cuda  # noqa: PLC0415
+    from crossdock.backends.cuda import calls as cuda  # noqa: PLC0415
     from crossdock.transport import symmetric  # noqa: PLC0415
 
     peers = (
@@ -96,7 +96,14 @@ def connect(
         if isinstance(members, inproc.ThreadGroup)
         else symmetric.connect(members, arena, device, name=name)
     )
-    parts = cuda.connect(peers, arena, launch_options, buffer_id=number, timeout_s=timeout_s)
+    parts = cuda.connect(
+        peers,
+        arena,
+        launch_options,
+        buffer_id=number,
+        timeout_s=timeout_s,
+        ranks_on_gpus=members.all_gather(peers.ranks_here),
+    )
     members.all_gather(None)  # kernels are loaded: no rank is kept waiting by a peer that compiles
     return Connected(transport=peers, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch)
 

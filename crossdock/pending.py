@@ -5,25 +5,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from crossdock.backends.base import Event
+from crossdock.backends.base import Event, Outcome
 from crossdock.consent import Consent, Kind, Missing, Steps
 from crossdock.errors import ConfigError, CrossdockError, PeerTimeout, TransportError
 from crossdock.transport.base import Transport
 
 Result = TypeVar("Result")
+CallKind = Kind | Literal["mask"]
+"""A mask is a call that has no word."""
 _LOOK_AGAIN_S = 0.05
 """How often a rank that waits looks whether the peers it misses still exist."""
-
-
-class Work(Protocol):
-    """What a call leaves to a device."""
-
-    event: Event | None
-    """Its end, once all of it has been issued."""
-    held: tuple[object, ...]
-    """What it reads."""
 
 
 class Pending(Generic[Result]):
@@ -34,22 +27,32 @@ class Pending(Generic[Result]):
     """
 
     def __init__(
-        self, queue: CallQueue, kind: Kind | Literal["mask"], sequence: int, steps: Steps[Result], work: Work | None
+        self,
+        queue: CallQueue,
+        kind: CallKind,
+        sequence: int,
+        steps: Steps[Outcome[Any]],
+        finish: Callable[[Any], Result] | None,
+        held: tuple[object, ...] = (),
     ) -> None:
         self.kind = kind
         self.sequence = sequence
-        self._queue = queue
-        self._steps = steps
-        self._work = work
-        self._result: list[Result] = []
-        self._error: BaseException | None = None
+        self.steps = steps
+        """What is left of it."""
         self.has_sent = False
         """Whether the next call may begin though this one is not done."""
+        self.outcome: Outcome[Any] | None = None
+        self.error: BaseException | None = None
+        """What ``wait()`` raises, when the call has failed."""
+        self._queue = queue
+        self._finish = finish
+        self._held = held
+        self._results: list[Result] = []
 
     @property
     def is_done(self) -> bool:
         """Whether ``wait()`` would return (or raise) at once; on CUDA the work itself may still be under way."""
-        return bool(self._result) or self._error is not None
+        return self.outcome is not None or self.error is not None
 
     @property
     def event(self) -> Event | None:
@@ -58,49 +61,35 @@ class Pending(Generic[Result]):
         None on CPUs, and as long as not all of the work could be issued: while an earlier call still asks the host, or
         has failed.
         """
-        return None if self._work is None else self._work.event
+        return None if self.outcome is None else self.outcome.event
 
     def wait(self) -> Result:
         """The call's result, once it is there; later calls of ``wait()`` give the same.
 
-        On CUDA the caller's current stream waits for the work; the host waits only for what it has to be told.
+        On CUDA the caller's current stream waits for the work; the host waits only for counts that it asked for.
 
         Raises:
             PeerTimeout: a peer did not do its part within the buffer's ``timeout_s``; the call is void.
             PeerFailed: a peer gave up; the call is void.
             CapacityError: more rows than a rank has room for; all ranks raise, no row was moved.
         """
-        self._queue.finish(self)
-        if self._error is not None:
-            raise self._error
-        if self._work is not None:
-            if self._work.event is not None:
-                self._work.event.wait()
-            self._work.held = ()
-        return self._result[0]
-
-    def advance(self) -> Missing | None:
-        """Goes as far as it can without waiting: what it waits for, or None when it is done."""
-        try:
-            missing = next(self._steps)
-        except StopIteration as stop:
-            self._result.append(stop.value)
-        except CrossdockError as error:
-            self._error = error
-        else:
-            self.has_sent = missing.has_sent
-            return missing
-        return None
+        if not self.is_done:
+            self._queue.drive(self)
+        self._queue.forget(self)
+        if self.error is not None:
+            raise self.error
+        assert self.outcome is not None
+        if self.outcome.event is not None:
+            self.outcome.event.wait()
+        if not self._results:
+            self._results.append(self.outcome.result if self._finish is None else self._finish(self.outcome.result))
+            self._held = ()
+        return self._results[0]
 
     def void(self, error: BaseException) -> None:
         """Gives up: ``wait()`` will raise the error."""
-        self._error = error
-        self._steps.close()
-
-    @property
-    def error(self) -> BaseException | None:
-        """What ``wait()`` raises, when the call has failed."""
-        return self._error
+        self.error = error
+        self.steps.close()
 
 
 class CallQueue:
@@ -115,9 +104,9 @@ class CallQueue:
         self._transport = transport
         self._depth = depth
         self._timeout_s = timeout_s
-        self._running: deque[Pending[object]] = deque()
-        self._unwaited: list[Pending[object]] = []
-        self._untold: CrossdockError | None = None
+        self._running: deque[Pending[Any]] = deque()
+        self._unwaited: list[Pending[Any]] = []
+        self._unraised: CrossdockError | None = None
 
     def check_room(self) -> None:
         """Raises what may keep the next call from being started.
@@ -134,12 +123,12 @@ class CallQueue:
             )
 
     def check_failure(self) -> None:
-        """Raises the failure of a call that this rank was not told of: nobody waited, or the device found it."""
-        if self._untold is None and (error := self._consent.failure()) is not None:
+        """Raises a failure that nobody has seen: of a call that nobody waited for, or that the device found."""
+        if self._unraised is None and (error := self._consent.failure()) is not None:
             self._fail(error)
-            self._untold = error
-        if self._untold is not None:
-            self.last_error, self._untold = self._untold, None
+            self._unraised = error
+        if self._unraised is not None:
+            self.last_error, self._unraised = self._unraised, None
             raise self.last_error
 
     def settle(self) -> None:
@@ -148,49 +137,89 @@ class CallQueue:
             self._consent.settle()
         except PeerTimeout as error:
             self._fail(error)
-            self._untold = error
+            self._unraised = error
 
     def start(
         self,
-        kind: Kind | Literal["mask"],
+        kind: CallKind,
         sequence: int,
-        steps: Steps[Result],
-        work: Work | None = None,
-        *,
-        waits: bool = True,
+        steps: Steps[Outcome[Any]],
+        finish: Callable[[Any], Result] | None = None,
+        held: tuple[object, ...] = (),
     ) -> Pending[Result]:
-        """Puts a call behind the others and goes as far as is possible without waiting.
+        """Puts a call behind the others; ``drive`` moves it.
 
         Args:
-            kind: a mask is a call that has no word.
-            work: what it leaves to a device.
-            waits: whether the device waits for peers in its first step. Those may wait for what calls before it have
-                still to send, so these come first.
+            finish: makes the call's result of what its steps gave, when it is waited for.
+            held: what its work reads, kept for as long as it may.
         """
-        pending = Pending(self, kind, sequence, steps, work)
+        pending = Pending(self, kind, sequence, steps, finish, held)
         self.last_error = None
-        may_begin = not waits and bool(self._running) and all(call.has_sent for call in self._running)
-        self._running.append(pending)  # type: ignore[arg-type]
-        self._unwaited.append(pending)  # type: ignore[arg-type]
-        if may_begin:
-            self._step(pending)  # type: ignore[arg-type]
-        else:
-            self._advance()
+        self._running.append(pending)
+        self._unwaited.append(pending)
         return pending
 
-    def finish(self, pending: Pending[Result]) -> None:
-        """Drives the oldest calls until this one is done, one way or the other."""
-        if not pending.is_done:
-            self._wait_until(lambda: pending.is_done)
-        if self.is_unwaited(pending):
-            self._unwaited.remove(pending)  # type: ignore[arg-type]
+    def drive(self, target: Pending[Any] | None = None) -> Missing | None:
+        """Moves calls, the oldest first: until the target is done, or, without one, as far as no peer is waited for.
+
+        A call that was started behind others that have sent all that peers wait for may begin before they are done.
+        Gives what is missing, if it stopped for that.
+        """
+        patience = _Patience()
+        call = self._newest_to_begin() if target is None else self._oldest()
+        while call is not None and (target is None or not target.is_done):
+            missing = None
+            try:
+                missing = next(call.steps)
+            except StopIteration as stop:
+                call.outcome = stop.value
+            except CrossdockError as error:
+                call.error = error
+            except BaseException as error:
+                self._fail(f"{type(error).__name__}: {error}")
+                raise
+            if missing is None:
+                self._retire(call)
+            else:
+                call.has_sent = missing.has_sent
+                if target is not None:
+                    self._wait(call, missing, patience)
+                elif call.has_sent or call is self._running[0]:
+                    return missing
+            call = self._oldest()
+        return None
+
+    def _oldest(self) -> Pending[Any] | None:
+        return self._running[0] if self._running else None
+
+    def _newest_to_begin(self) -> Pending[Any] | None:
+        """The newest call, if none before it has anything to send; else the oldest."""
+        if self._running and all(call.has_sent for call in list(self._running)[:-1]):
+            return self._running[-1]
+        return self._oldest()
+
+    def _retire(self, call: Pending[Any]) -> None:
+        """Takes a call that has ended out of the queue; one that has failed ends the epoch."""
+        if isinstance(call.error, TransportError):
+            self._unraised = call.error
+            self._fail(call.error)
+        elif isinstance(call.error, CrossdockError) and self._consent.failure() is not None:
+            self._fail(call.error)  # the device has ended the epoch by it
+        else:
+            self._running.remove(call)
+
+    def forget(self, pending: Pending[Any]) -> None:
+        """A call that is done has been waited for: its slot may be taken, and its error has been raised."""
+        if pending in self._unwaited:
+            self._unwaited.remove(pending)
         self.last_error = pending.error
-        if self._untold is pending.error:
-            self._untold = None
+        if self._unraised is pending.error:
+            self._unraised = None
 
     def drain(self) -> None:
         """Finishes every call in flight; their results stay to be waited for."""
-        self._wait_until(lambda: not self._running)
+        if self._running:
+            self.drive(self._running[-1])
 
     def refuse(self, error: Exception) -> None:
         """Gives up a call that cannot begin; those in flight are finished first, and their results stay."""
@@ -200,31 +229,31 @@ class CallQueue:
         finally:
             if self._consent.num_ended == num_ended:  # else the peers know already that this epoch has ended
                 self._fail(error)
-            self.last_error, self._untold = error, None
+            self.last_error, self._unraised = error, None
 
     def abandon(self, reason: str) -> None:
         """Gives up what is in flight, and the epoch with it; one that has just ended by a failure ends once."""
-        if self._untold is None:
+        if self._unraised is None:
             self._fail(reason)
-        self.last_error, self._untold = TransportError(f"this rank gave up: {reason}"), None
+        self.last_error, self._unraised = TransportError(f"this rank gave up: {reason}"), None
 
     def renew(self, reason: str) -> None:
         """Gives up what is in flight, and begins an epoch, unless one has just begun by a failure.
 
-        That failure counts as told, whatever it was.
+        That failure counts as raised, whatever it was.
         """
         self.settle()
-        if self._untold is None and (error := self._consent.failure()) is not None:
+        if self._unraised is None and (error := self._consent.failure()) is not None:
             self._fail(error)
-        elif self._untold is None and not self._consent.is_fresh:
+        elif self._unraised is None and not self._consent.is_fresh:
             self._fail(reason)
-        self.last_error = self._untold = None
+        self.last_error = self._unraised = None
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Forgets failures that nobody has seen; gives up what is in flight, if anything is."""
         if self._unwaited:
             self.abandon("it was reset")
-        self.last_error = self._untold = None
+        self.last_error = self._unraised = None
 
     def _fail(self, error: Exception | str) -> None:
         """Tells all peers that this rank gives up, and voids what is in flight here."""
@@ -245,66 +274,42 @@ class CallQueue:
         """Whether the call of that number has been started and not waited for."""
         return any(other.sequence == sequence for other in self._unwaited)
 
-    def is_unwaited(self, pending: Pending[Result] | None) -> bool:
+    def is_unwaited(self, pending: Pending[Any] | None) -> bool:
         """Whether a call has been started and not waited for."""
         return pending in self._unwaited
 
-    def _advance(self) -> Missing | None:
-        """Moves the oldest call, then the next: what the oldest waits for, or None when none is left."""
-        while self._running:
-            missing = self._step(self._running[0])
-            if missing is not None:
-                return missing
-        return None
-
-    def _step(self, call: Pending[object]) -> Missing | None:
-        """Moves a call as far as it can without waiting: what it waits for, or None when it is done or has failed."""
-        try:
-            missing = call.advance()
-        except BaseException as error:
-            self._fail(f"{type(error).__name__}: {error}")
-            raise
-        if missing is not None:
-            return missing
-        if isinstance(call.error, TransportError):
-            self._untold = call.error
-            self._fail(call.error)
-        elif isinstance(call.error, CrossdockError) and self._consent.failure() is not None:
-            self._fail(call.error)  # the device has ended the epoch by it
+    def _wait(self, call: Pending[Any], missing: Missing, patience: _Patience) -> None:
+        """Gives the core away until a call's peers may have done more; gives them up when they are late or gone."""
+        now = time.perf_counter()
+        if call is patience.call:
+            for peer in missing.peers:
+                self.wait_s[peer] += now - patience.last
         else:
-            self._running.remove(call)
-        return None
+            patience.call, patience.num_polls, patience.began, patience.gone = call, 0, now, None
+        patience.last = now
+        if patience.gone is not None and patience.gone in missing.peers:  # also after another look at what it did
+            self._give_up(call, patience.gone, f"{missing.what} this {call.kind} and is gone: its process ended, or "
+                                               f"its buffer was dropped; the call is void")  # fmt: skip
+        elif missing.peers and now - patience.began > self._timeout_s:  # without, the device has the deadline
+            late = f"within timeout_s={self._timeout_s:g}; the call is void"
+            self._give_up(call, missing.peers[0], f"{missing.what} this {call.kind} {late}")
+        elif now - patience.looked > _LOOK_AGAIN_S:
+            patience.looked = now
+            patience.gone = next((peer for peer in missing.peers if not self._transport.is_alive(peer)), None)
+        self._transport.idle(patience.num_polls)
+        patience.num_polls += 1
 
-    def _wait_until(self, is_done: Callable[[], bool]) -> None:
-        head, num_polls = None, 0
-        began = looked = last = time.perf_counter()
-        while not is_done():
-            missing = self._advance()
-            if missing is None or is_done():
-                continue
-            now = time.perf_counter()
-            if self._running[0] is not head:
-                head, num_polls, began = self._running[0], 0, now
-            else:
-                for peer in missing.peers:
-                    self.wait_s[peer] += now - last
-            last = now
-            if missing.peers and now - began > self._timeout_s:  # without, the device has the deadline
-                self._give_up(missing.peers[0], missing.what, f"within timeout_s={self._timeout_s:g}")
-            elif now - looked > _LOOK_AGAIN_S:
-                looked = now
-                self._look_for_the_gone(missing)
-            self._transport.idle(num_polls)
-            num_polls += 1
+    def _give_up(self, call: Pending[Any], peer: int, what: str) -> None:
+        self._unraised = PeerTimeout(peer, f"rank {peer} did not {what}")
+        self._fail(self._unraised)
 
-    def _look_for_the_gone(self, missing: Missing) -> None:
-        """Gives up when a missing peer no longer exists, and did not do its part just before it went."""
-        gone = [peer for peer in missing.peers if not self._transport.is_alive(peer)]
-        if gone and (still := self._advance()) is not None and gone[0] in still.peers:
-            self._give_up(gone[0], still.what, "and is gone: its process ended, or its buffer was dropped")
 
-    def _give_up(self, peer: int, what: str, when: str) -> None:
-        kind = self._running[0].kind
-        when = f"{when}; the call is void"
-        self._untold = PeerTimeout(peer, f"rank {peer} did not {what} this {kind} {when}")
-        self._fail(self._untold)
+class _Patience:
+    """How long a host has waited for the peers of one call."""
+
+    def __init__(self) -> None:
+        self.call: Pending[Any] | None = None
+        self.num_polls = 0
+        self.began = self.looked = self.last = time.perf_counter()
+        self.gone: int | None = None
+        """A peer that no longer exists; it may have done its part just before it went."""

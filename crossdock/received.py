@@ -22,49 +22,49 @@ from crossdock.wire import Quantized
 
 
 class LazyMetadata:
-    """The small things that came with rows, read when somebody asks for them, and before their slot comes round."""
+    """What travelled with rows, read when somebody asks for them, and before their slot comes round."""
 
     def __init__(self, read: Callable[[], Metadata]) -> None:
         self._read: Callable[[], Metadata] | None = read
-        self._small: Metadata | None = None
+        self._values: Metadata | None = None
 
-    def small(self) -> Metadata:
+    def read(self) -> Metadata:
         """Reads them, the first time.
 
         Raises:
             ConfigError: they could not be read before their slot came round, or cannot be read here.
         """
-        if self._small is None:
+        if self._values is None:
             if self._read is None:
                 raise ConfigError(
                     "what came with these rows is gone: their receive slot was taken in a CUDA graph's capture before "
                     "anybody read it; ask for recv.src_idx (and weights) before the capture begins"
                 )
-            self._small, self._read = self._read(), None
-        return self._small
+            self._values, self._read = self._read(), None
+        return self._values
 
     def end(self) -> None:
         """Their slot comes round: reads them now, if that can be."""
         with contextlib.suppress(ConfigError):
-            self.small()
+            self.read()
         self._read = None
 
 
 class Lease:
     """The right to the rows of one receive slot, until a later dispatch takes the slot."""
 
-    def __init__(self, slot: int, stamp: int, records: LazyMetadata) -> None:
+    def __init__(self, slot: int, stamp: int, metadata: LazyMetadata) -> None:
         self.slot = slot
         self.stamp = stamp
         """The plan whose rows lie in the slot."""
         self.is_valid = True
-        self._metadata = ref(records)
+        self._metadata = ref(metadata)
 
     def end(self) -> None:
         """The slot comes round: rows in it are stale from now on."""
         self.is_valid = False
-        if (records := self._metadata()) is not None:
-            records.end()
+        if (metadata := self._metadata()) is not None:
+            metadata.end()
 
     def check(self) -> None:
         """Raises ConfigError when the slot has come round."""
@@ -112,22 +112,22 @@ class Received:
     @property
     def topk_idx(self) -> Tensor | None:
         """Compact: int32 [R, K], the local experts each row is for, in pick order; -1 for picks of other ranks."""
-        return self._metadata.small().topk_idx
+        return self._metadata.read().topk_idx
 
     @property
     def weights(self) -> Tensor | None:
         """float32, when dispatch was given weights: for Compact [R, K], 0 for other ranks' picks; else one per row."""
-        return self._metadata.small().weights
+        return self._metadata.read().weights
 
     @property
     def src_idx(self) -> Tensor:
         """int32: source rank * max_tokens + source token; -1 in rows that hold none."""
-        return self._metadata.small().src_idx
+        return self._metadata.read().src_idx
 
     @property
     def extras(self) -> tuple[Tensor, ...]:
         """The opaque tensors dispatch was given, by row."""
-        return self._metadata.small().extras
+        return self._metadata.read().extras
 
     @property
     def x(self) -> Tensor | Quantized:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
+from crossdock.backends.base import Arrived, Metadata
 from crossdock.consent import PUSHED
 from crossdock.errors import ConfigError
-from crossdock.layout import Padded
+from crossdock.layout import Expanded, Padded
 from crossdock.pending import Pending
 from crossdock.received import LazyMetadata, Lease, Received
 from crossdock.wire import Quantized
@@ -21,7 +23,8 @@ class ReceiveSlots:
 
     def __init__(self, arena: Arena, segment: Tensor) -> None:
         spec, num_ranks = arena.spec, arena.topology.num_ranks
-        self.device = segment.device
+        self._arena = arena
+        self._num_segments = spec.num_local_experts(num_ranks) if isinstance(spec.layout, Padded) else None
         self._num_slots, self._slot_rows = spec.num_slots, spec.num_slot_rows(num_ranks)
         lead: tuple[int, ...] = (self._slot_rows,)
         if isinstance(spec.layout, Padded):
@@ -68,10 +71,42 @@ class ReceiveSlots:
         """Says which call the slot was taken for."""
         self._calls[slot] = call
 
-    def lease(self, slot: int, stamp: int, records: LazyMetadata) -> Lease:
-        """The right to the rows that have just landed in the slot, by the plan of that stamp."""
-        self._leases[slot] = lease = Lease(slot, stamp, records)
-        return lease
+    def lend(self, arrived: Arrived, slot: int, *, unquantized: bool, copy: bool = False) -> Received:
+        """What a dispatch gives: the rows that have just arrived in a slot, until it comes round.
+
+        Args:
+            copy: give rows of their own in place of views.
+        """
+        plan, num_rows = arrived.plan, arrived.num_rows
+        metadata = LazyMetadata(lambda: self._shaped(arrived.read_metadata(), num_rows))
+        self._leases[slot] = lease = Lease(slot, plan.stamp, metadata)
+        region = self._arena.region_of_rows(unquantized=unquantized)
+        recv = Received(
+            plan=plan,
+            num_rows=plan.num_rows,
+            _metadata=metadata,
+            _read_rows=partial(self.received, region, slot, num_rows),
+            _scales=self._arena.scales,
+            _lease=lease,
+            _read_outputs=partial(self.rows, "outputs", slot, num_rows),
+            _outputs_lease=lease,
+            _has_offsets=isinstance(self._arena.spec.layout, Expanded),
+        )
+        return recv.copied() if copy else recv
+
+    def _shaped(self, metadata: Metadata, num_rows: int) -> Metadata:
+        """Of the first rows, with their leading dimensions: [R], or [L, C] for Padded."""
+        lead = (num_rows,) if self._num_segments is None else (self._num_segments, num_rows // self._num_segments)
+
+        def shaped(rows: Tensor) -> Tensor:
+            return rows[:num_rows].view(*lead, *rows.shape[1:])
+
+        return Metadata(
+            src_idx=shaped(metadata.src_idx),
+            topk_idx=None if metadata.topk_idx is None else metadata.topk_idx[:num_rows],
+            weights=None if metadata.weights is None else shaped(metadata.weights),
+            extras=tuple(shaped(extra) for extra in metadata.extras),
+        )
 
     def rows(self, name: str, slot: int, num_rows: int) -> Tensor:
         """Of a region what belongs to the slot's first rows: [R, ...], or [L, C, ...] for Padded, which has all."""

@@ -49,7 +49,7 @@ def compile_launches(
     spec: Spec, num_ranks: int, target: GPUTarget, *, only: Container[str] | None = None, **launch_options: Any
 ) -> list[Launch]:
     """Every different launch of a rank's buffer, or those of kernels of some names."""
-    from crossdock.backends.cuda import backend as cuda
+    from crossdock.backends.cuda import calls as cuda
     from crossdock.transport.device import DeviceTransport
 
     without_a_gpu()
@@ -97,7 +97,7 @@ def lone_buffer(spec: Spec, **launch_options: Any) -> Iterator[Buffer]:
 
     kernels = mock.patch.object(JITFunction, "run", run)
     nothing = mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # what no kernel writes is looked at
-    with kernels, nothing, mock.patch("crossdock.buffer.connect", connect):
+    with kernels, nothing, mock.patch("crossdock.connection.connect", connect):
         yield Buffer(ThreadGroup.world(1)[0], spec)
 
 

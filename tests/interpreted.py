@@ -60,7 +60,7 @@ def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
         members.all_gather(None)
         return made
 
-    with mock.patch("crossdock.buffer.connect", connect):
+    with mock.patch("crossdock.connection.connect", connect):
         return Buffer(group, spec, **options)
 
 
@@ -68,7 +68,7 @@ def parts_on(
     transport: Any, arena: Arena, launch_options: LaunchOptions, *, number: int, timeout_s: float
 ) -> connect.Connected:
     """The CUDA backend over memory that need not be a GPU's."""
-    from crossdock.backends.cuda import backend as cuda
+    from crossdock.backends.cuda import calls as cuda
 
     parts = cuda.connect(transport, arena, launch_options, buffer_id=number, timeout_s=timeout_s)
     return connect.Connected(

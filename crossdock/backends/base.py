@@ -1,14 +1,13 @@
-"""The seam: what a Buffer asks of whatever moves rows.
+"""The seam: what a Buffer asks of whatever carries out its calls.
 
-Letters: T tokens here, K top-k, H hidden, R rows received, Q rows sent, P ranks.
+Letters: T tokens here, K top-k, H hidden, R rows received, P ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,13 +19,15 @@ from crossdock.plan import Plan
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
 
+Result = TypeVar("Result")
+
 
 class Launch(Protocol):
     """How a backend launches its kernels; printable."""
 
     @property
     def num_sms(self) -> int:
-        """Multiprocessors that the kernels which move rows may use."""
+        """SMs that the kernels which move rows may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,9 @@ class LaunchOptions:
             )
         if self.expand == "receiver" and not cost.receiver_can_expand(spec):
             raise ConfigError(
-                f"expand='receiver' makes copies of landed rows; {spec.layout} has none, or rows of {spec.wire} do not "
-                f"fit where outputs of {spec.combine_dtype} are written, in multiples of 16 bytes: pass expand=None"
+                f"expand='receiver' copies rows where they arrive; {spec.layout} has no copies, or rows of {spec.wire} "
+                f"do not fit where outputs of {spec.combine_dtype} are written, in multiples of 16 bytes: pass "
+                f"expand=None"
             )
         if device.type == "cpu" and (self.num_sms, self.expand, self.mover) != (None, None, "kernel"):
             raise ConfigError("num_sms, expand and mover say how a GPU moves rows; leave them out on CPUs")
@@ -73,17 +75,17 @@ class PlanTensors(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a dispatch sends: rows, and the small things that travel with each."""
+    """What a dispatch sends: rows, and the metadata that travels with each."""
 
     x: Tensor | Quantized  # [T, H]
     weights: Tensor | None  # [T, K] float32
     extras: tuple[Tensor, ...]  # [T, ...] each
     unquantized: bool = False
-    """x travels in the combine format; ``Arena.region_of_rows`` says where it lands."""
+    """x travels in the combine format; ``Arena.region_of_rows`` says where its rows arrive."""
 
 
 class Metadata(NamedTuple):
-    """The small things that came with rows: copies, which no later dispatch overwrites."""
+    """What travelled with rows: copies, which no later dispatch overwrites."""
 
     src_idx: Tensor  # [R] int32
     topk_idx: Tensor | None  # [R, K] int32, one row per (token, rank)
@@ -92,11 +94,13 @@ class Metadata(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """What is known of a receive slot once all rows have arrived."""
+    """Rows that are in place in a receive slot."""
 
     plan: Plan
-    small: Callable[[], Metadata]
-    """Gives the small things; to be called once, before the slot comes round."""
+    num_rows: int
+    """Rows to look at: as many as came, or all of the slot."""
+    read_metadata: Callable[[], Metadata]
+    """Reads what travelled with these rows; to be called at most once, before the slot comes round."""
 
 
 class Event(Protocol):
@@ -112,121 +116,90 @@ class Event(Protocol):
         """Returns once it has passed."""
 
 
-class FusedCalls(Protocol):
-    """Calls of few tokens, as a backend does them as a whole; on the wire the same as by the verbs of ``Backend``."""
+class Call(NamedTuple):
+    """One collective call of this rank, as its Buffer hands it to the backend."""
 
-    def takes_dispatch(self, batch: Batch, routing: Plan | Tensor) -> bool:
-        """Whether ``dispatch`` does that."""
+    sequence: int
+    word: Word
+    """This rank's word: the kind of call, and the slots that peers may write to and read from."""
+    row_count: RowCount = "capacity"
+    """Of a dispatch: whether the host is told how many rows came."""
+    at_once: bool = True
+    """Whether it is waited for where it is started."""
+    is_first: bool = True
+    """Whether every call before it has been driven to its end."""
+    num_sms: int | None = None
+    """SMs for this call; None: the buffer's."""
 
-    def dispatch(
-        self, sequence: int, word: Word, batch: Batch, topk_idx: Tensor, mode: RowCount, *, at_once: bool
-    ) -> Steps[Plan]:
-        """From picks to rows in place: the plan, once its rows are here.
 
-        Where it is not to be done at once, it yields after rows have been sent, or when a peer is late.
-        """
+@dataclass(frozen=True)
+class Outcome(Generic[Result]):
+    """What a call gives, and the end of its work on a device (None: it is on the caller's stream, or done)."""
 
-    def takes_combine(self, plan: Plan, *, pushes: bool, has_extras: bool) -> bool:
-        """Whether ``combine`` does that."""
-
-    def combine(
-        self, word: Word, plan: Plan, weights: Tensor | None, bias: Tensor | None, *, at_once: bool
-    ) -> Steps[Tensor]:
-        """The sums of outputs that lie where they were written. Where not at once, it yields after the word."""
+    result: Result
+    event: Event | None = None
 
 
 class Backend(Protocol):
-    """Moves rows between this rank and its peers. Called only between the words that permit it.
+    """Carries out calls: the three verbs. All of them begin at once whatever waits for no peer.
 
-    ``words`` are those that consent gave for the call; where kernels read them themselves, there are none.
+    The steps that a verb gives are driven to their end in the order of calls, on all ranks alike; they yield what is
+    still missing. A call that is not the first must not wait for a peer before its turn: calls before it may have to
+    send what that peer waits for.
     """
 
     num_tokens_per_expert: Tensor
     """[L] int64, picks of each local expert in all dispatches but unquantized ones."""
+    has_pairs: bool
+    """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
 
     @property
     def wait_s(self) -> Tensor:
         """[P] float64, seconds that its kernels have waited for each peer; 0 where the host waits."""
         raise NotImplementedError
 
-    has_pairs: bool
-    """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
-
-    @property
-    def fused(self) -> FusedCalls | None:
-        """Calls that it does as a whole, if there are such."""
-        raise NotImplementedError
-
     @property
     def overflows(self) -> list[tuple[int, CapacityError]]:
-        """Of dispatches that had more rows than room and did not raise, by number, until somebody raises them.
+        """Capacity overflows not yet raised, as (sequence, error).
 
         Between two calls of ``synchronize``, only those that all ranks know of.
         """
         raise NotImplementedError
 
-    def enter(self) -> None:
-        """What the caller has issued on its current stream comes before what the call does."""
+    def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
+        """Moves each row of the batch into its final place, at every rank that the routing names.
 
-    def use_sms(self, num_sms: int | None) -> None:
-        """How many SMs the call that comes now may use; None: the default."""
-
-    def post_counts(self, sequence: int, topk_idx: Tensor) -> None:
-        """Tells every rank how many rows this rank will send it in the call; before the call's word is posted."""
-
-    def make_plan(self, sequence: int, topk_idx: Tensor, mode: RowCount) -> Plan:
-        """The plan of a fresh dispatch, from its picks and everybody's counts; after the words have been seen.
-
-        Of an overflow with ``rows="capacity"``, that of no rows, on all ranks.
+        Args:
+            routing: int64 picks [T, K] (they are copied), or the plan of an earlier dispatch.
 
         Raises:
-            CapacityError: an overflow with ``rows="exact"``, where the host already knows of it.
+            CapacityError: more rows than a rank has room for, with ``row_count="exact"``; on all ranks. With
+                "capacity" every rank gets an empty plan, and ``overflows`` has the error.
         """
+
+    def combine(
+        self,
+        call: Call,
+        plan: Plan,
+        y: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        extras: tuple[Tensor, ...] | None,
+    ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
+        """The sum of each token's rows [T, H], and the extras that came back with them if any were given.
+
+        Owners pull the rows y [R, H] from ``call.word.output_slot``, or this rank pushes them if it is PUSHED.
+        Weights are of picks [T, K], or of rows [R] where ranks sum.
+        """
+
+    def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
+        """Brings extras [R, ...] back: [T, ...] summed over ranks, or [T, K, ...] where a row is one pick."""
 
     def remake_plan(self, tensors: PlanTensors) -> Plan:
         """A plan from the tensors that decide it; stamped the same on all ranks that remake the same.
 
         Raises:
             ConfigError: it has rows of ranks that have been masked since; on all ranks that remake it.
-        """
-
-    def push_rows(self, plan: Plan, batch: Batch, words: Sequence[Word]) -> None:
-        """Writes each row into its final place, in the receive slot that each peer named."""
-
-    def arrived(self, plan: Plan, batch: Batch, slot: int, *, num_rows: int) -> Arrived:
-        """What has arrived in this rank's slot, with as many rows; zeroes what alignment left between segments."""
-
-    def settled(self, plan: Plan, mode: RowCount) -> Steps[Plan]:
-        """The plan with what the host is told of it, waiting for that if ``mode`` asks for it.
-
-        Raises:
-            CapacityError: an overflow with ``rows="exact"``.
-        """
-
-    def push_outputs(
-        self, plan: Plan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None, words: Sequence[Word]
-    ) -> None:
-        """Writes outputs [R, H] (or their sums, weighted by [R], where ranks sum) and extras [R, ...] to their owners.
-
-        ``y`` None: the outputs stay in the arena, to be pulled.
-        """
-
-    def sum_rows(
-        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], return_slot: int
-    ) -> Tensor:
-        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from returned."""
-
-    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
-        """Extras that came home: [T, ...] summed over ranks, or [T, K, ...] where a row is one pick."""
-
-    def on_stream(self) -> AbstractContextManager[object]:
-        """Torch operations within come after what the call has done so far, and before its end."""
-
-    def event(self, *, at_once: bool) -> Event | None:
-        """The end of what has been issued so far; None where nobody has to wait for it.
-
-        Args:
-            at_once: whether it is waited for where it is started.
         """
 
     def mask(self, ranks: tuple[int, ...]) -> None:
@@ -237,9 +210,6 @@ class Backend(Protocol):
 
     def check_capture(self, *, asks_host: bool) -> None:
         """Raises ConfigError where a graph is captured of a call that asks the host."""
-
-    def marked(self, name: str) -> AbstractContextManager[object]:
-        """What is issued within has that name in a profiler."""
 
     def synchronize(self) -> None:
         """Returns once all that was issued is done, on the current stream too; ``overflows`` then has all of them."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 
 import pytest
 
+from crossdock.backends.base import Outcome
 from crossdock.consent import (
     CALL_MASK,
     EPOCH_SHIFT,
@@ -157,9 +158,10 @@ class Rank:
         run = self._overflow if verb == "overflow" else self._combine if kind is Kind.COMBINE else self._dispatch
         steps = run(sequence, word, may_post)
         self.calls.append((sequence, self.queue.start(kind, sequence, steps)))
+        self.queue.drive()
 
     def step(self) -> Missing | None:
-        return self.queue._advance()
+        return self.queue.drive()
 
     def retire(self) -> None:
         """What a user does with ``wait()`` once it would not wait."""
@@ -186,11 +188,12 @@ class Rank:
             assert theirs.posted.get(sequence) == words[peer], "a word of another call, or one that nobody gave"
         return words
 
-    def _overflow(self, sequence: int, word: Word, is_posted: bool) -> Generator[Missing, None, None]:
+    def _overflow(self, sequence: int, word: Word, is_posted: bool) -> Generator[Missing, None, Outcome[None]]:
         yield from self._words(sequence, word, is_posted)
         self.completed.add(sequence)
+        return Outcome(None)
 
-    def _dispatch(self, sequence: int, word: Word, is_posted: bool) -> Generator[Missing, None, None]:
+    def _dispatch(self, sequence: int, word: Word, is_posted: bool) -> Generator[Missing, None, Outcome[None]]:
         when = self.num_started
         words = yield from self._words(sequence, word, is_posted)
         for peer, theirs in enumerate(words):
@@ -205,8 +208,9 @@ class Rank:
         self.held[word.slot] = sequence
         self.last_landed = when
         self.completed.add(sequence)
+        return Outcome(None)
 
-    def _combine(self, sequence: int, word: Word, is_posted: bool) -> Generator[Missing, None, None]:
+    def _combine(self, sequence: int, word: Word, is_posted: bool) -> Generator[Missing, None, Outcome[None]]:
         words = yield from self._words(sequence, word, is_posted)
         if word.output_slot == PUSHED:
             for peer, theirs in enumerate(words):
@@ -224,6 +228,7 @@ class Rank:
         self.consent.check(sequence)
         assert set(terms) == {sequence}, "outputs of another call were summed"
         self.completed.add(sequence)
+        return Outcome(None)
 
     def _outputs_for(self, sequence: int) -> int:
         """A slot to be pulled from, written for this call; a lent one is ours after a later dispatch, or when void."""
@@ -267,7 +272,9 @@ class Ocean:
         if missing is not None:
             self.initiate(rank)
             rank.queue._timeout_s = 0
-            rank.queue.finish(next(pending for _, pending in rank.calls if not pending.is_done))
+            late = next(pending for _, pending in rank.calls if not pending.is_done)
+            rank.queue.drive(late)
+            rank.queue.forget(late)
             rank.queue._timeout_s = 1
 
     def failed(self, rank: int, epoch: int, first_void: int) -> None:

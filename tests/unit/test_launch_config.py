@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="the CUDA backend is written in Triton: pip
 
 from crossdock import Bf16, Compact, ConfigError, Expanded, Fp8, Fp16, Fp32, Padded, Spec, cost
 from crossdock.backends.base import LaunchOptions
-from crossdock.backends.cuda.config import PROGRAMS_PER_SM, LaunchConfig, _as_few, decide
+from crossdock.backends.cuda.config import PROGRAMS_PER_SM, LaunchConfig, _as_few, agreed_topology, decide
 from crossdock.spec import Topology
 
 CUDA = torch.device("cuda", 0)
@@ -155,14 +155,14 @@ def test_the_receiver_is_refused_where_rows_do_not_fit_into_outputs(kwargs):
     with pytest.raises(ConfigError) as raised:
         LaunchOptions(expand="receiver").check(spec, CUDA)
     text = str(raised.value)
-    assert text.startswith("expand='receiver' makes copies of landed rows")
+    assert text.startswith("expand='receiver' copies rows where they arrive")
     for part in (str(spec.wire), str(spec.combine_dtype), "multiples of 16 bytes", "pass expand=None"):
         assert part in text
 
 
 def test_the_receiver_is_refused_where_there_are_no_copies():
     assert decided(spec_of(layout=Compact()), FAST_MEMORY).expand == "sender"
-    with pytest.raises(ConfigError, match=r"Compact\(capacity=None\) has none.*pass expand=None"):
+    with pytest.raises(ConfigError, match=r"Compact\(capacity=None\) has no copies.*pass expand=None"):
         LaunchOptions(expand="receiver").check(spec_of(layout=Compact()), CUDA)
 
 
@@ -224,3 +224,23 @@ def test_it_prints_on_one_line_what_was_decided_and_from_what():
     assert str(config) == (
         "LaunchConfig(num_sms=8 of 66, expand='receiver', mover='kernel', link 1500 GB/s, memory 2000 GB/s)"
     )
+
+
+@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=128, capacity=65536), Padded()], ids=repr)
+@pytest.mark.parametrize("ranks_on_gpus", [[2, 2, 1, 3, 3, 3, 2, 2], [4] * 8, [8] * 8, [1] * 8], ids=str)
+def test_what_peers_rely_on_is_the_same_on_ranks_with_other_facts(layout, ranks_on_gpus):
+    """Ranks that share a GPU, and ranks that do not, with other numbers of SMs, decide alike."""
+    topology = agreed_topology(NVLINK, ranks_on_gpus)
+    configs = [
+        decided(spec_of(layout=layout), topology, visible_sms=132 // ranks_here, ranks_here=ranks_here)
+        for ranks_here in ranks_on_gpus
+    ]
+    assert len({(config.expand, config.mover, config.is_fused, config.topology) for config in configs}) == 1
+    assert len({config.visible_sms for config in configs}) == len(set(ranks_on_gpus))
+
+
+def test_one_gpu_that_holds_all_ranks_is_their_link():
+    shared = agreed_topology(NVLINK, [8] * 8)
+    assert shared.memory_bandwidth == NVLINK.memory_bandwidth / 8
+    assert shared.link_bandwidth == 0.75 * shared.memory_bandwidth
+    assert agreed_topology(NVLINK, [4] * 8) == NVLINK

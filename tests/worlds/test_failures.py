@@ -441,7 +441,7 @@ def side_by_side(num_ranks):
 def advance(buffers):
     for _ in range(20):
         for buffer in buffers:
-            buffer._queue._advance()
+            buffer._queue.drive()
 
 
 def test_calls_started_before_a_rank_is_told_of_a_failure_belong_to_the_failed_step():
@@ -470,16 +470,16 @@ def test_a_rank_that_goes_on_does_not_change_the_counts_that_another_is_about_to
     """Rank 1 has all words of a call; before it reads the counts rank 0 gives the call up and begins the next."""
     buffers = side_by_side(2)
     buffers[0].dispatch_start(x_of(0), TOPK)
-    make_plan = buffers[1]._backend.make_plan
+    make_plan = buffers[1]._backend._make_plan
     again = []
 
     def read_late(*args):
-        buffers[1]._backend.make_plan = make_plan
+        buffers[1]._backend._make_plan = make_plan
         buffers[0].abort("too hot")
         again.append(buffers[0].dispatch_start(x_of(0, 1), TOPK.flip(0)))
         return make_plan(*args)
 
-    buffers[1]._backend.make_plan = read_late
+    buffers[1]._backend._make_plan = read_late
     void = buffers[1].dispatch_start(x_of(1), TOPK)
     advance(buffers)
     with pytest.raises(PeerFailed, match="too hot"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from crossdock import cost
@@ -221,7 +222,10 @@ def decide(
     ranks_here: int = 1,
     can_launch_early: bool = False,
 ) -> LaunchConfig:
-    """The configuration of a buffer: what was asked for, and the analytic default for the rest.
+    """The configuration of a rank: what was asked for, and the analytic default for the rest.
+
+    ``expand``, ``mover`` and ``is_fused`` are the same on all ranks, whose topology and options are; how many SMs a
+    rank takes, and how its kernels share out rows, is its own matter.
 
     Twice as many SMs as fill the link with stores, because a combine loads over it, which takes more in
     flight. All that there are, where that is fewer, where several ranks share the GPU and its memory is the link, and
@@ -251,6 +255,25 @@ def decide(
         is_crowded=ranks_here > 2,
         launches_early=is_fused and can_launch_early,
     )
+
+
+def agreed_topology(topology: Topology, ranks_on_gpus: Sequence[int]) -> Topology:
+    """What all ranks decide from, whatever each of them sees: where one GPU holds them all, its memory is the link.
+
+    Peers rely on what is decided from it (who expands rows, and so in which region they arrive), so it is made of what
+    all ranks have gathered, never of one rank's own facts.
+
+    Args:
+        ranks_on_gpus: how many ranks share the GPU of each rank, by rank.
+
+    >>> agreed_topology(Topology(num_ranks=3), [2, 2, 1]) == Topology(num_ranks=3)  # a link lies between the two GPUs
+    True
+    """
+    num_ranks = len(ranks_on_gpus)
+    if num_ranks == 1 or min(ranks_on_gpus) < num_ranks:
+        return topology
+    memory = topology.memory_bandwidth / num_ranks
+    return replace(topology, memory_bandwidth=memory, link_bandwidth=0.75 * memory)
 
 
 def src_rows_at_once(num_blocks: int) -> int:

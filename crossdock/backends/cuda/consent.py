@@ -35,8 +35,6 @@ from crossdock.consent import (
     Flag,
     Kind,
     Missing,
-    Steps,
-    Waiting,
     Word,
     mismatch,
     stamped,
@@ -68,10 +66,7 @@ class DeviceConsent(Consent):
         self._on = launcher
         self._failure = launcher.host_failure.numpy()  # to be looked at before each call
         self._kernels = WordKernels(launcher)
-        self._fresh: DevicePlan | None = None
         self._transport = transport
-        self._posts = False
-        self._tokens: torch.Tensor | None = None
         self._told: deque[DevicePlan] = deque(maxlen=_NUM_PICKS)
         super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=ring)
 
@@ -93,42 +88,6 @@ class DeviceConsent(Consent):
     def may_post(self, sequence: int) -> bool:
         """Never ahead of the calls before it: counts, words and plan of a call follow each other."""
         return False
-
-    def post(self, sequence: int, word: Word) -> None:
-        """The kernel that awaits the words gives this rank's first."""
-        self._last_posted = sequence
-
-    def words(self, sequence: int, own: Word) -> Steps[Sequence[Word]]:
-        """The words stay on the device, where the kernels that follow read them."""
-        self._posts, self._tokens = False, None
-        plan, self._fresh = self._fresh, None
-        self._kernels.begin_call(own.payload(), plan)
-        yield from ()
-        return ()
-
-    def signal(self, sequence: int) -> None:
-        """The kernel that awaits the others' signals gives this rank's first."""
-        self._posts = True
-
-    def arrivals(self, sequence: int, words: Sequence[Word], *, from_all: bool) -> Waiting:
-        """See Consent; nothing is waited for on the host."""
-        self._kernels.finish_call(posts=self._posts, awaits_all=from_all, tokens=self._tokens)
-        yield from ()
-
-    def check(self, sequence: int) -> None:
-        """Ends the call, on the device, where a peer has given it up."""
-        self._kernels.check_call()
-
-    def warm_up(self) -> None:
-        """Launches all its kernels, so that they are compiled and loaded; only while calls are void."""
-        plan, self._fresh = self._fresh, None
-        self._told.clear()
-        self._kernels.begin_call(0, plan)
-        for posts, awaits_all in ((True, True), (True, False), (False, False)):
-            self._kernels.finish_call(posts=posts, awaits_all=awaits_all)
-        if plan is not None:
-            self._kernels.finish_call(posts=True, awaits_all=True, tokens=plan.num_tokens_per_expert)
-        self._kernels.check_call()
 
     def exchange_words(self, num_trips: int) -> None:
         """See Consent. Issued on the stream of calls, whose numbers go on on the device alone, as in a graph."""
@@ -163,19 +122,10 @@ class DeviceConsent(Consent):
                                           f"buffer was dropped; the call is void")  # fmt: skip
             yield Missing((), what)
 
-    def tells(self, plan: DevicePlan) -> None:
-        """The next word goes with the counts of a fresh dispatch, whose plan is filled from everybody's."""
-        self._fresh = plan
-        self.remembers(plan)
-
     def remembers(self, plan: DevicePlan) -> None:
         """A fresh dispatch, to say what is wrong with its picks if the device refuses them."""
         if plan.host_counts is None or not plan.host_counts.is_captured:
             self._told.append(plan)
-
-    def counts(self, tokens: torch.Tensor) -> None:
-        """The call under way is counted once its rows have arrived: so many picks of each local expert, ``[L]``."""
-        self._tokens = tokens
 
     def failure(self) -> CrossdockError | None:
         """What the device has found, from the record that it left in host memory.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Batch, RowCount
+from crossdock.backends.base import Batch, Call
 from crossdock.backends.cuda.config import power_of_two
 from crossdock.backends.cuda.consent import DeviceConsent
 from crossdock.backends.cuda.kernels import fused as kernels
@@ -47,12 +47,13 @@ class _Sent(NamedTuple):
 
 
 class FusedCalls:
-    """The FusedCalls of a buffer whose ``LaunchConfig`` says ``is_fused``."""
+    """The calls of a buffer whose ``LaunchConfig`` says ``is_fused``, each one kernel."""
 
     def __init__(self, arena: Arena, launcher: Launcher, planner: Planner, consent: DeviceConsent) -> None:
         self._arena = arena
         self._spec = arena.spec
         self._on = launcher
+        self._default = launcher.config
         self._planner = planner
         self._consent = consent
         spec, device = self._spec, launcher.device
@@ -92,37 +93,41 @@ class FusedCalls:
         """See FusedCalls. Fresh ones, of what has room in a record as it is."""
         return isinstance(routing, Tensor) and not batch.unquantized and not batch.extras
 
-    def dispatch(
-        self, sequence: int, word: Word, batch: Batch, topk_idx: Tensor, mode: RowCount, *, at_once: bool
-    ) -> Steps[DevicePlan]:
-        """See FusedCalls."""
-        plan, call = self._planner.blank(topk_idx.shape[0], stamp=sequence), self._on.next_call()
+    def dispatch(self, call: Call, batch: Batch, topk_idx: Tensor) -> Steps[DevicePlan]:
+        """From picks to rows in place: the plan, once its rows are here.
+
+        A call that is only started yields after rows have been sent, or when a peer is late.
+        """
+        if call.at_once and not call.is_first:  # its kernel waits for peers
+            yield Missing((), "come to its turn")
+        yield from self._consent.opening(call.sequence)
+        self._on.enter()
+        self._on.use_sms(call.num_sms, self._default)
+        plan, room = self._planner.blank(topk_idx.shape[0], stamp=call.sequence), self._on.next_call()
         self._consent.remembers(plan)
-        self._send_rows(plan, word, batch, topk_idx, call, begins=True, awaits=at_once)
-        if not at_once:
+        self._send_rows(plan, call.word, batch, topk_idx, room, begins=True, awaits=call.at_once)
+        if not call.at_once:
             yield _LEFT
             self._on.enter()
-            self._send_rows(plan, word, batch, plan.topk_idx, call, begins=False, awaits=True)
-        self._planner.placed(plan, sequence, mode)
+            self._send_rows(plan, call.word, batch, plan.topk_idx, room, begins=False, awaits=True)
+        self._planner.placed(plan, call.sequence, call.row_count)
         return plan
 
-    def takes_combine(self, plan: Plan, *, pushes: bool, has_extras: bool) -> bool:
-        """See FusedCalls."""
-        return not pushes and not has_extras
-
-    def combine(
-        self, word: Word, plan: Plan, weights: Tensor | None, bias: Tensor | None, *, at_once: bool
-    ) -> Steps[Tensor]:
-        """See FusedCalls."""
-        assert isinstance(plan, DevicePlan)
-        call = self._on.next_call()
-        if not at_once:
-            self._give_word(word, call)
+    def combine(self, call: Call, plan: DevicePlan, weights: Tensor | None, bias: Tensor | None) -> Steps[Tensor]:
+        """The sums of outputs that lie where they were written. One that is only started yields after the word."""
+        if call.at_once and not call.is_first:  # its kernel waits for peers
+            yield Missing((), "come to its turn")
+        yield from self._consent.opening(call.sequence)
+        self._on.enter()
+        self._on.use_sms(call.num_sms, self._default)
+        room = self._on.next_call()
+        if not call.at_once:
+            self._give_word(call.word, room)
             yield _LEFT
             self._on.enter()
         weights, bias = (None if given is None else self._on.dense(given) for given in (weights, bias))
         out = self._on.empty(plan.num_tokens, self._spec.hidden, dtype=self._spec.combine_dtype)
-        self._sum_rows(out, plan, word, weights, bias, call, begins=at_once)
+        self._sum_rows(out, plan, call.word, weights, bias, room, begins=call.at_once)
         return out
 
     def _give_word(self, word: Word, call: Tensor) -> None:

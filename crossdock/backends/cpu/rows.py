@@ -1,4 +1,4 @@
-"""Rows on CPUs: gathers into the peers' segments, sums in float32. Readable, and the oracle of every other backend.
+"""Rows on CPUs: gathers into the peers' segments, sums in float32; and the counts and metadata beside them.
 
 Letters: T tokens here, K top-k, H hidden, R rows received, Q rows sent, P ranks, C rows of a slot.
 """
@@ -6,9 +6,7 @@ Letters: T tokens here, K top-k, H hidden, R rows received, Q rows sent, P ranks
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -17,13 +15,11 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Arrived, Batch, Metadata, PlanTensors, RowCount
+from crossdock.backends.base import Batch, Metadata
 from crossdock.backends.sums import chunk_rows, sum_rows
-from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Steps, Word, stamped
-from crossdock.errors import CapacityError
+from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Word, stamped
 from crossdock.layout import Expanded
-from crossdock.masks import has_rows_of, made_before
-from crossdock.plan import Hop, HostPlan, Plan, Terms, check_capacity, local_counts, make_plan, partial_rows_to_send
+from crossdock.plan import Hop, HostPlan, Terms, partial_rows_to_send
 from crossdock.scales import as_integers
 from crossdock.transport.host import HostTransport
 from crossdock.wire import Fp8, Quantized
@@ -38,20 +34,13 @@ Block = tuple[int, slice, slice]
 Bytes = npt.NDArray[np.uint8]
 
 
-class CpuBackend:
-    """The Backend protocol over host memory that every rank has mapped."""
+class CpuRows:
+    """What a rank reads and writes of the segments that it has mapped; only between the words that permit it."""
 
-    def __init__(self, arena: Arena, transport: HostTransport, *, buffer_id: int) -> None:
-        self.has_pairs = arena.spec.ranks_sum_picks
-        self.fused = None
-        self._overflows: list[tuple[int, CapacityError]] = []
-        self.wait_s = torch.zeros(arena.topology.num_ranks, dtype=torch.float64)
-        self.num_tokens_per_expert = torch.zeros(arena.spec.num_local_experts(transport.num_ranks), dtype=torch.int64)
+    def __init__(self, arena: Arena, transport: HostTransport) -> None:
         self._arena = arena
-        self._buffer_id = buffer_id
         self._rank = transport.rank
         self._num_ranks = transport.num_ranks
-        self._masked: tuple[int, ...] = ()
         self._left = list(range(transport.num_ranks))
         """The ranks that are not masked."""
         memory = transport.memory
@@ -67,38 +56,24 @@ class CpuBackend:
         self._all_rows = memory[:last_row_end].view(arena.spec.combine_dtype).view(-1, arena.spec.hidden)
         self._row_bytes = row_bytes
 
-    def post_counts(self, sequence: int, topk_idx: Tensor) -> None:
-        """See Backend. Stamped like every word; the begin word that follows makes them visible."""
-        counts = local_counts(self._arena.spec, self._arena.topology, topk_idx)
+    def mask(self, ranks: tuple[int, ...]) -> None:
+        """Counts go to these ranks no more."""
+        self._left = [rank for rank in self._left if rank not in ranks]
+
+    def post_counts(self, sequence: int, counts: Tensor) -> None:
+        """Writes this rank's counts [W] at every rank, stamped like words; the word that follows makes them visible."""
         self._counts[self._left, sequence % self._arena.ring, self._rank] = counts.numpy() | stamped(sequence, 0)
 
-    def make_plan(self, sequence: int, topk_idx: Tensor, mode: RowCount) -> HostPlan:
-        """See Backend."""
+    def counts(self, sequence: int) -> Tensor:
+        """Everybody's counts of the call, int64 [P, W], once all words have been seen."""
         words = self._counts[self._rank, sequence % self._arena.ring]
         stamps = words[self._left] >> PAYLOAD_BITS
         assert (stamps == stamped(sequence, 0) >> PAYLOAD_BITS).all(), "counts of another call"
-        counts = torch.from_numpy(words & PAYLOAD_MASK)
-        try:
-            check_capacity(self._arena.spec, self._arena.topology, counts)
-        except CapacityError as error:
-            if mode == "exact":
-                raise
-            self._overflows.append((sequence, error))
-            counts, topk_idx = torch.zeros_like(counts), torch.full_like(topk_idx, -1)
-        return self._make_plan(topk_idx, counts, stamp=sequence)
+        return torch.from_numpy(words & PAYLOAD_MASK)
 
-    def remake_plan(self, tensors: PlanTensors) -> HostPlan:
-        """See Backend. The stamp is a checksum of the counts."""
-        num_local = self._arena.spec.num_local_experts(self._num_ranks)
-        if has_rows_of(tensors.counts, self._masked, num_local=num_local):
-            raise made_before(self._masked)
-        stamp = zlib.crc32(tensors.counts.numpy().tobytes()) + 1  # 0 is no plan's
-        plan = self._make_plan(tensors.topk_idx, tensors.counts, stamp=stamp)
-        return replace(plan, partial_rows=tensors.partial_rows) if self._arena.spec.ranks_sum_picks else plan
-
-    def push_rows(self, plan: Plan, batch: Batch, words: Sequence[Word]) -> None:
-        """See Backend. One gather per block, straight into its place."""
-        plan, slots = _of_host(plan), [word.slot for word in words]
+    def push_rows(self, plan: HostPlan, batch: Batch, words: Sequence[Word]) -> None:
+        """Writes each row into its final place, in the receive slot that each peer named: one gather per block."""
+        slots = [word.slot for word in words]
         hop = plan.hops[0]
         blocks = list(self._blocks(hop))
         metadata = self._pack_metadata(plan, batch)
@@ -123,9 +98,8 @@ class CpuBackend:
             self._gather(data, hop.send_idx - start, "data", part, slots)
             self._gather_scales(scale, hop.send_idx - start, part, slots)
 
-    def arrived(self, plan: Plan, batch: Batch, slot: int, *, num_rows: int) -> Arrived:
-        """See Backend."""
-        plan = _of_host(plan)
+    def take(self, plan: HostPlan, batch: Batch, slot: int, num_rows: int) -> tuple[HostPlan, Metadata]:
+        """The metadata of rows that are in place, and the plan with what came for it; zeroes gaps between segments."""
         region = self._arena.region_of_rows(unquantized=batch.unquantized)
         data, metadata = self._own[region][slot, :num_rows], self._metadata[self._rank][slot, :num_rows]
         has_scale = "scale" in self._own and region == "data"
@@ -141,39 +115,31 @@ class CpuBackend:
         if plan.hops[0] is not plan.back:
             num_pairs = int(plan.back.counts[:, self._rank].sum())
             plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
-        small = self._unpack_metadata(metadata, is_real, batch)
-        if not batch.unquantized:
-            self.num_tokens_per_expert += plan.num_tokens_per_expert
-        return Arrived(plan=plan, small=lambda: small)
+        return plan, self._unpack_metadata(metadata, is_real, batch)
 
-    def settled(self, plan: Plan, mode: RowCount) -> Steps[Plan]:
-        """See Backend."""
-        yield from ()
-        return plan
+    def push_outputs(self, plan: HostPlan, y: Tensor, weights: Tensor | None, words: Sequence[Word]) -> None:
+        """Writes outputs y [R, H] to their owners, or their sums, weighted by [R], where ranks sum.
 
-    def push_outputs(
-        self, plan: Plan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None, words: Sequence[Word]
-    ) -> None:
-        """See Backend. A block that came in contiguously goes home as one copy."""
-        plan, slots = _of_host(plan), [word.slot for word in words]
-        if y is not None:
-            sums_here = plan.partial_rows is not None or weights is not None
-            for peer, here, there in self._incoming_blocks(plan.back):
-                home = self._at[peer]["returned"][slots[peer], there]
-                if sums_here:
-                    self._sum_here(plan, y, weights, here, home)
-                else:
-                    home.copy_(y[here])
-        if extras:
-            packed = np.concatenate([_as_bytes(extra) for extra in extras], axis=1)
-            for peer, here, there in self._incoming_blocks(plan.hops[0]):
-                self._returned_extras[peer][slots[peer], there, : packed.shape[1]] = packed[here]
+        A block that came in contiguously goes back as one copy.
+        """
+        sums_here = plan.partial_rows is not None or weights is not None
+        for peer, here, there in self._incoming_blocks(plan.back):
+            target = self._at[peer]["returned"][words[peer].slot, there]
+            if sums_here:
+                self._sum_here(plan, y, weights, here, target)
+            else:
+                target.copy_(y[here])
+
+    def push_extras(self, plan: HostPlan, extras: Sequence[Tensor], words: Sequence[Word]) -> None:
+        """Writes extras [R, ...] to the owners of their rows."""
+        packed = np.concatenate([_as_bytes(extra) for extra in extras], axis=1)
+        for peer, here, there in self._incoming_blocks(plan.hops[0]):
+            self._returned_extras[peer][words[peer].slot, there, : packed.shape[1]] = packed[here]
 
     def sum_rows(
-        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], return_slot: int
+        self, plan: HostPlan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], return_slot: int
     ) -> Tensor:
-        """See Backend."""
-        plan = _of_host(plan)
+        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from this rank's."""
         back, spec = plan.back, self._arena.spec
         returned = self._first_row("returned", self._rank, return_slot)
         first_output = np.array(
@@ -188,9 +154,8 @@ class CpuBackend:
         term_weights = None if weights is None else _weights_of_terms(plan, weights)
         return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias)
 
-    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
-        """See Backend."""
-        plan = _of_host(plan)
+    def returned_extras(self, plan: HostPlan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
+        """Extras that came back, shaped as these: [T, ...] summed over ranks, or [T, K, ...] where rows are picks."""
         home = self._returned_extras[self._rank][return_slot]
         num_sent = plan.hops[0].send_idx.shape[0]
         results, at = [], 0
@@ -209,52 +174,6 @@ class CpuBackend:
                 )
             results.append(torch.from_numpy(values).view(*values.shape[:-1], *extra.shape[1:]))
         return tuple(results)
-
-    @property
-    def overflows(self) -> list[tuple[int, CapacityError]]:
-        """See Backend."""
-        return self._overflows
-
-    def enter(self) -> None:
-        """See Backend."""
-
-    def use_sms(self, num_sms: int | None) -> None:
-        """See Backend."""
-
-    def on_stream(self) -> AbstractContextManager[object]:
-        """See Backend."""
-        return nullcontext()
-
-    def event(self, *, at_once: bool) -> None:
-        """See Backend."""
-        return
-
-    def mask(self, ranks: tuple[int, ...]) -> None:
-        """See Backend."""
-        self._masked = ranks
-        self._left = [rank for rank in self._left if rank not in ranks]
-
-    def check_capture(self, *, asks_host: bool) -> None:
-        """See Backend."""
-
-    def marked(self, name: str) -> AbstractContextManager[object]:
-        """See Backend."""
-        return nullcontext()
-
-    def synchronize(self) -> None:
-        """See Backend."""
-
-    def _make_plan(self, topk_idx: Tensor, counts: Tensor, *, stamp: int) -> HostPlan:
-        plan = make_plan(
-            self._arena.spec,
-            self._arena.topology,
-            rank=self._rank,
-            topk_idx=topk_idx,
-            counts=counts,
-            stamp=stamp,
-            buffer_id=self._buffer_id,
-        )
-        return replace(plan, masked=self._masked) if self._masked else plan
 
     def _first_row(self, name: str, rank: int, slot: int) -> int:
         """The number, in the matrix of all rows, of a slot's first row in a region of a rank."""
@@ -363,11 +282,6 @@ class CpuBackend:
             weights=None if weights is None else torch.from_numpy(weights),
             extras=tuple(extras),
         )
-
-
-def _of_host(plan: Plan) -> HostPlan:
-    assert isinstance(plan, HostPlan), "the plan of another backend"
-    return plan
 
 
 def _across_ranks(memory: Tensor, arena: Arena, name: str) -> npt.NDArray[np.int64]:

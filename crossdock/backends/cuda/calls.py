@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Arrived, Batch, LaunchOptions, Metadata, PlanTensors, RowCount
-from crossdock.backends.cuda.config import decide
+from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, Metadata, Outcome, PlanTensors
+from crossdock.backends.cuda.config import agreed_topology, decide
 from crossdock.backends.cuda.consent import DeviceConsent
 from crossdock.backends.cuda.fused import FusedCalls
 from crossdock.backends.cuda.launch import Launcher
@@ -28,13 +28,13 @@ from crossdock.backends.cuda.plan import DevicePlan, Table
 from crossdock.backends.cuda.planner import Planner
 from crossdock.backends.cuda.rows import RowKernels, rowwise
 from crossdock.backends.cuda.scales import ScaleKernels
-from crossdock.consent import Steps, Word
+from crossdock.backends.cuda.words import WordKernels
+from crossdock.consent import PUSHED, Missing, Steps, Word
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Expanded
 from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
 from crossdock.scales import as_integers
-from crossdock.spec import Topology
 from crossdock.transport.device import DeviceTransport
 from crossdock.wire import Fp8, Quantized
 
@@ -56,10 +56,11 @@ class CudaBackend:
         self._scale_kernels = ScaleKernels(launcher) if arena.scales.column_major else None
         """Of scales that do not move as rows do."""
         self._consent = consent
+        self._words = WordKernels(launcher)
+        self._slot_rows = spec.num_slot_rows(transport.num_ranks)
         self._planner = Planner(arena, launcher, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
         self._device = transport.device
         self.fused = FusedCalls(arena, launcher, self._planner, consent) if self.launch.is_fused else None
-        self._fresh: DevicePlan | None = None
         self._is_narrow = isinstance(spec.wire, Fp8)
         self._is_aligned = isinstance(spec.layout, Expanded) and spec.layout.alignment > 1
         self.num_tokens_per_expert = launcher.tokens
@@ -75,30 +76,114 @@ class CudaBackend:
         """See Backend."""
         return self._on.waits_ns.double() / 1e9
 
-    def enter(self) -> None:
+    def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         """See Backend."""
-        self._on.enter()
+        self._order(call)
+        return self._dispatch(call, batch, routing)
 
-    def use_sms(self, num_sms: int | None) -> None:
-        """See Backend."""
-        self._on.use_sms(num_sms, self.launch)
+    def _dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
+        if self.fused is not None and self.fused.takes_dispatch(batch, routing):
+            assert isinstance(routing, Tensor)
+            plan: DevicePlan = yield from self.fused.dispatch(call, batch, routing)
+        else:
+            plan = yield from self._send(call, batch, routing)
+        plan, read_metadata = self._take(plan, batch, call.word.slot, self._num_rows(plan, call))
+        event = self._event(call)
+        if call.row_count == "exact" and plan.host_counts is not None:
+            yield from self._consent.until(plan.host_counts.event, "begin this dispatch")
+            if (failure := self._consent.failure()) is not None:
+                raise failure
+            plan = self._planner.told(plan)
+        return Outcome(Arrived(plan, self._num_rows(plan, call), read_metadata), event)
 
-    def post_counts(self, sequence: int, topk_idx: Tensor) -> None:
-        """See Backend. Counted here; the kernel that gives the word tells the counts first."""
-        self._fresh = self._planner.count(topk_idx, stamp=sequence)
-        self._consent.tells(self._fresh)
+    def _num_rows(self, plan: DevicePlan, call: Call) -> int:
+        """Rows to look at: as many as came, where that is asked for and known."""
+        return self._slot_rows if call.row_count == "capacity" or plan.num_rows is None else plan.num_rows
 
-    def make_plan(self, sequence: int, topk_idx: Tensor, mode: RowCount) -> DevicePlan:
-        """See Backend. The host is told later."""
-        plan, self._fresh = self._fresh, None
-        assert plan is not None
-        self._planner.place(plan)
-        self._planner.placed(plan, sequence, mode)
+    def _send(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[DevicePlan]:
+        """Everybody's rows on their way, until they are in place."""
+        yield from self._begin(call)
+        if isinstance(routing, Plan):
+            plan = _of_device(routing)
+            self._words.begin_call(call.word.payload(), None)
+        else:
+            plan = self._planner.count(routing.clone(), stamp=call.sequence)
+            self._consent.remembers(plan)
+            self._words.begin_call(call.word.payload(), plan)
+            self._planner.place(plan)
+            self._planner.placed(plan, call.sequence, call.row_count)
+        self._push_rows(plan, batch)
+        tokens = None if batch.unquantized else plan.num_tokens_per_expert
+        self._words.finish_call(posts=True, awaits_all=True, tokens=tokens)
         return plan
+
+    def combine(
+        self,
+        call: Call,
+        plan: Plan,
+        y: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        extras: tuple[Tensor, ...] | None,
+    ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
+        """See Backend."""
+        self._order(call)
+        return self._combine(call, _of_device(plan), y, weights, bias, extras)
+
+    def _combine(
+        self,
+        call: Call,
+        plan: DevicePlan,
+        y: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        extras: tuple[Tensor, ...] | None,
+    ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
+        is_pushed, sums_here = call.word.output_slot == PUSHED, self._arena.spec.reduce == "rank"
+        if self.fused is not None and not is_pushed and extras is None:
+            out = yield from self.fused.combine(call, plan, weights, bias)
+            return Outcome(out, self._event(call))
+        yield from self._begin(call)
+        self._words.begin_call(call.word.payload(), None)
+        if is_pushed or extras:
+            self._push_outputs(plan, y if is_pushed else None, extras or (), weights if sums_here else None)
+        self._words.finish_call(posts=bool(is_pushed or extras), awaits_all=bool(extras))
+        out = self._sum_rows(plan, None if sums_here else weights, bias, call.word.slot)
+        self._words.check_call()
+        if extras is None:
+            return Outcome(out, self._event(call))
+        return Outcome((out, self._returned_extras(plan, extras, call.word.slot)), self._event(call))
+
+    def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
+        """See Backend."""
+        self._order(call)
+        return self._return_extras(call, _of_device(plan), extras)
+
+    def _return_extras(
+        self, call: Call, plan: DevicePlan, extras: tuple[Tensor, ...]
+    ) -> Steps[Outcome[tuple[Tensor, ...]]]:
+        yield from self._begin(call)
+        self._words.begin_call(call.word.payload(), None)
+        self._push_outputs(plan, None, extras, None)
+        self._words.finish_call(posts=True, awaits_all=True)
+        return Outcome(self._returned_extras(plan, extras, call.word.slot), self._event(call))
+
+    def _order(self, call: Call) -> None:
+        """A call that is issued later, maybe from another stream, comes after what the caller has issued by now."""
+        if not call.is_first:
+            self._on.enter()
+
+    def _begin(self, call: Call) -> Steps[None]:
+        """Done when nothing is in the way of a kernel that waits for peers, and its stream has been ordered."""
+        if not call.is_first:
+            yield Missing((), "come to its turn")
+        yield from self._consent.opening(call.sequence)
+        self._on.enter()
+        self._on.use_sms(call.num_sms, self.launch)
 
     def remake_plan(self, tensors: PlanTensors) -> DevicePlan:
         """See Backend. Where ranks are masked, the host asks the device whether the plan has rows of theirs."""
-        self.enter()
+        self._on.enter()
         if self._masked:
             if torch.cuda.is_current_stream_capturing():
                 raise ConfigError(
@@ -106,14 +191,13 @@ class CudaBackend:
                     f"{listed(self._masked)} has to be asked the device; capture calls on recv.plan of a plain dispatch"
                 )
             num_local = self._arena.spec.num_local_experts(self._transport.num_ranks)
-            with self.on_stream():
+            with self._on_stream():
                 if has_rows_of(tensors.counts, self._masked, num_local=num_local):
                     raise made_before(self._masked)
         return self._planner.remake(tensors)
 
-    def push_rows(self, plan: Plan, batch: Batch, words: Sequence[Word]) -> None:
-        """See Backend."""
-        plan = _of_device(plan)
+    def _push_rows(self, plan: DevicePlan, batch: Batch) -> None:
+        """Writes each row, and what travels with it, into its final place."""
         self._push(plan, batch)
         if plan.src_idx is None and plan.pairs is not None:
             self._planner.find_src_rows(plan, plan.pairs)
@@ -125,18 +209,17 @@ class CudaBackend:
             self._kernels.push_metadata(plan.topk_idx, weights, extras, plan.rows)
         if plan.pairs is not None and plan.partial_rows is None:
             self._kernels.push_partial_rows(plan.rows, plan.pairs)
-        if not batch.unquantized:
-            self._consent.counts(plan.num_tokens_per_expert)
 
-    def arrived(self, plan: Plan, batch: Batch, slot: int, *, num_rows: int) -> Arrived:
-        """See Backend."""
-        plan = _of_device(plan)
+    def _take(
+        self, plan: DevicePlan, batch: Batch, slot: int, num_rows: int
+    ) -> tuple[DevicePlan, Callable[[], Metadata]]:
+        """What to do with rows that are in place, and how to read what travelled with them."""
         kernels, region = self._kernels, self._arena.region_of_rows(unquantized=batch.unquantized)
         has_scale = self._is_narrow and region == "data"
         partial_rows = plan.partial_rows
         if plan.pairs is not None and partial_rows is None:
             partial_rows = self._empty(plan.pairs.num_slots, self._arena.spec.num_topk, dtype=torch.int32)
-            with self.on_stream():
+            with self._on_stream():
                 partial_rows.copy_(self._on.view("partial_rows", slot))
             plan = replace(plan, partial_rows=partial_rows)
         if self.launch.expand == "receiver" and (way := self._way(plan, batch)).is_staged:
@@ -151,28 +234,13 @@ class CudaBackend:
                 self._scale_kernels.zero_gaps(slot, plan)
             elif has_scale:
                 kernels.zero_gaps(slot, "scale", plan)
-        plan, small = self._small(plan, batch, slot, num_rows)
-        return Arrived(plan=plan, small=small)
+        return self._metadata_of(plan, batch, slot, num_rows)
 
-    def settled(self, plan: Plan, mode: RowCount) -> Steps[Plan]:
-        """See Backend.
-
-        Raises:
-            ConfigError: this rank's picks are not allowed; the others raise PeerFailed.
-        """
-        plan = _of_device(plan)
-        if mode == "capacity" or plan.host_counts is None:
-            return plan
-        yield from self._consent.until(plan.host_counts.event, "begin this dispatch")
-        if (failure := self._consent.failure()) is not None:
-            raise failure
-        return self._planner.told(plan)
-
-    def push_outputs(
-        self, plan: Plan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None, words: Sequence[Word]
+    def _push_outputs(
+        self, plan: DevicePlan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None
     ) -> None:
-        """See Backend."""
-        plan, kernels = _of_device(plan), self._kernels
+        """Writes outputs y [R, H] (or their sums, weighted by [R]) and extras [R, ...] to their owners."""
+        kernels = self._kernels
         if plan.src_idx is None:  # of a whole call: so far nobody has had to know
             self._planner.find_src_rows(plan, plan.rows)
         if y is not None:
@@ -186,11 +254,9 @@ class CudaBackend:
             packed = self._packed(extras, self._arena.return_bytes)
             kernels.return_rows_to(packed, plan, plan.rows, "returned_extras", self._arena.return_bytes)
 
-    def sum_rows(
-        self, plan: Plan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], return_slot: int
-    ) -> Tensor:
-        """See Backend."""
-        plan, spec = _of_device(plan), self._arena.spec
+    def _sum_rows(self, plan: DevicePlan, weights: Tensor | None, bias: Tensor | None, return_slot: int) -> Tensor:
+        """The sum of each token's rows, from the peers' output slots or, if pushed, from this rank's returned rows."""
+        spec = self._arena.spec
         out = self._empty(plan.num_tokens, spec.hidden, dtype=spec.combine_dtype)
         if weights is not None:
             weights = self._on.dense(weights)
@@ -200,15 +266,14 @@ class CudaBackend:
         self._kernels.sum_rows(out, plan, weights, None if bias is None else self._on.dense(bias), return_slot)
         return out
 
-    def returned_extras(self, plan: Plan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
-        """See Backend."""
-        plan = _of_device(plan)
+    def _returned_extras(self, plan: DevicePlan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
+        """Extras that came back."""
         table, per_pick = plan.rows, self._arena.spec.layout.per_pick
         num_tokens, num_columns = table.return_rows.shape
         lead = (num_tokens, num_columns) if per_pick else (num_tokens,)
         results = [self._empty(*lead, *extra.shape[1:], dtype=torch.float32) for extra in extras]
         at = 0
-        with self.on_stream():
+        with self._on_stream():
             home = self._on.view("returned_extras", return_slot)
             is_row = (table.dst_rows >= 0).unsqueeze(-1)  # [T, J, 1]
             return_rows = table.return_rows.clamp(min=0).long()
@@ -226,13 +291,13 @@ class CudaBackend:
                 result.copy_(total.view_as(result))
         return tuple(results)
 
-    def on_stream(self) -> AbstractContextManager[object]:
-        """See Backend."""
+    def _on_stream(self) -> AbstractContextManager[object]:
+        """Torch operations within come after what has been issued, and before what follows."""
         return torch.cuda.stream(self._on.stream)
 
-    def event(self, *, at_once: bool) -> torch.cuda.Event | None:
-        """See Backend. Calls of one kernel that are waited for at once are on the stream that would wait."""
-        if at_once and self.launch.is_fused:
+    def _event(self, call: Call) -> torch.cuda.Event | None:
+        """The end of what has been issued; None for calls on the caller's stream, which is the one that would wait."""
+        if call.at_once and self.launch.is_fused:
             return None
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._on.stream)
@@ -241,7 +306,7 @@ class CudaBackend:
     def mask(self, ranks: tuple[int, ...]) -> None:
         """See Backend."""
         self._masked = ranks
-        with self.on_stream():
+        with self._on_stream():
             self._planner.mask(ranks)
         self.synchronize()
 
@@ -254,10 +319,6 @@ class CudaBackend:
                 "rows='capacity', or recv.plan of an earlier dispatch, with mover='kernel'"
             )
 
-    def marked(self, name: str) -> AbstractContextManager[object]:
-        """See Backend. An NVTX range."""
-        return torch.cuda.nvtx.range(name)
-
     def synchronize(self) -> None:
         """See Backend."""
         self._on.synchronize()
@@ -269,7 +330,7 @@ class CudaBackend:
         A kernel that is loaded in the middle of a call can wait for a peer's kernel that waits for this rank.
         """
         spec = self._arena.spec
-        plans: list[Plan] = []
+        plans: list[DevicePlan] = []
         picks = torch.full((1, spec.num_topk), -1, device=self._device)
         weights = torch.zeros(1, spec.num_topk, device=self._device)
         wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=self._device)
@@ -285,7 +346,7 @@ class CudaBackend:
         if spec.extra_bytes:
             extras = (torch.zeros(1, spec.extra_bytes, dtype=torch.uint8, device=self._device),)
             calls += [Batch(x=x, weights=given, extras=extras) for given in (None, weights)]
-        with self.on_stream():
+        with self._on_stream():
             if self.fused is not None:
                 for given_x, given in itertools.product(kinds, (None, weights)):
                     batch = Batch(x=given_x, weights=given, extras=())
@@ -293,22 +354,26 @@ class CudaBackend:
                     self._unpack(begun, batch, 0, 1)
                 self._planner.find_src_rows(begun, begun.rows)
             for batch in calls:
-                self.post_counts(0, picks)
-                self._consent.warm_up()
-                plan: Plan = self.make_plan(0, picks, "exact")
-                self.push_rows(plan, batch, ())
-                plans.append(self.arrived(plan, batch, 0, num_rows=1).plan)
-            self._consent.warm_up()
+                plan = self._planner.count(picks, stamp=0)
+                self._words.begin_call(0, plan)
+                self._planner.place(plan)
+                self._push_rows(plan, batch)
+                plans.append(self._take(plan, batch, 0, 1)[0])
+            self._words.begin_call(0, None)
+            for posts, awaits_all in ((True, True), (True, False), (False, False)):
+                self._words.finish_call(posts=posts, awaits_all=awaits_all)
+            self._words.finish_call(posts=True, awaits_all=True, tokens=plan.num_tokens_per_expert)
+            self._words.check_call()
             plan = plans[0]
             for batch in calls:
-                self.push_rows(plan, batch, ())
-                self.arrived(plan, batch, 0, num_rows=1)
+                self._push_rows(plan, batch)
+                self._take(plan, batch, 0, 1)
             row_weights = torch.zeros(1, device=self._device) if spec.reduce == "rank" else None
             for given in (None, row_weights):
-                self.push_outputs(plan, wide, (weights[:, :1],), given, ())
+                self._push_outputs(plan, wide, (weights[:, :1],), given)
             for given in (None, None if spec.reduce == "rank" else weights):
                 for bias in (None, wide, wide.float()):
-                    self.sum_rows(plan, given, bias, (), 0)
+                    self._sum_rows(plan, given, bias, 0)
                     if self.fused is not None:
                         self.fused.warm_up_sums(plan, given, bias)
         self.synchronize()
@@ -352,10 +417,10 @@ class CudaBackend:
         )
         x = batch.x
         if isinstance(x, Tensor) and isinstance(spec.wire, Fp8) and not batch.unquantized:
-            with self.on_stream():
+            with self._on_stream():
                 x = spec.wire.quantize(x)
         parts = [(x.data, region), (x.scale, "scale")] if isinstance(x, Quantized) else [(x, region)]
-        with self.on_stream():  # the host waits for the words
+        with self._on_stream():  # the host waits for the words
             seen = self._on.call[: self._transport.num_ranks].tolist()
             counts = plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
         if self._consent.failure() is not None or not bool(counts.any()):
@@ -382,7 +447,7 @@ class CudaBackend:
         self._kernels.pack_rows(rowwise(rows, self._on), table, packed)
         return packed
 
-    def _small(
+    def _metadata_of(
         self, plan: DevicePlan, batch: Batch, slot: int, num_rows: int
     ) -> tuple[DevicePlan, Callable[[], Metadata]]:
         """The small things of a slot, and the plan with what it keeps of them; of whole calls when asked for."""
@@ -395,7 +460,7 @@ class CudaBackend:
                         "what came with these rows is read when it is asked for: of a dispatch in a CUDA graph ask "
                         "within the capture, of any other outside of it"
                     )
-                self.enter()
+                self._on.enter()
                 return self._unpack(plan, batch, slot, num_rows)[1]
 
             return plan, read
@@ -422,7 +487,7 @@ class CudaBackend:
         at, record = self._arena.extras_offset, self._on.view("metadata", slot)[:num_rows]
         for extra in extras:
             raw = _raw(extra)
-            with self.on_stream():
+            with self._on_stream():
                 part = record[:, at : at + raw.shape[1]]
                 raw.copy_(part.masked_fill(plan.rows.src_rows[:num_rows, None] < 0, 0))
             at += raw.shape[1]
@@ -438,7 +503,7 @@ class CudaBackend:
 
     def _packed(self, extras: Sequence[Tensor], num_bytes: int) -> Tensor:
         """Extras ``[n, ...]`` side by side, int32 ``[n, words]``, zeros behind them."""
-        with self.on_stream():
+        with self._on_stream():
             raw = torch.cat([_raw(extra.contiguous()) for extra in extras], dim=1)
             packed = torch.zeros(raw.shape[0], num_bytes, dtype=torch.uint8, device=self._device)
             packed[:, : raw.shape[1]].copy_(raw)
@@ -446,7 +511,7 @@ class CudaBackend:
 
     def _ours(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory for our stream alone."""
-        with self.on_stream():
+        with self._on_stream():
             return self._empty(*shape, dtype=dtype)
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -472,16 +537,25 @@ class Parts(NamedTuple):
 
 
 def connect(
-    transport: DeviceTransport, arena: Arena, launch_options: LaunchOptions, *, buffer_id: int, timeout_s: float
+    transport: DeviceTransport,
+    arena: Arena,
+    launch_options: LaunchOptions,
+    *,
+    buffer_id: int,
+    timeout_s: float,
+    ranks_on_gpus: Sequence[int] | None = None,
 ) -> Parts:
-    """The parts of a rank whose peers' memory is mapped. Local. Compiles and loads the kernels."""
+    """The parts of a rank whose peers' memory is mapped. Local. Compiles and loads the kernels.
+
+    Args:
+        ranks_on_gpus: how many ranks share the GPU of each rank, by rank, gathered from all; None: as many as here.
+    """
     device = torch.cuda.get_device_properties(transport.device)
     visible = device.multi_processor_count // (transport.ranks_here if transport.shares_sms else 1)
     can_launch_early = torch.version.hip is None and device.major >= 9
-    topology = _shared(arena.topology, transport.ranks_here)
     config = decide(
         arena.spec,
-        topology,
+        agreed_topology(arena.topology, ranks_on_gpus or [transport.ranks_here] * transport.num_ranks),
         launch_options,
         visible_sms=visible,
         ranks_here=transport.ranks_here,
@@ -496,14 +570,6 @@ def connect(
                 backend.warm_up()
         backend.warm_up()
     return Parts(backend, consent)
-
-
-def _shared(topology: Topology, ranks_here: int) -> Topology:
-    """Of ranks that share a GPU the links are its memory, and each has its part of that."""
-    if ranks_here == 1:
-        return topology
-    memory = topology.memory_bandwidth / ranks_here
-    return replace(topology, memory_bandwidth=memory, link_bandwidth=0.75 * memory)
 
 
 def _of_device(plan: Plan) -> DevicePlan:

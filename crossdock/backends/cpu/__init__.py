@@ -1,0 +1,1 @@
+"""Calls among ranks whose memory the host can load from and store to."""

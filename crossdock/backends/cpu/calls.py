@@ -1,0 +1,179 @@
+"""The three verbs on CPUs: words, then rows, then signals, as steps that the host drives while it waits for peers.
+
+Letters: T tokens here, K top-k, H hidden, R rows received.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from crossdock.arena import Arena
+from crossdock.backends.base import Arrived, Batch, Call, Outcome, PlanTensors
+from crossdock.backends.cpu.rows import CpuRows
+from crossdock.consent import PUSHED, Consent, Steps, Word
+from crossdock.errors import CapacityError
+from crossdock.masks import has_rows_of, made_before
+from crossdock.plan import HostPlan, Plan, check_capacity, local_counts, make_plan
+from crossdock.transport.host import HostTransport
+
+
+class CpuBackend:
+    """The Backend protocol over host memory that every rank has mapped. Readable, and the oracle of the others."""
+
+    def __init__(self, arena: Arena, transport: HostTransport, consent: Consent, *, buffer_id: int) -> None:
+        spec = arena.spec
+        self.has_pairs = spec.ranks_sum_picks
+        self.overflows: list[tuple[int, CapacityError]] = []
+        self.wait_s = torch.zeros(transport.num_ranks, dtype=torch.float64, device="cpu")
+        self.num_tokens_per_expert = torch.zeros(
+            spec.num_local_experts(transport.num_ranks), dtype=torch.int64, device="cpu"
+        )
+        self._arena = arena
+        self._consent = consent
+        self._rows = CpuRows(arena, transport)
+        self._buffer_id = buffer_id
+        self._rank = transport.rank
+        self._slot_rows = spec.num_slot_rows(transport.num_ranks)
+        self._masked: tuple[int, ...] = ()
+
+    def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
+        """See Backend."""
+        routing = routing if isinstance(routing, Plan) else routing.clone()
+        is_posted = self._post(call, routing, may_wait=False)
+        return self._dispatch(call, batch, routing, is_posted=is_posted)
+
+    def _dispatch(
+        self, call: Call, batch: Batch, routing: Tensor | Plan, *, is_posted: bool
+    ) -> Steps[Outcome[Arrived]]:
+        words = yield from self._words(call, None if is_posted else routing)
+        plan = _of_host(routing) if isinstance(routing, Plan) else self._make_plan(call, routing)
+        self._rows.push_rows(plan, batch, words)
+        self._consent.signal(call.sequence)
+        yield from self._consent.arrivals(call.sequence, words, from_all=True)
+        if not batch.unquantized:
+            self.num_tokens_per_expert += plan.num_tokens_per_expert
+        num_rows = self._slot_rows if call.row_count == "capacity" else plan.num_rows
+        plan, metadata = self._rows.take(plan, batch, call.word.slot, num_rows)
+        return Outcome(Arrived(plan, num_rows, lambda: metadata))
+
+    def combine(
+        self,
+        call: Call,
+        plan: Plan,
+        y: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        extras: tuple[Tensor, ...] | None,
+    ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
+        """See Backend."""
+        is_posted = self._post(call, plan, may_wait=False)
+        return self._combine(call, _of_host(plan), y, weights, bias, extras, is_posted=is_posted)
+
+    def _combine(
+        self,
+        call: Call,
+        plan: HostPlan,
+        y: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        extras: tuple[Tensor, ...] | None,
+        *,
+        is_posted: bool,
+    ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
+        words = yield from self._words(call, None if is_posted else plan)
+        is_pushed, sums_here = call.word.output_slot == PUSHED, self._arena.spec.reduce == "rank"
+        if is_pushed:
+            self._rows.push_outputs(plan, y, weights if sums_here else None, words)
+        if extras:
+            self._rows.push_extras(plan, extras, words)
+        if is_pushed or extras:
+            self._consent.signal(call.sequence)
+        yield from self._consent.arrivals(call.sequence, words, from_all=bool(extras))
+        out = self._rows.sum_rows(plan, None if sums_here else weights, bias, words, call.word.slot)
+        self._consent.check(call.sequence)
+        if extras is None:
+            return Outcome(out)
+        return Outcome((out, self._rows.returned_extras(plan, extras, call.word.slot)))
+
+    def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
+        """See Backend."""
+        is_posted = self._post(call, plan, may_wait=False)
+        return self._return_extras(call, _of_host(plan), extras, is_posted=is_posted)
+
+    def _return_extras(
+        self, call: Call, plan: HostPlan, extras: tuple[Tensor, ...], *, is_posted: bool
+    ) -> Steps[Outcome[tuple[Tensor, ...]]]:
+        words = yield from self._words(call, None if is_posted else plan)
+        self._rows.push_extras(plan, extras, words)
+        self._consent.signal(call.sequence)
+        yield from self._consent.arrivals(call.sequence, words, from_all=True)
+        return Outcome(self._rows.returned_extras(plan, extras, call.word.slot))
+
+    def _post(self, call: Call, routing: Tensor | Plan, *, may_wait: bool) -> bool:
+        """Posts this rank's word, behind the counts of a fresh dispatch; False: its turn has not come yet."""
+        if not (may_wait or self._consent.may_post(call.sequence)):
+            return False
+        if isinstance(routing, Tensor):
+            self._rows.post_counts(call.sequence, local_counts(self._arena.spec, self._arena.topology, routing))
+        self._consent.post(call.sequence, call.word)
+        return True
+
+    def _words(self, call: Call, unposted: Tensor | Plan | None) -> Steps[Sequence[Word]]:
+        """Everybody's words for the call; this rank's own is posted first where that had to wait."""
+        if unposted is not None:
+            yield from self._consent.opening(call.sequence)
+            self._post(call, unposted, may_wait=True)
+        return (yield from self._consent.words(call.sequence, call.word))
+
+    def _make_plan(self, call: Call, topk_idx: Tensor) -> HostPlan:
+        counts = self._rows.counts(call.sequence)
+        try:
+            check_capacity(self._arena.spec, self._arena.topology, counts)
+        except CapacityError as error:
+            if call.row_count == "exact":
+                raise
+            self.overflows.append((call.sequence, error))
+            counts, topk_idx = torch.zeros_like(counts), torch.full_like(topk_idx, -1)
+        return self._plan_of(topk_idx, counts, stamp=call.sequence)
+
+    def remake_plan(self, tensors: PlanTensors) -> HostPlan:
+        """See Backend. The stamp is a checksum of the counts."""
+        spec, num_ranks = self._arena.spec, self._arena.topology.num_ranks
+        if has_rows_of(tensors.counts, self._masked, num_local=spec.num_local_experts(num_ranks)):
+            raise made_before(self._masked)
+        stamp = zlib.crc32(tensors.counts.numpy().tobytes()) + 1  # 0 is no plan's
+        plan = self._plan_of(tensors.topk_idx, tensors.counts, stamp=stamp)
+        return replace(plan, partial_rows=tensors.partial_rows) if spec.ranks_sum_picks else plan
+
+    def _plan_of(self, topk_idx: Tensor, counts: Tensor, *, stamp: int) -> HostPlan:
+        plan = make_plan(
+            self._arena.spec,
+            self._arena.topology,
+            rank=self._rank,
+            topk_idx=topk_idx,
+            counts=counts,
+            stamp=stamp,
+            buffer_id=self._buffer_id,
+        )
+        return replace(plan, masked=self._masked) if self._masked else plan
+
+    def mask(self, ranks: tuple[int, ...]) -> None:
+        """See Backend."""
+        self._masked = ranks
+        self._rows.mask(ranks)
+
+    def check_capture(self, *, asks_host: bool) -> None:
+        """See Backend."""
+
+    def synchronize(self) -> None:
+        """See Backend."""
+
+
+def _of_host(plan: Plan) -> HostPlan:
+    assert isinstance(plan, HostPlan), "the plan of another backend"
+    return plan
