@@ -1,0 +1,1 @@
+"""Benchmarks that need more than Crossdock; they are no part of the package."""
