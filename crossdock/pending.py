@@ -82,13 +82,13 @@ class Pending(Generic[Result]):
         if self.outcome.event is not None:
             self.outcome.event.wait()
         if not self._results:
-            self._results.append(self.outcome.result if self._finish is None else self._finish(self.outcome.result))
-            self._held = ()
+            finish, self._finish, self._held = self._finish, None, ()  # which may hold what holds this
+            self._results.append(self.outcome.result if finish is None else finish(self.outcome.result))
         return self._results[0]
 
     def void(self, error: BaseException) -> None:
         """Gives up: ``wait()`` will raise the error."""
-        self.error = error
+        self.error, self._finish = error, None
         self.steps.close()
 
 

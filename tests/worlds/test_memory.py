@@ -1,13 +1,15 @@
 """What a call needs beside the arena: nothing of the order of its rows, but for the result."""
 
+import gc
 import tracemalloc
+import weakref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crossdock import Bf16, Buffer, Compact, Expanded, Fp8, Padded, Quantized, Spec
+from crossdock import Bf16, Buffer, Compact, Expanded, Fp8, Fp32, Padded, Quantized, Spec, ThreadGroup
 
 MAX_TOKENS, HIDDEN = 2048, 2048
 X_BYTES = MAX_TOKENS * HIDDEN * 2
@@ -77,3 +79,22 @@ def test_nothing_of_the_order_of_the_rows_is_allocated_beside_the_arena(world, l
             assert sizes[0] == X_BYTES  # the result
             assert sizes[1] <= X_BYTES / 8
             assert peak <= X_BYTES / 8
+
+
+def test_a_buffer_that_is_dropped_is_gone_at_once():
+    """Not when Python next looks for what holds itself: a GPU's memory may be asked for before."""
+    spec = Spec(num_experts=2, num_topk=1, hidden=4, max_tokens=2, wire=Fp32())
+    x, topk_idx = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64)
+    buffer = Buffer(ThreadGroup.world(1)[0], spec)
+    recv = buffer.dispatch(x, topk_idx)
+    buffer.combine_start(recv.x, recv.plan).wait()
+    started = buffer.dispatch_start(x, topk_idx)
+    is_there = weakref.ref(buffer)
+    gc.disable()
+    try:
+        started.wait()
+        buffer.close()
+        del buffer, started
+        assert is_there() is None
+    finally:
+        gc.enable()

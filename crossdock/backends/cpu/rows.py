@@ -84,11 +84,12 @@ class CpuRows:
             for peer, src, dst in self._blocks(plan.back):
                 self._at[peer]["partial_rows"][slots[peer], dst] = rows_to_sum[src]
         wire, region = self._arena.spec.wire, self._arena.region_of_rows(unquantized=batch.unquantized)
+        gather_scales = self._gather_columns if self._arena.scales.column_major else self._gather
         if isinstance(batch.x, Quantized) or not isinstance(wire, Fp8) or batch.unquantized:
             data, scale = batch.x if isinstance(batch.x, Quantized) else (batch.x, None)
             self._gather(data, hop.send_idx, region, blocks, slots)
             if scale is not None:
-                self._gather_scales(scale, hop.send_idx, blocks, slots)
+                gather_scales(scale, hop.send_idx, "scale", blocks, slots)
             return
         idx = hop.send_idx.numpy()
         for start in range(0, plan.num_tokens, _CAST_ROWS):
@@ -96,7 +97,7 @@ class CpuRows:
             data, scale = wire.quantize(batch.x[start:stop])
             part = list(_between(blocks, idx, start, stop))
             self._gather(data, hop.send_idx - start, "data", part, slots)
-            self._gather_scales(scale, hop.send_idx - start, part, slots)
+            gather_scales(scale, hop.send_idx - start, "scale", part, slots)
 
     def take(self, plan: HostPlan, batch: Batch, slot: int, num_rows: int) -> tuple[HostPlan, Metadata]:
         """The metadata of rows that are in place, and the plan with what came for it; zeroes gaps between segments."""
@@ -200,15 +201,14 @@ class CpuRows:
             there = self._at[peer][region][slots[peer], dst].view(movable.dtype)
             torch.index_select(movable, 0, idx[src], out=there)
 
-    def _gather_scales(self, scale: Tensor, idx: Tensor, blocks: Iterable[Block], slots: Sequence[int]) -> None:
-        """The same of scales; those that arrive column-major are turned a block at a time."""
-        if not self._arena.scales.column_major:
-            self._gather(scale, idx, "scale", blocks, slots)
-            return
-        scale = as_integers(scale)
+    def _gather_columns(
+        self, source: Tensor, idx: Tensor, region: str, blocks: Iterable[Block], slots: Sequence[int]
+    ) -> None:
+        """The same of scales that arrive column-major: they are turned a block at a time."""
+        source = as_integers(source)
         for peer, src, dst in blocks:
-            there = self._arena.scales.of_block(self._at[peer]["scale"][slots[peer]], dst)
-            as_integers(there).copy_(scale.index_select(0, idx[src]))
+            there = self._arena.scales.of_block(self._at[peer][region][slots[peer]], dst)
+            as_integers(there).copy_(source.index_select(0, idx[src]))
 
     def _blocks(self, hop: Hop) -> Iterator[Block]:
         """(peer, rows in this rank's order, rows there) of each block this rank sends, those to the next peer first."""
