@@ -29,6 +29,7 @@ from crossdock.consent import PUSHED, Kind, Steps, Word
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
 from crossdock.masks import drop_picks, listed
+from crossdock.memo import PlanMemo
 from crossdock.pending import CallQueue, Pending
 from crossdock.plan import Plan
 from crossdock.received import Received
@@ -132,6 +133,7 @@ class Buffer:
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
         self._slots = ReceiveSlots(self.arena, self._transport.segment)
         self._calls = Calls(self._consent, self._backend, self._slots, self.arena, debug=debug)
+        self._memo = PlanMemo(spec)
         self._is_closed = False
         self.masked: tuple[int, ...] = ()
         """The ranks that ``mask`` has left out, in order."""
@@ -438,15 +440,24 @@ class Buffer:
         return self._start(call, self._calls.return_extras(call, plan, small)).wait()
 
     def remake_plan(self, tensors: PlanTensors) -> Plan:
-        """A plan from the tensors that decide it. Local.
+        """A plan from the tensors that decide it. Local; nothing is made of tensors that it has been made from before.
 
-        It is the same on all ranks when all remake theirs.
+        It is the same on all ranks when all remake theirs, made again or not.
 
         Raises:
             ConfigError: it has rows of a rank that has been masked since, on all ranks; on CUDA the host then asks the
                 device, which cannot be in a capture.
         """
-        return self._backend.remake_plan(tensors)
+        is_capturing = self._is_capturing
+        if (kept := self._memo.find(tensors, self.masked, is_capturing=is_capturing)) is not None:
+            return kept
+        plan = self._backend.remake_plan(tensors)
+        self._memo.keep_remade(tensors, plan, is_capturing=is_capturing)
+        return plan
+
+    def keep_plan(self, plan: Plan, tensors: PlanTensors) -> None:
+        """From now on ``remake_plan`` gives this plan of a dispatch, from tensors that the dispatch has just made."""
+        self._memo.keep(tensors, self._backend.as_remade(plan, tensors), is_capturing=self._is_capturing)
 
     def check(self) -> None:
         """Raises what has failed without being raised: once, and after all that was issued is done.
@@ -541,6 +552,7 @@ class Buffer:
         self._transport.mask(new)
         self._consent.mask(new)
         self._backend.mask(self.masked)
+        self._memo.clear()
 
     def drop_masked(self, topk_idx: Tensor) -> Tensor:
         """The picks with -1 in place of masked ranks' experts; the verbs do that themselves.
@@ -605,6 +617,10 @@ class Buffer:
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open"
         return f"Buffer(rank={self.rank}, num_ranks={self.topology.num_ranks}, {self.arena.num_bytes:,} bytes, {state})"
+
+    @property
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _begin(
         self, word: Word, topk_idx: Tensor | None, num_sms: int | None, *, at_once: bool, is_fused: bool = False

@@ -48,16 +48,17 @@ def dispatch(
     owner = Buffer.of(buffer)
     with torch.no_grad():
         recv = owner.dispatch(x, topk_idx, weights=weights, rows=cast("RowCount", rows))
-    plan = recv.plan
-    no_ids = torch.empty(0, owner.spec.num_topk, dtype=torch.int32, device=x.device)
-    return (
-        *_own_rows(owner.spec, recv, rows),
-        plan.topk_idx,
-        _apart(plan.counts, plan.topk_idx),
-        no_ids if plan.partial_rows is None else plan.partial_rows,
-        recv.src_idx,
-        no_ids.clone() if recv.topk_idx is None else recv.topk_idx,
-    )
+        plan = recv.plan
+        num_topk = owner.spec.num_topk
+        saved = PlanTensors(
+            topk_idx=plan.topk_idx,
+            counts=_apart(plan.counts, plan.topk_idx),
+            partial_rows=_no_ids(x, num_topk) if plan.partial_rows is None else plan.partial_rows,
+            src_idx=recv.src_idx,
+            local_idx=_no_ids(x, num_topk) if recv.topk_idx is None else recv.topk_idx,
+        )
+        owner.keep_plan(plan, saved)
+        return (*_own_rows(owner.spec, recv, rows), *saved)
 
 
 @dispatch.register_fake
@@ -291,6 +292,11 @@ def _own_rows(spec: Spec, recv: Received, rows: str) -> tuple[Tensor, Tensor, Te
         x.masked_fill_((recv.src_idx < 0).unsqueeze(-1), 0)  # room that no row took holds what earlier calls left
     weights = torch.empty(0, device=x.device) if recv.weights is None else recv.weights
     return x, weights, torch.empty(0, device=x.device)
+
+
+def _no_ids(like: Tensor, num_topk: int) -> Tensor:
+    """In memory that is this tensor's alone: it may be the plan's token (``PlanMemo``)."""
+    return like.new_empty(0, num_topk, dtype=torch.int32)
 
 
 def _row_dtype(spec: Spec, *, unquantized: bool) -> torch.dtype:

@@ -190,6 +190,13 @@ class Backend(Protocol):
             ConfigError: it has rows of ranks that have been masked since; on all ranks that remake it.
         """
 
+    def as_remade(self, plan: Plan, tensors: PlanTensors) -> Plan:
+        """What ``remake_plan`` would give from the tensors of a dispatch that has brought its rows, of its own plan.
+
+        The same stamp, and the same on all ranks, or not all could take it for the same plan.
+        """
+        raise NotImplementedError
+
     def push_rows(self, plan: Plan, batch: Batch, words: Sequence[Word]) -> None:
         """Writes each row into its final place, in the receive slot that each peer named."""
 

@@ -92,9 +92,18 @@ class CpuBackend:
         num_local = self._arena.spec.num_local_experts(self._num_ranks)
         if has_rows_of(tensors.counts, self._masked, num_local=num_local):
             raise made_before(self._masked)
-        stamp = zlib.crc32(tensors.counts.numpy().tobytes()) + 1  # 0 is no plan's
-        plan = self._make_plan(tensors.topk_idx, tensors.counts, stamp=stamp)
-        return replace(plan, partial_rows=tensors.partial_rows) if self._arena.spec.ranks_sum_picks else plan
+        plan = self._make_plan(tensors.topk_idx, tensors.counts, stamp=0)
+        return self.as_remade(plan, tensors)
+
+    def as_remade(self, plan: Plan, tensors: PlanTensors) -> HostPlan:
+        """See Backend."""
+        return replace(
+            _of_host(plan),
+            topk_idx=tensors.topk_idx,
+            counts=tensors.counts,
+            stamp=zlib.crc32(tensors.counts.numpy().tobytes()) + 1,  # 0 is no plan's
+            partial_rows=tensors.partial_rows if self._arena.spec.ranks_sum_picks else None,
+        )
 
     def push_rows(self, plan: Plan, batch: Batch, words: Sequence[Word]) -> None:
         """See Backend. One gather per block, straight into its place."""

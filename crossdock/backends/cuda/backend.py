@@ -111,6 +111,10 @@ class CudaBackend:
                     raise made_before(self._masked)
         return self._planner.remake(tensors)
 
+    def as_remade(self, plan: Plan, tensors: PlanTensors) -> DevicePlan:
+        """See Backend. What came with the rows has been read: that found out where they are from."""
+        return self._planner.as_remade(_of_device(plan), tensors)
+
     def push_rows(self, plan: Plan, batch: Batch, words: Sequence[Word]) -> None:
         """See Backend."""
         plan = _of_device(plan)
