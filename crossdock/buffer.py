@@ -459,6 +459,24 @@ class Buffer:
         """From now on ``remake_plan`` gives this plan of a dispatch, from tensors that the dispatch has just made."""
         self._memo.keep(tensors, self._backend.as_remade(plan, tensors), is_capturing=self._is_capturing)
 
+    def own_rows(self, recv: Received, rows: RowCount) -> Tensor:
+        """``recv.x`` in memory that no later dispatch overwrites, narrow rows dequantised (combine format). Local.
+
+        Args:
+            rows: as the dispatch had it; with ``"capacity"`` rows are 0 where none came.
+        """
+        return self._backend.own_rows(recv.x, recv.src_idx if rows == "capacity" else None)
+
+    def weigh_gradients(self, grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) -> tuple[Tensor, Tensor]:
+        """Of sums of ``weights[r] * y[r]``, from the gradients of each: those of y, and those of weights. Local.
+
+        Args:
+            grads, y: [R, H] or [L, C, H].
+            weights: float32, one per row.
+            src_idx: as the dispatch gave it; gradients are 0 where it is -1, whatever y and weights are there.
+        """
+        return self._backend.weigh_gradients(grads, y, weights, src_idx)
+
     def check(self) -> None:
         """Raises what has failed without being raised: once, and after all that was issued is done.
 

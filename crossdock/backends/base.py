@@ -226,6 +226,20 @@ class Backend(Protocol):
     def returned_extras(self, plan: Plan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
         """Extras that came home: [T, ...] summed over ranks, or [T, K, ...] where a row is one pick."""
 
+    def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
+        """Rows of a receive slot in memory of their own, on the caller's stream; narrow ones in the combine format.
+
+        With ``src_idx`` those where it is negative are 0, whatever lies there.
+        """
+        raise NotImplementedError
+
+    def weigh_gradients(self, grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) -> tuple[Tensor, Tensor]:
+        """Of sums of ``weights[r] * y[r]`` with gradients ``grads [..., H]``: those of y, and of weights in float32.
+
+        0 where ``src_idx`` is negative; there y and weights may be anything.
+        """
+        raise NotImplementedError
+
     def on_stream(self) -> AbstractContextManager[object]:
         """Torch operations within come after what the call has done so far, and before its end."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from crossdock.arena import Arena
 from crossdock.backends.base import Arrived, Batch, Metadata, PlanTensors, RowCount
 from crossdock.backends.sums import chunk_rows, sum_rows
+from crossdock.backends.training import own_rows, weigh_gradients
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Steps, Word, stamped
 from crossdock.errors import CapacityError
 from crossdock.layout import Expanded
@@ -218,6 +219,14 @@ class CpuBackend:
                 )
             results.append(torch.from_numpy(values).view(*values.shape[:-1], *extra.shape[1:]))
         return tuple(results)
+
+    def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
+        """See Backend."""
+        return own_rows(self._arena.spec, rows, src_idx)
+
+    def weigh_gradients(self, grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        return weigh_gradients(grads, y, weights, src_idx)
 
     @property
     def overflows(self) -> list[tuple[int, CapacityError]]:

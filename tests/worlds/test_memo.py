@@ -274,3 +274,22 @@ def test_threads_may_share_it(world):
     ((errors, kept),) = world.run(share_between_threads, make_spec(Expanded()))
     assert errors == []
     assert 4 <= kept <= 8
+
+
+def step_with_another_default(group, spec):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with open_buffer(group, spec, timeout_s=20) as buffer:
+            x, topk_idx, weights, direction = make_inputs(buffer.rank)
+            x, weights = x.detach().float().requires_grad_(), weights.detach().float().requires_grad_()
+            recv = ag.dispatch(buffer, x, topk_idx)
+            out = ag.combine(buffer, 2 * recv.x, recv.plan, weights=weights)
+            out.backward(direction.to(out.dtype))
+            return recv.plan.link.dtype, x.grad.dtype, weights.grad.dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.worlds("inproc-1")
+def test_the_default_dtype_changes_nothing(world):
+    assert world.run(step_with_another_default, make_spec(Expanded())) == [(torch.float32,) * 3]

@@ -28,6 +28,7 @@ from crossdock.backends.cuda.plan import DevicePlan, Table
 from crossdock.backends.cuda.planner import Planner
 from crossdock.backends.cuda.rows import RowKernels, rowwise
 from crossdock.backends.cuda.scales import ScaleKernels
+from crossdock.backends.cuda.training import TrainingKernels
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Expanded
@@ -55,6 +56,7 @@ class CudaBackend:
         self._kernels = RowKernels(launcher)
         self._scale_kernels = ScaleKernels(launcher) if arena.scales.column_major else None
         """Of scales that do not move as rows do."""
+        self._training = TrainingKernels(launcher)
         self._consent = consent
         self._planner = Planner(arena, launcher, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
         self._device = transport.device
@@ -230,6 +232,14 @@ class CudaBackend:
                 result.copy_(total.view_as(result))
         return tuple(results)
 
+    def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
+        """See Backend."""
+        return self._training.own_rows(rows, src_idx)
+
+    def weigh_gradients(self, grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        return self._training.weigh_gradients(grads, y, weights, src_idx)
+
     def on_stream(self) -> AbstractContextManager[object]:
         """See Backend."""
         return torch.cuda.stream(self._on.stream)
@@ -315,6 +325,7 @@ class CudaBackend:
                     self.sum_rows(plan, given, bias, (), 0)
                     if self.fused is not None:
                         self.fused.warm_up_sums(plan, given, bias)
+            self._training.warm_up()
         self.synchronize()
 
     def _push(self, plan: DevicePlan, batch: Batch) -> None:
