@@ -20,7 +20,7 @@ from crossdock.errors import ConfigError
 from crossdock.layout import Expanded, Padded
 from crossdock.plan import Plan
 
-_ANCHOR = torch.zeros(0, requires_grad=True)
+_ANCHOR = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
 """An input of every dispatch, so that its rows want gradients on all ranks: where a rank's own tokens do not, or it has
 none, its peers' rows still do. It never gets a gradient itself."""
 

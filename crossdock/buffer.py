@@ -422,15 +422,42 @@ class Buffer(Connection):
         return pending.wait()
 
     def remake_plan(self, tensors: PlanTensors) -> Plan:
-        """A plan from the tensors that decide it. Local.
+        """A plan from the tensors that decide it. Local; nothing is made of tensors that it has been made from before.
 
-        It is the same on all ranks when all remake theirs.
+        It is the same on all ranks when all remake theirs, made again or not.
 
         Raises:
             ConfigError: it has rows of a rank that has been masked since, on all ranks; on CUDA the host then asks the
                 device, which cannot be in a capture.
         """
-        return self._backend.remake_plan(tensors)
+        is_capturing = self._is_capturing
+        if (kept := self._memo.find(tensors, self.masked, is_capturing=is_capturing)) is not None:
+            return kept
+        plan = self._backend.remake_plan(tensors)
+        self._memo.keep_remade(tensors, plan, is_capturing=is_capturing)
+        return plan
+
+    def keep_plan(self, plan: Plan, tensors: PlanTensors) -> None:
+        """From now on ``remake_plan`` gives this plan of a dispatch, from tensors that the dispatch has just made."""
+        self._memo.keep(tensors, self._backend.as_remade(plan, tensors), is_capturing=self._is_capturing)
+
+    def own_rows(self, recv: Received, rows: RowCount) -> Tensor:
+        """``recv.x`` in memory that no later dispatch overwrites, narrow rows dequantised (combine format). Local.
+
+        Args:
+            rows: as the dispatch had it; with ``"capacity"`` rows are 0 where none came.
+        """
+        return self._backend.own_rows(recv.x, recv.src_idx if rows == "capacity" else None)
+
+    def weigh_gradients(self, grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) -> tuple[Tensor, Tensor]:
+        """Of sums of ``weights[r] * y[r]``, from the gradients of each: those of y, and those of weights. Local.
+
+        Args:
+            grads, y: [R, H] or [L, C, H].
+            weights: float32, one per row.
+            src_idx: as the dispatch gave it; gradients are 0 where it is -1, whatever y and weights are there.
+        """
+        return self._backend.weigh_gradients(grads, y, weights, src_idx)
 
     @property
     def has_pairs(self) -> bool:
@@ -443,6 +470,10 @@ class Buffer(Connection):
         """The next call, with the next sequence number."""
         is_first = self._queue.is_idle
         return Call(self._consent.take(), word, row_count, at_once=at_once, is_first=is_first, num_sms=num_sms)
+
+    @property
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _next_return_slot(self) -> int:
         """Where rows come back to in the next combine, in turn."""

@@ -21,6 +21,7 @@ from crossdock.backends.base import LaunchOptions
 from crossdock.connect import connect, vet
 from crossdock.errors import ConfigError
 from crossdock.masks import drop_picks, listed
+from crossdock.memo import PlanMemo
 from crossdock.pending import CallQueue
 from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec, Topology
@@ -80,6 +81,7 @@ class Connection:
         self._transport, self._backend, self._consent = parts.transport, parts.backend, parts.consent
         self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
         self._slots = ReceiveSlots(self.arena, self._transport.segment)
+        self._memo = PlanMemo(spec)
         self._is_closed = False
         self.masked: tuple[int, ...] = ()
         """The ranks that ``mask`` has left out, in order."""
@@ -177,6 +179,7 @@ class Connection:
         self._transport.mask(new)
         self._consent.mask(new)
         self._backend.mask(self.masked)
+        self._memo.clear()
 
     def drop_masked(self, topk_idx: Tensor) -> Tensor:
         """The picks with -1 in place of masked ranks' experts; the verbs do that themselves.

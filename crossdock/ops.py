@@ -10,8 +10,9 @@ An op takes and gives tensors, numbers and strings. So a buffer is its handle, a
     combine          weighted sums at the owners       gradient: send, and return_weights for weights of picks
     bring            plain sums at the owners, and gradients of the weights that travelled with the rows
     return_weights   gradients of weights alone
+    weigh_gradients  of rows and of their weights, where they are; local
 
-All are collective. To keep what they gave when activations are recomputed, and so not to repeat them, save
+The others are collective. To keep what they gave when activations are recomputed, and so not to repeat them, save
 ``torch.ops.crossdock.dispatch.default`` and ``combine.default`` in the checkpoint's policy. Tensors that a call does
 not have are empty.
 """
@@ -32,7 +33,7 @@ from crossdock.layout import Padded
 from crossdock.plan import Plan
 from crossdock.received import Received
 from crossdock.spec import Spec
-from crossdock.wire import Fp8, Quantized
+from crossdock.wire import Fp8
 
 _IN_BACKWARD = (
     "this was a backward pass, which all ranks run: where one rank's loss leaves a layer's output out, pass "
@@ -48,16 +49,17 @@ def dispatch(
     owner = Buffer.of(buffer)
     with torch.no_grad():
         recv = owner.dispatch(x, topk_idx, weights=weights, rows=cast("RowCount", rows))
-    plan = recv.plan
-    no_ids = torch.empty(0, owner.spec.num_topk, dtype=torch.int32, device=x.device)
-    return (
-        *_own_rows(owner.spec, recv, rows),
-        plan.topk_idx,
-        _apart(plan.counts, plan.topk_idx),
-        no_ids if plan.partial_rows is None else plan.partial_rows,
-        recv.src_idx,
-        no_ids.clone() if recv.topk_idx is None else recv.topk_idx,
-    )
+        plan = recv.plan
+        num_topk = owner.spec.num_topk
+        saved = PlanTensors(
+            topk_idx=plan.topk_idx,
+            counts=_apart(plan.counts, plan.topk_idx),
+            partial_rows=_no_ids(x, num_topk) if plan.partial_rows is None else plan.partial_rows,
+            src_idx=recv.src_idx,
+            local_idx=_no_ids(x, num_topk) if recv.topk_idx is None else recv.topk_idx,
+        )
+        owner.keep_plan(plan, saved)
+        return (*_own_rows(owner, recv, rows), *saved)
 
 
 @dispatch.register_fake
@@ -103,7 +105,7 @@ def send(
         recv = owner.dispatch(
             x, _plan(owner, plan), weights=weights, rows=cast("RowCount", rows), unquantized=unquantized
         )
-    return _own_rows(owner.spec, recv, rows)
+        return _own_rows(owner, recv, rows)
 
 
 @send.register_fake
@@ -190,6 +192,18 @@ def _(row_weights: Tensor, plan: Sequence[Tensor], buffer: str) -> Tensor:
     return row_weights.new_empty(plan[0].shape[0], Buffer.of(buffer).spec.num_topk)
 
 
+@torch.library.custom_op("crossdock::weigh_gradients", mutates_args=())
+def weigh_gradients(grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor, buffer: str) -> tuple[Tensor, Tensor]:
+    """See ``Buffer.weigh_gradients``. Local; an op, because a kernel of ours is no operation that compilers know."""
+    with torch.no_grad():
+        return Buffer.of(buffer).weigh_gradients(grads, y, weights, src_idx)
+
+
+@weigh_gradients.register_fake
+def _(grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor, buffer: str) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), y.new_empty(y.shape[:-1], dtype=torch.float32)
+
+
 def _keep_plan(ctx: Any, plan: Sequence[Tensor], buffer: str, rows: str, *more: Tensor | None) -> None:
     ctx.save_for_backward(*plan, *more)
     ctx.buffer, ctx.rows = buffer, rows
@@ -249,9 +263,7 @@ def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         w = row_weights if spec.reduce == "token" else weights
         if spec.reduce == "token" and not spec.layout.per_pick:
             w = w.sum(dim=-1)
-        is_gap = src_idx < 0  # where g is 0, and weights and outputs may be anything
-        grad_y = g.float() * w.masked_fill(is_gap, 0.0).unsqueeze(-1)
-        grad_weights = (g.float() * y.float()).sum(dim=-1).masked_fill(is_gap, 0.0)
+        grad_y, grad_weights = weigh_gradients(g, y, w, src_idx, ctx.buffer)
         if spec.reduce == "token":
             if not spec.layout.per_pick:
                 grad_weights = grad_weights.unsqueeze(-1).masked_fill(local_idx < 0, 0.0)
@@ -260,7 +272,7 @@ def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.bias is not None:
         dtype, num_dims = ctx.bias
         grad_bias = (grad if num_dims == 2 else grad.sum(dim=0)).to(dtype)
-    grad_link = torch.empty(0, device=grad.device) if ctx.has_link else None
+    grad_link = _nothing(grad) if ctx.has_link else None
     return grad_y.to(ctx.dtype), grad_weights, grad_bias, grad_link, [None] * 5, None, None
 
 
@@ -279,18 +291,21 @@ def _apart(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.clone() if is_shared else tensor
 
 
-def _own_rows(spec: Spec, recv: Received, rows: str) -> tuple[Tensor, Tensor, Tensor]:
+def _own_rows(owner: Buffer, recv: Received, rows: str) -> tuple[Tensor, Tensor, Tensor]:
     """Rows that no later dispatch overwrites, zero where none came; their weights, or empty; a link."""
-    x = recv.x
-    if isinstance(x, Quantized):
-        assert isinstance(spec.wire, Fp8)
-        x = spec.wire.dequantize(x, spec.combine_dtype)
-    else:
-        x = x.clone()
-    if rows == "capacity":
-        x.masked_fill_((recv.src_idx < 0).unsqueeze(-1), 0)  # room that no row took holds what earlier calls left
-    weights = torch.empty(0, device=x.device) if recv.weights is None else recv.weights
-    return x, weights, torch.empty(0, device=x.device)
+    x = owner.own_rows(recv, cast("RowCount", rows))
+    weights = _nothing(x) if recv.weights is None else recv.weights
+    return x, weights, _nothing(x)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """For what an op does not have."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def _no_ids(like: Tensor, num_topk: int) -> Tensor:
+    """In memory that is this tensor's alone: it may be the plan's token (``PlanMemo``)."""
+    return like.new_empty(0, num_topk, dtype=torch.int32)
 
 
 def _row_dtype(spec: Spec, *, unquantized: bool) -> torch.dtype:

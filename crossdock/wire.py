@@ -176,6 +176,13 @@ class Fp8(Wire):
         v = rows.data.to(torch.float32).view(*lead, num_groups, self.block)
         return (v * self._float_scale(rows.scale, num_groups).unsqueeze(-1)).view(*lead, hidden).to(dtype)
 
+    def dequantize_into(self, out: Shaped[Tensor, "R H"], rows: Quantized) -> None:
+        """``dequantize`` of a few rows, to where they are wanted, in ``out``'s type."""
+        num_groups = out.shape[1] // self.block
+        v = rows.data.to(torch.float32)
+        v.view(-1, num_groups, self.block).mul_(self._float_scale(rows.scale, num_groups).unsqueeze(-1))
+        out.copy_(v)
+
     def _stored_scale(self, scale: Tensor) -> Tensor:
         """[T, G] float32 to the stored form: [T, G], or [T, ceil(G / 4)] packed."""
         if self.scale == "f32":

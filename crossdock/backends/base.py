@@ -202,6 +202,27 @@ class Backend(Protocol):
             ConfigError: it has rows of ranks that have been masked since; on all ranks that remake it.
         """
 
+    def as_remade(self, plan: Plan, tensors: PlanTensors) -> Plan:
+        """What ``remake_plan`` would give from the tensors of a dispatch that has brought its rows, of its own plan.
+
+        The same stamp, and the same on all ranks, or not all could take it for the same plan.
+        """
+        raise NotImplementedError
+
+    def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
+        """Rows of a receive slot in memory of their own, on the caller's stream; quantised ones in the combine format.
+
+        With ``src_idx`` those where it is negative are 0, whatever lies there.
+        """
+        raise NotImplementedError
+
+    def weigh_gradients(self, grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) -> tuple[Tensor, Tensor]:
+        """Of sums of ``weights[r] * y[r]`` with gradients ``grads [..., H]``: those of y, and of weights in float32.
+
+        0 where ``src_idx`` is negative; there y and weights may be anything.
+        """
+        raise NotImplementedError
+
     def mask(self, ranks: tuple[int, ...]) -> None:
         """These ranks, and no others, take part in nothing any more; nothing of this rank is running.
 

@@ -11,6 +11,7 @@ import torch
 
 import crossdock
 from crossdock import Buffer, Compact, Expanded, Fp8, Padded, Spec, ThreadGroup
+from crossdock.backends.cpu import rows
 
 MOST = 6
 LAYOUTS = [Compact(), Expanded(), Padded()]
@@ -61,8 +62,6 @@ def test_a_dispatch_reaches_its_stores_in_few_frames(layout, wire):
 @pytest.mark.parametrize("reduce", ["token", "rank"])
 @layouts
 def test_a_combine_reaches_its_sums_in_few_frames(layout, reduce):
-    from crossdock.backends.cpu import rows
-
     spec = Spec(num_experts=4, num_topk=2, hidden=16, max_tokens=4, layout=layout, wire=crossdock.Fp32(), reduce=reduce)
     x, topk_idx = torch.ones(4, 16), torch.tensor([[0, 1], [2, 3], [1, 2], [3, -1]])
     stacks = []

@@ -15,11 +15,13 @@ from torch import Tensor
 from crossdock.arena import Arena
 from crossdock.backends.base import Arrived, Batch, Call, Outcome, PlanTensors
 from crossdock.backends.cpu.rows import CpuRows
+from crossdock.backends.training import own_rows, weigh_gradients
 from crossdock.consent import PUSHED, Consent, Steps, Word
 from crossdock.errors import CapacityError
 from crossdock.masks import has_rows_of, made_before
 from crossdock.plan import HostPlan, Plan, check_capacity, local_counts, make_plan
 from crossdock.transport.host import HostTransport
+from crossdock.wire import Quantized
 
 
 class CpuBackend:
@@ -146,9 +148,25 @@ class CpuBackend:
         spec, num_ranks = self._arena.spec, self._arena.topology.num_ranks
         if has_rows_of(tensors.counts, self._masked, num_local=spec.num_local_experts(num_ranks)):
             raise made_before(self._masked)
-        stamp = zlib.crc32(tensors.counts.numpy().tobytes()) + 1  # 0 is no plan's
-        plan = self._plan_of(tensors.topk_idx, tensors.counts, stamp=stamp)
-        return replace(plan, partial_rows=tensors.partial_rows) if spec.ranks_sum_picks else plan
+        return self.as_remade(self._plan_of(tensors.topk_idx, tensors.counts, stamp=0), tensors)
+
+    def as_remade(self, plan: Plan, tensors: PlanTensors) -> HostPlan:
+        """See Backend."""
+        return replace(
+            _of_host(plan),
+            topk_idx=tensors.topk_idx,
+            counts=tensors.counts,
+            stamp=zlib.crc32(tensors.counts.numpy().tobytes()) + 1,  # 0 is no plan's
+            partial_rows=tensors.partial_rows if self._arena.spec.ranks_sum_picks else None,
+        )
+
+    def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
+        """See Backend."""
+        return own_rows(self._arena.spec, rows, src_idx)
+
+    def weigh_gradients(self, grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        return weigh_gradients(grads, y, weights, src_idx)
 
     def _plan_of(self, topk_idx: Tensor, counts: Tensor, *, stamp: int) -> HostPlan:
         plan = make_plan(

@@ -28,6 +28,7 @@ from crossdock.backends.cuda.plan import DevicePlan, Table
 from crossdock.backends.cuda.planner import Planner
 from crossdock.backends.cuda.rows import RowKernels, rowwise
 from crossdock.backends.cuda.scales import ScaleKernels
+from crossdock.backends.cuda.training import TrainingKernels
 from crossdock.backends.cuda.words import WordKernels
 from crossdock.consent import PUSHED, Missing, Steps, Word
 from crossdock.errors import CapacityError, ConfigError
@@ -55,6 +56,7 @@ class CudaBackend:
         self._kernels = RowKernels(launcher)
         self._scale_kernels = ScaleKernels(launcher) if arena.scales.column_major else None
         """Of scales that do not move as rows do."""
+        self._training = TrainingKernels(launcher)
         self._consent = consent
         self._words = WordKernels(launcher)
         self._slot_rows = spec.num_slot_rows(transport.num_ranks)
@@ -195,6 +197,18 @@ class CudaBackend:
                 if has_rows_of(tensors.counts, self._masked, num_local=num_local):
                     raise made_before(self._masked)
         return self._planner.remake(tensors)
+
+    def as_remade(self, plan: Plan, tensors: PlanTensors) -> DevicePlan:
+        """See Backend. What came with the rows has been read: that found out where they are from."""
+        return self._planner.as_remade(_of_device(plan), tensors)
+
+    def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
+        """See Backend."""
+        return self._training.own_rows(rows, src_idx)
+
+    def weigh_gradients(self, grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        return self._training.weigh_gradients(grads, y, weights, src_idx)
 
     def _push_rows(self, plan: DevicePlan, batch: Batch) -> None:
         """Writes each row, and what travels with it, into its final place."""
@@ -376,6 +390,7 @@ class CudaBackend:
                     self._sum_rows(plan, given, bias, 0)
                     if self.fused is not None:
                         self.fused.warm_up_sums(plan, given, bias)
+            self._training.warm_up()
         self.synchronize()
 
     def _push(self, plan: DevicePlan, batch: Batch) -> None:

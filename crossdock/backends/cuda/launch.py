@@ -144,6 +144,15 @@ class Launcher:
                 current.wait_event(self._entered)
             self.stream = current
 
+    @contextmanager
+    def on_current_stream(self) -> Iterator[None]:
+        """Launches within go on the caller's current stream, as torch's own do: they are no part of a call."""
+        ours, self.stream = self.stream, torch.cuda.current_stream(self.device)
+        try:
+            yield
+        finally:
+            self.stream = ours
+
     @property
     def streams(self) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
         """Where kernels that this host has issued may run, and the graphs that it has replayed.

@@ -175,20 +175,28 @@ class Planner:
 
     def remake(self, tensors: PlanTensors) -> DevicePlan:
         """The plan again, from the tensors that decide it."""
-        topk_idx, counts, partial_rows, src_idx, local_idx = tensors
-        plan = self._blank(topk_idx, counts, stamp=REMADE, host_counts=None)
-        self._count_picks(topk_idx)
+        plan = self._blank(tensors.topk_idx, tensors.counts, stamp=REMADE, host_counts=None)
+        self._count_picks(tensors.topk_idx)
         self._derive_blocks(plan, plan.rows, self._nobody, is_pairs=False)
         self._place(plan, self._nobody)
         for table in (plan.rows, plan.pairs):
             if table is not None:
                 self.find_src_rows(plan, table)
+        return self.as_remade(plan, tensors)
+
+    def as_remade(self, plan: DevicePlan, tensors: PlanTensors) -> DevicePlan:
+        """A plan whose tables are filled, as one that was made of these tensors."""
         return replace(
             plan,
-            num_rows=src_idx.numel(),
-            partial_rows=partial_rows if self._has_pairs else None,
-            src_idx=src_idx.reshape(-1),
-            local_idx=None if self._arena.spec.layout.per_pick else local_idx,
+            topk_idx=tensors.topk_idx,
+            counts=tensors.counts,
+            stamp=REMADE,
+            num_rows=tensors.src_idx.numel(),
+            host_counts=None,
+            is_fused=False,
+            partial_rows=tensors.partial_rows if self._has_pairs else None,
+            src_idx=tensors.src_idx.reshape(-1),
+            local_idx=None if self._arena.spec.layout.per_pick else tensors.local_idx,
         )
 
     def told(self, plan: DevicePlan) -> DevicePlan:
