@@ -168,11 +168,11 @@ class Arena:
             self.view(segment, "counts")[:, rank] = 0
 
     def __str__(self) -> str:
-        lines = [f"{'offset':>14} {'bytes':>14}  {'region':<13} {'shape':<20} {'dtype':<14} written by"]
+        lines = [f"{'offset':>14} {'bytes':>14}  {'region':<15} {'shape':<20} {'dtype':<14} written by"]
         for r in self.regions.values():
             dtype = str(r.dtype).removeprefix("torch.")
             shape = " x ".join(map(str, r.shape))
-            lines.append(f"{r.offset:>14,} {r.num_bytes:>14,}  {r.name:<13} {shape:<20} {dtype:<14} {r.writer}")
+            lines.append(f"{r.offset:>14,} {r.num_bytes:>14,}  {r.name:<15} {shape:<20} {dtype:<14} {r.writer}")
         lines.append(f"{'':>14} {self.num_bytes:>14,}  bytes in each of {self.topology.num_ranks} ranks' segments")
         return "\n".join(lines)
 

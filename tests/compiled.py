@@ -122,7 +122,7 @@ def _specialized(
     """As Triton would see the arguments: pointers and whole numbers that are multiples of 16 are known to be.
 
     Args:
-        types: of what takes addresses in dst_row of tensors, those of its parameters.
+        types: of what takes addresses in place of tensors, those of its parameters.
     """
     names = [param.name for param in kernel.params]
     given = dict(zip(names, args, strict=False)) | {name: options.pop(name) for name in names if name in options}

@@ -3,6 +3,7 @@
 python: all of a page's blocks, one after the other, are one program, which runs in a process of its own. One that
     cannot run here (NOT_RUN) is left out of it.
 text: follows a python block, and is all that it printed; a python block without one prints nothing.
+diagram: a drawing, which nothing prints.
 console: commands, each behind "$ ", and below each what it printed; run in the repository's root.
 """
 

@@ -126,7 +126,7 @@ class Rank:
         self._barrier.wait(LIMIT_S)
 
     def start(self, sequence: int) -> None:
-        """All ranks, at a sequence number, with the words of long ago in dst_row and nothing on failure."""
+        """All ranks, at a sequence number, with the words of long ago in place and nothing on failure."""
         self.meet()
         self.state.fill_(sequence)
         self.failure.zero_()

@@ -1,9 +1,9 @@
 """Rows on GPUs that map each other's memory: the Backend protocol by kernels on a stream of its own.
 
-Every method issues work and returns; only ``settled`` waits for the host, and ``mover="copy"``, whose block sizes the
-host has to know. Tensors that the caller gets are of its own stream's memory, and those of ours alone are of ours.
+Every method issues work and returns; only ``rows="exact"`` waits for the device, and ``mover="copy"``, whose block
+sizes the host has to know. Results are allocated on the caller's stream, scratch on ours.
 
-Letters: T tokens here, K top-k, J dst_rows of a token, H hidden, R rows received, Q rows sent, P ranks.
+Letters: T tokens here, K top-k, J rows of a token, H hidden, R rows received, Q rows sent, P ranks.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ class CudaBackend:
 
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         """See Backend."""
+        if isinstance(routing, Tensor) and not (self.fused is not None and self.fused.takes_dispatch(batch, routing)):
+            routing = routing.clone()  # on the caller's stream, and so before ours is ordered behind it
         self._order(call)
         return self._dispatch(call, batch, routing)
 
@@ -109,7 +111,7 @@ class CudaBackend:
             plan = _of_device(routing)
             self._words.begin_call(call.word.payload(), None)
         else:
-            plan = self._planner.count(routing.clone(), stamp=call.sequence)
+            plan = self._planner.count(routing, stamp=call.sequence)
             self._consent.remembers(plan)
             self._words.begin_call(call.word.payload(), plan)
             self._planner.place(plan)

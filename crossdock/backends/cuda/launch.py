@@ -1,4 +1,4 @@
-"""The only dst_row with ``[grid]``: a rank's stream, what its kernels share, and how one is launched.
+"""The only place with ``[grid]``: a rank's stream, what its kernels share, and how one is launched.
 
 Letters: P ranks, W counts, B blocks of rows.
 """
@@ -54,7 +54,7 @@ class Prepared:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether it takes addresses in dst_row of tensors."""
+        """Whether it takes addresses in place of tensors."""
         return self.runner is not None
 
 
@@ -81,7 +81,7 @@ class Launcher:
         self.failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, device=self.device)
         self.refused = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.host_failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, pin_memory=True)
-        """The record of the call that has failed, in host memory; zero while none has."""
+        """The failure of the call that has failed, in host memory; zero while none has."""
         call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
         self.calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device)
         self._calls = self.calls.unbind()

@@ -1,6 +1,6 @@
 """Where rows go, as tables on the device.
 
-Letters: T tokens here, J dst_rows of a token, K top-k, R rows, C rows of a receive slot, P ranks, N segments.
+Letters: T tokens here, J rows of a token, K top-k, R rows, C rows of a receive slot, P ranks, N segments.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ class Table(_Cut):
     dst_rows: Int64[Tensor, "T J"]
     """The row at its receiver of each of a token's rows, in the order in which they are summed."""
     return_rows: Int32[Tensor, "T J"]
-    """The row's dst_row in this rank's sending order."""
+    """The row's place in this rank's sending order."""
     incoming: Int32[Tensor, "3 blocks"]
-    """Of each block that comes here: first row, rows, dst_row of the first in its sender's order."""
+    """Of each block that comes here: first row, rows, place of the first in its sender's order."""
     num_slots: int
     """C"""
 
@@ -140,7 +140,7 @@ class HostCounts:
     is_captured: bool
     """Whether a graph writes it, at each replay; then the event says nothing."""
     stamp: int = 0
-    """That of the plan whose host_counts it is now."""
+    """That of the plan whose host counts these are now."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -160,9 +160,9 @@ class DevicePlan(_Cut, Plan):
     is_fused: bool = False
     """Whether its dispatch was done as a whole: then src_rows and sources are looked for when somebody asks."""
     sums_pairs: bool = False
-    """Whether ranks sum a token's rows, and one goes return_row."""
+    """Whether ranks sum a token's rows, and one goes back."""
 
     @property
     def back(self) -> Table:
-        """The way return_row of what is summed at its owner."""
+        """The way back of what is summed at its owner."""
         return self.pairs if self.sums_pairs and self.pairs is not None else self.rows

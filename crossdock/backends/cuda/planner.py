@@ -1,6 +1,6 @@
 """Makes plans on the device: counts of picks, everybody's counts, and from both where each row goes.
 
-Letters: T tokens here, K top-k, J dst_rows of a token, C rows of a receive slot, P ranks, N segments, B blocks, W
+Letters: T tokens here, K top-k, J rows of a token, C rows of a receive slot, P ranks, N segments, B blocks, W
 counts.
 """
 

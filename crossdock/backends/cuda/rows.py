@@ -1,6 +1,6 @@
 """Launches of what moves rows, and of the small things beside them.
 
-Letters: T tokens here, J dst_rows of a token, K top-k, H hidden, R rows, Q rows sent.
+Letters: T tokens here, J rows of a token, K top-k, H hidden, R rows, Q rows sent.
 """
 
 from __future__ import annotations

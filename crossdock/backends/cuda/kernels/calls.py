@@ -5,7 +5,7 @@ that have ended, whether all is OK, and how many ranks are masked. A call that i
 this rank touches peer memory any more, none waits, until the host has begun the next epoch. What belongs to one call is
 an int64 ``call``.
 
-Where a rank is masked, ``segments`` has this rank's own segment in its dst_row, and this rank stands in for it: it
+Where a rank is masked, ``segments`` has this rank's own segment in its place, and this rank stands in for it: it
 gives itself the words that the masked rank would give. So nothing that waits, here or on another rank, knows of it.
 
 Letters: P ranks, W counts of a rank.
@@ -55,7 +55,7 @@ SENT = tl.constexpr(3)
 
 BEGIN = tl.constexpr(1)
 ARRIVE = tl.constexpr(2)
-"""Phases of a failure failure."""
+"""Phases of a failure."""
 
 KIND_SHIFT = tl.constexpr(consent.KIND_SHIFT)
 SLOT_SHIFT = tl.constexpr(consent.SLOT_SHIFT)
@@ -343,7 +343,7 @@ def await_rows(
 
 @triton.jit
 def post_arrived(segments, call, is_refused, rank, arrived_offset, P: tl.constexpr, RING: tl.constexpr):
-    """Tells every rank that this rank's rows of a call are in dst_row.
+    """Tells every rank that this rank's rows of a call are in place.
 
     Args:
         is_refused: whether its picks are not allowed, in a call whose word has not told that. This word then has a

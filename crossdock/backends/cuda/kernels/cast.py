@@ -2,7 +2,7 @@
 
 Launch with ``enable_fp_fusion=False``; the division is the correctly rounded one.
 
-Letters: T tokens here, J dst_rows of a token, H hidden, G scale groups of a row.
+Letters: T tokens here, J rows of a token, H hidden, G scale groups of a row.
 """
 
 from __future__ import annotations

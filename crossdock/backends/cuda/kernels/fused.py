@@ -1,8 +1,8 @@
-"""Whole calls of few tokens, each one kernel: from picks to rows in dst_row, and from words to sums. Triton only.
+"""Fused calls, each one kernel: from picks to rows in place, and from words to sums. Triton only.
 
 Program 0, the *coordinator*, does what only one can: it counts, gives this rank's word, waits for everybody's, works
 out where rows go, and lets the other programs go on with a *go*; these have cast and counted their shares meanwhile,
-and now only copy. Whoever is last tells the peers that this rank's rows are in dst_row, and waits for theirs.
+and now only copy. Whoever is last tells the peers that this rank's rows are in place, and waits for theirs.
 
 On the wire such a call is the same as one by several kernels: ranks may do either.
 
@@ -229,7 +229,7 @@ def dispatch_rows(
 
     Args:
         call: see ``calls``; its PROGRESS says what is left to do.
-        gathered ... return_rows, send_starts, capacity: see ``dst_rows``; told: the host_failure there.
+        gathered ... return_rows, send_starts, capacity: see ``find_dst_rows``; host_counts: see ``plan``.
         go, ticket, refused: int32, all 0.
         nths, to_rows, to_scales: int32 and twice int64 ``[T, K]``, room for what is known of rows before the go,
             and for the addresses of rows and scales at their receivers.

@@ -3,7 +3,7 @@
 A metadata is int32 words: source, then the token's picks and their weights, or the weight of the row's one pick, then
 extras; ``crossdock.arena`` has the sizes.
 
-Letters: T tokens here, K top-k, J dst_rows of a token, M max_tokens, L local experts.
+Letters: T tokens here, K top-k, J rows of a token, M max_tokens, L local experts.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The same numbers as ``crossdock.plan`` has on the host. A *key* is what rows are
 of a row that serves one pick, the rank of a row that serves all of a token's picks there. A dst_row is
 ``rank << 32 | row`` in an int64, -1 where there is none.
 
-Letters: T tokens here, K top-k, J dst_rows of a token, E experts, L local experts, P ranks, N keys of a rank,
+Letters: T tokens here, K top-k, J rows of a token, E experts, L local experts, P ranks, N keys of a rank,
 B = N * P keys, W = E + P counts, S tokens of a chunk.
 """
 
@@ -31,8 +31,8 @@ HOST_PAIRS = tl.constexpr(1)
 HOST_WORST = tl.constexpr(2)
 HOST_NEEDED = tl.constexpr(3)
 HOST_WORDS = tl.constexpr(4)
-"""Entries of the host_counts to the host, int64: how many rows (written where the host does not know) and pairs; of an
-overflow the dst_row (rank, or expert for fixed blocks) that needs most, and how many rows, written only then."""
+"""Entries of the host counts, int64: how many rows (written where the host does not know) and pairs; of an
+overflow the receiver (rank, or expert for fixed blocks) that needs most, and how many rows, written only then."""
 
 ROW_BITS = tl.constexpr(32)
 ROW_MASK = tl.constexpr(2**32 - 1)
@@ -169,7 +169,7 @@ def derive_send_starts(
 
     Returns:
         Where each key's rows begin at their receiver, int32 ``[next_power_of_2(B)]``; the end of this rank's rows;
-        whether rows are moved at all; of an overflow, how many rows the dst_row needs that needs most, and which it is.
+        whether rows are moved at all; of an overflow, how many rows the receiver needs that needs most, and which it is.
     """
     B: tl.constexpr = N * P
     W: tl.constexpr = (L + 1) * P
@@ -400,7 +400,7 @@ def find_dst_rows(
 ):
     """For each token of a chunk, in the order in which its rows are summed: where each row lands, and its return_row.
 
-    Its return_row is the row's dst_row in this rank's sending order, where it lands when it is pushed back. One row
+    Its return_row is the row's place in this rank's sending order, where it lands when it is pushed back. One row
     per pick, in a column of its own; or per rank that any pick of the token is at (``BY_RANK``), in the first
     columns, in the order of first picks or of ranks.
 
@@ -436,7 +436,7 @@ def find_dst_rows(
 
 @triton.jit
 def src_rows_of(row, incoming, scalars, NUM: tl.constexpr, BLOCKS: tl.constexpr, P: tl.constexpr):
-    """Where rows are from: ``rank << 32 | dst_row in that rank's sending order``, int64; -1 where none is.
+    """Where rows are from: ``rank << 32 | place in that rank's sending order``, int64; -1 where none is.
 
     Args:
         row: int32, those of a program, in order.

@@ -1,9 +1,9 @@
-"""Copies of rows: out to their places, return_row to their owners, and from staged rows into their places. Triton only.
+"""Copies of rows: out to their places, back to their owners, and from staged rows into their places. Triton only.
 
 A row is moved as words of the widest type that divides it, in pieces; a program moves one piece, then the next of its
 share. Wide kernels wait for nobody, and touch peer memory only in a call that is OK.
 
-Letters: T tokens here, J dst_rows of a token, K top-k, P ranks.
+Letters: T tokens here, J rows of a token, K top-k, P ranks.
 """
 
 from __future__ import annotations

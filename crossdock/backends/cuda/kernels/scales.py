@@ -3,7 +3,7 @@
 A scale is a word of 4 bytes, or one byte. Neighbours of a row need not be neighbours there, so words are stored one by
 one; rows are taken as many at a time as make the lanes of a program busy.
 
-Letters: T tokens here, J dst_rows of a token, K top-k, P ranks, N segments.
+Letters: T tokens here, J rows of a token, K top-k, P ranks, N segments.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every product and every sum is rounded by itself, as ``crossdock.backends.sums`` defines: launch with
 ``enable_fp_fusion=False``. A row that is not there counts as +0, which changes no sum that was begun with +0.
 
-Letters: T tokens here, J dst_rows of a token, K top-k, H hidden, P ranks.
+Letters: T tokens here, J rows of a token, K top-k, H hidden, P ranks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def sum_rows(
 ):
     """``out[t] = cast(0 + w[t, 0] * row 0 + w[t, 1] * row 1 + ... + bias)``, of the rows of each token.
 
-    Rows lie in the output slots of the peers that left them there, and at this rank's returned dst_row from
+    Rows lie in the output slots of the peers that left them there, and at this rank's returned rows from
     those that pushed.
 
     Args:

@@ -1,6 +1,6 @@
-"""Words between ranks and tickets inside a grid: the only dst_row where memory is ordered. Triton only.
+"""Words between ranks and tickets inside a grid: the only place where memory is ordered. Triton only.
 
-A word is 64 bits at a dst_row of its own in a peer's segment: a stamp (the call's sequence number) over a payload, as
+A word is 64 bits at a place of its own in a peer's segment: a stamp (the call's sequence number) over a payload, as
 ``crossdock.consent.stamped`` makes it. It is written by an atomic and read by atomics, never by a load or a store.
 A single thread releases or acquires, and Triton (up to 3.8) puts no barrier between it and the program's others: so one
 stands before every release and after every acquire. tests/unit/test_cuda_sync.py looks for them in what is emitted.
@@ -33,9 +33,9 @@ FAILURE_PHASE = tl.constexpr(2)
 FAILURE_EXPECTED = tl.constexpr(3)
 FAILURE_SEEN = tl.constexpr(4)
 FAILURE_WORDS = tl.constexpr(5)
-"""Entries of a failure failure, int64; all zero while nothing has failed."""
+"""Entries of a failure, int64; all zero while nothing has failed."""
 CLAIMED = tl.constexpr(-1)
-"""In dst_row of a failure's status: a program is writing the rest."""
+"""In place of a failure's status: a program is writing the rest."""
 
 PAYLOAD_BITS = tl.constexpr(consent.PAYLOAD_BITS)
 PAYLOAD_MASK = tl.constexpr(consent.PAYLOAD_MASK)
