@@ -211,6 +211,8 @@ class _Side:
         in_graph: bool = True,
     ) -> CudaCase:
         spec, row_bytes = self.buffer.spec, self.buffer.spec.row_bytes()
+        if self.buffer.launch is not None and self.buffer.launch.mover == "copy":
+            op, in_graph = op.replace(", graph)", ", eager)"), False  # the host asks where blocks go
         return CudaCase(
             op=op,
             wire=name_of(spec.wire.dtype),
