@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +23,8 @@ class ReceiveSlots:
     def __init__(self, arena: Arena, segment: Tensor) -> None:
         spec, num_ranks = arena.spec, arena.topology.num_ranks
         self._arena = arena
+        self.scales = arena.scales
+        self.has_offsets = isinstance(spec.layout, Expanded)
         self._num_segments = spec.num_local_experts(num_ranks) if isinstance(spec.layout, Padded) else None
         self._num_slots, self._slot_rows = spec.num_slots, spec.num_slot_rows(num_ranks)
         lead: tuple[int, ...] = (self._slot_rows,)
@@ -81,17 +82,7 @@ class ReceiveSlots:
         metadata = LazyMetadata(lambda: self._shaped(arrived.read_metadata(), num_rows))
         self._leases[slot] = lease = Lease(slot, plan.stamp, metadata)
         region = self._arena.region_of_rows(unquantized=unquantized)
-        recv = Received(
-            plan=plan,
-            num_rows=plan.num_rows,
-            _metadata=metadata,
-            _read_rows=partial(self.received, region, slot, num_rows),
-            _scales=self._arena.scales,
-            _lease=lease,
-            _read_outputs=partial(self.rows, "outputs", slot, num_rows),
-            _outputs_lease=lease,
-            _has_offsets=isinstance(self._arena.spec.layout, Expanded),
-        )
+        recv = Received(plan, lease, metadata, self, region, num_rows)
         return recv.copied() if copy else recv
 
     def _shaped(self, metadata: Metadata, num_rows: int) -> Metadata:
