@@ -88,6 +88,8 @@ class _Side:
     def __init__(self, buffer: Buffer, member: Member, job: Job) -> None:
         spec, rank, self._device = buffer.spec, member.rank, member.device
         self.buffer = buffer
+        self._asks_host = job.buffer_options.get("mover") == "copy"
+        """Whether dispatches ask the host where blocks go, and so cannot be captured."""
         picks = torch.from_numpy(job.topk_idx).view(member.num_ranks, -1, spec.num_topk)
         self._traffic = traffic(spec, picks, rank)
         self._unquantised, self._x = draw_rows(spec, picks.shape[1], seed=job.seed + rank)
@@ -211,8 +213,8 @@ class _Side:
         in_graph: bool = True,
     ) -> CudaCase:
         spec, row_bytes = self.buffer.spec, self.buffer.spec.row_bytes()
-        if self.buffer.launch is not None and self.buffer.launch.mover == "copy":
-            op, in_graph = op.replace(", graph)", ", eager)"), False  # the host asks where blocks go
+        if self._asks_host:
+            op, in_graph = op.replace(", graph)", ", eager)"), False
         return CudaCase(
             op=op,
             wire=name_of(spec.wire.dtype),
