@@ -188,19 +188,22 @@ class Buffer(Connection):
         copy: bool,
         num_sms: int | None,
     ) -> Pending[Received]:
-        is_fresh, row_count = not isinstance(routing, Plan), rows or self._default_row_count
+        row_count = rows or self._default_row_count
         self._check_ready()
         self._slots.check_free(self._queue.is_unwaited)
-        self._backend.check_capture(asks_host=row_count == "exact" and is_fresh)
+        self._backend.check_capture(asks_host=row_count == "exact" and not isinstance(routing, Plan))
         try:
-            self._check_overflow()
+            if self._backend.overflows:
+                self._check_overflow()
             batch = Batch(x, weights, tuple(extras), unquantized)
             key = key_of(("dispatch", rows, unquantized, at_once, num_sms), (x, routing, weights, *extras))
-            kind = self._kinds.find(key)
-            if kind is None or not self._fits_dispatch(batch, routing):
+            known = self._kinds.get(key) if key else None
+            if known is not None and self._fits_dispatch(batch, routing):
+                kind = known
+            else:
                 kind = self._vetted_dispatch(batch, routing, rows, num_sms)
-            if not isinstance(routing, Plan):
-                routing = self._picks(routing, as_given=kind.takes_picks_as_given)
+            if not isinstance(routing, Plan) and not (kind.takes_picks_as_given and self._takes_any_picks):
+                routing = self._picks(routing)
         except Exception as error:
             self._queue.refuse(error)
             raise
@@ -211,9 +214,10 @@ class Buffer(Connection):
         if self._debug:
             self._slots.poison(slot, "data", "scale", "metadata")
         plan = routing if isinstance(routing, Plan) else None
-        signature = (row_count, unquantized, weights is None, _shapes(extras), self._sign(plan), *self.masked)
         verb = Kind.CACHED_DISPATCH if plan else Kind.DISPATCH
-        word = Word(verb, slot, signature=_checksum(signature))
+        word = kind.words.get((slot, PUSHED)) or self._word(
+            kind, verb, slot, PUSHED, plan, (row_count, unquantized, weights is None, _shapes(extras))
+        )
         call = self._take(word, kind, row_count=row_count, at_once=at_once, num_sms=num_sms)
         steps = self._backend.dispatch(call, batch, routing)
 
@@ -226,7 +230,8 @@ class Buffer(Connection):
         self._slots.fill(slot, pending)
         with self._marked(_MARKS[verb]):
             self._queue.drive()
-        self._kinds.keep(key, kind)
+        if kind is not known:
+            self._kinds.keep(key, kind)
         return pending
 
     def _fits_dispatch(self, batch: Batch, routing: Tensor | Plan) -> bool:
@@ -271,7 +276,12 @@ class Buffer(Connection):
             raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
         return kind
 
-    def _picks(self, topk_idx: Tensor, *, as_given: bool) -> Tensor:
+    @property
+    def _takes_any_picks(self) -> bool:
+        """Whether picks need not be looked at: on CUDA kernels do, and none is of a masked rank."""
+        return self.device.type != "cpu" and not self.masked
+
+    def _picks(self, topk_idx: Tensor) -> Tensor:
         """Picks as int64 without gaps, and without those of masked ranks.
 
         Raises:
@@ -279,8 +289,6 @@ class Buffer(Connection):
         """
         if self.device.type == "cpu":
             check_picks(topk_idx, num_experts=self.spec.num_experts)
-        if as_given and not self.masked:
-            return topk_idx
         return self.drop_masked(topk_idx.to(torch.int64)).contiguous()
 
     @overload
@@ -391,10 +399,13 @@ class Buffer(Connection):
     ) -> Pending[Any]:
         self._check_ready()
         try:
-            self._check_overflow()
+            if self._backend.overflows:
+                self._check_overflow()
             key = key_of(("combine", extras is None, at_once, num_sms), (y, plan, weights, bias, *(extras or ())))
-            kind = self._kinds.find(key)
-            if kind is None or not self._fits_combine(y, plan, weights, bias, extras):
+            known = self._kinds.get(key) if key else None
+            if known is not None and self._fits_combine(y, plan, weights, bias, extras):
+                kind = known
+            else:
                 kind = self._vetted_combine(y, plan, weights, bias, extras, num_sms)
             returned = inputs.flat_extras(extras, y.shape[:-1])
             output_slot = self._slots.output_slot(y, plan.stamp)
@@ -405,8 +416,10 @@ class Buffer(Connection):
             weights = weights.reshape(-1)  # [R]
         if self._ranks_sum and (self.spec.layout.per_pick or weights is not None):
             output_slot = PUSHED  # they are summed here
-        signature = (self._sign(plan), None if extras is None else _shapes(returned), *self.masked)
-        word = Word(Kind.COMBINE, self._next_return_slot(), output_slot, _checksum(signature))
+        slot = self._next_return_slot()
+        word = kind.words.get((slot, output_slot)) or self._word(
+            kind, Kind.COMBINE, slot, output_slot, plan, None if extras is None else _shapes(returned)
+        )
         call = self._take(word, kind, at_once=at_once, num_sms=num_sms)
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
         steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
@@ -415,7 +428,8 @@ class Buffer(Connection):
         )
         with self._marked(_MARKS[Kind.COMBINE]):
             self._queue.drive()
-        self._kinds.keep(key, kind)
+        if kind is not known:
+            self._kinds.keep(key, kind)
         return pending
 
     def _fits_combine(
@@ -481,9 +495,9 @@ class Buffer(Connection):
         except Exception as error:
             self._queue.refuse(error)
             raise
-        signature = ("extras", self._sign(plan), _shapes(returned), *self.masked)
-        word = Word(Kind.COMBINE, self._next_return_slot(), PUSHED, _checksum(signature))
-        call = self._take(word, CallKind())
+        kind = CallKind()
+        word = self._word(kind, Kind.COMBINE, self._next_return_slot(), PUSHED, plan, ("extras", _shapes(returned)))
+        call = self._take(word, kind)
         steps = self._backend.return_extras(call, plan, returned)
         pending: Pending[tuple[Tensor, ...]] = self._queue.start(
             Kind.COMBINE, call.sequence, steps, held=(plan, returned)
@@ -555,12 +569,20 @@ class Buffer(Connection):
         self._num_combines += 1
         return self._num_combines % self.spec.num_slots
 
-    def _sign(self, plan: Plan | None) -> int | None:
-        """What all ranks that mean the same plan tell each other.
+    def _word(
+        self, kind: CallKind, verb: Kind, slot: int, output_slot: int, plan: Plan | None, agreed: Hashable
+    ) -> Word:
+        """This rank's word, with a checksum of what must be the same on all ranks: ``agreed``, plan and masks.
 
-        Nothing on CUDA: where one rank replays a graph and another makes the same calls, the plans have other numbers.
+        Not of the plan on CUDA: where one rank replays a graph and another makes the same calls, plans have other
+        numbers. So there words of one kind are the same.
         """
-        return plan.stamp if plan is not None and self.device.type == "cpu" else None
+        is_signed = plan is not None and self.device.type == "cpu"
+        stamp = plan.stamp if plan is not None and is_signed else None
+        word = Word(verb, slot, output_slot, _checksum((agreed, stamp, self.masked)))
+        if not is_signed:
+            kind.words[slot, output_slot] = word
+        return word
 
     def _check_sms(self, num_sms: int | None) -> None:
         if num_sms is not None and (self.launch is None or num_sms < 1):

@@ -253,7 +253,8 @@ class Connection:
 
     def _check_ready(self) -> None:
         """Raises what keeps the next call from being started."""
-        self._check_open()
+        if self._is_closed:
+            self._check_open()
         self._queue.check_room()
 
     def _check_open(self) -> None:

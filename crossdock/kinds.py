@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack as _num_dispatch_modes
 
+from crossdock.consent import Word
 from crossdock.plan import Plan
 from crossdock.wire import Quantized
 
@@ -27,35 +28,26 @@ _MOST = 256
 class CallKind:
     """One kind of call of one buffer."""
 
-    __slots__ = ("bound", "takes_picks_as_given")
+    __slots__ = ("bound", "takes_picks_as_given", "words")
 
     def __init__(self) -> None:
         self.bound: Any = None
         """What a backend keeps for calls of this kind: launches with everything bound that does not change."""
         self.takes_picks_as_given = False
         """Whether ``topk_idx`` is int64 without gaps, and so goes to the backend as it is."""
+        self.words: dict[tuple[int, int], Word] = {}
+        """This rank's words, by slot and output slot, where they say nothing of the plan."""
 
 
-class CallKinds:
-    """The kinds that a buffer has seen succeed."""
-
-    def __init__(self) -> None:
-        self._kinds: dict[Key, CallKind] = {}
-
-    def find(self, key: Key | None) -> CallKind | None:
-        """The kind, if a call of it has succeeded."""
-        return self._kinds.get(key) if key is not None else None
+class CallKinds(dict[Key, CallKind]):
+    """The kinds that a buffer has seen succeed: their calls are prepared ones."""
 
     def keep(self, key: Key | None, kind: CallKind) -> None:
-        """From now on calls of that kind are prepared ones; without a key they never are."""
+        """Remembers a kind that has succeeded, and forgets the oldest of too many; without a key nothing is kept."""
         if key is not None:
-            if len(self._kinds) >= _MOST:
-                del self._kinds[next(iter(self._kinds))]
-            self._kinds[key] = kind
-
-    def clear(self) -> None:
-        """Forgets all: what the next calls may do has changed."""
-        self._kinds.clear()
+            if len(self) >= _MOST:
+                del self[next(iter(self))]
+            self[key] = kind
 
 
 def key_of(options: Key, tensors: Sequence[object]) -> Key | None:

@@ -156,17 +156,15 @@ class Backend(Protocol):
     has_pairs: bool
     """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
 
+    overflows: list[tuple[int, CapacityError]]
+    """Capacity overflows not yet raised, as (sequence, error).
+
+    Between two calls of ``synchronize``, only those that all ranks know of.
+    """
+
     @property
     def wait_s(self) -> Tensor:
         """[P] float64, seconds that its kernels have waited for each peer; 0 where the host waits."""
-        raise NotImplementedError
-
-    @property
-    def overflows(self) -> list[tuple[int, CapacityError]]:
-        """Capacity overflows not yet raised, as (sequence, error).
-
-        Between two calls of ``synchronize``, only those that all ranks know of.
-        """
         raise NotImplementedError
 
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
