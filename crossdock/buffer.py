@@ -9,7 +9,6 @@ import functools
 import itertools
 import zlib
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, overload
 from weakref import WeakValueDictionary
 
@@ -35,8 +34,6 @@ from crossdock.wire import Quantized
 
 __all__ = ["Buffer", "Stats"]
 
-_MARKS = {kind: f"crossdock {kind}" for kind in Kind}
-"""What calls are named in a profiler."""
 _handles = itertools.count(1)
 _by_handle: WeakValueDictionary[str, Buffer] = WeakValueDictionary()
 """The one state of this module: a ``torch.library`` op takes tensors, numbers and strings, so a buffer needs a name."""
@@ -99,7 +96,6 @@ class Buffer(Connection):
         self._region_of_rows = [self.arena.region_of_rows(unquantized=unquantized) for unquantized in (False, True)]
         self._default_row_count: RowCount = "capacity" if isinstance(spec.layout, Padded) else "exact"
         self._num_combines = 0
-        self._marked = torch.cuda.nvtx.range if self.device.type == "cuda" else nullcontext
         self.handle = f"crossdock.Buffer {next(_handles)}"  # a string, as torch.compile would make a number dynamic
         """This process's name for this buffer: what the ops of ``crossdock.autograd`` are given."""
         _by_handle[self.handle] = self
@@ -228,8 +224,7 @@ class Buffer(Connection):
 
         pending = self._queue.start(verb, call.sequence, steps, finish, held=(batch, routing))
         self._slots.fill(slot, pending)
-        with self._marked(_MARKS[verb]):
-            self._queue.drive()
+        self._queue.drive()
         if kind is not known:
             self._kinds.keep(key, kind)
         return pending
@@ -426,8 +421,7 @@ class Buffer(Connection):
         pending: Pending[Any] = self._queue.start(
             Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned)
         )
-        with self._marked(_MARKS[Kind.COMBINE]):
-            self._queue.drive()
+        self._queue.drive()
         if kind is not known:
             self._kinds.keep(key, kind)
         return pending
