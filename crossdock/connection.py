@@ -20,6 +20,7 @@ from crossdock.arena import Arena
 from crossdock.backends.base import LaunchOptions
 from crossdock.connect import connect, vet
 from crossdock.errors import ConfigError
+from crossdock.kinds import CallKinds
 from crossdock.masks import drop_picks, listed
 from crossdock.memo import PlanMemo
 from crossdock.pending import CallQueue
@@ -82,6 +83,7 @@ class Connection:
         self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
         self._slots = ReceiveSlots(self.arena, self._transport.segment)
         self._memo = PlanMemo(spec)
+        self._kinds = CallKinds()
         self._is_closed = False
         self.masked: tuple[int, ...] = ()
         """The ranks that ``mask`` has left out, in order."""
@@ -180,6 +182,7 @@ class Connection:
         self._consent.mask(new)
         self._backend.mask(self.masked)
         self._memo.clear()
+        self._kinds.clear()
 
     def drop_masked(self, topk_idx: Tensor) -> Tensor:
         """The picks with -1 in place of masked ranks' experts; the verbs do that themselves.
@@ -247,6 +250,12 @@ class Connection:
             if not self._queue.has_unwaited(sequence):  # or ranks would raise in different calls, as it was found
                 self._backend.overflows.remove(overflow)
                 raise error
+
+    def _check_ready(self) -> None:
+        """Raises what keeps the next call from being started."""
+        if self._is_closed:
+            self._check_open()
+        self._queue.check_room()
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -212,7 +212,7 @@ class Consent:
     def take(self) -> int:
         """The sequence number of the next call."""
         sequence = self.next_sequence
-        self.next_sequence = self.epoch << EPOCH_SHIFT | (sequence + 1) & CALL_MASK
+        self.next_sequence = sequence & ~CALL_MASK | (sequence + 1) & CALL_MASK
         return sequence
 
     def entry(self, sequence: int) -> int:

@@ -73,7 +73,7 @@ class Pending(Generic[Result]):
             PeerFailed: a peer gave up; the call is void.
             CapacityError: more rows than a rank has room for; all ranks raise, no row was moved.
         """
-        if not self.is_done:
+        if self.outcome is None and self.error is None:
             self._queue.drive(self)
         self._queue.forget(self)
         if self.error is not None:
@@ -165,8 +165,8 @@ class CallQueue:
         A call that was started behind others that have sent all that peers wait for may begin before they are done.
         Gives what is missing, if it stopped for that.
         """
-        patience = _Patience()
-        call = self._newest_to_begin() if target is None else self._oldest()
+        patience: _Patience | None = None
+        call = self._newest_to_begin() if target is None and len(self._running) > 1 else self._oldest()
         while call is not None and (target is None or not target.is_done):
             missing = None
             try:
@@ -178,11 +178,14 @@ class CallQueue:
             except BaseException as error:
                 self._fail(f"{type(error).__name__}: {error}")
                 raise
-            if missing is None:
+            if missing is None and call.error is None:
+                self._running.remove(call)
+            elif missing is None:
                 self._retire(call)
             else:
                 call.has_sent = missing.has_sent
                 if target is not None:
+                    patience = patience or _Patience()
                     self._wait(call, missing, patience)
                 elif call.has_sent or call is self._running[0]:
                     return missing
@@ -199,7 +202,7 @@ class CallQueue:
         return self._oldest()
 
     def _retire(self, call: Pending[Any]) -> None:
-        """Takes a call that has ended out of the queue; one that has failed ends the epoch."""
+        """Takes a call that has failed out of the queue; if its failure is also that of peers, it ends the epoch."""
         if isinstance(call.error, TransportError):
             self._unraised = call.error
             self._fail(call.error)

@@ -54,7 +54,7 @@ class ReceiveSlots:
     def check_free(self, is_unwaited: Callable[[Pending[Received] | None], bool]) -> None:
         """Raises ConfigError when the next slot belongs to a dispatch that was not waited for."""
         slot = self._num_taken % self._num_slots
-        if is_unwaited(self._calls[slot]):
+        if (call := self._calls[slot]) is not None and is_unwaited(call):
             raise ConfigError(
                 f"receive slot {slot} belongs to a dispatch that was not waited for; call wait() on it first"
             )
@@ -78,6 +78,7 @@ class ReceiveSlots:
         Args:
             copy: give rows of their own in place of views.
         """
+        self._calls[slot] = None
         plan, num_rows = arrived.plan, arrived.num_rows
         metadata = LazyMetadata(lambda: self._shaped(arrived.read_metadata(), num_rows))
         self._leases[slot] = lease = Lease(slot, plan.stamp, metadata)

@@ -104,7 +104,7 @@ def without_a_gpu() -> None:
     torch.cuda.stream = lambda _: contextlib.nullcontext()
     torch.cuda.current_stream = lambda *_: nothing
     torch.cuda.synchronize = lambda *_: None
-    torch.cuda.nvtx.range = lambda _: contextlib.nullcontext()
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_properties = lambda _: mock.Mock(multi_processor_count=2, major=9)
     for name in ("empty", "zeros"):
