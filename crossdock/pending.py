@@ -125,8 +125,7 @@ class CallQueue:
         slots have been started and not waited for. Behind a failure that was raised, it goes where the peers are.
         """
         self.check_failure()
-        if self._is_told:
-            self._consent.catch_up()
+        self._consent.catch_up()
         if len(self._unwaited) >= self._depth:
             raise ConfigError(
                 f"{len(self._unwaited)} calls were started and not waited for; num_slots={self._depth}: "
