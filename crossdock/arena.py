@@ -121,6 +121,7 @@ class Arena:
         add("aborts", (num_ranks,), torch.int64, "peers: I gave up")
         add("closed", (num_ranks,), torch.int64, "peers: I have left")
         add("masks", (2 + num_words(num_ranks), num_ranks), torch.int64, "peers: whom I want masked")
+        add("restarts", (2, num_ranks), torch.int64, "peers: where to begin again")
         add("reasons", (num_ranks, REASON_BYTES), torch.uint8, "peers: why")
         add("counts", (ring, num_ranks, spec.num_counts(self.topology)), torch.int64, "peers: rows to come")
         add("data", (slots, rows, hidden), spec.wire.dtype, "peers: dispatched rows", PAGE)

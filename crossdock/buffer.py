@@ -150,9 +150,10 @@ class Buffer(Connection):
             ConfigError: bad input here; the other ranks raise PeerFailed.
             CapacityError, PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        return self._start_dispatch(
-            x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms
-        ).wait()
+        with self._queue.turn:
+            return self._start_dispatch(
+                x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms
+            ).finished()
 
     def dispatch_start(
         self,
@@ -167,9 +168,10 @@ class Buffer(Connection):
         num_sms: int | None = None,
     ) -> Pending[Received]:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
-        return self._start_dispatch(
-            x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms
-        )
+        with self._queue.turn:
+            return self._start_dispatch(
+                x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms
+            )
 
     def _start_dispatch(
         self,
@@ -342,10 +344,11 @@ class Buffer(Connection):
             ConfigError: bad input here; the other ranks raise PeerFailed.
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = self._start_combine(
-            y, plan, weights, bias, extras, at_once=True, num_sms=num_sms
-        ).wait()
-        return result
+        with self._queue.turn:
+            result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = self._start_combine(
+                y, plan, weights, bias, extras, at_once=True, num_sms=num_sms
+            ).finished()
+            return result
 
     @overload
     def combine_start(
@@ -379,7 +382,8 @@ class Buffer(Connection):
         num_sms: int | None = None,
     ) -> Pending[Any]:
         """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
-        return self._start_combine(y, plan, weights, bias, extras, at_once=False, num_sms=num_sms)
+        with self._queue.turn:
+            return self._start_combine(y, plan, weights, bias, extras, at_once=False, num_sms=num_sms)
 
     def _start_combine(
         self,
@@ -477,6 +481,10 @@ class Buffer(Connection):
             ConfigError: bad input here; the other ranks raise PeerFailed.
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
+        with self._queue.turn:
+            return self._start_return(plan, extras).finished()
+
+    def _start_return(self, plan: Plan, extras: Sequence[Tensor]) -> Pending[tuple[Tensor, ...]]:
         self._check_ready()
         try:
             self._check_overflow()
@@ -496,7 +504,7 @@ class Buffer(Connection):
         pending: Pending[tuple[Tensor, ...]] = self._queue.start(
             Kind.COMBINE, call.sequence, steps, held=(plan, returned)
         )
-        return pending.wait()
+        return pending
 
     def remake_plan(self, tensors: PlanTensors) -> Plan:
         """A plan from the tensors that decide it. Local; nothing is made of tensors that it has been made from before.

@@ -302,7 +302,7 @@ def _over_nodes(plan: HostPlan, spec: Spec, topology: Topology, all_counts: Ints
         return np.ascontiguousarray(by_source.transpose(1, 2, 0)).reshape(node_size, -1)
 
     peers = tuple(range(node * node_size, (node + 1) * node_size))
-    nothing = torch.empty(0, dtype=torch.int64)
+    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
     fan_out = _hop("scale_up", peers, local, nothing, nothing, to_this_node(flat.counts), to_this_node(flat.dst_starts))
     return replace(
         plan, hops=(out, fan_out), back=out, pick_pos=node_pos, back_pos=node_pos, carried=torch.from_numpy(carried)

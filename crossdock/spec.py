@@ -77,9 +77,11 @@ class Topology:
 def check_experts(num_experts: int, num_ranks: int) -> None:
     """Raises ConfigError unless every rank holds the same number of experts."""
     if num_experts % num_ranks:
+        padded = -(-num_experts // num_ranks) * num_ranks
         raise ConfigError(
-            f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}; "
-            f"pass a multiple of {num_ranks} or pad the expert list"
+            f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}; pass a multiple of {num_ranks}: "
+            f"{padded}, with {padded - num_experts} experts that no token picks, or copies of popular ones "
+            f"(crossdock.nn.Placement)"
         )
 
 

@@ -54,9 +54,11 @@ def chunk_rows(hidden: int) -> int:
 
 def _sparse_sums(source: Tensor, terms: Terms) -> Tensor:
     """Unweighted sums as the product of a sparse matrix of ones and ``source``: reads each row once, copies none."""
-    ones = torch.ones(terms.rows.shape[0], dtype=source.dtype)
+    ones = torch.ones(terms.rows.shape[0], dtype=source.dtype, device="cpu")
     shape = (terms.offsets.shape[0] - 1, source.shape[0])
-    matrix = torch.sparse_csr_tensor(terms.offsets, terms.rows, ones, shape, check_invariants=False)
+    matrix = torch.sparse_csr_tensor(
+        terms.offsets, terms.rows, ones, shape, dtype=source.dtype, device="cpu", check_invariants=False
+    )
     sums: Tensor = torch.sparse.mm(matrix, source, "sum")
     return sums
 
@@ -67,14 +69,14 @@ def _plain_sums(
     """The definition of the sums: gather, multiply, add."""
     offsets, rows = terms.offsets.numpy(), terms.rows.numpy()
     lengths = np.diff(offsets)
-    out = torch.empty(lengths.size, source.shape[1], dtype=dtype)
+    out = torch.empty(lengths.size, source.shape[1], dtype=dtype, device="cpu")
     num_rows = chunk_rows(source.shape[1])
     for start in range(0, lengths.size, num_rows):
         here = slice(start, min(start + num_rows, lengths.size))
         # Longest sums first: the sums that have a j-th term are then the first ones of the chunk.
         order = np.argsort(-lengths[here], kind="stable")
         firsts, ordered = offsets[here][order], lengths[here][order]
-        sums = torch.zeros(order.size, source.shape[1])
+        sums = torch.zeros(order.size, source.shape[1], dtype=torch.float32, device="cpu")
         for j in range(int(ordered.max())):
             nth = firsts[: int((ordered > j).sum())] + j
             gathered = torch.index_select(source, 0, torch.from_numpy(rows[nth]))
@@ -96,10 +98,10 @@ def _sparse_sums_are_ours(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _check_sparse_sums(dtype: torch.dtype) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    exponents = torch.randint(-10, 10, (64, 1), generator=generator)
-    source = (torch.randn(64, 40, generator=generator) * 2.0**exponents).to(dtype)
-    terms = Terms(torch.arange(0, 65, 8), torch.randint(64, (64,), generator=generator))
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((64, 40)) * 2.0 ** rng.integers(-10, 10, (64, 1))
+    source = torch.from_numpy(values.astype(np.float32)).to(dtype)
+    terms = Terms(torch.from_numpy(np.arange(0, 65, 8)), torch.from_numpy(rng.integers(64, size=64)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns once per process that sparse CSR is in beta
         try:
