@@ -9,6 +9,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any, Literal, overload
 from weakref import WeakValueDictionary
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
-from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, PlanTensors, RowCount
+from crossdock.backends.base import Batch, Call, LaunchOptions, PlanTensors, RowCount
 from crossdock.connection import Connection, Stats
 from crossdock.consent import PUSHED, Kind, Word
 from crossdock.errors import ConfigError
@@ -93,6 +94,7 @@ class Buffer(Connection):
         super().__init__(group, spec, device=device, launch_options=options, timeout_s=timeout_s, debug=debug)
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
         self._ranks_sum = spec.reduce == "rank"
+        self._moves_blocks = mover == "copy"
         self._region_of_rows = [self.arena.region_of_rows(unquantized=unquantized) for unquantized in (False, True)]
         self._default_row_count: RowCount = "capacity" if isinstance(spec.layout, Padded) else "exact"
         self._num_combines = 0
@@ -188,8 +190,9 @@ class Buffer(Connection):
     ) -> Pending[Received]:
         row_count = rows or self._default_row_count
         self._check_ready()
-        self._slots.check_free(self._queue.is_unwaited)
-        self._backend.check_capture(asks_host=row_count == "exact" and not isinstance(routing, Plan))
+        asks_host = row_count == "exact" and not isinstance(routing, Plan)
+        if asks_host or self._moves_blocks:
+            self._backend.check_capture(asks_host=asks_host)
         try:
             if self._backend.overflows:
                 self._check_overflow()
@@ -208,7 +211,7 @@ class Buffer(Connection):
         if self._debug or self._region_of_rows[unquantized] == "outputs":
             self._queue.drain()  # or rows would be overwritten that a combine in flight still pulls
             self._queue.check_room()
-        slot = self._slots.take()
+        slot = self._slots.take(self._queue)
         if self._debug:
             self._slots.poison(slot, "data", "scale", "metadata")
         plan = routing if isinstance(routing, Plan) else None
@@ -216,16 +219,14 @@ class Buffer(Connection):
         word = kind.words.get((slot, PUSHED)) or self._word(
             kind, verb, slot, PUSHED, plan, (row_count, unquantized, weights is None, _shapes(extras))
         )
-        call = self._take(word, kind, row_count=row_count, at_once=at_once, num_sms=num_sms)
+        is_first = self._queue.is_idle
+        call = Call(self._consent.take(), word, kind, row_count, at_once=at_once, is_first=is_first, num_sms=num_sms)
         steps = self._backend.dispatch(call, batch, routing)
 
-        def finish(arrived: Arrived) -> Received:
-            if self._debug and self._region_of_rows[unquantized] == "data":
-                self._slots.poison(slot, "outputs")
-            return self._slots.lend(arrived, slot, unquantized=unquantized, copy=copy)
-
+        finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copy=copy, poisons=self._debug)
         pending = self._queue.start(verb, call.sequence, steps, finish, held=(batch, routing))
-        self._slots.fill(slot, pending)
+        if not at_once:
+            self._slots.fill(slot, pending)
         self._queue.drive()
         if kind is not known:
             self._kinds.keep(key, kind)
@@ -419,7 +420,8 @@ class Buffer(Connection):
         word = kind.words.get((slot, output_slot)) or self._word(
             kind, Kind.COMBINE, slot, output_slot, plan, None if extras is None else _shapes(returned)
         )
-        call = self._take(word, kind, at_once=at_once, num_sms=num_sms)
+        is_first = self._queue.is_idle
+        call = Call(self._consent.take(), word, kind, at_once=at_once, is_first=is_first, num_sms=num_sms)
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
         steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
         pending: Pending[Any] = self._queue.start(
@@ -499,7 +501,7 @@ class Buffer(Connection):
             raise
         kind = CallKind()
         word = self._word(kind, Kind.COMBINE, self._next_return_slot(), PUSHED, plan, ("extras", _shapes(returned)))
-        call = self._take(word, kind)
+        call = Call(self._consent.take(), word, kind, is_first=self._queue.is_idle)
         steps = self._backend.return_extras(call, plan, returned)
         pending: Pending[tuple[Tensor, ...]] = self._queue.start(
             Kind.COMBINE, call.sequence, steps, held=(plan, returned)
@@ -548,19 +550,6 @@ class Buffer(Connection):
     def has_pairs(self) -> bool:
         """Whether plans say which rows here are of one token (``Plan.partial_rows``): where ranks sum or copy them."""
         return self._backend.has_pairs
-
-    def _take(
-        self,
-        word: Word,
-        kind: CallKind,
-        *,
-        row_count: RowCount = "capacity",
-        at_once: bool = True,
-        num_sms: int | None = None,
-    ) -> Call:
-        """The next call, with the next sequence number."""
-        is_first = self._queue.is_idle
-        return Call(self._consent.take(), word, kind, row_count, at_once=at_once, is_first=is_first, num_sms=num_sms)
 
     @property
     def _is_capturing(self) -> bool:

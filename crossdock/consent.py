@@ -224,6 +224,11 @@ class Consent:
         """Whether the epoch has begun by a failure, and no call has been taken in it."""
         return not self._is_open and self.next_sequence & CALL_MASK == 0
 
+    @property
+    def is_in_step(self) -> bool:
+        """Whether the epoch goes on as far as this rank knows: nothing has failed, and no call was left half begun."""
+        return self._is_open and self.taken is None
+
     def take(self) -> int:
         """The sequence number of the next call."""
         self.taken = sequence = self.next_sequence

@@ -129,8 +129,9 @@ class CallQueue:
         one would be the caller's answer to an error it has not seen), or ConfigError when as many calls as there are
         slots have been started and not waited for. Behind a failure that was raised, it goes where the peers are.
         """
-        self.check_failure()
-        self._consent.catch_up()
+        if self._unraised is not None or self._failing is not None or not self._consent.is_in_step:
+            self.check_failure()
+            self._consent.catch_up()
         if len(self._unwaited) >= self._depth:
             raise ConfigError(
                 f"{len(self._unwaited)} calls were started and not waited for; num_slots={self._depth}: "
@@ -183,8 +184,11 @@ class CallQueue:
         Gives what is missing, if it stopped for that.
         """
         patience: _Patience | None = None
-        call = self._newest_to_begin() if target is None and len(self._running) > 1 else self._oldest()
-        while call is not None and (target is None or not target.is_done):
+        running = self._running
+        call = running[0] if running else None
+        if target is None and len(running) > 1:
+            call = self._newest_to_begin()
+        while call is not None and (target is None or (target.outcome is None and target.error is None)):
             missing = None
             try:
                 missing = next(call.steps)
@@ -196,7 +200,7 @@ class CallQueue:
                 self._fail(f"{type(error).__name__}: {error}")
                 raise
             if missing is None and call.error is None:
-                self._running.remove(call)
+                running.remove(call)
             elif missing is None:
                 self._retire(call)
             else:
@@ -206,17 +210,14 @@ class CallQueue:
                     self._wait(call, missing, patience)
                 elif call.has_sent or call is self._running[0]:
                     return missing
-            call = self._oldest()
+            call = running[0] if running else None
         return None
-
-    def _oldest(self) -> Pending[Any] | None:
-        return self._running[0] if self._running else None
 
     def _newest_to_begin(self) -> Pending[Any] | None:
         """The newest call, if none before it has anything to send; else the oldest."""
-        if self._running and all(call.has_sent for call in list(self._running)[:-1]):
+        if len(self._running) > 1 and all(call.has_sent for call in list(self._running)[:-1]):
             return self._running[-1]
-        return self._oldest()
+        return self._running[0] if self._running else None
 
     def _retire(self, call: Pending[Any]) -> None:
         """Takes a call that has failed out of the queue; if its failure is also that of peers, it ends the epoch."""
