@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from crossdock.cli.bench import add_parser as add_bench
 from crossdock.cli.demo import add_parser as add_demo
 from crossdock.cli.doctor import add_parser as add_doctor
+from crossdock.cli.load import add_parser as add_load
 from crossdock.cli.mps import add_parser as add_mps
 from crossdock.errors import ConfigError, CrossdockError
 from crossdock.version import __version__
 
-_COMMANDS = (add_demo, add_bench, add_doctor, add_mps)
+_COMMANDS = (add_demo, add_bench, add_doctor, add_load, add_mps)
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 
