@@ -79,7 +79,8 @@ class ExpertParallel(nn.Module):
         self.shared = shared
         self.placement = placement
         self._borrowed = _Borrowed(None)
-        self._load = torch.zeros(num_experts, dtype=torch.int64)  # no module buffer, which DDP would broadcast
+        # No module buffer, which DDP would broadcast; so not on the meta device either, which nothing would fill.
+        self._load = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
         if buffer is not None:
             self.buffer = buffer
 

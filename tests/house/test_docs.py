@@ -23,7 +23,8 @@ def test_page_has_only_blocks_that_are_run(page):
     assert num_fences == 2 * len(blocks_of(text)), f"{page.name}: a fence is indented, or not closed"
     for kind, body, line in blocks_of(text):
         where = f"{page.name}, line {line}"
-        assert kind in ("python", SHOWN, "text", "diagram", "console"), f"{where}: a block of kind {kind!r} is not run by anything"
+        kinds = ("python", SHOWN, "text", "diagram", "console")
+        assert kind in kinds, f"{where}: a block of kind {kind!r} is not run by anything"
         if kind == SHOWN:
             compile(body, where, "exec")
         assert kind != "text" or before == "python", f"{where}: this output follows no python block"
