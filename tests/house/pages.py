@@ -32,6 +32,11 @@ NOT_RUN = {
     "docker run --shm-size=8g my-image": "there is no docker where the tests run, and no such image",
     "crossdock mps -- torchrun --nproc-per-node 2 examples/cuda_graph.py": "it needs a GPU",
     "crossdock mps -- torchrun --nproc-per-node 2 examples/decode.py": "it needs a GPU",
+    "crossdock doctor": "what it prints depends on the machine; tests/unit/test_doctor.py runs it",
+    "torchrun --nproc-per-node 2 -m crossdock doctor --group": "the same",
+    "# Picks in Megatron-LM": "it is not installed where the tests run, and wants a GPU",
+    "# Picks in vLLM": "the same",
+    "# Picks in SGLang": "the same",
     "# Replayed on GPUs": "CUDA graphs need a GPU; examples/cuda_graph.py does the same, and runs on CPUs too",
     "# Events on GPUs": "streams and events need a GPU",
 }

@@ -1,6 +1,8 @@
 """What the pages of docs/ show is what happens."""
 
+import importlib.util
 import re
+import sys
 
 import pytest
 
@@ -53,7 +55,22 @@ def test_what_is_not_run_is_shown_somewhere(shown):
     assert any(f"{fence}{shown}\n" in page.read_text() for page in PAGES)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+    text = page.read_text()
+    for target in [
+        *re.findall(r"\]\(([^)#]+)[^)]*\)", text),
+        *re.findall(r"^```\{include\} (.+)$", text, re.MULTILINE),
+    ]:
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_figures_are_those_that_their_program_draws():
+    """What a layout looks like is taken from rows that have arrived; the rest from its lists."""
+    at = ROOT / "docs" / "figures" / "draw.py"
+    spec = importlib.util.spec_from_file_location("draw", at)
+    draw = importlib.util.module_from_spec(spec)
+    sys.modules["draw"] = draw  # its dataclasses look there
+    spec.loader.exec_module(draw)
+    drawn = {name: drawing.svg() for name, drawing in draw.figures()}
+    assert drawn == {path.name: path.read_text() for path in at.parent.glob("*.svg")}

@@ -143,7 +143,7 @@ def measure(recording: Recording, spec: Spec, *, replicas: Sequence[int]) -> Fig
     for extra in replicas:
         num_physical = recording.num_experts + extra * recording.num_ranks
         placement = Placement.balanced(torch.from_numpy(load), num_physical=num_physical, num_ranks=recording.num_ranks)
-        name = "experts exchanged between ranks" if extra == 0 else f"{extra} more on each rank"
+        name = "exchanged" if extra == 0 else f"{extra} more on each rank"
         candidates.append(_candidate(name, unseen, spec, placement))
     return Figures(
         recording=recording,

@@ -37,20 +37,33 @@ def print_figures(figures: Figures, path: Path | None) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
-    console.print(Text(title(figures), style="bold"))
-    loads = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    with console.capture() as said:
+        console.print(Text(title(figures), style="bold"))
+        console.print(_loads(figures))
+        for line in lines(figures):
+            console.print(Text(line))
+        console.print(_placements(figures))
+        console.print(Text(fitted(figures), style="dim"))
+        if path is not None:
+            console.print(Text(f"page    {path}"), soft_wrap=True)
+    print("\n".join(line.rstrip() for line in said.get().splitlines()))
+
+
+def _loads(figures: Figures) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("largest load over the mean", "mean of the steps", "worst step", "all steps together"):
-        loads.add_column(heading, justify="left" if heading.startswith("largest") else "right")
+        table.add_column(heading, justify="left" if heading.startswith("largest") else "right")
     for name, imbalance in (("of experts", figures.experts), ("of ranks", figures.ranks)):
-        loads.add_row(name, *_three(imbalance))
-    console.print(loads)
-    for line in lines(figures):
-        console.print(Text(line))
-    placements = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_row(name, *_three(imbalance))
+    return table
+
+
+def _placements(figures: Figures) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("placement", "experts", "ranks, mean", "ranks, worst", "rows per token", "busiest link"):
-        placements.add_column(heading, justify="left" if heading == "placement" else "right")
+        table.add_column(heading, justify="left" if heading == "placement" else "right")
     for candidate in figures.candidates:
-        placements.add_row(
+        table.add_row(
             candidate.name,
             str(candidate.num_physical),
             f"{candidate.ranks.mean:.3f}",
@@ -58,10 +71,7 @@ def print_figures(figures: Figures, path: Path | None) -> None:
             f"{candidate.rows_per_token:.2f}",
             f"{candidate.busiest_bytes / 1e6:.2f} MB",
         )
-    console.print(placements)
-    console.print(Text(fitted(figures), style="dim"))
-    if path is not None:
-        console.print(Text(f"page    {path}"), soft_wrap=True)
+    return table
 
 
 def title(figures: Figures) -> str:
