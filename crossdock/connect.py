@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from crossdock.errors import BackendUnavailable, ConfigError
 from crossdock.spec import Spec
 from crossdock.transport import inproc, shm
 from crossdock.transport.base import ProcessGroup, Transport, raise_on_all
+
+OLDEST_TRITON = (3, 6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ def connect(
         consent = Consent(host, rank=members.rank, num_ranks=members.size, ring=arena.ring)
         backend = CpuBackend(arena, host, consent, buffer_id=number)
         return Connected(transport=host, backend=backend, consent=consent, launch=None)
-    raise_on_all(members, _missing(device), BackendUnavailable)
+    raise_on_all(members, cuda_problem(device), BackendUnavailable)
     # Triton is not on every system, and torch's symmetric memory takes a while to import.
     from crossdock.backends.cuda import calls as cuda  # noqa: PLC0415
     from crossdock.transport import symmetric  # noqa: PLC0415
@@ -108,11 +111,27 @@ def connect(
     return Connected(transport=peers, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch)
 
 
-def _missing(device: torch.device) -> str | None:
+def cuda_problem(device: torch.device) -> str | None:
+    """What a CUDA device lacks for moving rows: CUDA, the device itself, or Triton; None when nothing does."""
     if not torch.cuda.is_available():
         return f"device={device} needs CUDA, and torch.cuda.is_available() is False here; pass device='cpu'"
     if (device.index or 0) >= torch.cuda.device_count():
         return f"device={device} does not exist; this process sees {torch.cuda.device_count()} GPUs"
+    if (problem := triton_problem()) is not None:
+        return f"device={device} needs {problem}"
+    return None
+
+
+def triton_problem() -> str | None:
+    """What is wrong with the Triton that is installed, or that it is not; None when kernels can be compiled by it."""
+    allowed = ".".join(map(str, OLDEST_TRITON))
     if importlib.util.find_spec("triton") is None:
-        return f"device={device} needs Triton 3.6 or newer, which is not installed; pip install triton"
+        return f"Triton {allowed} or newer, which is not installed; pip install triton"
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # on PYTHONPATH, or a vendor's under another name
+        return None
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    if len(numbers) == 2 and numbers < OLDEST_TRITON:
+        return f"Triton {allowed} or newer, and {found} is installed; pip install --upgrade triton"
     return None

@@ -83,7 +83,7 @@ ensure_venv() {
     say "installing torch, the tools and crossdock itself into .venv" \
         "(only when pyproject.toml has changed; the first time it downloads torch, up to 3 GB, which takes minutes)"
     "$VENV/bin/python" -m pip install --constraint "$ROOT/scripts/constraints.txt" \
-        --editable "$ROOT[cli,test,check]" >&2 && install_old_triton ||
+        --editable "$ROOT[all,test,check,docs]" >&2 && install_old_triton ||
         die "the installation failed; what pip said is above. Without the network it needs a package cache;" \
             "if a package has no release for this Python, name another: rm -rf $VENV; PYTHON=python3.12 $0"
     wanted_stamp >"$STAMP"

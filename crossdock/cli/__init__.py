@@ -1,4 +1,4 @@
-"""The command line: ``crossdock demo``, ``bench`` and ``mps``. Each command is a package that adds its own parser."""
+"""The command line: ``crossdock demo``, ``bench``, ``doctor``, ``load``, ``mps``; a package each, with its parser."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Sequence
 
 from crossdock.cli.bench import add_parser as add_bench
 from crossdock.cli.demo import add_parser as add_demo
+from crossdock.cli.doctor import add_parser as add_doctor
+from crossdock.cli.load import add_parser as add_load
 from crossdock.cli.mps import add_parser as add_mps
 from crossdock.errors import ConfigError, CrossdockError
 from crossdock.version import __version__
 
-_COMMANDS = (add_demo, add_bench, add_mps)
+_COMMANDS = (add_demo, add_bench, add_doctor, add_load, add_mps)
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 

@@ -22,6 +22,16 @@ Load = Callable[[int], int]
 Store = Callable[[int, int], None]
 
 
+def missing_atomics(machine: str) -> str | None:
+    """What ranks that are processes lack on a machine without libatomic, named as ``platform.machine()`` does."""
+    if machine in ("x86_64", "AMD64"):
+        return None
+    return (
+        f"ranks of several processes need C11 atomics, and libatomic.so.1 was not found on this {machine} machine; "
+        f"install it (Debian, Ubuntu: libatomic1; Fedora: libatomic)"
+    )
+
+
 def atomics(*, between_processes: bool) -> tuple[Load, Store]:
     """Load-acquire and store-release of the 8 bytes at an address.
 
@@ -31,11 +41,8 @@ def atomics(*, between_processes: bool) -> tuple[Load, Store]:
     try:
         lib = ctypes.CDLL("libatomic.so.1")
     except OSError:
-        if between_processes and platform.machine() not in ("x86_64", "AMD64"):
-            raise BackendUnavailable(
-                f"ranks of several processes need C11 atomics, and libatomic.so.1 was not found on this "
-                f"{platform.machine()} machine; install it (Debian, Ubuntu: libatomic1; Fedora: libatomic)"
-            ) from None
+        if between_processes and (problem := missing_atomics(platform.machine())):
+            raise BackendUnavailable(problem) from None
 
         def plain_store(address: int, value: int) -> None:
             ctypes.c_int64.from_address(address).value = value

@@ -37,7 +37,7 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
     path = _env.shm_dir() / f"{name}-{group.rank}"
     fds: list[int] = []
     try:
-        raise_on_all(group, _create(path, arena, fds), TransportError)
+        raise_on_all(group, allocate(path, arena.num_bytes, fds), TransportError)
         paths = group.all_gather(path)
         problem = None
         peers = []
@@ -70,15 +70,21 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
     )
 
 
-def _create(path: Path, arena: Arena, fds: list[int]) -> str | None:
-    """Makes a file of the arena's size, allocated for real, locked while this process lives; or says why not."""
+def allocate(path: Path, num_bytes: int, fds: list[int]) -> str | None:
+    """Makes a file of that size, allocated for real, locked while its descriptor is open; or says why not.
+
+    Args:
+        path: of the new file.
+        num_bytes: of a segment, or of what one shall have room for (`crossdock doctor`).
+        fds: gets the descriptor, which the caller closes, also when the file could not be made as large.
+    """
     try:
         fd = lock(path)
         fds.append(fd)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, arena.num_bytes)
+            os.posix_fallocate(fd, 0, num_bytes)
         else:
-            os.ftruncate(fd, arena.num_bytes)
+            os.ftruncate(fd, num_bytes)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
             return f"cannot create its segment {path} ({error.strerror}); set CROSSDOCK_SHM_DIR to a memory file system"
@@ -86,7 +92,7 @@ def _create(path: Path, arena: Arena, fds: list[int]) -> str | None:
             os.ftruncate(fd, 0)
         total = shutil.disk_usage(path.parent).total
         return (
-            f"{path.parent} has no room for a segment of {arena.num_bytes:,} bytes (its size is {total:,}, and every "
+            f"{path.parent} has no room for a segment of {num_bytes:,} bytes (its size is {total:,}, and every "
             f"rank of this host needs a segment); give it more (docker run --shm-size=8g, or mount -o remount,size=8g "
             f"{path.parent}), set CROSSDOCK_SHM_DIR to a larger memory file system, or pass a smaller max_tokens or "
             f"capacity="

@@ -1,6 +1,8 @@
 """What the pages of docs/ show is what happens."""
 
+import importlib.util
 import re
+import sys
 
 import pytest
 
@@ -23,9 +25,8 @@ def test_page_has_only_blocks_that_are_run(page):
     assert num_fences == 2 * len(blocks_of(text)), f"{page.name}: a fence is indented, or not closed"
     for kind, body, line in blocks_of(text):
         where = f"{page.name}, line {line}"
-        assert kind in ("python", SHOWN, "text", "diagram", "console"), (
-            f"{where}: a block of kind {kind!r} is not run by anything"
-        )
+        kinds = ("python", SHOWN, "text", "diagram", "console")
+        assert kind in kinds, f"{where}: a block of kind {kind!r} is not run by anything"
         if kind == SHOWN:
             compile(body, where, "exec")
         assert kind != "text" or before == "python", f"{where}: this output follows no python block"
@@ -54,7 +55,22 @@ def test_what_is_not_run_is_shown_somewhere(shown):
     assert any(f"{fence}{shown}\n" in page.read_text() for page in PAGES)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+    text = page.read_text()
+    for target in [
+        *re.findall(r"\]\(([^)#]+)[^)]*\)", text),
+        *re.findall(r"^```\{include\} (.+)$", text, re.MULTILINE),
+    ]:
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_figures_are_those_that_their_program_draws():
+    """What a layout looks like is taken from rows that have arrived; the rest from its lists."""
+    at = ROOT / "docs" / "figures" / "draw.py"
+    spec = importlib.util.spec_from_file_location("draw", at)
+    draw = importlib.util.module_from_spec(spec)
+    sys.modules["draw"] = draw  # its dataclasses look there
+    spec.loader.exec_module(draw)
+    drawn = {name: drawing.svg() for name, drawing in draw.figures()}
+    assert drawn == {path.name: path.read_text() for path in at.parent.glob("*.svg")}

@@ -214,7 +214,7 @@ def missing_on(device, *, count, has_triton):
         mock.patch.object(torch.cuda, "device_count", return_value=count),
         mock.patch.object(connect.importlib.util, "find_spec", return_value="triton" if has_triton else None),
     ):
-        return connect._missing(torch.device(device))
+        return connect.cuda_problem(torch.device(device))
 
 
 def test_what_cuda_needs_is_said_in_turn():

@@ -1,59 +1,60 @@
-"""The four charts of the page, as plotly figures that fit a phone. Needs plotly (``crossdock[cli]``).
-
-Colours are of Okabe and Ito's set, which people of all kinds of colour vision tell apart.
-"""
+"""The four charts of the page, as plotly figures that fit a phone. Needs plotly (``crossdock[cli]``)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
 from crossdock.cli.demo.outcome import Outcome, spent
+from crossdock.cli.page.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LESS_OR_MORE,
+    MAX_COLUMNS,
+    MAX_LABELLED,
+    ORANGE,
+    PINK,
+    SKY,
+    colour_bar,
+    layout,
+)
 
-_INK, _GRID = "#1f2933", "#e4e7eb"
-_BLUE, _ORANGE, _GREEN, _SKY, _PINK, _GREY = "#0072b2", "#e69f00", "#009e73", "#56b4e9", "#cc79a7", "#b8bfc6"
 PARTS = {
-    "the model": _BLUE,
-    "dispatch": _ORANGE,
-    "combine": _PINK,
-    "waiting for peers": _GREY,
-    "all-reduce": _GREEN,
-    "optimizer": _SKY,
+    "the model": BLUE,
+    "dispatch": ORANGE,
+    "combine": PINK,
+    "waiting for peers": GREY,
+    "all-reduce": GREEN,
+    "optimizer": SKY,
     "the rest": "#e3e6ea",
 }
-_LESS_OR_MORE = [[0.0, "#b35806"], [0.25, "#f1a340"], [0.5, "#f7f7f7"], [0.75, "#67a9cf"], [1.0, "#053061"]]
-"""Orange below the middle, blue above it."""
-_COLUMNS = 120
-"""Steps are averaged until there are at most so many columns: a phone has some 300 points."""
-_MAX_LABELLED = 8
-"""Ranks whose traffic is also written as figures."""
 
 
 def loss_chart(outcome: Outcome) -> go.Figure:
     """Loss by step; the one-process run's first steps on top of it."""
     steps = list(range(1, len(outcome.losses) + 1))
-    figure = go.Figure(layout=_layout(height=340))
+    figure = go.Figure(layout=layout(height=340))
     figure.add_scatter(
-        x=steps, y=list(outcome.losses), name="crossdock", mode="lines", line={"color": _BLUE, "width": 1.5}
+        x=steps, y=list(outcome.losses), name="crossdock", mode="lines", line={"color": BLUE, "width": 1.5}
     )
     figure.add_scatter(
         x=[pair.step for pair in outcome.compared],
         y=[pair.plain_loss for pair in outcome.compared],
         name="one process",
         mode="markers",
-        marker={"color": _ORANGE, "size": 7, "symbol": "circle-open", "line": {"width": 2}},
+        marker={"color": ORANGE, "size": 7, "symbol": "circle-open", "line": {"width": 2}},
     )
     figure.add_scatter(
         x=[steps[0], steps[-1]],
         y=[outcome.held_out_loss] * 2,
         name="held-out text, at the end",
         mode="lines",
-        line={"color": _GREEN, "width": 2, "dash": "dot"},
+        line={"color": GREEN, "width": 2, "dash": "dot"},
     )
-    figure.update_xaxes(title="step", dtick=1 if len(steps) < _COLUMNS // 10 else None)
+    figure.update_xaxes(title="step", dtick=1 if len(steps) < MAX_COLUMNS // 10 else None)
     figure.update_yaxes(title="nats per byte")
     return figure
 
@@ -62,10 +63,10 @@ def load_chart(outcome: Outcome) -> go.Figure:
     """Load of every expert by step, layer above layer."""
     load = outcome.load
     num_steps, num_layers, num_experts = load.shape
-    per_column = -(-num_steps // _COLUMNS)
+    per_column = -(-num_steps // MAX_COLUMNS)
     columns = [load[first : first + per_column].mean(axis=0) for first in range(0, num_steps, per_column)]
     rows = np.stack(columns, axis=-1).reshape(num_layers * num_experts, -1)
-    figure = go.Figure(layout=_layout(height=90 + 5 * len(rows) if len(rows) > 50 else 340))
+    figure = go.Figure(layout=layout(height=90 + 5 * len(rows) if len(rows) > 50 else 340))
     figure.add_heatmap(
         z=np.round(rows, 3).tolist(),
         x=[first + 1 for first in range(0, num_steps, per_column)],
@@ -73,12 +74,12 @@ def load_chart(outcome: Outcome) -> go.Figure:
         hovertemplate="%{customdata}, step %{x}: %{z:.2f}<extra></extra>",
         zmin=0,
         zmax=2,
-        colorscale=_LESS_OR_MORE,
-        colorbar=_colour_bar("load, 1 = fair share", [0, 0.5, 1, 1.5, 2], ["0", "0.5", "1", "1.5", "2+"]),
+        colorscale=LESS_OR_MORE,
+        colorbar=colour_bar("load, 1 = fair share", [0, 0.5, 1, 1.5, 2], ["0", "0.5", "1", "1.5", "2+"]),
     )
     for layer in range(1, num_layers):
-        figure.add_hline(y=layer * num_experts - 0.5, line={"color": _INK, "width": 1})
-    figure.update_xaxes(title="step", showgrid=False, dtick=1 if num_steps < _COLUMNS // 10 else None)
+        figure.add_hline(y=layer * num_experts - 0.5, line={"color": INK, "width": 1})
+    figure.update_xaxes(title="step", showgrid=False, dtick=1 if num_steps < MAX_COLUMNS // 10 else None)
     middles = [layer * num_experts + (num_experts - 1) / 2 for layer in range(num_layers)]
     names = [f"layer {layer}" for layer in range(num_layers)]
     figure.update_yaxes(tickvals=middles, ticktext=names, tickangle=-90, autorange="reversed", showgrid=False, ticks="")
@@ -88,16 +89,16 @@ def load_chart(outcome: Outcome) -> go.Figure:
 def traffic_chart(outcome: Outcome) -> go.Figure:
     """What each rank dispatched to each rank."""
     traffic = outcome.traffic
-    is_small = len(traffic) <= _MAX_LABELLED
-    figure = go.Figure(layout=_layout(height=340))
+    is_small = len(traffic) <= MAX_LABELLED
+    figure = go.Figure(layout=layout(height=340))
     figure.add_heatmap(
         z=np.round(traffic, 4).tolist(),
         texttemplate="%{z:.2f}" if is_small else None,
         hovertemplate="from rank %{y} to rank %{x}: %{z:.3f} MB<extra></extra>",
         zmin=0,
         zmax=float(traffic.max()),
-        colorscale=[[0.0, "#ffffff"], [1.0, _SKY]],
-        colorbar=None if is_small else _colour_bar("MB per step"),
+        colorscale=[[0.0, "#ffffff"], [1.0, SKY]],
+        colorbar=None if is_small else colour_bar("MB per step"),
         showscale=not is_small,
         xgap=2,
         ygap=2,
@@ -111,7 +112,7 @@ def traffic_chart(outcome: Outcome) -> go.Figure:
 def time_chart(outcome: Outcome) -> go.Figure:
     """Each rank's training time, part by part."""
     times = [spent(spans) for spans in outcome.spans]
-    figure = go.Figure(layout=_layout(height=70 + 40 * len(times)))
+    figure = go.Figure(layout=layout(height=70 + 40 * len(times)))
     for name, colour in PARTS.items():
         figure.add_bar(
             x=[round(time[name], 3) for time in times],
@@ -125,35 +126,6 @@ def time_chart(outcome: Outcome) -> go.Figure:
     figure.update_xaxes(title="seconds")
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     return figure
-
-
-def _layout(height: int) -> go.Layout:
-    axis = {"gridcolor": _GRID, "zeroline": False, "automargin": True, "fixedrange": True, "title": {"standoff": 8}}
-    return go.Layout(
-        height=height,
-        margin={"l": 8, "r": 8, "t": 8, "b": 8},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": _INK},
-        paper_bgcolor="#ffffff",
-        plot_bgcolor="#ffffff",
-        xaxis=axis,
-        yaxis=axis,
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
-        hoverlabel={"font": {"size": 13}},
-    )
-
-
-def _colour_bar(title: str, values: list[float] | None = None, names: list[str] | None = None) -> dict[str, Any]:
-    """A flat one above the chart, because a phone has no width to spare."""
-    bar: dict[str, Any] = {
-        "orientation": "h",
-        "thickness": 10,
-        "outlinewidth": 0,
-        "y": 1,
-        "yanchor": "bottom",
-        "ypad": 4,
-    }
-    bar["title"] = {"text": title, "side": "top"}
-    return bar if values is None else {**bar, "tickvals": values, "ticktext": names}
 
 
 def _names(num_layers: int, num_experts: int, num_columns: int) -> npt.NDArray[np.str_]:

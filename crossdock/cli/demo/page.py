@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from typing import NamedTuple
-
-import jinja2
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
-
+from crossdock.cli import page
 from crossdock.cli.demo.charts import PARTS, load_chart, loss_chart, time_chart, traffic_chart
 from crossdock.cli.demo.outcome import Outcome, spent
 from crossdock.cli.demo.replay import TOLERANCE
-from crossdock.version import __version__
-
-
-class Card(NamedTuple):
-    """A key figure."""
-
-    figure: str
-    what: str
-
-
-class Chart(NamedTuple):
-    """A figure with what it shows; ``json`` is what plotly.js draws."""
-
-    name: str
-    title: str
-    text: str
-    json: str
-
-
-class Part(NamedTuple):
-    """A kind of work, and how much of all ranks' time it took."""
-
-    name: str
-    colour: str
-    share: str
+from crossdock.cli.page import Card, Chart, Part, as_json
 
 
 def render(outcome: Outcome) -> str:
     """The page."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("crossdock.cli.demo", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
-        outcome=outcome,
+    return page.render(
+        "demo/page.html.j2",
         cards=_cards(outcome),
         charts=_charts(outcome),
-        parts=_parts(outcome),
+        measured_on=f"Measured on {outcome.measured_on}.",
+        outcome=outcome,
         tolerance=TOLERANCE,
-        plotly=get_plotlyjs(),
-        version=__version__,
     )
 
 
@@ -91,33 +53,28 @@ def _charts(outcome: Outcome) -> list[Chart]:
             "Loss",
             "How surprised the model is by the next byte of Python source. The circles are the first "
             f"{num_compared} steps, repeated in one process without the library.",
-            _json(loss_chart(outcome)),
+            as_json(loss_chart(outcome)),
         ),
         Chart(
             "load",
             "Expert load",
             "How many tokens each expert got, a row per expert. White is a fair share; each gate's bias pulls its "
             "experts towards it.",
-            _json(load_chart(outcome)),
+            as_json(load_chart(outcome)),
         ),
         Chart(
             "traffic",
             "Traffic",
             "MB of rows that the ranks dispatched to each other in a step's forward pass, on average. The diagonal "
             "stays on its rank.",
-            _json(traffic_chart(outcome)),
+            as_json(traffic_chart(outcome)),
         ),
         Chart(
             "time",
             "Where the time went",
             "Seconds of training on each rank; dispatch and combine without the time they waited for peers."
             f"{settled}{shared}",
-            _json(time_chart(outcome)),
+            as_json(time_chart(outcome)),
+            _parts(outcome),
         ),
     ]
-
-
-def _json(figure: go.Figure) -> str:
-    """The figure without plotly's default template, safe inside a script element."""
-    figure.update_layout(template="none")
-    return json.dumps(json.loads(figure.to_json())).replace("<", "\\u003c")
