@@ -220,7 +220,7 @@ class Buffer(Connection):
             kind, verb, slot, PUSHED, plan, (row_count, unquantized, weights is None, _shapes(extras))
         )
         is_first = self._queue.is_idle
-        call = Call(self._consent.take(), word, kind, row_count, at_once=at_once, is_first=is_first, num_sms=num_sms)
+        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, kind)
         steps = self._backend.dispatch(call, batch, routing)
 
         finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copy=copy, poisons=self._debug)
@@ -421,7 +421,7 @@ class Buffer(Connection):
             kind, Kind.COMBINE, slot, output_slot, plan, None if extras is None else _shapes(returned)
         )
         is_first = self._queue.is_idle
-        call = Call(self._consent.take(), word, kind, at_once=at_once, is_first=is_first, num_sms=num_sms)
+        call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms, kind)
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
         steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
         pending: Pending[Any] = self._queue.start(
@@ -501,7 +501,7 @@ class Buffer(Connection):
             raise
         kind = CallKind()
         word = self._word(kind, Kind.COMBINE, self._next_return_slot(), PUSHED, plan, ("extras", _shapes(returned)))
-        call = Call(self._consent.take(), word, kind, is_first=self._queue.is_idle)
+        call = Call(self._consent.take(), word, is_first=self._queue.is_idle, kind=kind)
         steps = self._backend.return_extras(call, plan, returned)
         pending: Pending[tuple[Tensor, ...]] = self._queue.start(
             Kind.COMBINE, call.sequence, steps, held=(plan, returned)

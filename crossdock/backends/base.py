@@ -123,8 +123,6 @@ class Call(NamedTuple):
     sequence: int
     word: Word
     """This rank's word: the kind of call, and the slots that peers may write to and read from."""
-    kind: CallKind
-    """What is the same in calls like it; the backend keeps there what it has bound for them."""
     row_count: RowCount = "capacity"
     """Of a dispatch: whether the host is told how many rows came."""
     at_once: bool = True
@@ -133,6 +131,8 @@ class Call(NamedTuple):
     """Whether every call before it has been driven to its end."""
     num_sms: int | None = None
     """SMs for this call; None: the buffer's."""
+    kind: CallKind | None = None
+    """What is the same in calls like it; the backend keeps there what it has bound for them."""
 
 
 @dataclass(frozen=True)
