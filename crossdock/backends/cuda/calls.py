@@ -97,7 +97,8 @@ class CudaBackend:
     def _dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         if not call.is_first:
             yield _TURN
-        yield from self._consent.opening(call.sequence)
+        if not self._consent.is_open:
+            yield from self._consent.opening(call.sequence)
         plan = self._send(call, batch, routing)
         if call.row_count == "exact" and plan.host_counts is not None:
             event = None if call.at_once else self._streams.event()
@@ -109,7 +110,8 @@ class CudaBackend:
         """A call that is only started yields after rows have been sent, or when a peer is late."""
         if call.at_once and not call.is_first:  # its kernel waits for peers
             yield _TURN
-        yield from self._consent.opening(call.sequence)
+        if not self._consent.is_open:
+            yield from self._consent.opening(call.sequence)
         plan, room = self._planner.blank(topk_idx.shape[0], call.sequence), self._on.next_call()
         stream = self._streams.enter()
         self._remember(plan)
@@ -178,7 +180,8 @@ class CudaBackend:
         if data.stride(1) != 1 and data.shape[1] != 1:
             data = self._dense(data, stream)
             x = data if isinstance(x, Tensor) else Quantized(data, scale)
-        batch = Batch(x, weights, extras, batch.unquantized)
+        if x is not batch.x or weights is not None or extras:
+            batch = Batch(x, weights, extras, batch.unquantized)
         known = plan.src_idx is not None
         key = self._send_kinds.key(batch, topk_idx if is_fresh else None, call.num_sms, known=known)
         kind = self._sends.get(key)
@@ -245,7 +248,8 @@ class CudaBackend:
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         if not call.is_first:
             yield _TURN
-        yield from self._consent.opening(call.sequence)
+        if not self._consent.is_open:
+            yield from self._consent.opening(call.sequence)
         out, results = self._return(call, plan, y, weights, bias, extras or (), sums=True)
         event = None if call.at_once else self._streams.event()
         return Outcome(out if extras is None else (out, results), event)
@@ -256,7 +260,8 @@ class CudaBackend:
         """A call that is only started yields after this rank's word."""
         if call.at_once and not call.is_first:  # its kernel waits for peers
             yield _TURN
-        yield from self._consent.opening(call.sequence)
+        if not self._consent.is_open:
+            yield from self._consent.opening(call.sequence)
         stream, room = self._streams.enter(), self._on.next_call()
         if not call.at_once:
             fused.begin_combine(call.word, At(stream, room))
@@ -279,7 +284,8 @@ class CudaBackend:
     ) -> Steps[Outcome[tuple[Tensor, ...]]]:
         if not call.is_first:
             yield _TURN
-        yield from self._consent.opening(call.sequence)
+        if not self._consent.is_open:
+            yield from self._consent.opening(call.sequence)
         _, results = self._return(call, plan, None, None, None, extras, sums=False)
         return Outcome(results, None if call.at_once else self._streams.event())
 

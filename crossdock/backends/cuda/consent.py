@@ -91,7 +91,7 @@ class DeviceConsent(Consent):
     @property
     def is_in_step(self) -> bool:
         """See Consent. A failure that the device has found is in host memory."""
-        return self._is_open and self.taken is None and self._failure[0] == sync.OK.value
+        return self.is_open and self.taken is None and self._failure[0] == sync.OK.value
 
     def mask(self, ranks: Sequence[int]) -> None:
         """See Consent."""
@@ -173,7 +173,7 @@ class DeviceConsent(Consent):
 
     def leave(self) -> None:
         """See Consent. A flag ends the waits of peers for calls that this rank does not take part in."""
-        if self._is_open and self.failure() is None:
+        if self.is_open and self.failure() is None:
             flag = Flag(epoch=self.num_ended, first_void=self._first_void(), num_more=0)
             self._raise_flag(flag, REASON_HEADER.pack(self.rank, False) + b"it has closed its buffer")
         super().leave()
