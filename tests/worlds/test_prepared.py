@@ -30,7 +30,7 @@ def cases_of(world, spec, count):
     return [make_case(spec, [(3 * i + 2 * r) % 8 for r in range(world.num_ranks)], seed=i) for i in range(count)]
 
 
-def play(group, cases, forgets):
+def play(group, cases, weights, forgets):
     """Each case in turn, the weights' and extras' kinds alternating; some ranks forget all kinds before some steps."""
     seen, num_known = [], 0
     with open_buffer(group, cases[0].spec) as buffer:
@@ -43,7 +43,7 @@ def play(group, cases, forgets):
             rows = observed(recv)
             start = buffer.dispatch_start(case.x[r], recv.plan)
             again = observed(start.wait())
-            given = row_weights(case)[r].view(case.y[r].shape[:-1]) if sums_here else case.weights[r]
+            given = weights[i][r].view(case.y[r].shape[:-1]) if sums_here else case.weights[r]
             pushed = buffer.combine(case.y[r], recv.plan, weights=given)
             num_known += len(buffer._kinds) == before
             outputs = buffer.dispatch(case.x[r], recv.plan).output_rows().copy_(case.y[r])
@@ -54,14 +54,14 @@ def play(group, cases, forgets):
 
 def check_alternating(world, layout, reduce):
     cases = cases_of(world, spec_of(layout, reduce=reduce), 4 if world.kind == "interpreted" else 8)
-    got = world.run(play, cases, [0, 1, 3, 2][: world.num_ranks])
+    weights = [row_weights(case) if reduce == "rank" else case.weights for case in cases]
+    got = world.run(play, cases, weights, [0, 1, 3, 2][: world.num_ranks])
     assert got[0][1] > 0  # rank 0 forgets nothing
     for i, case in enumerate(cases):
         mine = [seen[i] for seen, _ in got]
         check_received(case, [rows for rows, *_ in mine])
         check_received(case, [again for _, again, *_ in mine], weights=False, extras=False)
-        weights = row_weights(case) if reduce == "rank" else case.weights
-        wants = oracle.combined(case.spec, case.topk, case.flat_y(), weights)
+        wants = oracle.combined(case.spec, case.topk, case.flat_y(), weights[i])
         assert all(same_bits(pushed, want) for (*_, pushed, _), want in zip(mine, wants, strict=True))
         wants = oracle.combined(case.spec, case.topk, case.flat_y())
         assert all(same_bits(pulled, want) for (*_, pulled), want in zip(mine, wants, strict=True))
