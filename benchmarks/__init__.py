@@ -1,1 +1,1 @@
-"""Benchmarks that need more than Crossdock; they are no part of the package."""
+"""Benchmarks that need other libraries besides Crossdock; not part of the package."""

@@ -1,4 +1,4 @@
-"""Crossdock and its peers, each as a list of cases over one recipe. What is not installed is not imported."""
+"""The cases of Crossdock and of each peer, over one recipe. Peers are imported when they are opened."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Opener = Callable[[Recipe], AbstractContextManager[list[Case]]]
 
 @contextmanager
 def open_crossdock(recipe: Recipe) -> Iterator[list[Case]]:
-    """Crossdock's cases, while its buffer is open. Collective."""
+    """Crossdock's cases; the buffer is open within the block. Collective."""
     with Buffer(None, recipe.spec, device=recipe.device, **recipe.job.buffer_options) as buffer:
         yield _Crossdock(buffer, recipe).cases()
 
@@ -42,7 +42,7 @@ class _Crossdock:
         self.plan, self.y = recv.plan, recipe.outputs(parts_of(recv.x))
 
     def cases(self) -> list[Case]:
-        """Of a layout for many tokens with a host sync and a training step, of one for few with weights."""
+        """All cases: Compact adds a dispatch with a host sync and a training step, other layouts a weighted combine."""
         dispatch, recipe = self.buffer.dispatch, self.recipe
         fresh = functools.partial(dispatch, recipe.x, recipe.topk_idx, rows="capacity")
         cast = functools.partial(dispatch, recipe.unquantised, recipe.topk_idx, rows="capacity")
@@ -57,7 +57,7 @@ class _Crossdock:
         return [Case(op=SYNC, ready=lambda: exact, check=check, in_graph=False, waits=True), *cases, self._step()]
 
     def _dispatch(self, op: str, call: Callable[[], Received]) -> Case:
-        def check(recv: Received) -> None:  # behind the rows there may be room
+        def check(recv: Received) -> None:  # rows="capacity": the slot may be longer than the rows
             self.recipe.check_rows([part[: self.recipe.num_rows] for part in bits(recv, self.recipe.spec)])
 
         return Case(op=op, ready=lambda: Turn(call), check=check, waits=self.waits)
@@ -74,7 +74,7 @@ class _Crossdock:
         return Case(op=op, ready=ready, check=check, waits=self.waits)
 
     def _round(self) -> Case:
-        """A dispatch without a host sync, and a combine of what lies in its output rows."""
+        """A round trip: dispatch without a host sync, then a combine of its output rows."""
 
         def play(experts: Callable[[Received], object]) -> Tensor:
             recv = self.buffer.dispatch(self.recipe.x, self.recipe.topk_idx, rows="capacity")
@@ -91,7 +91,7 @@ class _Crossdock:
         )
 
     def _step(self) -> Case:
-        """Dispatch and combine, and both again in the backward pass, with experts that change nothing."""
+        """A training step: dispatch, combine and their backward passes, with identity experts."""
         buffer, recipe = self.buffer, self.recipe
         x = recipe.unquantised.detach().requires_grad_()
         grad = draw_outputs(recipe.spec, x.shape, seed=recipe.job.seed + recipe.rank).to(recipe.device)
@@ -108,11 +108,16 @@ class _Crossdock:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """A peer's two verbs. What dispatch gives is handed to all others; ``parts`` are all rows as they lie.
+    """A peer's dispatch and combine, as functions. The other functions take the result of ``dispatch``.
 
-    real: of ``parts``, flat, which are rows. in_place: where outputs may lie for combine to read them there.
-    is_ordered: whether rows come in the layout's order. alternates: whether a combine must follow each dispatch.
-    tolerance: what a cast of the peer's own may differ by.
+    parts: the received tensors (data, scales), with all rows of the peer's buffer.
+    real: mask or slice of the flattened ``parts`` that selects the received rows.
+    in_place: the tensor from which combine can read outputs without a copy; None: there is none.
+    is_ordered: whether rows arrive in the layout's order.
+    alternates: whether a combine must follow each dispatch.
+    is_weighted: whether combine applies ``recipe.weights``.
+    in_graph: whether calls can be captured in a CUDA graph.
+    tolerance: relative error allowed for a peer's own cast to FP8; 0: results are compared bit for bit.
     """
 
     recipe: Recipe
@@ -130,7 +135,7 @@ class Exchange:
     tolerance: float = 0.0
 
     def cases(self) -> list[Case]:
-        """Dispatch, combine of any tensor and in place, and a round trip."""
+        """All cases: dispatch, combine of any tensor and in place, and a round trip."""
         in_place = self.in_place is not None
         cases = [self._dispatch(), self._home(WEIGHTED if self.is_weighted else PUSH), self._home(ROUND, in_place)]
         return [*cases, self._home(PULL, in_place)] if in_place else cases
@@ -160,13 +165,13 @@ class Exchange:
         return Case(in_graph=self.in_graph, waits=not self.in_graph, **fields)
 
     def check_rows(self, got: Any) -> None:
-        """Raises WrongRows unless a dispatch gave the recipe's rows."""
+        """Raises WrongRows unless the result of a dispatch has the recipe's rows."""
         lead = 2 if self.recipe.spec.layout.per_pick else 1
         rows = [part.flatten(0, lead - 1)[self.real(got)] for part in self.parts(got)]
         self.recipe.check_rows(rows, is_ordered=self.is_ordered, tolerance=self.tolerance)
 
     def _steps(self, *, in_place: bool) -> tuple[Callable[[], Any], Callable[[], Tensor]]:
-        """A dispatch that is remembered and the combine behind it; both have been called once, in turn."""
+        """A dispatch, and the combine of the latest dispatch's result. Each has been called once."""
         last = [self.dispatch()]
         y, room = self._outputs(last[0], in_place=in_place), self.in_place
 
@@ -186,7 +191,7 @@ class Exchange:
 
 
 def _all_to_all(recipe: Recipe) -> Exchange:
-    """``all_to_all_single`` as one writes it: counts, rows, and the same back."""
+    """``all_to_all_single``: exchanges counts, then rows, and returns outputs in the same way."""
     exchange = AllToAll(recipe.spec, recipe.num_ranks)
 
     def real(got: Any) -> Tensor | slice:
@@ -207,7 +212,7 @@ def _all_to_all(recipe: Recipe) -> Exchange:
 
 
 def _flashinfer(recipe: Recipe) -> Exchange:
-    """One-sided all-to-all: a row per (token, rank) into blocks by source, in any order; a plan in each dispatch."""
+    """FlashInfer's one-sided all-to-all: a row per (token, rank), in unordered blocks by source; no cached plan."""
     mnnvl: Any = importlib.import_module("flashinfer.comm.mnnvl")
     mnnvl.MnnvlMemory.supports_mnnvl = staticmethod(lambda: True)  # within a host it goes on with file descriptors
     moe_ep: Any = importlib.import_module("flashinfer.moe_ep")
@@ -244,7 +249,7 @@ def _flashinfer(recipe: Recipe) -> Exchange:
 
 
 def _deepep_v1(recipe: Recipe) -> Exchange:
-    """``deep_ep.Buffer``'s calls for many tokens, into as many rows as could come, so without a host sync."""
+    """``deep_ep.Buffer``'s high-throughput calls, with tensors for the worst case, hence without a host sync."""
     buffer_class: Any = importlib.import_module("deep_ep").Buffer
     buffer_class.set_num_sms(_num_sms())
     num_ranks, x = recipe.num_ranks, _given(recipe)
@@ -275,7 +280,7 @@ def _deepep_v1(recipe: Recipe) -> Exchange:
 
 
 def _deepep_low_latency(recipe: Recipe) -> Exchange:
-    """``deep_ep.Buffer``'s calls for few tokens: rows by expert, cast on the way where the wire is FP8."""
+    """``deep_ep.Buffer``'s low-latency calls: rows by expert, cast as they are sent if the wire is FP8."""
     buffer_class: Any = importlib.import_module("deep_ep").Buffer
     spec, num_ranks, num_tokens = recipe.spec, recipe.num_ranks, recipe.num_tokens
     is_fp8 = isinstance(spec.wire, Fp8)
@@ -330,17 +335,17 @@ def _deepep_v2(recipe: Recipe) -> Exchange:
 
 
 def _given(recipe: Recipe) -> Tensor | tuple[Tensor, ...]:
-    """Rows as DeepEP takes them."""
+    """Rows in the form that DeepEP takes."""
     return recipe.parts if len(recipe.parts) == 2 else recipe.parts[0]
 
 
 def _came(got: Any) -> tuple[Tensor, ...]:
-    """Rows as DeepEP gives them."""
+    """Received rows from DeepEP's result."""
     return (got[0],) if isinstance(got[0], Tensor) else tuple(got[0])
 
 
 def _num_sms() -> int:
-    """For DeepEP: an even number, three quarters of those that the rank sees, and at most 24."""
+    """SMs for DeepEP: three quarters of those that the rank sees, an even number, at most 24."""
     visible = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     return min(24, visible * 3 // 8 * 2)
 
@@ -354,7 +359,7 @@ def _opener(compact: Callable[[Recipe], Exchange], padded: Callable[[Recipe], Ex
             return
         exchange = make(recipe)
         yield exchange.cases()
-        exchange.close()  # only where all went well: it is collective
+        exchange.close()  # collective, so not after an error
 
     return opened
 

@@ -1,4 +1,4 @@
-"""What each rank does with each case: check, eagerly and in a graph, and then time. Nothing wrong is timed."""
+"""A rank's measurement of each case: checks the result, eagerly and in a graph, then times it if it is right."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from crossdock.cli.bench.measure import WrongRows
 from crossdock.cli.world import Member
 
 _CALLS, _WARM_UPS, _LEADS = 10, 2, 4
-"""Calls in a row for one sample; samples, and replays of a graph, that go ahead of what is timed."""
+"""Calls per sample, back to back; untimed samples before the timed ones; replays of a graph before the timed one."""
 _SLOW_S, _MOST_S, _FEWEST = 0.05, 5.0, 3
-"""A slower call is sampled alone; a figure takes about so many seconds, or however long so many samples take."""
+"""Seconds per call above which a sample is one call; seconds for a figure; samples that it takes at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One library's jobs, in this order."""
+    """The jobs of one library, in order."""
 
     peer: str
     jobs: list[Job]
@@ -33,7 +33,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Microseconds of the rank whose median is largest."""
+    """Percentiles of the slowest rank (largest median), in microseconds."""
 
     median: float
     p10: float
@@ -42,10 +42,11 @@ class Figure:
 
 @dataclass(kw_only=True)
 class Row:
-    """One operation's figures.
+    """The figures of one operation.
 
-    waits: whether the host's time holds a wait for the device or for peers. why: a figure, or all, are missing.
-    times_cached: bf16 dispatches on a cached plan that a training step takes.
+    waits: whether host time includes a wait for the device or for peers.
+    why: the reason why figures are missing.
+    times_cached: a training step's time in bf16 dispatches on a cached plan.
     """
 
     op: str
@@ -59,7 +60,7 @@ class Row:
 
 
 def measure(member: Member, work: Work) -> None:
-    """Tells the number of the job and the row, case after case; whatever fails otherwise than by its result raises."""
+    """Reports (job number, row) of each case by ``member.tell``. A wrong result gives a row; other failures raise."""
     device = torch.device("cpu") if work.peer == "gloo" else member.device
     cached_us: dict[str, float] = {}
     for number, job in enumerate(work.jobs):
@@ -106,14 +107,14 @@ class _Bench:
         return self._wrong(case, result)
 
     def _graph(self, turn: Turn, row: Row) -> Figure | None:
-        """Of ten calls in a graph, between two events around it, or, where they alternate, events within it."""
+        """Time per call in a graph of ten calls: by events around the graph, or within it if calls alternate."""
         clock = _Events(external=True) if turn.alternates else _Clock()
         graph, seconds = self._captured(lambda: _played(turn, _CALLS, clock), row)
         if graph is None:
             return None
 
         def batch() -> Callable[[], float]:
-            for _ in range(_LEADS):  # by its turn all hosts have launched it
+            for _ in range(_LEADS):  # so that all hosts have launched the timed replay before it starts
                 graph.replay()
             whole = _played(Turn(graph.replay), 1, _Events())
             return seconds if turn.alternates else lambda: whole() / _CALLS
@@ -121,7 +122,7 @@ class _Bench:
         return self._figure(batch)
 
     def _captured(self, issue: Callable[[], Any], row: Row) -> tuple[torch.cuda.CUDAGraph | None, Any]:
-        """A graph and what was given within; no graph where some rank has none, and the row says why."""
+        """A graph of ``issue`` and its result. If a rank cannot capture it: (None, None) on all, and ``row.why``."""
         graph, result, why = torch.cuda.CUDAGraph(), None, None
         torch.cuda.synchronize()
         try:
@@ -133,7 +134,7 @@ class _Bench:
         return (None, None) if row.why else (graph, result)
 
     def _host(self, turn: Turn) -> Callable[[], float]:
-        """One call with nothing queued on any rank."""
+        """Host time of one call while no rank has queued work."""
         if turn.before is not None:
             turn.before()
         self._meet()
@@ -146,7 +147,7 @@ class _Bench:
         return lambda: seconds
 
     def _settle(self, turn: Turn) -> int:
-        """How many calls in a row there is time for; decides the number of samples, too, the same on all ranks."""
+        """Calls per sample, from the time of one call; also limits ``repeats``. The same on all ranks."""
         turn.run()
         self._meet()
         began = time.perf_counter()
@@ -158,7 +159,11 @@ class _Bench:
         return calls
 
     def _figure(self, batch: Callable[[], Callable[[], float]]) -> Figure:
-        """Of batches that all ranks begin together; each gives how to read its seconds when it is done."""
+        """The figure of batches that all ranks begin together.
+
+        Args:
+            batch: issues a batch and returns a function for its seconds, valid after synchronisation.
+        """
         samples = []
         for _ in range(_WARM_UPS + self.repeats):
             self._meet()
@@ -170,7 +175,7 @@ class _Bench:
         return Figure(median=median, p10=p10, p90=p90)
 
     def _wrong(self, case: Case, result: Any) -> str | None:
-        """What is wrong on some rank."""
+        """The error of the first rank whose result is wrong; None if all are right. Collective."""
         why = None
         try:
             case.check(result)
@@ -179,7 +184,7 @@ class _Bench:
         return next((told for told in self._all(why) if told), None)
 
     def _all(self, mine: Any) -> list[Any]:
-        """Every rank's, by rank."""
+        """The values of all ranks, by rank. Collective."""
         told: list[Any] = [None] * self.member.num_ranks
         dist.all_gather_object(told, mine)
         return told
@@ -197,18 +202,18 @@ class _Bench:
 
 
 class _Clock:
-    """The host's."""
+    """Time stamps of the host."""
 
     def stamp(self) -> Any:
         return time.perf_counter()
 
     def between(self, first: Any, last: Any) -> float:
-        """Seconds, when both have passed."""
+        """Seconds between two stamps that have passed."""
         return float(last - first)
 
 
 class _Events(_Clock):
-    """The GPU's; external events are nodes of the graph that is captured."""
+    """Time stamps of the GPU; external events become nodes of a captured graph."""
 
     def __init__(self, *, external: bool = False) -> None:
         self._external = external
@@ -223,10 +228,10 @@ class _Events(_Clock):
 
 
 def _played(turn: Turn, calls: int, clock: _Clock) -> Callable[[], float]:
-    """Issues calls, and gives how to read the seconds of one.
+    """Issues calls and returns a function for the seconds per call.
 
-    All are between two moments. Calls that alternate with others have moments of their own, and what lies between two
-    of these with nothing in between is subtracted.
+    Two stamps enclose all calls. A call that alternates with others has stamps of its own, and the time between two
+    stamps with no call in between is subtracted.
     """
     if not turn.alternates:
         begin = clock.stamp()
@@ -247,5 +252,5 @@ def _played(turn: Turn, calls: int, clock: _Clock) -> Callable[[], float]:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what it says."""
+    """The first line of an error's text, or its type."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Crossdock beside its peers, by one recipe: ``python -m benchmarks.peers``; see README.md in this folder."""
+"""Compares Crossdock with its peers on one recipe: ``python -m benchmarks.peers``; see README.md in this folder."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _PACKAGES = {
     "deepep-v1": ("deep_ep", "deep_ep"),
     "deepep-v2": ("deep_ep", "deep_ep"),
 }
-"""The module that must be there, and the distribution whose version is told."""
+"""By peer: the module that it needs, and the distribution whose version is reported."""
 _FEW_PICKS = 4096
-"""Of a rank: up to so many, the layout for few tokens is measured too, unless the command says which."""
+"""Picks per rank up to which Padded is measured too, unless ``--layouts`` is given."""
 _WIDTH = 130
-"""Columns where the output is no terminal."""
+"""Columns of the output if it is no terminal."""
 _HEADINGS = ("op", "peer", "eager", "graph", "host", "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One row with what it belongs to: a line of JSON, with the machine beside it."""
+    """A row with its peer and configuration; written as a JSON line with the machine's fingerprint."""
 
     peer: str
     version: str
@@ -55,7 +55,7 @@ class Line:
 
 
 def main() -> int:
-    """Measures, prints and writes; 1 where a result was wrong or Crossdock failed, 2 for wrong arguments."""
+    """Measures and prints. Returns 0, 1 if a result was wrong or Crossdock failed, or 2 for invalid arguments."""
     try:
         lines = list(_lines(_parser().parse_args()))
     except CrossdockError as error:
@@ -95,13 +95,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _lines(args: argparse.Namespace) -> Iterator[Line]:
-    """What each peer gives, written to the file as soon as the peer is done."""
+    """The lines of each peer, appended to ``--out`` once the peer is done."""
     device = choose_device(args.device)
     configs = [_config(args, device.type, layout, wire) for layout in _layouts(args) for wire in args.wires]
     jobs = [make_job(config) for config in configs]
     percentage = _percentage(args) if device.type == "cuda" else None
     with gpus_for(device, args.ranks, percentage=percentage) as gpus:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a context of ours would take turns with the ranks'
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a context here would take turns with the ranks'
             machine = asdict(pool.apply(this_machine, kwds={"with_gpu": gpus is not None}))
         about = {"machine": machine, "sharing": None if gpus is None else str(gpus.sharing)}
         if gpus is not None:
@@ -116,7 +116,7 @@ def _lines(args: argparse.Namespace) -> Iterator[Line]:
 
 
 def _play(work: Work, gpus: Gpus | None, args: argparse.Namespace) -> list[tuple[int, Row]]:
-    """A peer's rows, from a world of its own; where it is missing, fails or hangs, the last row says why."""
+    """A peer's rows, from processes of its own; if it is missing, fails or hangs, the last row gives the reason."""
     rows: list[tuple[int, Row]] = []
     why = _missing(work.peer, gpus)
     if why is None:
@@ -131,7 +131,7 @@ def _play(work: Work, gpus: Gpus | None, args: argparse.Namespace) -> list[tuple
 
 
 def _cause(text: str) -> str:
-    r"""The line of an error's text that names it, which stands behind the last traceback if there is one.
+    r"""The line of an error's text that names the error: the one behind the last traceback, if there is one.
 
     >>> _cause("rank 1 failed:\nTraceback (most recent call last):\n  File ...\nRuntimeError: no nvcc\nsee above")
     'RuntimeError: no nvcc'
@@ -142,7 +142,7 @@ def _cause(text: str) -> str:
 
 
 def _missing(peer: str, gpus: Gpus | None) -> str | None:
-    """Why a peer cannot take part here."""
+    """The reason why a peer cannot run here; None if it can."""
     if peer in {"crossdock", "gloo"}:
         return None
     if gpus is None:
@@ -164,7 +164,7 @@ def _version(peer: str) -> str:
 
 @contextmanager
 def _limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in a block that takes longer."""
+    """Raises TimeoutError if the block takes longer than ``seconds``."""
 
     def end(*_: object) -> NoReturn:
         raise TimeoutError(f"not done after {seconds:.0f} s")
@@ -191,7 +191,10 @@ def _config(args: argparse.Namespace, device: str, layout: str, wire: str) -> Co
 
 
 def _percentage(args: argparse.Namespace) -> float | None:
-    """25 % of a shared GPU's SMs for each rank, or an equal share if that is less, unless somebody has decided."""
+    """Percentage of a shared GPU's SMs per rank: ``--percentage``, else 25 or an equal share, whichever is less.
+
+    None if no GPU is shared, or the environment sets the percentage already.
+    """
     if args.percentage is not None:
         return float(args.percentage)
     num_gpus = num_visible_gpus()
@@ -202,7 +205,7 @@ def _percentage(args: argparse.Namespace) -> float | None:
 
 
 def _tables(lines: Sequence[Line]) -> dict[str, list[list[str]]]:
-    """Cells by title, microseconds, the same operation of all peers side by side; ``+`` where the host waits."""
+    """Table rows by title, one operation's peers next to each other; microseconds, ``+`` if host time has a wait."""
     tables: dict[str, list[list[str]]] = {}
     for line in sorted(lines, key=lambda line: OPS.index(line.row.op) if line.row.op else len(OPS)):
         row = line.row
@@ -222,7 +225,7 @@ def _time(figure: Figure | None) -> str:
 
 
 def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """One table, by rich, or with tabs where that is not installed."""
+    """Prints one table with rich, or separated by tabs if rich is not installed."""
     if importlib.util.find_spec("rich") is None:
         sys.stdout.write("\n".join([title, *("\t".join(row) for row in (_HEADINGS, *rows)), "", ""]))
         return

@@ -1,7 +1,7 @@
-"""One recipe of picks and rows for everybody, and what dispatch and combine must make of it.
+"""The picks and rows that every library gets, and the results that dispatch and combine must give.
 
-Every rank draws the rows of all ranks, so what must come is known without moving anything. Experts of rank r multiply
-by ``2**-r``: every sum is then exact in float32, in whatever order it is made, and follows from the token's own row.
+Every rank draws the rows of all ranks, so the expected rows are known without communication. The experts of rank r
+multiply by ``2**-r``: every sum is exact in float32, in any order, and follows from the token's own row.
 
 Letters: P ranks, T tokens of a rank, K top-k, H hidden, R rows received.
 """
@@ -23,11 +23,11 @@ from crossdock.cli.world import Member
 from crossdock.errors import ConfigError
 
 MAX_RANKS = 8
-"""With more, the sums would have more bits than float32 holds."""
+"""With more ranks the sums would not be exact in float32."""
 
 
 class Turn(NamedTuple):
-    """One timed call, and what runs untimed around it where calls must alternate."""
+    """A timed call, and the untimed calls before and after it if calls must alternate."""
 
     call: Callable[[], Any]
     before: Callable[[], Any] | None = None
@@ -35,11 +35,11 @@ class Turn(NamedTuple):
 
     @property
     def alternates(self) -> bool:
-        """Whether the call cannot simply be repeated."""
+        """Whether other calls must run between two timed ones."""
         return self.before is not None or self.after is not None
 
     def run(self) -> Any:
-        """The call's result, with what belongs around the call."""
+        """Runs ``before``, the call and ``after``; returns the call's result."""
         if self.before is not None:
             self.before()
         result = self.call()
@@ -52,10 +52,11 @@ class Turn(NamedTuple):
 class Case:
     """One operation of one library.
 
-    ready: makes ready what is not timed, and gives what is.
+    ready: prepares the operation, untimed, and returns the timed turn.
     check: raises WrongRows unless a result is right.
-    checked: gives the result to check, behind ``ready``; None: the turn's own.
-    waits: whether the call waits for the device or for peers, so that its host time holds that wait.
+    checked: returns the result to check, after ``ready``; None: the result of the turn.
+    in_graph: whether the call can be captured in a CUDA graph.
+    waits: whether the call waits for the device or for peers, and its host time includes that wait.
     """
 
     op: str
@@ -67,7 +68,7 @@ class Case:
 
 
 class Recipe:
-    """One rank's picks and rows on its device, and the results that it must see."""
+    """The picks and rows of one rank on its device, and the results expected there."""
 
     def __init__(self, member: Member, job: Job, device: torch.device) -> None:
         if member.num_ranks > MAX_RANKS:
@@ -89,7 +90,7 @@ class Recipe:
         self.num_rows = len(self._wanted[0])
 
     def _received(self, picks: Tensor, of_ranks: Sequence[Tensor]) -> Tensor:
-        """Rows that come here, as bytes: by expert where the layout has a row per pick, then by source and token."""
+        """The rows that this rank must receive, as bytes: by expert if a row is one pick, then by source and token."""
         num_local = self.spec.num_local_experts(self.num_ranks)
         experts = torch.arange(self.rank * num_local, (self.rank + 1) * num_local)
         groups = torch.split(experts, 1 if self.spec.layout.per_pick else num_local)
@@ -98,18 +99,19 @@ class Recipe:
         return torch.cat(rows).to(self.device)
 
     def values(self, parts: Sequence[Tensor]) -> Tensor:
-        """Rows as experts see them, in the combine format."""
+        """Rows in the combine dtype, dequantised if the wire is FP8: the experts' inputs."""
         wire, dtype = self.spec.wire, self.spec.combine_dtype
         return wire.dequantize(Quantized(*parts), dtype) if isinstance(wire, Fp8) else parts[0]
 
     def outputs(self, parts: Sequence[Tensor]) -> Tensor:
-        """What this rank's experts give; for what is no row, anything."""
+        """The outputs of this rank's experts; padding rows have any values."""
         return self.values(parts) * 2.0**-self.rank
 
     def check_rows(self, parts: Sequence[Tensor], *, is_ordered: bool = True, tolerance: float = 0.0) -> None:
-        """Raises WrongRows unless these are the rows, bit for bit, in the layout's order or in any.
+        """Raises WrongRows unless these are the expected rows, bit for bit, in the layout's order or in any order.
 
-        Of rows that a library casts by itself, with a tolerance, only the number is seen here, and the rest in sums.
+        With a tolerance, for libraries with a cast of their own, only the number of rows is checked; the sums are
+        checked by ``check_sums``.
         """
         what, got = f"rank {self.rank}", [part.contiguous().view(torch.uint8) for part in parts]
         if len(got[0]) != self.num_rows:
@@ -119,19 +121,19 @@ class Recipe:
             check_bits(arrange(got), arrange(self._wanted), what=what)
 
     def check_sums(self, out: Tensor, *, is_weighted: bool = False, tolerance: float = 0.0) -> None:
-        """Raises WrongRows unless this is what all experts gave, summed by token."""
+        """Raises WrongRows unless ``out`` is the sum of the experts' outputs by token."""
         scales = torch.tensor([2.0**-rank for rank in range(self.num_ranks)], device=self.device)
         times = (self._times(self.weights if is_weighted else None) * scales).sum(dim=1)
         self._check_multiple(out, self.values(self.parts), times, "sums", tolerance)
 
     def check_step(self, result: tuple[Tensor, Tensor], grad: Tensor) -> None:
-        """Raises WrongRows unless these are output and gradient where experts change nothing."""
+        """Raises WrongRows unless the result is output and gradient of a step with identity experts."""
         times = self._times().sum(dim=1)
         for name, got, rows in zip(("output", "gradient"), result, (self.values(self.parts), grad), strict=True):
             self._check_multiple(got, rows, times, name)
 
     def _times(self, weights: Tensor | None = None) -> Tensor:
-        """[T, P] how often, or with which weight, a rank's row is in a token's sum."""
+        """The factor of each rank's row in each token's sum, [T, P]: a number of rows, or a sum of weights."""
         hits = self._hits if weights is None else self._hits * weights.unsqueeze(2)
         return hits.sum(dim=1) if self.spec.layout.per_pick else hits.amax(dim=1)
 
@@ -141,7 +143,7 @@ class Recipe:
 
 
 def _sorted(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Rows of bytes in an order that only their bytes decide."""
+    """Rows of bytes in an order that depends on their bytes alone."""
     words = parts[0].view(torch.int64)
     factors = torch.randint(2**62, (words.shape[1],), generator=torch.Generator().manual_seed(0)).to(words.device)
     order = (words * factors).sum(dim=1).argsort()

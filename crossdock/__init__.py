@@ -83,7 +83,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``crossdock.nn``, imported when it is asked for: what it needs of ``torch.distributed.tensor`` takes 0.8 s."""
+    """Imports ``crossdock.nn`` on first use: its import of ``torch.distributed.tensor`` takes 0.8 s."""
     if name == "nn":
         return importlib.import_module("crossdock.nn")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""What a process finds around it: every environment variable of Crossdock's own, and cores. None changes a result.
+"""Crossdock's environment variables, and the cores of this process. Neither changes a result.
 
-``cli.mps`` reads those of CUDA's MPS.
+``cli.mps`` reads the variables of CUDA's MPS.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def shm_dir() -> Path:
-    """``CROSSDOCK_SHM_DIR``: the memory file system that holds the ranks' segments, ``/dev/shm`` by default."""
+    """Directory of the ranks' segments, on a memory file system: ``CROSSDOCK_SHM_DIR``, or ``/dev/shm``."""
     return Path(os.environ.get("CROSSDOCK_SHM_DIR", "/dev/shm"))
 
 

@@ -1,4 +1,4 @@
-"""One table: the regions of a rank's segment, with offsets, bytes and views. Everything peers may touch is in it.
+"""The table of a segment's regions: offsets, bytes, views. Peers access nothing else of a rank.
 
 Letters: P ranks, M max_tokens, K top-k, H hidden, G scale groups, E experts, W counts, C rows of a receive slot.
 """
@@ -33,17 +33,20 @@ class Region:
     shape: tuple[int, ...]
     dtype: torch.dtype
     writer: str
-    """Who writes it, for the memory map."""
+    """Who writes the region, for the memory map."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes from the region's first to its last element."""
+        """Bytes of the region, without padding."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Arena:
-    """The memory map of one rank's segment, from Spec and Topology alone; ``print(arena)`` shows it.
+    """The memory map of a rank's segment, a function of Spec and Topology alone; ``print(arena)`` shows it.
+
+    Raises:
+        ConfigError: when ``regions`` is first used: the worst case exceeds ``MAX_DEFAULT_BYTES`` (``Spec.capacity``).
 
     >>> arena = Arena(Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=16), Topology(num_ranks=4))
     >>> arena["data"].shape, arena["data"].num_bytes
@@ -55,39 +58,39 @@ class Arena:
 
     @property
     def ring(self) -> int:
-        """Words kept per peer: a power of two, and twice the ``num_slots`` calls that a rank may have in flight."""
+        """Words kept per peer: at least twice the ``num_slots`` calls in flight, rounded up to a power of two."""
         return 1 << (2 * self.spec.num_slots - 1).bit_length()
 
     @property
     def pick_bytes(self) -> int:
-        """Bytes of the expert ids and weights in a row's metadata: all of the token's, or one weight."""
+        """Bytes of expert ids and weights in a row's metadata: K of each, or one weight where a row is one pick."""
         return 4 if self.spec.layout.per_pick else 8 * self.spec.num_topk
 
     @property
     def extras_offset(self) -> int:
-        """Where a row's opaque extras begin in its metadata: behind source index, ids and weights."""
+        """Byte offset of the extras in a row's metadata: behind source index, ids and weights."""
         return 4 + self.pick_bytes
 
     @property
     def metadata_bytes(self) -> int:
-        """Bytes of the metadata that travels with each row."""
+        """Bytes of a row's metadata, a multiple of 8."""
         return _round_up(self.extras_offset + self.spec.extra_bytes, 8)
 
     @property
     def return_bytes(self) -> int:
-        """Bytes of extras that a combine can carry back with each row: a gradient per weight, and ``extra_bytes``."""
+        """Bytes for the extras that a combine returns per row: K float32 gradients, ``extra_bytes``, padding to 8."""
         return _round_up(4 * self.spec.num_topk + self.spec.extra_bytes, 8)
 
     @property
     def num_returned_rows(self) -> int:
-        """Rows that can come home to one rank in one combine."""
+        """Most rows that one combine returns to a rank: M * K if each pick's row returns, else M * min(K, P)."""
         spec = self.spec
         by_pick = spec.layout.per_pick and spec.reduce == "token"
         return spec.max_tokens * (spec.num_topk if by_pick else min(spec.num_topk, self.topology.num_ranks))
 
     @cached_property
     def scales(self) -> ScaleLayout:
-        """How scales lie in a slot of their region; of a unquantized wire there are none."""
+        """Layout of the scales of one slot; ``num_scales`` is 0 for an unquantized wire."""
         spec, num_ranks = self.spec, self.topology.num_ranks
         return ScaleLayout(
             num_segments=spec.num_local_experts(num_ranks) if isinstance(spec.layout, Padded) else None,
@@ -99,7 +102,7 @@ class Arena:
 
     @cached_property
     def regions(self) -> dict[str, Region]:
-        """The table, in order of offsets."""
+        """The regions by name, in the order of offsets."""
         spec, num_ranks = self.spec, self.topology.num_ranks
         slots, rows, hidden, ring = spec.num_slots, spec.num_slot_rows(num_ranks), spec.hidden, self.ring
         num_sent = spec.max_tokens * (spec.num_topk if spec.layout.per_pick else min(spec.num_topk, num_ranks))
@@ -118,6 +121,7 @@ class Arena:
         add("aborts", (num_ranks,), torch.int64, "peers: I gave up")
         add("closed", (num_ranks,), torch.int64, "peers: I have left")
         add("masks", (2 + num_words(num_ranks), num_ranks), torch.int64, "peers: whom I want masked")
+        add("restarts", (2, num_ranks), torch.int64, "peers: where to begin again")
         add("reasons", (num_ranks, REASON_BYTES), torch.uint8, "peers: why")
         add("counts", (ring, num_ranks, spec.num_counts(self.topology)), torch.int64, "peers: rows to come")
         add("data", (slots, rows, hidden), spec.wire.dtype, "peers: dispatched rows", PAGE)
@@ -135,20 +139,20 @@ class Arena:
         return table
 
     def region_of_rows(self, *, unquantized: bool) -> str:
-        """The region of dispatched rows: ``outputs`` for unquantized ones in another format than the wire's."""
+        """The region where dispatched rows arrive: ``data``, or ``outputs`` if their dtype is not the wire's."""
         return "outputs" if unquantized and self.spec.combine_dtype != self.spec.wire.dtype else "data"
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one rank's segment, in whole pages."""
+        """Bytes of one rank's segment, a multiple of the page size."""
         last = list(self.regions.values())[-1]
         return _round_up(last.offset + last.num_bytes, PAGE)
 
     @property
     def stride(self) -> int:
-        """Bytes between neighbouring ranks' segments where they are mapped side by side: whole pages and whole rows.
+        """Bytes from one rank's segment to the next where all are mapped side by side.
 
-        So the outputs and returned rows of all ranks can be numbered as rows of one matrix.
+        A multiple of pages and of output rows: the outputs, and the returned rows, of all ranks are rows of one matrix.
         """
         return _round_up(self.num_bytes, math.lcm(PAGE, self.spec.hidden * self.spec.combine_dtype.itemsize))
 
@@ -156,13 +160,13 @@ class Arena:
         return self.regions[name]
 
     def view(self, segment: Tensor, name: str) -> Tensor:
-        """The region as a tensor over a segment's bytes (uint8, at least ``num_bytes``); no copy."""
+        """The region as a view of a segment (uint8, at least ``num_bytes`` elements)."""
         region = self.regions[name]
         raw = segment[region.offset : region.offset + region.num_bytes]
         return raw.view(region.dtype).view(region.shape)
 
     def forget_senders(self, segment: Tensor, ranks: Sequence[int]) -> None:
-        """Zeroes what these ranks have said in a segment that lasts: their flags, and rows to come in any call."""
+        """Zeroes the abort flags and counts that these ranks wrote into a segment."""
         for rank in ranks:
             self.view(segment, "aborts")[rank] = 0
             self.view(segment, "counts")[:, rank] = 0

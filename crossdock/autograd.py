@@ -129,7 +129,12 @@ def dispatch(
 
 
 def combine(
-    buffer: Buffer, y: Tensor, plan: SavedPlan, *, weights: Tensor | None = None, bias: Tensor | None = None
+    buffer: Buffer,
+    y: Tensor,
+    plan: SavedPlan | Dispatched,
+    *,
+    weights: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """``Buffer.combine`` that records its gradient. Collective, and its backward too: a dispatch in the combine format.
 
@@ -138,9 +143,11 @@ def combine(
 
     Args:
         buffer: that made the plan.
-        y: outputs [R, H] or [L, C, H] in the combine format, where their rows came; pushed. What wants a gradient in
-            them depends on the rows, or this rank would not run the dispatch's backward pass with the others.
-        plan: of the dispatch that brought the rows.
+        y: outputs [R, H] or [L, C, H] in the combine format, where their rows came; pushed.
+        plan: of the dispatch that brought the rows: ``recv``, or ``recv.plan``. With ``recv`` the backward pass of that
+            dispatch follows whatever y was made of. With ``recv.plan``, which may be used again in later steps, y must
+            depend on the rows if it wants a gradient at all, or this rank would leave that backward pass out and its
+            peers would wait: experts without rows must not answer with ``0 * parameter.sum()`` alone.
         weights: float32, [T, K] or one per row, as in ``Buffer.combine``.
         bias: [T, H] or [H], added to each sum.
 
@@ -150,9 +157,14 @@ def combine(
     Raises:
         ConfigError, PeerFailed, PeerTimeout: as ``Buffer.combine``, also in the backward pass.
     """
-    if not isinstance(plan, SavedPlan):
-        raise ConfigError(f"plan is a {type(plan).__name__}; pass recv.plan of an autograd.dispatch")
-    link = None if y.requires_grad else plan.link  # else a plan would tie the graphs of all steps that use it
+    link: Tensor | None
+    if isinstance(plan, Dispatched):
+        plan = plan.plan
+        link = plan.link
+    elif isinstance(plan, SavedPlan):
+        link = None if y.requires_grad else plan.link  # else a plan would tie the graphs of all steps that use it
+    else:
+        raise ConfigError(f"plan is a {type(plan).__name__}; pass recv or recv.plan of an autograd.dispatch")
     out: Tensor = ops.combine(y, weights, bias, link, plan.tensors(), buffer.handle, plan.rows)
     return out
 

@@ -9,7 +9,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, overload
 from weakref import WeakValueDictionary
 
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
-from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, PlanTensors, RowCount
+from crossdock.backends.base import Batch, Call, LaunchOptions, PlanTensors, RowCount
 from crossdock.connection import Connection, Stats
 from crossdock.consent import PUSHED, Kind, Word
 from crossdock.errors import ConfigError
+from crossdock.kinds import CallKind, key_of
 from crossdock.layout import Padded
 from crossdock.pending import Pending
 from crossdock.plan import Plan
@@ -34,8 +35,6 @@ from crossdock.wire import Quantized
 
 __all__ = ["Buffer", "Stats"]
 
-_MARKS = {kind: f"crossdock {kind}" for kind in Kind}
-"""What calls are named in a profiler."""
 _handles = itertools.count(1)
 _by_handle: WeakValueDictionary[str, Buffer] = WeakValueDictionary()
 """The one state of this module: a ``torch.library`` op takes tensors, numbers and strings, so a buffer needs a name."""
@@ -94,9 +93,11 @@ class Buffer(Connection):
         options = LaunchOptions(num_sms=num_sms, expand=expand, mover=mover)
         super().__init__(group, spec, device=device, launch_options=options, timeout_s=timeout_s, debug=debug)
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
+        self._ranks_sum = spec.reduce == "rank"
+        self._moves_blocks = mover == "copy"
+        self._region_of_rows = [self.arena.region_of_rows(unquantized=unquantized) for unquantized in (False, True)]
         self._default_row_count: RowCount = "capacity" if isinstance(spec.layout, Padded) else "exact"
         self._num_combines = 0
-        self._marked = torch.cuda.nvtx.range if self.device.type == "cuda" else nullcontext
         self.handle = f"crossdock.Buffer {next(_handles)}"  # a string, as torch.compile would make a number dynamic
         """This process's name for this buffer: what the ops of ``crossdock.autograd`` are given."""
         _by_handle[self.handle] = self
@@ -151,9 +152,10 @@ class Buffer(Connection):
             ConfigError: bad input here; the other ranks raise PeerFailed.
             CapacityError, PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        return self._start_dispatch(
-            x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms
-        ).wait()
+        with self._queue.turn:
+            return self._start_dispatch(
+                x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms
+            ).finished()
 
     def dispatch_start(
         self,
@@ -168,9 +170,10 @@ class Buffer(Connection):
         num_sms: int | None = None,
     ) -> Pending[Received]:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
-        return self._start_dispatch(
-            x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms
-        )
+        with self._queue.turn:
+            return self._start_dispatch(
+                x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms
+            )
 
     def _start_dispatch(
         self,
@@ -185,53 +188,77 @@ class Buffer(Connection):
         copy: bool,
         num_sms: int | None,
     ) -> Pending[Received]:
-        is_fresh, row_count = not isinstance(routing, Plan), rows or self._default_row_count
-        self._check_open()
-        self._queue.check_room()
-        self._slots.check_free(self._queue.is_unwaited)
-        self._backend.check_capture(asks_host=row_count == "exact" and is_fresh)
+        row_count = rows or self._default_row_count
+        self._check_ready()
+        asks_host = row_count == "exact" and not isinstance(routing, Plan)
+        if asks_host or self._moves_blocks:
+            self._backend.check_capture(asks_host=asks_host)
         try:
-            self._check_overflow()
-            self._check_sms(num_sms)
+            if self._backend.overflows:
+                self._check_overflow()
             batch = Batch(x, weights, tuple(extras), unquantized)
-            routing = self._checked_routing(batch, routing, rows)
+            key = key_of(("dispatch", rows, unquantized, at_once, num_sms), (x, routing, weights, *extras))
+            known = self._kinds.get(key) if key else None
+            if known is not None and self._fits_dispatch(batch, routing):
+                kind = known
+            else:
+                kind = self._vetted_dispatch(batch, routing, rows, num_sms)
+            if not isinstance(routing, Plan) and not (kind.takes_picks_as_given and self._takes_any_picks):
+                routing = self._picks(routing)
         except Exception as error:
             self._queue.refuse(error)
             raise
-        if self._debug or self.arena.region_of_rows(unquantized=unquantized) == "outputs":
+        if self._debug or self._region_of_rows[unquantized] == "outputs":
             self._queue.drain()  # or rows would be overwritten that a combine in flight still pulls
             self._queue.check_room()
-        slot = self._slots.take()
+        slot = self._slots.take(self._queue)
         if self._debug:
             self._slots.poison(slot, "data", "scale", "metadata")
         plan = routing if isinstance(routing, Plan) else None
-        signature = (row_count, unquantized, weights is None, _shapes(extras), self._sign(plan), *self.masked)
-        kind = Kind.CACHED_DISPATCH if plan else Kind.DISPATCH
-        word = Word(kind, slot, signature=_checksum(signature))
-        call = self._take(word, row_count=row_count, at_once=at_once, num_sms=num_sms)
+        verb = Kind.CACHED_DISPATCH if plan else Kind.DISPATCH
+        word = kind.words.get((slot, PUSHED)) or self._word(
+            kind, verb, slot, PUSHED, plan, (row_count, unquantized, weights is None, _shapes(extras))
+        )
+        is_first = self._queue.is_idle
+        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, kind)
         steps = self._backend.dispatch(call, batch, routing)
 
-        def finish(arrived: Arrived) -> Received:
-            if self._debug and self.arena.region_of_rows(unquantized=unquantized) == "data":
-                self._slots.poison(slot, "outputs")
-            return self._slots.lend(arrived, slot, unquantized=unquantized, copy=copy)
-
-        pending = self._queue.start(kind, call.sequence, steps, finish, held=(batch, routing))
-        self._slots.fill(slot, pending)
-        with self._marked(_MARKS[kind]):
-            self._queue.drive()
+        finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copy=copy, poisons=self._debug)
+        pending = self._queue.start(verb, call.sequence, steps, finish, held=(batch, routing))
+        if not at_once:
+            self._slots.fill(slot, pending)
+        self._queue.drive()
+        if kind is not known:
+            self._kinds.keep(key, kind)
         return pending
 
-    def _checked_routing(self, batch: Batch, routing: Tensor | Plan, rows: RowCount | None) -> Tensor | Plan:
-        """The plan, or the picks as int64 without those of masked ranks.
+    def _fits_dispatch(self, batch: Batch, routing: Tensor | Plan) -> bool:
+        """Whether a batch of a kind that has been seen is allowed too: its numbers of tokens, and its plan."""
+        x, weights, extras, _ = batch
+        num_tokens = (x.data if isinstance(x, Quantized) else x).shape[0]
+        if isinstance(routing, Plan):
+            is_ours = routing.buffer_id == self._id and routing.masked == self.masked
+            fits = is_ours and routing.num_tokens == num_tokens
+        else:
+            fits = routing.shape[0] == num_tokens <= self.spec.max_tokens
+        fits = fits and (not isinstance(x, Quantized) or x.scale.shape[0] == num_tokens)
+        fits = fits and (weights is None or weights.shape[0] == num_tokens)
+        return fits and (not extras or all(extra.shape[0] == num_tokens for extra in extras))
+
+    def _vetted_dispatch(
+        self, batch: Batch, routing: Tensor | Plan, rows: RowCount | None, num_sms: int | None
+    ) -> CallKind:
+        """The kind of a dispatch of which everything is allowed.
 
         Raises:
-            ConfigError: anything of the batch or of these is not allowed.
+            ConfigError: anything is not.
         """
         x, weights, extras, unquantized = batch
+        self._check_sms(num_sms)
         inputs.check_device(self.device, {"x": x, "topk_idx": routing, "weights": weights, "extras": extras})
         inputs.check_no_grad(*(x if isinstance(x, Quantized) else (x,)), weights, *extras)
         num_tokens = inputs.check_tokens(self.spec, x, unquantized=unquantized)
+        kind = CallKind()
         if isinstance(routing, Plan):
             inputs.check_plan(routing, self._id, self.masked)
             if num_tokens != routing.num_tokens:
@@ -240,14 +267,27 @@ class Buffer(Connection):
                 )
         else:
             inputs.check_topk_idx(self.spec, routing, num_tokens)
-            if self.device.type == "cpu":  # else kernels look at the values
-                check_picks(routing, num_experts=self.spec.num_experts)
-            routing = self.drop_masked(routing.to(torch.int64)).contiguous()
+            kind.takes_picks_as_given = routing.dtype == torch.int64 and routing.is_contiguous()
         inputs.check_weights(self.spec, weights, num_tokens)
         inputs.check_token_extras(self.spec, extras, num_tokens)
         if rows not in (None, "exact", "capacity"):
             raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
-        return routing
+        return kind
+
+    @property
+    def _takes_any_picks(self) -> bool:
+        """Whether picks need not be looked at: on CUDA kernels do, and none is of a masked rank."""
+        return self.device.type != "cpu" and not self.masked
+
+    def _picks(self, topk_idx: Tensor) -> Tensor:
+        """Picks as int64 without gaps, and without those of masked ranks.
+
+        Raises:
+            ConfigError: a value is not allowed; on CUDA kernels look at them.
+        """
+        if self.device.type == "cpu":
+            check_picks(topk_idx, num_experts=self.spec.num_experts)
+        return self.drop_masked(topk_idx.to(torch.int64)).contiguous()
 
     @overload
     def combine(
@@ -305,10 +345,11 @@ class Buffer(Connection):
             ConfigError: bad input here; the other ranks raise PeerFailed.
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = self._start_combine(
-            y, plan, weights, bias, extras, at_once=True, num_sms=num_sms
-        ).wait()
-        return result
+        with self._queue.turn:
+            result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = self._start_combine(
+                y, plan, weights, bias, extras, at_once=True, num_sms=num_sms
+            ).finished()
+            return result
 
     @overload
     def combine_start(
@@ -342,7 +383,8 @@ class Buffer(Connection):
         num_sms: int | None = None,
     ) -> Pending[Any]:
         """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
-        return self._start_combine(y, plan, weights, bias, extras, at_once=False, num_sms=num_sms)
+        with self._queue.turn:
+            return self._start_combine(y, plan, weights, bias, extras, at_once=False, num_sms=num_sms)
 
     def _start_combine(
         self,
@@ -355,36 +397,77 @@ class Buffer(Connection):
         at_once: bool,
         num_sms: int | None,
     ) -> Pending[Any]:
-        self._check_open()
-        self._queue.check_room()
+        self._check_ready()
         try:
-            self._check_overflow()
-            self._check_sms(num_sms)
-            inputs.check_device(self.device, {"y": y, "weights": weights, "bias": bias, "extras": extras})
-            inputs.check_no_grad(y, weights, bias, *(extras or ()))
-            inputs.check_plan(plan, self._id, self.masked)
-            inputs.check_outputs(self.spec, plan, y, self._slot_rows)
-            lead = tuple(y.shape[:-1])
-            weights = inputs.check_combine_weights(self.spec, plan, weights, lead=lead)
-            inputs.check_bias(self.spec, plan, bias)
-            returned = inputs.check_row_extras(extras or (), lead=lead, limit=self.arena.return_bytes)
+            if self._backend.overflows:
+                self._check_overflow()
+            key = key_of(("combine", extras is None, at_once, num_sms), (y, plan, weights, bias, *(extras or ())))
+            known = self._kinds.get(key) if key else None
+            if known is not None and self._fits_combine(y, plan, weights, bias, extras):
+                kind = known
+            else:
+                kind = self._vetted_combine(y, plan, weights, bias, extras, num_sms)
+            returned = inputs.flat_extras(extras, y.shape[:-1])
             output_slot = self._slots.output_slot(y, plan.stamp)
         except Exception as error:
             self._queue.refuse(error)
             raise
-        if self.spec.reduce == "rank" and (self.spec.layout.per_pick or weights is not None):
+        if weights is not None and self._ranks_sum:
+            weights = weights.reshape(-1)  # [R]
+        if self._ranks_sum and (self.spec.layout.per_pick or weights is not None):
             output_slot = PUSHED  # they are summed here
-        signature = (self._sign(plan), None if extras is None else _shapes(returned), *self.masked)
-        word = Word(Kind.COMBINE, self._next_return_slot(), output_slot, _checksum(signature))
-        call = self._take(word, at_once=at_once, num_sms=num_sms)
+        slot = self._next_return_slot()
+        word = kind.words.get((slot, output_slot)) or self._word(
+            kind, Kind.COMBINE, slot, output_slot, plan, None if extras is None else _shapes(returned)
+        )
+        is_first = self._queue.is_idle
+        call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms, kind)
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
         steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
         pending: Pending[Any] = self._queue.start(
             Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned)
         )
-        with self._marked(_MARKS[Kind.COMBINE]):
-            self._queue.drive()
+        self._queue.drive()
+        if kind is not known:
+            self._kinds.keep(key, kind)
         return pending
+
+    def _fits_combine(
+        self, y: Tensor, plan: Plan, weights: Tensor | None, bias: Tensor | None, extras: Sequence[Tensor] | None
+    ) -> bool:
+        """Whether outputs of a kind that has been seen are allowed too: their numbers of rows, and the plan."""
+        lead = y.shape[:-1]
+        fits = plan.buffer_id == self._id and plan.masked == self.masked
+        fits = fits and inputs.fits_lead(self.spec, plan, lead, self._slot_rows)
+        if weights is not None:
+            fits = fits and (weights.shape == lead if self._ranks_sum else weights.shape[0] == plan.num_tokens)
+        fits = fits and (bias is None or len(bias.shape) == 1 or bias.shape[0] == plan.num_tokens)
+        return fits and (not extras or all(extra.shape[: len(lead)] == lead for extra in extras))
+
+    def _vetted_combine(
+        self,
+        y: Tensor,
+        plan: Plan,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        extras: Sequence[Tensor] | None,
+        num_sms: int | None,
+    ) -> CallKind:
+        """The kind of a combine of which everything is allowed.
+
+        Raises:
+            ConfigError: anything is not.
+        """
+        self._check_sms(num_sms)
+        inputs.check_device(self.device, {"y": y, "weights": weights, "bias": bias, "extras": extras})
+        inputs.check_no_grad(y, weights, bias, *(extras or ()))
+        inputs.check_plan(plan, self._id, self.masked)
+        inputs.check_outputs(self.spec, plan, y, self._slot_rows)
+        lead = tuple(y.shape[:-1])
+        inputs.check_combine_weights(self.spec, plan, weights, lead=lead)
+        inputs.check_bias(self.spec, plan, bias)
+        inputs.check_row_extras(extras or (), lead=lead, limit=self.arena.return_bytes)
+        return CallKind()
 
     def return_extras(self, plan: Plan, extras: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Brings small tensors home as ``combine(extras=)`` does, without outputs. Collective.
@@ -400,26 +483,30 @@ class Buffer(Connection):
             ConfigError: bad input here; the other ranks raise PeerFailed.
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
-        self._check_open()
-        self._queue.check_room()
+        with self._queue.turn:
+            return self._start_return(plan, extras).finished()
+
+    def _start_return(self, plan: Plan, extras: Sequence[Tensor]) -> Pending[tuple[Tensor, ...]]:
+        self._check_ready()
         try:
             self._check_overflow()
             inputs.check_device(self.device, {"extras": extras})
             inputs.check_no_grad(*extras)
             inputs.check_plan(plan, self._id, self.masked)
             lead = inputs.check_lone_extras(self.spec, plan, extras, self._slot_rows)
-            returned = inputs.check_row_extras(extras, lead=lead, limit=self.arena.return_bytes)
+            inputs.check_row_extras(extras, lead=lead, limit=self.arena.return_bytes)
+            returned = inputs.flat_extras(extras, lead)
         except Exception as error:
             self._queue.refuse(error)
             raise
-        signature = ("extras", self._sign(plan), _shapes(returned), *self.masked)
-        word = Word(Kind.COMBINE, self._next_return_slot(), PUSHED, _checksum(signature))
-        call = self._take(word)
+        kind = CallKind()
+        word = self._word(kind, Kind.COMBINE, self._next_return_slot(), PUSHED, plan, ("extras", _shapes(returned)))
+        call = Call(self._consent.take(), word, is_first=self._queue.is_idle, kind=kind)
         steps = self._backend.return_extras(call, plan, returned)
         pending: Pending[tuple[Tensor, ...]] = self._queue.start(
             Kind.COMBINE, call.sequence, steps, held=(plan, returned)
         )
-        return pending.wait()
+        return pending
 
     def remake_plan(self, tensors: PlanTensors) -> Plan:
         """A plan from the tensors that decide it. Local; nothing is made of tensors that it has been made from before.
@@ -464,13 +551,6 @@ class Buffer(Connection):
         """Whether plans say which rows here are of one token (``Plan.partial_rows``): where ranks sum or copy them."""
         return self._backend.has_pairs
 
-    def _take(
-        self, word: Word, *, row_count: RowCount = "capacity", at_once: bool = True, num_sms: int | None = None
-    ) -> Call:
-        """The next call, with the next sequence number."""
-        is_first = self._queue.is_idle
-        return Call(self._consent.take(), word, row_count, at_once=at_once, is_first=is_first, num_sms=num_sms)
-
     @property
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -480,12 +560,20 @@ class Buffer(Connection):
         self._num_combines += 1
         return self._num_combines % self.spec.num_slots
 
-    def _sign(self, plan: Plan | None) -> int | None:
-        """What all ranks that mean the same plan tell each other.
+    def _word(
+        self, kind: CallKind, verb: Kind, slot: int, output_slot: int, plan: Plan | None, agreed: Hashable
+    ) -> Word:
+        """This rank's word, with a checksum of what must be the same on all ranks: ``agreed``, plan and masks.
 
-        Nothing on CUDA: where one rank replays a graph and another makes the same calls, the plans have other numbers.
+        Not of the plan on CUDA: where one rank replays a graph and another makes the same calls, plans have other
+        numbers. So there words of one kind are the same.
         """
-        return plan.stamp if plan is not None and self.device.type == "cpu" else None
+        is_signed = plan is not None and self.device.type == "cpu"
+        stamp = plan.stamp if plan is not None and is_signed else None
+        word = Word(verb, slot, output_slot, _checksum((agreed, stamp, self.masked)))
+        if not is_signed:
+            kind.words[slot, output_slot] = word
+        return word
 
     def _check_sms(self, num_sms: int | None) -> None:
         if num_sms is not None and (self.launch is None or num_sms < 1):

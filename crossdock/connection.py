@@ -17,12 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from crossdock import inputs
 from crossdock.agreement import agree, agree_on_masked
 from crossdock.arena import Arena
-from crossdock.backends.base import LaunchOptions
+from crossdock.backends.base import LaunchOptions, Outcome
 from crossdock.connect import connect, vet
+from crossdock.consent import Steps
 from crossdock.errors import ConfigError
+from crossdock.kinds import CallKinds
 from crossdock.masks import drop_picks, listed
 from crossdock.memo import PlanMemo
-from crossdock.pending import CallQueue
+from crossdock.pending import CallQueue, Pending
 from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec, Topology
 from crossdock.transport.base import ProcessGroup
@@ -47,6 +49,7 @@ class Connection:
     See ``crossdock.Buffer``, which is one with verbs.
     """
 
+    @torch.inference_mode(mode=False)  # what is made here outlives the mode that it is made in
     def __init__(
         self,
         group: dist.ProcessGroup | DeviceMesh | ThreadGroup | None,
@@ -82,6 +85,7 @@ class Connection:
         self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
         self._slots = ReceiveSlots(self.arena, self._transport.segment)
         self._memo = PlanMemo(spec)
+        self._kinds = CallKinds()
         self._is_closed = False
         self.masked: tuple[int, ...] = ()
         """The ranks that ``mask`` has left out, in order."""
@@ -93,11 +97,12 @@ class Connection:
         may return before the host knows how it went, also PeerFailed, PeerTimeout, or the ConfigError of picks that are
         not allowed.
         """
-        self._check_open()
-        self._queue.settle()
-        self._backend.synchronize()
-        self._queue.check_failure()
-        self._check_overflow()
+        with self._queue.turn:
+            self._check_open()
+            self._queue.settle()
+            self._backend.synchronize()
+            self._queue.check_failure()
+            self._check_overflow()
 
     def exchange_words(self, num_trips: int) -> None:
         """Gives a word to every rank and waits for everyone's, so many times, on CUDA; nothing else moves.
@@ -118,20 +123,65 @@ class Connection:
         """Gives up on this rank, between two calls or with calls in flight: every peer raises PeerFailed at once.
 
         What is in flight here is void. The next call works again, on all ranks. Leaving the ``with`` block by an
-        exception does this too.
+        exception does this too. Right behind a call that failed here it says nothing new, and no peer is told again.
         """
-        self._check_open()
-        self._queue.abandon(reason)
+        with self._queue.turn:
+            self._check_open()
+            self._queue.abandon(reason)
 
     def reset(self) -> None:
         """Forgets failures and overflows that were not raised yet. Local; no word to the peers.
 
-        Calls in flight, if there are any, are given up, as ``abort`` does.
+        Calls in flight, if there are any, are given up, as ``abort`` does. It does not bring ranks together that have
+        begun different numbers of calls: see ``restart``.
         """
-        self._check_open()
-        self._backend.synchronize()
-        self._backend.overflows.clear()
-        self._queue.reset()
+        with self._queue.turn:
+            self._check_open()
+            self._backend.synchronize()
+            self._backend.overflows.clear()
+            self._queue.reset()
+
+    def restart(self) -> None:
+        """Begins again together, whatever each rank has begun, left out or caught before. Collective.
+
+        What is in flight is void, on all ranks: one that is in a call, or begins one, raises PeerFailed, and may come
+        here then. Failures and overflows that were not raised are forgotten. Plans stay valid, and rows in their slots.
+        To be called by a server, for example, that has caught what it does not know. It may be called any number of
+        times.
+
+        Raises:
+            PeerTimeout: a rank did not come within ``timeout_s``, or is gone; on all that came. Call it again on all.
+            PeerFailed: a rank has closed its buffer.
+            ConfigError: a CUDA graph is being captured.
+
+        >>> from crossdock import Buffer, Fp32, PeerTimeout, Spec, run_local
+        >>> spec = Spec(num_experts=2, num_topk=1, hidden=1, max_tokens=1, wire=Fp32())
+        >>> def program(group):
+        ...     with Buffer(group, spec, timeout_s=0.3) as buffer:
+        ...         for step in range(group.rank):  # rank 0 begins no call, rank 1 one
+        ...             try:
+        ...                 buffer.dispatch(torch.ones(1, 1), torch.tensor([[0]]))
+        ...             except PeerTimeout as error:
+        ...                 print(error)
+        ...         group.all_gather(None)
+        ...         buffer.restart()
+        ...         return buffer.dispatch(torch.ones(1, 1), torch.tensor([[1]])).num_rows
+        >>> run_local(program, num_ranks=2)
+        rank 0 did not begin this dispatch within timeout_s=0.3; the call is void
+        [0, 2]
+        """
+        with self._queue.turn:
+            self._check_open()
+            self._backend.check_capture(asks_host=True)
+            self._queue.give_up("it restarts its buffer; call restart() on all ranks")
+            self._backend.synchronize()
+            self._backend.overflows.clear()
+            meeting: Pending[int] = self._queue.start("restart", self._consent.next_sequence, self._meet())
+            self._consent.begin(meeting.wait())
+
+    def _meet(self) -> Steps[Outcome[int]]:
+        num_ended = yield from self._consent.meet()
+        return Outcome(num_ended)
 
     def mask(self, *ranks: int) -> None:
         """Goes on without ranks that are gone. Collective among all that are left; what is in flight is void.
@@ -163,23 +213,25 @@ class Connection:
         >>> run_local(program, num_ranks=3)
         [((1,), 1.0), 'leaves', ((1,), 1.0)]
         """
-        self._check_open()
-        self._backend.check_capture(asks_host=True)
-        self._queue.renew(f"it masks {', '.join(map(str, ranks))}")
-        try:
-            inputs.check_ranks(ranks, num_ranks=self.topology.num_ranks)
-        except ConfigError as error:
-            self._queue.refuse(error)
-            raise
-        wanted = {*self.masked, *ranks}
-        agreement = agree_on_masked(self._consent, self._transport, wanted)
-        self._queue.start("mask", self._consent.next_sequence, agreement).wait()
-        new = sorted(wanted - set(self.masked))
-        self.masked = tuple(sorted(wanted))
-        self._transport.mask(new)
-        self._consent.mask(new)
-        self._backend.mask(self.masked)
-        self._memo.clear()
+        with self._queue.turn:
+            self._check_open()
+            self._backend.check_capture(asks_host=True)
+            self._queue.renew(f"it masks {', '.join(map(str, ranks))}")
+            try:
+                inputs.check_ranks(ranks, num_ranks=self.topology.num_ranks)
+            except ConfigError as error:
+                self._queue.refuse(error)
+                raise
+            wanted = {*self.masked, *ranks}
+            agreement = agree_on_masked(self._consent, self._transport, wanted)
+            self._queue.start("mask", self._consent.next_sequence, agreement).wait()
+            new = sorted(wanted - set(self.masked))
+            self.masked = tuple(sorted(wanted))
+            self._transport.mask(new)
+            self._consent.mask(new)
+            self._backend.mask(self.masked)
+            self._memo.clear()
+            self._kinds.clear()
 
     def drop_masked(self, topk_idx: Tensor) -> Tensor:
         """The picks with -1 in place of masked ranks' experts; the verbs do that themselves.
@@ -193,9 +245,15 @@ class Connection:
     def close(self) -> None:
         """Leaves: a peer that waits for this rank raises PeerFailed. Local; rows that were handed out stay readable.
 
-        On CUDA it returns once what was issued is done.
+        On CUDA it returns once what was issued is done. In a child that was forked from this process it says nothing.
         """
-        if not self._is_closed:
+        if self._is_closed:
+            return
+        if not self._queue.turn.is_of_this_process:
+            self._is_closed = True
+            self._transport.close()
+            return
+        with self._queue.turn:
             self._is_closed = True
             self._backend.synchronize()
             self._consent.leave()
@@ -207,7 +265,8 @@ class Connection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and self._queue.last_error is None and not self._is_closed:
+        is_ours = self._queue.turn.is_of_this_process and not self._is_closed
+        if error is not None and self._queue.last_error is None and is_ours:
             self.abort(f"{type(error).__name__}: {error}")
         self.close()
 
@@ -216,7 +275,7 @@ class Connection:
         """What this rank has counted so far."""
         return Stats(
             num_tokens_per_expert=self._backend.num_tokens_per_expert.clone(),
-            wait_s=torch.tensor(self._queue.wait_s, dtype=torch.float64) + self._backend.wait_s.cpu(),
+            wait_s=torch.tensor(self._queue.wait_s, dtype=torch.float64, device="cpu") + self._backend.wait_s.cpu(),
         )
 
     def gather_stats(self) -> Stats:
@@ -247,6 +306,12 @@ class Connection:
             if not self._queue.has_unwaited(sequence):  # or ranks would raise in different calls, as it was found
                 self._backend.overflows.remove(overflow)
                 raise error
+
+    def _check_ready(self) -> None:
+        """Raises what keeps the next call from being started."""
+        if self._is_closed:
+            self._check_open()
+        self._queue.check_room()
 
     def _check_open(self) -> None:
         if self._is_closed:

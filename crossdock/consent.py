@@ -10,10 +10,17 @@ all: the rank that fails raises a flag at every peer, which names its first call
 something of such a call fails too, flags it as well, and each goes on with call 0 of the next epoch, once all have left
 the one before: so the ranks are in step again, and nothing that was in flight can be mistaken for something later. Both
 parts wrap around by themselves (there is no epoch 0, the value of a word that nobody wrote), and are compared as such.
+
+Ranks whose programs have left out or repeated calls are a failure apart: one raises what another has raised a call ago,
+and begins an epoch in which the other has waited in vain meanwhile. So a rank that has raised a failure, and begun no
+call since, leaves without a word all epochs that peers have ended because they waited too long (``catch_up``); failures
+of any other reason it raises, one per call, as its peers did. And ranks may meet on purpose, whatever each has counted:
+in boxes of their own (``meet``), where each says how many epochs it has ended, and all begin the one behind the most.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +50,9 @@ MOST_MORE = 2**15 - 1
 
 PROPOSAL_SHIFT = 24
 PROPOSED, HEARD, FIRST_WORD = 0, 1, 2
-"""What a rank says where it wants others masked: that its proposal is here, that it has heard all others, and which."""
+"""What a rank says where it wants others masked: that its proposal is here, that it has heard all others, and which.
+
+Where ranks restart, the first two: the epoch that it could begin, and the one that all can, once it has heard all."""
 
 REASON_HEADER = struct.Struct("<i?")
 
@@ -194,10 +203,16 @@ class Consent:
         """Makes this the next call's number, on all ranks before any call."""
         self.next_sequence = sequence
         self.num_ended = (sequence >> EPOCH_SHIFT) - 1
+        self.taken: int | None = None
+        """A number that was taken for a call that has not been started yet."""
         self._is_open = True
         self._flag: Flag | None = None
         self._last_posted = sequence - 1
         self._num_proposals = 0
+        self._last_met = 0
+
+    def _restart(self) -> None:
+        """Tells a device, if there is one, the number of the next call; nothing of this rank is running."""
 
     @property
     def epoch(self) -> int:
@@ -209,10 +224,15 @@ class Consent:
         """Whether the epoch has begun by a failure, and no call has been taken in it."""
         return not self._is_open and self.next_sequence & CALL_MASK == 0
 
+    @property
+    def is_in_step(self) -> bool:
+        """Whether the epoch goes on as far as this rank knows: nothing has failed, and no call was left half begun."""
+        return self._is_open and self.taken is None
+
     def take(self) -> int:
         """The sequence number of the next call."""
-        sequence = self.next_sequence
-        self.next_sequence = self.epoch << EPOCH_SHIFT | (sequence + 1) & CALL_MASK
+        self.taken = sequence = self.next_sequence
+        self.next_sequence = sequence & ~CALL_MASK | (sequence + 1) & CALL_MASK
         return sequence
 
     def entry(self, sequence: int) -> int:
@@ -319,11 +339,88 @@ class Consent:
         else:  # a peer may still be in an epoch that the last flag is about
             self._flag = replace(self._flag, num_more=min(self._flag.num_more + 1, MOST_MORE))
         self._raise_flag(self._flag, reason)
-        self.num_ended += 1
-        self._is_open = False
-        self.next_sequence = self.epoch << EPOCH_SHIFT
-        self._last_posted = self.next_sequence - 1
+        self._number(self.num_ended + 1, is_open=False)
+
+    def _number(self, num_ended: int, *, is_open: bool) -> None:
+        """Goes on with the first call of the epoch behind so many."""
+        first = num_ended % NUM_EPOCHS + 1 << EPOCH_SHIFT
+        # No call from here on: an interrupt comes before all of it, or after.
+        self.num_ended = num_ended
+        self._is_open = is_open
+        self.next_sequence = first
+        self.taken = None
+        self._last_posted = first - 1
         self._num_proposals = 0
+
+    def catch_up(self) -> None:
+        """Leaves epochs in which peers have waited too long, this rank among those they missed: it has begun no call.
+
+        Only behind a failure, and before the first call of an epoch. See the head of this file.
+        """
+        num_ended = -1
+        while num_ended != self.num_ended and (error := self._missed()) is not None:
+            num_ended = self.num_ended
+            self.fail(error, first_void=self.next_sequence)
+
+    def _missed(self) -> PeerTimeout | None:
+        """Why the epoch has ended without this rank, if it has, because peers waited too long."""
+        if not self.is_fresh:
+            return None
+        errors = (self._void(peer, self.next_sequence) for peer in self._peers if peer != self.rank)
+        return next((error for error in errors if isinstance(error, PeerTimeout)), None)
+
+    def meet(self) -> Steps[int]:
+        """How many epochs count as ended once all ranks are here, and each knows that of all. Collective.
+
+        To be begun behind a failure. A rank that gives up takes back that it is here.
+
+        Raises:
+            PeerFailed: a rank has left.
+        """
+        own, said, process = self.num_ended + 1, 0, os.getpid()
+        others = [peer for peer in self._peers if peer != self.rank]
+        is_agreed = False
+
+        def proposal(peer: int) -> int:
+            """0: it is not here, or still says what it said when ranks last met."""
+            value = self._mailbox.load("restarts", PROPOSED, peer)
+            return value if value > self._last_met else 0
+
+        try:
+            self._tell(PROPOSED, own)
+            while not is_agreed:
+                proposals = {peer: proposal(peer) for peer in others}
+                missing = [peer for peer in others if not proposals[peer]]
+                if not missing:
+                    target = max(own, *proposals.values()) if others else own
+                    if said != target:
+                        for box in ("words", "arrived"):  # all have ended their epochs: nothing more comes of those
+                            self._mailbox.forget(box)
+                        said = target
+                        self._tell(HEARD, target)
+                    missing = [peer for peer in others if self._mailbox.load("restarts", HEARD, peer) != target]
+                    is_agreed = not missing
+                if missing:
+                    for peer in missing:
+                        if self.has_left(peer):
+                            raise PeerFailed(peer, "it has closed its buffer")
+                    yield Missing(missing, "come to")
+        finally:
+            if not is_agreed and os.getpid() == process:
+                self._tell(PROPOSED, 0)
+        return said
+
+    def begin(self, num_ended: int) -> None:
+        """Begins the epoch behind so many, which all ranks have agreed on by ``meet``."""
+        self._last_met = num_ended
+        self._number(num_ended, is_open=True)
+        self._restart()
+
+    def _tell(self, index: int, value: int) -> None:
+        """Says something of a restart to all others."""
+        for peer in self._peers:
+            if peer != self.rank:
+                self._mailbox.post(peer, "restarts", index, value)
 
     def propose(self, proposal: Proposal, is_gone: Callable[[int], bool]) -> Steps[dict[int, Proposal]]:
         """Whom the ranks want masked that this one does not, once each of them has heard all that is awaited here.
@@ -394,7 +491,7 @@ class Consent:
         To have agreed on it was the first call of an epoch. One on which ranks did not agree has no number, so that
         they are still in step with a rank that was none of them.
         """
-        self._last_posted = self.take()
+        self._last_posted, self.taken = self.take(), None
         self._peers = [peer for peer in self._peers if peer not in ranks]
 
     def leave(self) -> None:

@@ -1,6 +1,6 @@
-"""What a dispatch costs on a topology: bytes over links and through memory, and who makes copies for less.
+"""Cost model of a dispatch: bytes over links, seconds, and whether sender or receiver should expand rows.
 
-Letters: K top-k, E experts, L local experts, P ranks.
+Letters: K top-k, E experts, L local experts, P ranks. Picks are assumed to be uniform and distinct.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Literal
 from crossdock.spec import Spec, Topology
 
 SM_BANDWIDTH = 59e9
-"""Bytes per second that one SM of an H200 writes (1 to 32 of them, whatever the instruction)."""
+"""Bytes per second that one SM of an H200 stores, measured with 1 to 32 SMs; the same for every store instruction."""
 
 
 def ranks_per_token(spec: Spec, num_ranks: int) -> float:
-    """Ranks that a token visits, when its K picks are uniform: ``P * (1 - C(E - L, K) / C(E, K))``.
+    """Expected number of ranks that hold one of a token's K picks: ``P * (1 - C(E - L, K) / C(E, K))``.
 
     >>> round(ranks_per_token(Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=1), 8), 2)
     5.29
@@ -25,7 +25,7 @@ def ranks_per_token(spec: Spec, num_ranks: int) -> float:
 
 
 def link_bytes(spec: Spec, topology: Topology, *, expand: Literal["sender", "receiver"]) -> float:
-    """Bytes of one token's rows that cross a link in a dispatch, with uniform picks; a rank's own do not."""
+    """Expected bytes per token that cross a link in a dispatch: K rows, or one per rank, less those of the own rank."""
     num_ranks = topology.num_ranks
     each = spec.layout.per_pick and expand == "sender"
     rows = spec.num_topk if each else ranks_per_token(spec, num_ranks)
@@ -33,9 +33,10 @@ def link_bytes(spec: Spec, topology: Topology, *, expand: Literal["sender", "rec
 
 
 def dispatch_s(spec: Spec, topology: Topology, *, expand: Literal["sender", "receiver"]) -> float:
-    """Seconds that one token's rows take in a dispatch: over the link, and then through memory where copies are made.
+    """Seconds per token of a dispatch: link time, plus memory time of the copies if the receiver expands.
 
-    What lands is written to memory in any case, so the link's time has it.
+    The write at the receiver is part of the link time. A receiver that expands reads each arrived row once and writes K
+    rows per token.
     """
     over_link = link_bytes(spec, topology, expand=expand) / topology.link_bandwidth
     if not spec.layout.per_pick or expand == "sender":
@@ -47,9 +48,10 @@ def dispatch_s(spec: Spec, topology: Topology, *, expand: Literal["sender", "rec
 
 
 def receiver_can_expand(spec: Spec) -> bool:
-    """Whether a receiver can make the copies of landed rows, if there are any.
+    """Whether a receiver can expand arrived rows; False for Compact, which has no copies.
 
-    Arrived rows need room where outputs are written: a row of data, and behind it its scales, in an output row.
+    Rows are staged in the ``outputs`` region: data and scales of a row must fit in one output row, and both sizes be
+    multiples of 16 bytes.
     """
     out_bytes = spec.hidden * spec.combine_dtype.itemsize
     data_bytes = spec.hidden * spec.wire.dtype.itemsize
@@ -58,7 +60,7 @@ def receiver_can_expand(spec: Spec) -> bool:
 
 
 def cheaper_expand(spec: Spec, topology: Topology) -> Literal["sender", "receiver"]:
-    """Who makes the copies of a row that several experts of a rank get.
+    """Who copies a row for each expert of a rank that picked it: whichever takes less time by ``dispatch_s``.
 
     >>> from crossdock.layout import Expanded
     >>> spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=4096, layout=Expanded(capacity=65536))
@@ -73,5 +75,5 @@ def cheaper_expand(spec: Spec, topology: Topology) -> Literal["sender", "receive
 
 
 def sms_to_fill(bandwidth: float) -> int:
-    """Multiprocessors whose stores fill a link: 8 for 450 GB/s."""
+    """SMs whose stores fill a link of that many bytes per second; 8 for 450 GB/s."""
     return math.ceil(bandwidth / SM_BANDWIDTH)

@@ -171,11 +171,11 @@ def check_lone_extras(spec: Spec, plan: Plan, extras: Sequence[Tensor], slot_row
     return next((lead for lead in leads if shape[: len(lead)] == lead), leads[0])
 
 
-def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lead: tuple[int, ...]) -> Tensor | None:
-    """Weights of a combine: of this rank's picks [T, K]; where ranks sum, of the rows that came, as [R]."""
+def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lead: tuple[int, ...]) -> None:
+    """Weights of a combine: of this rank's picks [T, K]; where ranks sum, of the rows that came, shaped as they are."""
     if weights is None or spec.reduce == "token":
         check_weights(spec, weights, plan.num_tokens)
-        return weights
+        return
     _check_tensor("weights", weights)
     _check_float32("weights", weights)
     if tuple(weights.shape) != lead:
@@ -183,7 +183,6 @@ def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lea
             f"weights has shape {_shape(weights)}; with reduce='rank' rows are weighted where they are: pass one "
             f"weight per row that came, {list(lead)} (recv.weights, when dispatch was given weights=)"
         )
-    return weights.reshape(-1)
 
 
 def check_bias(spec: Spec, plan: Plan, bias: Tensor | None) -> None:
@@ -198,11 +197,9 @@ def check_bias(spec: Spec, plan: Plan, bias: Tensor | None) -> None:
         )
 
 
-def check_row_extras(extras: Sequence[Tensor], *, lead: tuple[int, ...], limit: int) -> tuple[Tensor, ...]:
-    """Small float32 tensors that go home with rows: [*lead, ...] as the rows came. Gives them as [R, ...]."""
-    if not extras:
-        return ()
-    flat = []
+def check_row_extras(extras: Sequence[Tensor], *, lead: tuple[int, ...], limit: int) -> None:
+    """Small float32 tensors that go home with rows: [*lead, ...] as the rows came."""
+    num_bytes = 0
     for i, extra in enumerate(extras):
         _check_tensor(f"extras[{i}]", extra)
         _check_float32(f"extras[{i}]", extra)
@@ -210,14 +207,24 @@ def check_row_extras(extras: Sequence[Tensor], *, lead: tuple[int, ...], limit: 
             raise ConfigError(
                 f"extras[{i}] has shape {_shape(extra)}; pass one entry per row that came, {[*lead, '...']}"
             )
-        flat.append(extra.reshape(math.prod(lead), *extra.shape[len(lead) :]))
-    num_bytes = sum(math.prod(extra.shape[1:]) * extra.element_size() for extra in flat)
+        num_bytes += math.prod(extra.shape[len(lead) :]) * extra.element_size()
     if num_bytes > limit:
         raise ConfigError(
             f"extras take {num_bytes} bytes per row; {limit} can come home (4 per pick and extra_bytes): make the Spec "
             f"with a larger extra_bytes"
         )
-    return tuple(flat)
+
+
+def flat_extras(extras: Sequence[Tensor] | None, lead: Sequence[int]) -> tuple[Tensor, ...]:
+    """Extras [*lead, ...] as [R, ...]."""
+    return tuple(extra.reshape(math.prod(lead), *extra.shape[len(lead) :]) for extra in extras) if extras else ()
+
+
+def fits_lead(spec: Spec, plan: Plan, lead: Sequence[int], slot_rows: int) -> bool:
+    """Whether rows of the plan may have these leading dimensions."""
+    if len(lead) == 1:
+        return lead[0] in (plan.num_rows, slot_rows) and not isinstance(spec.layout, Padded)
+    return tuple(lead) in _leads(spec, plan, slot_rows)
 
 
 def _leads(spec: Spec, plan: Plan, slot_rows: int) -> list[tuple[int, ...]]:

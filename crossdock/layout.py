@@ -1,4 +1,4 @@
-"""How received rows lie in memory: Compact, Expanded, Padded. Each owns its capacity formula and its segment starts.
+"""Layouts of received rows: Compact, Expanded, Padded. Each has its own capacity formula and segment starts.
 
 Shapes: P ranks, M max_tokens of a rank, K top-k, L local experts, C capacity in rows, A alignment.
 """
@@ -16,15 +16,18 @@ from crossdock.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way of laying out received rows: a rank's rows lie in segments, one per block of rows that peers send it.
+    """How a rank's received rows are divided into segments and ordered. Base class of the three layouts.
 
     Args:
-        capacity: rows (Compact, Expanded) or rows per expert (Padded) that a receive slot has room for; None: the
-            worst case, so that no routing can overflow.
+        capacity: rows of a receive slot (Compact, Expanded), or rows per expert (Padded). None: the worst case, which
+            no routing can overflow.
+
+    Raises:
+        ConfigError: the capacity is not positive.
     """
 
     per_pick: ClassVar[bool]
-    """Whether a row belongs to one (token, expert) pick, and a segment to an expert; else to one (token, rank) pair."""
+    """True: a row is one (token, expert) pick, a segment one expert. False: a row is one (token, rank) pair."""
     capacity: int | None = None
 
     def __post_init__(self) -> None:
@@ -32,11 +35,11 @@ class Layout:
             raise ConfigError(f"capacity={self.capacity} rows; pass a positive number, or None for the worst case")
 
     def worst_case(self, *, num_ranks: int, max_tokens: int, num_topk: int, num_local_experts: int) -> int:
-        """The capacity that no routing can overflow."""
+        """The smallest capacity that no routing can overflow, in rows (Padded: rows per expert)."""
         raise NotImplementedError
 
     def segment_starts(self, num_rows: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
-        """First row of each segment of a rank, and the end: int64 [..., n + 1] from row counts int64 [..., n]."""
+        """First row of each segment, and the end of the last: int64 [..., n + 1] from row counts int64 [..., n]."""
         starts = np.zeros((*num_rows.shape[:-1], num_rows.shape[-1] + 1), dtype=np.int64)
         np.cumsum(num_rows, axis=-1, out=starts[..., 1:])
         return starts
@@ -44,9 +47,9 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Compact(Layout):
-    """One row per (token, destination rank), by source rank, then source token: ``[R, H]``, one segment.
+    """One row per (token, rank), ordered by source rank, then source token: ``[R, H]``, one segment.
 
-    Capacity at most P * M.
+    Worst case: P * M rows.
     """
 
     per_pick = False
@@ -57,11 +60,15 @@ class Compact(Layout):
 
 @dataclass(frozen=True, kw_only=True)
 class Expanded(Layout):
-    """One row per (token, expert), expert-major, each expert's segment starting at a multiple of ``alignment``.
+    """One row per (token, expert), expert-major: ``[R, H]``, with ``recv.expert_offsets`` int32 [L + 1].
 
-    ``[R, H]`` with ``expert_offsets`` int32 [L + 1]; within a segment by source rank, then source token; the rows that
-    alignment leaves between segments are zero on every call. Capacity at most ``P * M * min(K, L) + L * (A - 1)``,
-    rounded up to A.
+    Each expert's segment starts at a multiple of ``alignment`` and is ordered by source rank, then source token. Every
+    dispatch zeroes the padding rows behind a segment. Worst case: ``P * M * min(K, L) + L * (A - 1)`` rows, rounded up
+    to a multiple of A.
+
+    Args:
+        capacity: see ``Layout``.
+        alignment: A, rows; 1 for no padding.
     """
 
     per_pick = True
@@ -82,10 +89,10 @@ class Expanded(Layout):
 
 @dataclass(frozen=True, kw_only=True)
 class Padded(Layout):
-    """One fixed block of ``capacity`` rows per local expert: ``[L, C, H]``, with counts on the device.
+    """One block of ``capacity`` rows per local expert: ``[L, C, H]``; ``num_tokens_per_expert`` is on the device.
 
-    Within a block by source rank, then source token. Capacity (per expert) at most P * M. Rows behind an expert's
-    count are left as they were.
+    A block is ordered by source rank, then source token. Rows behind an expert's count are not written. Worst case:
+    P * M rows per expert.
     """
 
     per_pick = True

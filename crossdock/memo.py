@@ -1,6 +1,6 @@
-"""Plans by the tensors that they were made from, so that what is given the same tensors again makes no plan again.
+"""Plans by the tensors that determine them, so that the same tensors give the same plan without remaking it.
 
-A ``torch.library`` op is given a plan as its tensors. A step has five such ops, and makes one plan.
+A ``torch.library`` op takes a plan as tensors. A training step has five such ops, and makes one plan.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ class _Entry(NamedTuple):
 
 
 class PlanMemo:
-    """A buffer's plans, each for as long as the tensors that it was made from.
+    """A buffer's plans by ``PlanTensors``; each entry lives as long as one of these tensors.
 
-    One of these, the **token**, is empty, and no plan holds it: ``local_idx`` where a row is one pick, else
-    ``partial_rows``. Its storage says which plan is meant, and when nobody can ask for it any more: autograd's saved
-    tensors, a compiled graph, a checkpoint or the caller's ``SavedPlan`` keep it, all in the same way. The other
-    tensors are compared by address, which a plan that holds them keeps taken, and by shape; those that decide the
-    plan also by version. So what was copied or changed in place is new, as everything is once a rank is masked.
+    That tensor, the **token**, is empty, and no plan holds it: ``local_idx`` where a row is one pick, else
+    ``partial_rows``. Its storage is the key of the entry, which is dropped once the storage is freed. Autograd's saved
+    tensors, a compiled graph, a checkpoint and the caller's ``SavedPlan`` all keep it alive. The other tensors must
+    match in address (the plan holds them, so that no other tensor gets it), shape and strides; ``topk_idx`` and
+    ``counts``, which determine the plan, also in version. Tensors that were copied or changed in place are therefore
+    not found, and no plan is found after a further rank has been masked.
 
-    What a CUDA graph gives lies in the same memory at each replay and has no version to tell. So in a capture only
-    plans are kept whose tensors it makes too, and only those are found there: a replay writes both.
+    A captured CUDA graph writes its tensors in place at each replay, without a new version. A capture therefore finds
+    only plans whose tensors the capture itself makes: a replay then writes plan and tensors alike.
 
-    Threads may share it: backward passes run on others than forward ones.
+    Thread-safe: backward passes run on other threads than forward passes.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -47,7 +48,7 @@ class PlanMemo:
         return len(self._entries)
 
     def find(self, tensors: PlanTensors, masked: tuple[int, ...], *, is_capturing: bool) -> Plan | None:
-        """The plan that was kept for these tensors since those ranks were masked, or None."""
+        """The plan kept for these tensors if it was made with the same masked ranks, else None."""
         if (token := self._token_of(tensors)) is None:
             return None
         with self._lock:
@@ -57,18 +58,18 @@ class PlanMemo:
         return entry.plan if entry.key == _key(tensors) else None
 
     def keep(self, tensors: PlanTensors, plan: Plan, *, is_capturing: bool) -> None:
-        """Keeps the plan of a dispatch, which has just made the tensors too."""
+        """Keeps the plan of a dispatch by the tensors that the same dispatch has made."""
         self._put(tensors, plan, is_captured=is_capturing)
 
     def keep_remade(self, tensors: PlanTensors, plan: Plan, *, is_capturing: bool) -> None:
-        """Keeps a plan that was made of tensors from elsewhere, if these cannot change but with their version."""
+        """Keeps a plan remade from tensors, unless these may change without a new version (captured graphs)."""
         token = self._token_of(tensors)
         entry = None if token is None else self._entries.get(token)
         if not is_capturing and (entry is None or not entry.is_captured):
             self._put(tensors, plan, is_captured=False)
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Removes all plans."""
         with self._lock:
             self._entries.clear()
 
@@ -81,14 +82,14 @@ class PlanMemo:
             dead = [key for key, kept in self._entries.items() if kept.token.expired()]  # type: ignore[no-untyped-call]
             gone = [self._entries.pop(key) for key in dead]
             self._entries[token] = entry
-        del gone  # outside of the lock: whatever else is freed with them may come back here
+        del gone  # outside of the lock: destructors that run now may call this object
 
     def _token_of(self, tensors: PlanTensors) -> int | None:
-        """What names the token's storage; None where there is none, or changes in place leave no trace."""
+        """The identity of the token's storage. None if the token is not empty, or any is an inference tensor."""
         token = tensors[self._token]
         if token.numel() or any(tensor.is_inference() for tensor in tensors):
             return None
-        storage: int = token.untyped_storage()._cdata  # noqa: SLF001 - torch's own name for a storage
+        storage: int = token.untyped_storage()._cdata  # noqa: SLF001 - the identity that StorageWeakRef uses
         return storage
 
 

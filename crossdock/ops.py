@@ -36,8 +36,9 @@ from crossdock.spec import Spec
 from crossdock.wire import Fp8
 
 _IN_BACKWARD = (
-    "this was a backward pass, which all ranks run: where one rank's loss leaves a layer's output out, pass "
-    "it through crossdock.autograd.touch(loss, output)"
+    "this was a backward pass, which all ranks run: where one rank's loss leaves a layer's output out, pass it through "
+    "crossdock.autograd.touch(loss, output); where its experts answer no rows with what does not depend on them, pass "
+    "recv in place of recv.plan to crossdock.autograd.combine"
 )
 
 

@@ -11,10 +11,11 @@ from crossdock.backends.base import Event, Outcome
 from crossdock.consent import Consent, Kind, Missing, Steps
 from crossdock.errors import ConfigError, CrossdockError, PeerTimeout, TransportError
 from crossdock.transport.base import Transport
+from crossdock.turn import Turn
 
 Result = TypeVar("Result")
-CallKind = Kind | Literal["mask"]
-"""A mask is a call that has no word."""
+CallKind = Kind | Literal["mask", "restart"]
+"""The last two are calls that have no word."""
 _LOOK_AGAIN_S = 0.05
 """How often a rank that waits looks whether the peers it misses still exist."""
 
@@ -73,7 +74,14 @@ class Pending(Generic[Result]):
             PeerFailed: a peer gave up; the call is void.
             CapacityError: more rows than a rank has room for; all ranks raise, no row was moved.
         """
-        if not self.is_done:
+        if self._results:
+            return self._results[0]
+        with self._queue.turn:
+            return self.finished()
+
+    def finished(self) -> Result:
+        """``wait()`` for a caller whose turn it is."""
+        if self.outcome is None and self.error is None:
             self._queue.drive(self)
         self._queue.forget(self)
         if self.error is not None:
@@ -98,6 +106,8 @@ class CallQueue:
     def __init__(self, consent: Consent, transport: Transport, *, depth: int, timeout_s: float) -> None:
         self.last_error: BaseException | None = None
         """What the last call ended with, when it was an error; the peers know."""
+        self.turn = Turn(self.left_by)
+        """To be held around every call."""
         self.wait_s = [0.0] * transport.num_ranks
         """How long this rank has waited for each peer, in seconds."""
         self._consent = consent
@@ -107,15 +117,21 @@ class CallQueue:
         self._running: deque[Pending[Any]] = deque()
         self._unwaited: list[Pending[Any]] = []
         self._unraised: CrossdockError | None = None
+        self._is_told = False
+        """Whether the peers know of a failure here, behind which no call has been started, and no abort came."""
+        self._failing: tuple[CrossdockError | Exception | str, int] | None = None
+        """The failure that the peers are being told, and how many epochs had ended before."""
 
     def check_room(self) -> None:
         """Raises what may keep the next call from being started.
 
         That is the failure of a call that was started and not waited for (the epoch has ended, and a call of the next
         one would be the caller's answer to an error it has not seen), or ConfigError when as many calls as there are
-        slots have been started and not waited for.
+        slots have been started and not waited for. Behind a failure that was raised, it goes where the peers are.
         """
-        self.check_failure()
+        if self._unraised is not None or self._failing is not None or not self._consent.is_in_step:
+            self.check_failure()
+            self._consent.catch_up()
         if len(self._unwaited) >= self._depth:
             raise ConfigError(
                 f"{len(self._unwaited)} calls were started and not waited for; num_slots={self._depth}: "
@@ -124,6 +140,7 @@ class CallQueue:
 
     def check_failure(self) -> None:
         """Raises a failure that nobody has seen: of a call that nobody waited for, or that the device found."""
+        self._recover()
         if self._unraised is None and (error := self._consent.failure()) is not None:
             self._fail(error)
             self._unraised = error
@@ -157,6 +174,7 @@ class CallQueue:
         self.last_error = None
         self._running.append(pending)
         self._unwaited.append(pending)
+        self._consent.taken, self._is_told = None, False
         return pending
 
     def drive(self, target: Pending[Any] | None = None) -> Missing | None:
@@ -165,9 +183,12 @@ class CallQueue:
         A call that was started behind others that have sent all that peers wait for may begin before they are done.
         Gives what is missing, if it stopped for that.
         """
-        patience = _Patience()
-        call = self._newest_to_begin() if target is None else self._oldest()
-        while call is not None and (target is None or not target.is_done):
+        patience: _Patience | None = None
+        running = self._running
+        call = running[0] if running else None
+        if target is None and len(running) > 1:
+            call = self._newest_to_begin()
+        while call is not None and (target is None or (target.outcome is None and target.error is None)):
             missing = None
             try:
                 missing = next(call.steps)
@@ -178,28 +199,28 @@ class CallQueue:
             except BaseException as error:
                 self._fail(f"{type(error).__name__}: {error}")
                 raise
-            if missing is None:
+            if missing is None and call.error is None:
+                running.remove(call)
+            elif missing is None:
                 self._retire(call)
             else:
                 call.has_sent = missing.has_sent
                 if target is not None:
+                    patience = patience or _Patience()
                     self._wait(call, missing, patience)
                 elif call.has_sent or call is self._running[0]:
                     return missing
-            call = self._oldest()
+            call = running[0] if running else None
         return None
-
-    def _oldest(self) -> Pending[Any] | None:
-        return self._running[0] if self._running else None
 
     def _newest_to_begin(self) -> Pending[Any] | None:
         """The newest call, if none before it has anything to send; else the oldest."""
-        if self._running and all(call.has_sent for call in list(self._running)[:-1]):
+        if len(self._running) > 1 and all(call.has_sent for call in list(self._running)[:-1]):
             return self._running[-1]
-        return self._oldest()
+        return self._running[0] if self._running else None
 
     def _retire(self, call: Pending[Any]) -> None:
-        """Takes a call that has ended out of the queue; one that has failed ends the epoch."""
+        """Takes a call that has failed out of the queue; if its failure is also that of peers, it ends the epoch."""
         if isinstance(call.error, TransportError):
             self._unraised = call.error
             self._fail(call.error)
@@ -232,38 +253,74 @@ class CallQueue:
             self.last_error, self._unraised = error, None
 
     def abandon(self, reason: str) -> None:
-        """Gives up what is in flight, and the epoch with it; one that has just ended by a failure ends once."""
-        if self._unraised is None:
+        """Gives up what is in flight, and the epoch with it; one that has just ended by a failure ends once.
+
+        So the answer to a failure is no other one, which peers would answer again.
+        """
+        self._recover()
+        if self._unraised is None and not self._is_told:
             self._fail(reason)
         self.last_error, self._unraised = TransportError(f"this rank gave up: {reason}"), None
+        self._is_told = False
+
+    def left_by(self, error: BaseException) -> None:
+        """An exception from elsewhere, an interrupt above all, has left a call: it is given up, unless it has been."""
+        if not self._is_told:
+            self._fail(f"{type(error).__name__}: {error}")
+        self.last_error, self._unraised = TransportError(f"this rank gave up: {error}"), None
+
+    def give_up(self, reason: str) -> None:
+        """Gives up what is in flight, and ends an epoch in any case; what has failed before counts as raised."""
+        self._fail(reason)
+        self.last_error = self._unraised = None
 
     def renew(self, reason: str) -> None:
         """Gives up what is in flight, and begins an epoch, unless one has just begun by a failure.
 
         That failure counts as raised, whatever it was.
         """
+        self._recover()
         self.settle()
         if self._unraised is None and (error := self._consent.failure()) is not None:
             self._fail(error)
         elif self._unraised is None and not self._consent.is_fresh:
             self._fail(reason)
         self.last_error = self._unraised = None
+        self._consent.catch_up()
 
     def reset(self) -> None:
         """Forgets failures that nobody has seen; gives up what is in flight, if anything is."""
+        self._recover()
         if self._unwaited:
             self.abandon("it was reset")
         self.last_error = self._unraised = None
 
     def _fail(self, error: Exception | str) -> None:
-        """Tells all peers that this rank gives up, and voids what is in flight here."""
-        first = self._running[0].sequence if self._running else self._consent.next_sequence
-        self._consent.fail(error, first_void=first)
+        """Tells all peers that this rank gives up, and voids what is in flight here.
+
+        An interrupt may leave it at any point. Then it is done again, and an epoch that has ended is not ended twice.
+        """
+        if self._failing is None:
+            self._failing = error, self._consent.num_ended
+        error, num_ended = self._failing
+        if self._consent.num_ended == num_ended:
+            taken = self._consent.next_sequence if self._consent.taken is None else self._consent.taken
+            first = self._running[0].sequence if self._running else taken
+            self._consent.fail(error, first_void=first)
         cause = error if isinstance(error, CrossdockError) else TransportError(f"this rank gave up: {error}")
         for pending in self._running:
             pending.void(pending.error or cause)
         self._running.clear()
         self._unwaited.clear()
+        self._is_told = True
+        self._failing = None
+
+    def _recover(self) -> None:
+        """Gives up what an interrupt has left half done: a failure, or a call whose number was taken."""
+        if self._failing is not None:
+            self._fail(self._failing[0])
+        elif self._consent.taken is not None:
+            self._fail("it was interrupted")
 
     @property
     def is_idle(self) -> bool:

@@ -1,11 +1,11 @@
-"""Where each row goes: counts -> prefix sums -> Plan. Tensor maths on the host; nothing is communicated here.
+"""Where each row goes: counts -> prefix sums -> Plan. Host arithmetic on tensors, without communication.
 
 Letters: T tokens here, K top-k, E experts, L local experts, P ranks, U ranks of a node, N nodes, W = E + P (+ N)
 counts, Q rows this rank sends, n peers of a hop, B blocks of rows of a hop.
 
-The rows that one rank sends to one segment of one peer (a *block*) are contiguous in the sender's order and contiguous
-where they land. So three small matrices, the same on every rank, and one list of row numbers say all there is to say:
-``counts``, ``send_starts`` and ``dst_starts``, each [n, B], and ``send_idx`` [Q].
+A *block* is the rows that one rank sends to one segment of one peer. It is contiguous in the sender's order and at the
+receiver. Three small matrices, the same on every rank (``counts``, ``send_starts``, ``dst_starts``, each [n, B]), and
+one list of row numbers (``send_idx`` [Q]) therefore describe an exchange completely.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Terms(NamedTuple):
 
     @staticmethod
     def of(table: npt.NDArray[np.signedinteger]) -> Terms:
-        """From a table [T, J] of row numbers, negative where there is none."""
+        """Terms from a table [T, J] of row numbers; negative entries are no terms."""
         is_term = table >= 0
         offsets = np.zeros(table.shape[0] + 1, dtype=np.int64)
         np.cumsum(is_term.sum(axis=1), out=offsets[1:])
@@ -50,17 +50,17 @@ class Hop:
     axis: Literal["scale_up", "scale_out"]
     peers: tuple[int, ...]
     own: int
-    """This rank's place among ``peers``."""
+    """This rank's index in ``peers``."""
     send_idx: Int64[Tensor, "Q"]
-    """Which row of this hop's input each sent row is, block after block."""
+    """Index of each sent row in the hop's input, in sending order: block after block."""
     send_pick: Int64[Tensor, "Q"] | None
-    """Which of its token's picks each sent row serves; None where a row serves all picks of its rank."""
+    """The pick (0 to K - 1) that each sent row serves; None where a row serves all of the token's picks at a rank."""
     counts: Int64[Tensor, "n B"]
-    """Rows that each peer sends in each block."""
+    """Rows of each block, by sender."""
     send_starts: Int64[Tensor, "n B"]
-    """Where each block begins in its sender's order."""
+    """First row of each block in its sender's order."""
     dst_starts: Int64[Tensor, "n B"]
-    """The row at the receiver where each block begins."""
+    """First row of each block at its receiver."""
 
     @property
     def num_blocks_per_peer(self) -> int:
@@ -69,12 +69,12 @@ class Hop:
 
     @cached_property
     def send_blocks(self) -> Ints:
-        """The block of each sent row, [Q], for the peer whose ``send_idx`` this is."""
+        """The block of each row that this rank sends, [Q]."""
         return np.repeat(np.arange(self.counts.shape[1]), self._own(self.counts))
 
     @cached_property
     def send_dst_rows(self) -> Ints:
-        """The row at its receiver of each sent row, [Q]."""
+        """The row at its receiver of each row that this rank sends, [Q]."""
         shift = self._own(self.dst_starts) - self._own(self.send_starts)
         return np.arange(self.send_blocks.size) + shift[self.send_blocks]
 
@@ -85,30 +85,31 @@ class Hop:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Plan:
-    """Everything about one routing: tensors and ints only, usable for any number of dispatches and combines.
+    """Where the rows of one routing go and return to; usable for any number of dispatches and combines.
 
-    What is known of it whatever moves the rows; a backend's plan says besides where each row goes.
+    Frozen, tensors and integers only. This class has what every backend knows; the backends' subclasses have each row's
+    destination.
     """
 
     rank: int
     buffer_id: int
-    """The buffer that made it, 0 for none."""
+    """The buffer that made the plan; 0 for none."""
     stamp: int
-    """Of the dispatch that made it, the same on all ranks."""
+    """The same on all ranks: the sequence number of the plan's dispatch. A backend stamps remade plans otherwise."""
     topk_idx: Int[Tensor, "T K"]
     counts: Int64[Tensor, "P W"]
-    """What every rank told every rank. With this rank's picks it decides all the rest: see ``make_plan``."""
+    """``local_counts`` of all ranks. Together with ``topk_idx`` they determine the plan: see ``make_plan``."""
     num_rows: int | None
-    """R, rows in the receive slot up to the end of the last segment; None where the host has not been told: on CUDA
-    with ``rows="capacity"``, when it is ``segment_starts[-1]``, on the device."""
+    """R, rows of the receive slot up to the end of the last segment. None if the host does not know it: on CUDA with
+    ``rows="capacity"``, where ``segment_starts[-1]`` has the number on the device."""
     num_tokens_per_expert: Int32[Tensor, "L"]
     segment_starts: Int[Tensor, "ends"]
-    """First row of each segment of this rank, and the end."""
+    """First row of each segment of this rank, and the end of the last."""
     partial_rows: Int32[Tensor, "R K"] | None = None
-    """Filled on arrival where ranks sum picks: for each (token, rank) pair that came here, its rows in pick order, or
-    -1."""
+    """For each (token, rank) pair received, its rows here in pick order, -1 for other picks. None unless ranks sum
+    picks; filled when the rows arrive."""
     masked: tuple[int, ...] = ()
-    """The ranks that were masked when it was made."""
+    """The ranks that were masked when the plan was made."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, num_tokens={self.num_tokens}, num_rows={self.num_rows})"
@@ -121,32 +122,33 @@ class Plan:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class HostPlan(Plan):
-    """A plan whose rows are moved by the host, hop by hop.
+    """The plan of a backend whose host moves the rows, hop by hop.
 
-    A rank of one domain needs one hop. With two axes ``hops[0]`` goes over the slow one, to the rail peers of the
-    nodes, with ``carried`` beside its rows; ``hops[1]`` fans them out over the fast one, and its ``send_idx`` is known
-    once rows have landed (``second_hop``).
+    One scale-up domain needs one hop. With several nodes ``hops[0]`` sends rows, and ``carried`` beside them, over the
+    scale-out axis to the rail peers; ``hops[1]`` forwards them over the scale-up axis. ``second_hop`` completes the
+    latter's ``send_idx`` once the rows of ``hops[0]`` have arrived.
     """
 
     num_rows: int
     hops: tuple[Hop, ...]
     back: Hop
-    """The way home of the rows that are summed at their owner: ``hops[0]``, or one row per rank with reduce='rank'."""
+    """The exchange whose rows return to their owners in a combine: ``hops[0]``, or one row per (token, rank) pair where
+    ranks sum picks."""
     pick_pos: Int64[Tensor, "T K"]
-    """Place in the sending order of ``hops[0]`` of the row that serves each pick; -1: no pick."""
+    """For each pick, the index of its row in the sending order of ``hops[0]``; -1: no pick."""
     back_pos: Int64[Tensor, "T K"]
-    """The same for ``back``."""
+    """For each pick, the index of its row in the sending order of ``back``; -1: no pick."""
     sums_by_pick: bool
-    """Whether the owner adds rows in the order of picks, else in the order of ranks."""
+    """True: the owner sums rows in the order of picks; False: in the order of ranks."""
     segment_rows: Int64[Tensor, "segments"]
-    """Rows in each segment of this rank."""
+    """Rows received in each segment of this rank, without padding."""
     carried: Int64[Tensor, "Q K"] | None = None
-    """Two hops: for each row of ``hops[0]`` and pick, local rank * slot rows + final row there, or -1."""
+    """With two hops, for each row of ``hops[0]`` and pick: local rank * slot rows + final row there, or -1."""
 
     @cached_property
     def terms(self) -> Terms:
-        """The rows that are summed into each of this rank's tokens, as places in ``back``'s sending order."""
-        pos = np.ascontiguousarray(self.back_pos.numpy().T)  # [K, T]: long rows, so that numpy's loops are long
+        """The rows that are summed for each of this rank's tokens, as indices in ``back``'s sending order."""
+        pos = np.ascontiguousarray(self.back_pos.numpy().T)  # [K, T]: numpy's inner loops run over T
         if self.back.send_pick is None:
             pos = _without_repeats(pos)
         if not self.sums_by_pick:
@@ -155,7 +157,7 @@ class HostPlan(Plan):
 
 
 def local_counts(spec: Spec, topology: Topology, topk_idx: Int[Tensor, "T K"]) -> Int64[Tensor, "W"]:
-    """Rows this rank will send: per expert, per rank (a token counts once there), per node where there are several.
+    """Rows that this rank sends: E per expert, P per rank (a token counts once per rank), and N per node if N > 1.
 
     >>> spec = Spec(num_experts=4, num_topk=2, hidden=8, max_tokens=4)
     >>> local_counts(spec, Topology(num_ranks=2), torch.tensor([[0, 1], [1, 2], [3, -1]])).tolist()
@@ -173,7 +175,7 @@ def local_counts(spec: Spec, topology: Topology, topk_idx: Int[Tensor, "T K"]) -
 
 
 def check_capacity(spec: Spec, topology: Topology, counts: Int64[Tensor, "P W"]) -> None:
-    """Raises the same CapacityError on every rank when any rank's rows would not fit."""
+    """Raises the same CapacityError on every rank if any rank would receive more rows than its capacity."""
     capacity = spec.capacity(topology.num_ranks)
     _, ends, per_segment = _final_blocks(spec, topology, counts.numpy())
     needed = per_segment if isinstance(spec.layout, Padded) else ends
@@ -183,7 +185,12 @@ def check_capacity(spec: Spec, topology: Topology, counts: Int64[Tensor, "P W"])
 
 
 def overflow(spec: Spec, topology: Topology, *, worst: int, needed: int) -> CapacityError:
-    """The error of a rank, or for Padded of an expert, that was sent more rows than there is room for."""
+    """The CapacityError for more rows than fit.
+
+    Args:
+        worst: the rank (Padded: the expert, 0 to E - 1) that would receive too many rows.
+        needed: the rows that it would receive.
+    """
     rank, place = worst, ""
     if isinstance(spec.layout, Padded):
         rank, segment = divmod(worst, spec.num_local_experts(topology.num_ranks))
@@ -204,10 +211,10 @@ def make_plan(
     stamp: int = 0,
     buffer_id: int = 0,
 ) -> HostPlan:
-    """The plan of ``rank`` from its own picks and everybody's counts (``local_counts`` of each rank, stacked).
+    """The plan of ``rank`` from its own picks and the counts of all ranks (``local_counts``, stacked).
 
-    Prefix sums alone: no row's place depends on anything but the counts and the order of tokens, which is why every run
-    gives the same bits. The caller has checked the capacity (``check_capacity``).
+    Prefix sums alone: a row's destination depends on the counts and the order of tokens only, so every run gives the
+    same bits. The caller has checked the capacity (``check_capacity``).
     """
     picks, all_counts = topk_idx.numpy(), counts.numpy()
     num_local = spec.num_local_experts(topology.num_ranks)
@@ -249,7 +256,7 @@ def make_plan(
 
 
 def partial_rows_to_send(plan: HostPlan) -> Int32[Tensor, "Q K"]:
-    """For each (token, rank) pair in ``back``'s order: the rows of its picks there, in pick order, -1 for others."""
+    """For each (token, rank) pair in ``back``'s order: the rows of its picks at that rank, -1 for other picks."""
     hop, back = plan.hops[0], plan.back
     pos, back_pos = plan.pick_pos.numpy(), plan.back_pos.numpy()
     rows = np.where(pos >= 0, hop.send_dst_rows[pos], -1) if hop.send_dst_rows.size else np.full(pos.shape, -1)
@@ -259,9 +266,12 @@ def partial_rows_to_send(plan: HostPlan) -> Int32[Tensor, "Q K"]:
 
 
 def second_hop(plan: HostPlan, carried: Int64[Tensor, "R0 K"]) -> Hop:
-    """The second hop of a two-hop plan, once rows have landed with what they ``carried``.
+    """The second hop of a two-hop plan, once the rows of the first have arrived.
 
-    Its order is that of the final rows: by receiver, then row.
+    Rows are sent in the order of their destinations: by receiver, then row.
+
+    Args:
+        carried: the ``carried`` rows that arrived with them, in order of arrival.
     """
     flat = carried.numpy().ravel()
     order = np.argsort(flat, kind="stable")[int((flat < 0).sum()) :]
@@ -270,7 +280,7 @@ def second_hop(plan: HostPlan, carried: Int64[Tensor, "R0 K"]) -> Hop:
 
 
 def _over_nodes(plan: HostPlan, spec: Spec, topology: Topology, all_counts: Ints, pick_ranks: Picks) -> HostPlan:
-    """Splits the one-hop plan in two: over the slow axis along this rank's rail, then over the fast one."""
+    """Splits a one-hop plan in two: scale-out to this rank's rail peers, then scale-up within the node."""
     num_nodes, node_size, num_ranks = topology.num_nodes, topology.node_size, topology.num_ranks
     node, local = divmod(plan.rank, node_size)
     flat = plan.hops[0]
@@ -287,12 +297,12 @@ def _over_nodes(plan: HostPlan, spec: Spec, topology: Topology, all_counts: Ints
     carried = np.where(pick_nodes[tokens] == out.send_blocks[:, None], final[tokens], -1)  # [Q, K]
 
     def to_this_node(matrix: Tensor) -> Ints:
-        """[P, B] over all ranks -> [U, U * segments * N]: forwarder x (receiver, segment, source node)."""
+        """[P, B] of all ranks -> [U, U * segments * N] of this node: forwarder x (receiver, segment, source node)."""
         by_source = matrix.numpy().reshape(num_nodes, node_size, num_nodes, -1)[:, :, node]
         return np.ascontiguousarray(by_source.transpose(1, 2, 0)).reshape(node_size, -1)
 
     peers = tuple(range(node * node_size, (node + 1) * node_size))
-    nothing = torch.empty(0, dtype=torch.int64)
+    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
     fan_out = _hop("scale_up", peers, local, nothing, nothing, to_this_node(flat.counts), to_this_node(flat.dst_starts))
     return replace(
         plan, hops=(out, fan_out), back=out, pick_pos=node_pos, back_pos=node_pos, carried=torch.from_numpy(carried)
@@ -300,7 +310,7 @@ def _over_nodes(plan: HostPlan, spec: Spec, topology: Topology, all_counts: Ints
 
 
 def _final_blocks(spec: Spec, topology: Topology, counts: Ints) -> tuple[Ints, Ints, Ints]:
-    """Blocks of the flat exchange: counts [P, B], the end of each rank's rows [P, 1], rows per segment [P, B / P]."""
+    """Blocks of the one-hop exchange: counts [P, B], end of each rank's rows [P, 1], rows per segment [P, B / P]."""
     num_ranks = topology.num_ranks
     if spec.layout.per_pick:
         final = counts[:, : spec.num_experts]
@@ -332,11 +342,11 @@ def _hop(
 
 
 def _send_picks(picks: Picks, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One row per pick, by expert, then token: rows [Q], picks [Q], and each pick's place in that order [T, K]."""
+    """One row per pick, by expert, then token: tokens [Q], picks [Q], and each pick's index in that order [T, K]."""
     flat = picks.ravel()
     key = np.where(flat < 0, num_experts, flat)
     if num_experts < 2**16:
-        key = key.astype(np.uint16)  # numpy sorts 16-bit keys by radix: 30 us for 8192 of them, against 270
+        key = key.astype(np.uint16)  # numpy radix-sorts 16-bit keys: 30 us for 8192, against 270
     order = np.argsort(key, kind="stable")[: int((flat >= 0).sum())]
     pos = np.full(flat.size, -1, dtype=np.int64)
     pos[order] = np.arange(order.size)
@@ -345,7 +355,12 @@ def _send_picks(picks: Picks, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _send_places(pick_places: Picks, num_places: int) -> tuple[Tensor, Tensor]:
-    """One row per (token, place), by place, then token: rows [Q], and each pick's place in that order [T, K]."""
+    """One row per (token, peer), by peer, then token: tokens [Q], and each pick's index in that order [T, K].
+
+    Args:
+        pick_places: the peer (a rank or a node) of each pick, [T, K]; negative: no pick.
+        num_places: the number of peers.
+    """
     hits = _hits(pick_places, num_places)
     num_tokens = hits.shape[1]
     sent = np.flatnonzero(hits)
@@ -356,14 +371,14 @@ def _send_places(pick_places: Picks, num_places: int) -> tuple[Tensor, Tensor]:
 
 
 def _hits(pick_places: Picks, num_places: int) -> npt.NDArray[np.bool_]:
-    """[places, T]: whether any pick of the token is at the place; negative places are no picks."""
+    """Whether any pick of the token is at the peer, [peers, T]; negative peers are no picks."""
     hits = np.zeros((num_places + 1, pick_places.shape[0]), dtype=np.bool_)
     hits[pick_places, np.arange(pick_places.shape[0])[:, None]] = True  # -1 marks the row that is cut off
     return hits[:num_places]
 
 
 def _without_repeats(pos: Ints) -> Ints:
-    """[K, T] with -1 where an earlier pick of the token has the same place."""
+    """[K, T] with -1 where an earlier pick of the token has the same value."""
     first = pos >= 0
     for k in range(1, pos.shape[0]):
         for earlier in range(k):
@@ -372,7 +387,7 @@ def _without_repeats(pos: Ints) -> Ints:
 
 
 def _axes(topology: Topology, num_local: int) -> list[tuple[int, int]]:
-    """(number of places, experts per place) that rows are counted for, besides the experts themselves."""
+    """(number of peers, experts per peer) of each axis whose rows are counted: ranks, and nodes if N > 1."""
     axes = [(topology.num_ranks, num_local)]
     if topology.num_nodes > 1:
         axes.append((topology.num_nodes, num_local * topology.node_size))

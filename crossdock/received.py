@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 from weakref import ref
 
 import torch
@@ -75,29 +75,52 @@ class Lease:
             )
 
 
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class SlotViews(Protocol):
+    """Where the rows of receive slots lie, as tensors."""
+
+    scales: ScaleLayout
+    has_offsets: bool
+    """Whether experts' rows begin at offsets (Expanded)."""
+
+    def received(self, region: str, slot: int, num_rows: int) -> Tensor | Quantized:
+        """The first rows of a slot, [R, H] or [L, C, H]."""
+
+    def rows(self, name: str, slot: int, num_rows: int) -> Tensor:
+        """The first rows of a slot in a region."""
+        raise NotImplementedError
+
+
 class Received:
     """Rows that came to this rank. Leading dimensions are [R] for Compact and Expanded, [L, C] for Padded.
 
     ``x`` and ``output_rows()`` are views of a receive slot, valid until it comes round; all the rest stays valid.
     """
 
-    plan: Plan
-    """Where each row came from and goes back to; good for any number of dispatches and combines."""
-    num_rows: int | None
-    """Rows up to the end of the last segment; fewer than ``x`` has with ``rows="capacity"``, when on CUDA the
-    host is not told (None)."""
-    _metadata: LazyMetadata
-    _read_rows: Callable[[], Tensor | Quantized]
-    _scales: ScaleLayout
-    _lease: Lease | None
-    _read_outputs: Callable[[], Tensor]
-    _outputs_lease: Lease
-    _has_offsets: bool
+    def __init__(
+        self, plan: Plan, lease: Lease, metadata: LazyMetadata, views: SlotViews, region: str, num_rows: int
+    ) -> None:
+        self.plan = plan
+        """Where each row came from and goes back to; good for any number of dispatches and combines."""
+        self._lease = lease
+        self._metadata = metadata
+        self._views = views
+        self._region = region
+        self._num_rows = num_rows
+        """Rows to look at."""
+        self._owned: Tensor | Quantized | None = None
+        """Rows of its own, which no later dispatch overwrites."""
 
     def __repr__(self) -> str:
         tokens = self.num_tokens_per_expert.tolist()
         return f"Received(num_rows={self.num_rows}, num_tokens_per_expert={tokens}, is_stale={self.is_stale})"
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows up to the end of the last segment; fewer than ``x`` has with ``rows="capacity"``.
+
+        None where the host has not been told: on CUDA with ``rows="capacity"``.
+        """
+        return self.plan.num_rows
 
     @property
     def num_tokens_per_expert(self) -> Tensor:
@@ -107,7 +130,7 @@ class Received:
     @cached_property
     def expert_offsets(self) -> Tensor | None:
         """Expanded: int32 [L + 1], where each expert's rows start, and the end."""
-        return self.plan.segment_starts.to(torch.int32) if self._has_offsets else None
+        return self.plan.segment_starts.to(torch.int32) if self._views.has_offsets else None
 
     @property
     def topk_idx(self) -> Tensor | None:
@@ -136,8 +159,9 @@ class Received:
         Raises:
             ConfigError: the slot has come round.
         """
-        if self._lease is not None:
-            self._lease.check()
+        if self._owned is not None:
+            return self._owned
+        self._lease.check()
         return self._rows
 
     def output_rows(self) -> Tensor:
@@ -148,27 +172,28 @@ class Received:
         Raises:
             ConfigError: the slot has come round.
         """
-        self._outputs_lease.check()
+        self._lease.check()
         return self._outputs
 
     def copied(self) -> Received:
         """The same with rows ``x`` of its own, which no later dispatch overwrites."""
         rows = self.x
-        if not isinstance(rows, Quantized):
-            own: Tensor | Quantized = rows.clone()
+        copy = Received(self.plan, self._lease, self._metadata, self._views, self._region, self._num_rows)
+        if isinstance(rows, Quantized):
+            copy._owned = Quantized(rows.data.clone(), self._views.scales.copied(rows.scale))
         else:
-            own = Quantized(rows.data.clone(), self._scales.copied(rows.scale))
-        return replace(self, _read_rows=lambda: own, _lease=None)
+            copy._owned = rows.clone()
+        return copy
 
     @cached_property
     def _rows(self) -> Tensor | Quantized:
-        return self._read_rows()
+        return self._views.received(self._region, self._lease.slot, self._num_rows)
 
     @cached_property
     def _outputs(self) -> Tensor:
-        return self._read_outputs()
+        return self._views.rows("outputs", self._lease.slot, self._num_rows)
 
     @property
     def is_stale(self) -> bool:
         """Whether the receive slot has come round."""
-        return not self._outputs_lease.is_valid
+        return not self._lease.is_valid

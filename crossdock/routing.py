@@ -13,12 +13,12 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int, Int64, Real
 from torch import Tensor
 
 from crossdock.errors import ConfigError
@@ -33,7 +33,7 @@ class Routing(NamedTuple):
     topk_weights: Float32[Tensor, "T K"]
 
 
-def softmax_topk(logits: Float[Tensor, "T E"], num_topk: int, *, renormalize: bool = True) -> Routing:
+def softmax_topk(logits: Float[Tensor, "T E"], num_topk: int, *, renormalize: bool | None = None) -> Routing:
     """The ``num_topk`` likeliest experts of each token, weighted by their softmax probability.
 
     The softmax runs in float32 over all experts. Of equal experts the one with the lowest id wins.
@@ -41,7 +41,8 @@ def softmax_topk(logits: Float[Tensor, "T E"], num_topk: int, *, renormalize: bo
     Args:
         logits: one row of scores per token, ``[T, E]``, any float type.
         num_topk: picks per token, 1 to E.
-        renormalize: divide a token's weights by their sum, so that they add up to 1.
+        renormalize: divide a token's weights by their sum, so that they add up to 1; None: where there are several
+            picks (the weight of one would be the constant 1, and its gradient 0).
 
     Raises:
         ConfigError: ``logits`` is no float matrix, or ``num_topk`` is out of reach.
@@ -54,7 +55,7 @@ def softmax_topk(logits: Float[Tensor, "T E"], num_topk: int, *, renormalize: bo
     scores = logits.float().softmax(dim=-1)
     topk_idx = _best_first(scores, num_topk)
     topk_weights = scores.gather(1, topk_idx)
-    return Routing(topk_idx, _normalized(topk_weights) if renormalize else topk_weights)
+    return Routing(topk_idx, _weights(topk_weights, renormalize=renormalize))
 
 
 def group_limited_topk(
@@ -65,7 +66,7 @@ def group_limited_topk(
     num_topk_groups: int,
     bias: Float[Tensor, "E"] | None = None,
     scale: float = 1.0,
-    renormalize: bool = True,
+    renormalize: bool | None = None,
 ) -> Routing:
     """DeepSeek-V3's gate: the best experts out of each token's best groups, so that a token visits few nodes.
 
@@ -89,7 +90,8 @@ def group_limited_topk(
         num_topk_groups: how many groups a token may visit.
         bias: added to the scores for the choice alone, ``[E]``.
         scale: what a token's weights add up to when they are renormalised.
-        renormalize: divide a token's weights by their sum before scaling. If all its scores are 0, its weights are 0.
+        renormalize: divide a token's weights by their sum before scaling; None: where there are several picks. If all
+            its scores are 0, its weights are 0.
 
     Raises:
         ConfigError: the sizes do not fit together, or ``scale`` is not a positive number.
@@ -110,11 +112,82 @@ def group_limited_topk(
     biased = scores if bias is None else scores + bias.float()
     group_scores = biased.reshape(-1, num_groups, group_size).topk(min(2, group_size)).values.sum(dim=-1)
     groups = _best_first(group_scores, num_topk_groups).sort().values  # ascending, so that candidate order is id order
-    members = torch.arange(group_size, device=logits.device)
+    members = torch.arange(group_size, dtype=torch.int64, device=logits.device)
     candidates = (groups.unsqueeze(-1) * group_size + members).flatten(1)  # [T, num_topk_groups * group_size]
     topk_idx = candidates.gather(1, _best_first(biased.gather(1, candidates), num_topk))
     topk_weights = scores.gather(1, topk_idx)
-    return Routing(topk_idx, (_normalized(topk_weights) if renormalize else topk_weights) * scale)
+    return Routing(topk_idx, _weights(topk_weights, renormalize=renormalize) * scale)
+
+
+def balance_loss(
+    logits: Float[Tensor, "T E"],
+    topk_idx: Int[Tensor, "T K"],
+    *,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    num_tokens_per_expert: Real[Tensor, "E"] | None = None,
+) -> Float32[Tensor, ""]:
+    """The auxiliary loss that balances experts: ``E * sum_e f_e * P_e``, 1 where all are used alike.
+
+    ``f_e`` is the share of picks that went to expert ``e``, a constant; ``P_e`` the mean of its score over these
+    tokens, through which the gradient goes. To be multiplied with a small factor (0.01 in the first source, 0.0001 in
+    the second) and added to the loss.
+
+    Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6, there for one pick; with K picks the share is of
+    all of them, as in DeepSeek-V3, arXiv 2412.19437, equations 17 to 20, whose scores are sigmoids divided by their
+    sum. For shares of all ranks' tokens: "Demons in the Detail", arXiv 2501.11873.
+
+    Args:
+        logits: one row of scores per token, any float type; float32 inside.
+        topk_idx: the picks; -1 counts for none.
+        score: how the gate makes a score of a logit. Sigmoids are divided by their sum over experts.
+        num_tokens_per_expert: picks of each expert, of all ranks or of several calls; None: those of ``topk_idx``.
+
+    Raises:
+        ConfigError: the shapes do not fit together, or the score is unknown.
+
+    >>> logits = torch.tensor([[9.0, -9.0], [-9.0, 9.0]])
+    >>> balance_loss(logits, torch.tensor([[0], [1]]))
+    tensor(1.)
+    >>> balance_loss(logits[:1], torch.tensor([[0]]))  # all to one of two
+    tensor(2.)
+    """
+    num_experts = _num_experts_of(logits)
+    if score not in ("softmax", "sigmoid"):
+        raise ConfigError(f"score={score!r}; pass 'softmax' or 'sigmoid'")
+    if topk_idx.ndim != 2 or topk_idx.shape[0] != logits.shape[0]:
+        raise ConfigError(f"topk_idx is {_described(topk_idx)}; pass the picks of these tokens, [{logits.shape[0]}, K]")
+    if num_tokens_per_expert is None:
+        picks = topk_idx.reshape(-1).to(torch.int64)
+        ones = (picks >= 0).to(torch.float32)
+        counts = ones.new_zeros(num_experts).scatter_add(0, picks.clamp_min(0), ones)
+    elif tuple(num_tokens_per_expert.shape) != (num_experts,):
+        raise ConfigError(
+            f"num_tokens_per_expert has shape {list(num_tokens_per_expert.shape)}; pass one count per expert, "
+            f"[{num_experts}]"
+        )
+    else:
+        counts = num_tokens_per_expert.to(logits.device, torch.float32)
+    with torch.autocast(logits.device.type, enabled=False):
+        scores = logits.float().softmax(dim=-1) if score == "softmax" else logits.float().sigmoid()
+        if score == "sigmoid":
+            scores = _normalized(scores)
+        means = scores.sum(dim=0) / max(1, logits.shape[0])  # [E]
+        return num_experts * (counts.detach() / counts.sum().clamp_min(1.0) * means).sum()
+
+
+def z_loss(logits: Float[Tensor, "T E"]) -> Float32[Tensor, ""]:
+    """The auxiliary loss that keeps a gate's logits small: the mean of ``logsumexp(logits) ** 2`` over tokens.
+
+    To be multiplied with a small factor (0.001 in the source) and added to the loss. 0 for no tokens.
+
+    Source: ST-MoE, arXiv 2202.08906, equation 5.
+
+    >>> z_loss(torch.zeros(2, 1)), z_loss(torch.full((1, 1), -3.0))
+    (tensor(0.), tensor(9.))
+    """
+    _num_experts_of(logits)
+    with torch.autocast(logits.device.type, enabled=False):
+        return logits.float().logsumexp(dim=-1).square().sum() / max(1, logits.shape[0])
 
 
 def uniform_load(
@@ -127,7 +200,7 @@ def uniform_load(
             [0, 1, 2, 3]])
     """
     _check_sizes(num_tokens, num_experts, num_topk)
-    return _draw(torch.zeros(num_experts, device=generator.device), num_tokens, num_topk, generator)
+    return _draw(_equal(num_experts, generator), num_tokens, num_topk, generator)
 
 
 def zipf_load(
@@ -150,9 +223,9 @@ def zipf_load(
             f"exponent={exponent} is not a finite number >= 0; pass 0 for equal popularity, 1 for Zipf's law"
         )
     popularity = torch.randperm(
-        num_experts, generator=generator, device=generator.device
+        num_experts, generator=generator, dtype=torch.int64, device=generator.device
     )  # rank, from 0, of each expert
-    return _draw(-exponent * (popularity + 1).log(), num_tokens, num_topk, generator)
+    return _draw(-exponent * (popularity + 1).to(torch.float32).log(), num_tokens, num_topk, generator)
 
 
 def hot_expert_load(
@@ -170,7 +243,7 @@ def hot_expert_load(
         raise ConfigError(
             f"hot_expert={hot_expert} is not within 0..{num_experts - 1}; pass one of num_experts={num_experts}"
         )
-    others = _draw(torch.zeros(num_experts - 1, device=generator.device), num_tokens, num_topk - 1, generator)
+    others = _draw(_equal(num_experts - 1, generator), num_tokens, num_topk - 1, generator)
     hot = others.new_full((num_tokens, 1), hot_expert)
     return torch.cat([hot, others + (others >= hot_expert)], dim=1)
 
@@ -242,8 +315,18 @@ def _best_first(scores: Float[Tensor, "T N"], num_best: int) -> Int64[Tensor, "T
     return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :num_best]
 
 
+def _weights(scores: Float[Tensor, "T K"], *, renormalize: bool | None) -> Float[Tensor, "T K"]:
+    """Of picks with these scores; None: renormalised where there are several."""
+    return _normalized(scores) if renormalize or (renormalize is None and scores.shape[1] > 1) else scores
+
+
 def _normalized(weights: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
     return weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _equal(num_experts: int, generator: torch.Generator) -> Float32[Tensor, "E"]:
+    """The logarithms of equal weights."""
+    return torch.zeros(num_experts, dtype=torch.float32, device=generator.device)
 
 
 def _draw(
@@ -254,7 +337,8 @@ def _draw(
     The order of arrival is the order of successive draws by weight (Efraimidis and Spirakis, 2006). In logarithms,
     because a steep Zipf law leaves the range of float32.
     """
-    waits = torch.empty(num_tokens, log_weights.shape[0], device=generator.device).exponential_(generator=generator)
+    shape = (num_tokens, log_weights.shape[0])
+    waits = torch.empty(shape, dtype=torch.float32, device=generator.device).exponential_(generator=generator)
     return _best_first(log_weights - waits.log(), num_topk)
 
 
@@ -311,7 +395,7 @@ def _check_picks(topk_idx: Int[Tensor, "T K"], source: str, *, num_experts: int)
         token, pick = twice[0].tolist()
         raise ConfigError(
             f"{source} picks expert {int(ordered[token, pick])} twice at token {token}; "
-            "a token's picks must be distinct, put -1 where there is none"
+            "a token's picks must be distinct: where they may repeat, as with a hash, put -1 in place of the repeats"
         )
 
 
@@ -330,5 +414,6 @@ def check_picks(topk_idx: Tensor, *, num_experts: int) -> None:
     if twice.any():
         token, at = np.argwhere(twice)[0]
         raise ConfigError(
-            f"topk_idx[{token}] picks expert {ordered[token, at]} more than once; the picks of a token are distinct"
+            f"topk_idx[{token}] picks expert {ordered[token, at]} more than once; the picks of a token are distinct: "
+            f"where they may repeat, as with a hash, put -1 in place of the repeats and add their weights to the first"
         )

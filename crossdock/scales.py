@@ -1,6 +1,6 @@
-"""Where the scales of a receive slot's rows lie: one formula, for the arena, the views, the gathers and the kernels.
+"""Memory layout of the scales of a receive slot: one formula for the arena, views, gathers and kernels.
 
-Letters: N segments, R rows of a segment, R' as many with padding, G scales of a row.
+Letters: N segments, R rows of a segment, R' rows of a segment with padding, G scales of a row.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 TMA_BYTES = 16
-"""NVIDIA's tensor memory accelerator wants strides, but the innermost, that are multiples of it."""
+"""NVIDIA's tensor memory accelerator requires every stride but the innermost to be a multiple of these bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleLayout:
-    """The scales of one slot: rows one behind the other ``[N * R, G]``, or column-major ``[N, G, R']``.
+    """The scales of one slot: row-major ``[N * R, G]``, or column-major ``[N, G, R']``.
 
-    Column-major, the scales of one group lie side by side for all rows of a segment, and groups are a multiple of
-    ``TMA_BYTES`` apart: R' is R rounded up to that.
+    In column-major order the scales of one group are adjacent for all rows of a segment, and groups are a multiple of
+    ``TMA_BYTES`` apart: R' is R rounded up accordingly.
 
     Args:
-        num_segments: N, where rows have a leading dimension of segments (Padded); None: all rows are in one.
-        segment_rows: R, the rows that a segment has room for.
-        num_scales: G; of packed scales, words.
-        dtype: of a scale; of packed ones, of a word.
+        num_segments: N if rows have a leading dimension of segments (Padded); None: one segment.
+        segment_rows: R, the capacity of a segment in rows.
+        num_scales: G; for packed scales, the number of int32 words.
+        dtype: dtype of a scale; for packed scales int32.
+        column_major: the order, as in ``Fp8``.
 
     >>> scales = ScaleLayout(num_segments=2, segment_rows=3, num_scales=5, dtype=torch.float32, column_major=True)
     >>> scales.shape, scales.offset(4), scales.group_bytes
@@ -40,7 +41,7 @@ class ScaleLayout:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a slot in memory, without gaps."""
+        """Shape of a slot's scales in memory, padding included."""
         num_segments = self.num_segments or 1
         if not self.column_major:
             return num_segments * self.segment_rows, self.num_scales
@@ -49,39 +50,41 @@ class ScaleLayout:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes from a row's scales to those of the next row in its segment."""
+        """Bytes from a scale to the same group's scale of the next row in the segment."""
         return self.dtype.itemsize * (1 if self.column_major else self.num_scales)
 
     @property
     def group_bytes(self) -> int:
-        """Bytes from a scale of a row to the next of that row."""
+        """Bytes from a scale to the next group's scale of the same row."""
         return _room(self.segment_rows, self.dtype) if self.column_major else self.dtype.itemsize
 
     @property
     def segment_bytes(self) -> int:
-        """Bytes from a segment to the next."""
+        """Bytes from a segment to the next one."""
         return self.num_scales * self.group_bytes if self.column_major else self.segment_rows * self.row_bytes
 
     @property
     def has_jumps(self) -> bool:
-        """Whether the first row of a segment is not ``row_bytes`` behind the last of the one before."""
+        """Whether a row's offset depends on its segment: successive segments are not ``row_bytes`` apart."""
         return self.segment_bytes != self.segment_rows * self.row_bytes and (self.num_segments or 1) > 1
 
     def offset(self, row: int) -> int:
-        """Bytes from a slot's first byte to the first scale of a row, counted over all segments."""
+        """Bytes from the slot's first byte to the first scale of a row; rows are numbered over all segments."""
         segment, within = divmod(row, self.segment_rows)
         return segment * self.segment_bytes + within * self.row_bytes
 
     def of_block(self, slot: Tensor, rows: slice) -> Tensor:
-        """``[n, G]``, the scales of some rows of one segment, over the slot's memory."""
+        """The scales of n rows of one segment, ``[n, G]``: a view of the slot."""
         strides = self.row_bytes // self.dtype.itemsize, self.group_bytes // self.dtype.itemsize
         first = slot.storage_offset() + self.offset(rows.start) // self.dtype.itemsize
         return slot.as_strided((rows.stop - rows.start, self.num_scales), strides, first)
 
     def of_rows(self, slot: Tensor, num_rows: int) -> Tensor:
-        """The scales of a slot's first rows, or of the first of each segment, over the slot's memory.
+        """The scales of a slot's first rows ``[num_rows, G]``, or of each segment's ``[N, num_rows / N, G]``: a view.
 
-        ``[num_rows, G]``, or ``[N, num_rows / N, G]``.
+        Args:
+            slot: the slot's scales, of any shape.
+            num_rows: rows over all segments, a multiple of N.
         """
         if self.num_segments is None:
             return self.of_block(slot, slice(0, num_rows))
@@ -93,7 +96,7 @@ class ScaleLayout:
         return slot.as_strided(shape, (segment, row, group), slot.storage_offset())
 
     def copied(self, scale: Tensor) -> Tensor:
-        """The same scales ``[..., R, G]`` in memory of their own, column-major with the padding that R rows need."""
+        """A copy of scales ``[..., R, G]`` in the same order; column-major with the padding for R rows."""
         if not self.column_major:
             return scale.clone()
         *lead, num_rows, num_scales = scale.shape
@@ -104,10 +107,10 @@ class ScaleLayout:
 
 
 def as_integers(scale: Tensor) -> Tensor:
-    """Scales as integers of their size, which all of torch can move and zero; the same memory, whatever its strides."""
+    """A view of scales as integers of the same size, for torch operations that take no FP8 dtypes. Any strides."""
     return scale.view(torch.int32 if scale.dtype.itemsize == 4 else torch.uint8)
 
 
 def _room(num_rows: int, dtype: torch.dtype) -> int:
-    """Bytes of one group's scales for as many rows, padded; of no row, for one."""
+    """Bytes of one group's scales for ``num_rows`` rows (at least one), with padding."""
     return -(-max(1, num_rows) * dtype.itemsize // TMA_BYTES) * TMA_BYTES

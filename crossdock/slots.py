@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -13,7 +10,7 @@ from crossdock.backends.base import Arrived, Metadata
 from crossdock.consent import PUSHED
 from crossdock.errors import ConfigError
 from crossdock.layout import Expanded, Padded
-from crossdock.pending import Pending
+from crossdock.pending import CallQueue, Pending
 from crossdock.received import LazyMetadata, Lease, Received
 from crossdock.wire import Quantized
 
@@ -24,6 +21,9 @@ class ReceiveSlots:
     def __init__(self, arena: Arena, segment: Tensor) -> None:
         spec, num_ranks = arena.spec, arena.topology.num_ranks
         self._arena = arena
+        self._region_of_rows = [arena.region_of_rows(unquantized=unquantized) for unquantized in (False, True)]
+        self.scales = arena.scales
+        self.has_offsets = isinstance(spec.layout, Expanded)
         self._num_segments = spec.num_local_experts(num_ranks) if isinstance(spec.layout, Padded) else None
         self._num_slots, self._slot_rows = spec.num_slots, spec.num_slot_rows(num_ranks)
         lead: tuple[int, ...] = (self._slot_rows,)
@@ -50,48 +50,43 @@ class ReceiveSlots:
         self._calls: list[Pending[Received] | None] = [None] * self._num_slots
         self._num_taken = 0
 
-    def check_free(self, is_unwaited: Callable[[Pending[Received] | None], bool]) -> None:
-        """Raises ConfigError when the next slot belongs to a dispatch that was not waited for."""
+    def take(self, queue: CallQueue) -> int:
+        """The next slot; what lay in it is stale.
+
+        Raises:
+            ConfigError: it belongs to a dispatch that was started and not waited for.
+        """
         slot = self._num_taken % self._num_slots
-        if is_unwaited(self._calls[slot]):
+        call, lease = self._calls[slot], self._leases[slot]
+        if call is not None and queue.is_unwaited(call):
             raise ConfigError(
                 f"receive slot {slot} belongs to a dispatch that was not waited for; call wait() on it first"
             )
-
-    def take(self) -> int:
-        """The next slot; what lay in it is stale."""
-        slot = self._num_taken % self._num_slots
         self._num_taken += 1
-        lease, self._leases[slot], self._calls[slot] = self._leases[slot], None, None
+        self._leases[slot] = self._calls[slot] = None
         if lease is not None:
             lease.end()
         return slot
 
     def fill(self, slot: int, call: Pending[Received]) -> None:
-        """Says which call the slot was taken for."""
+        """Says which call, that was only started, the slot was taken for."""
         self._calls[slot] = call
 
-    def lend(self, arrived: Arrived, slot: int, *, unquantized: bool, copy: bool = False) -> Received:
+    def lend(self, arrived: Arrived, *, slot: int, unquantized: bool, copy: bool, poisons: bool) -> Received:
         """What a dispatch gives: the rows that have just arrived in a slot, until it comes round.
 
         Args:
             copy: give rows of their own in place of views.
+            poisons: fill the slot's output rows with NaN.
         """
+        self._calls[slot] = None
         plan, num_rows = arrived.plan, arrived.num_rows
         metadata = LazyMetadata(lambda: self._shaped(arrived.read_metadata(), num_rows))
         self._leases[slot] = lease = Lease(slot, plan.stamp, metadata)
-        region = self._arena.region_of_rows(unquantized=unquantized)
-        recv = Received(
-            plan=plan,
-            num_rows=plan.num_rows,
-            _metadata=metadata,
-            _read_rows=partial(self.received, region, slot, num_rows),
-            _scales=self._arena.scales,
-            _lease=lease,
-            _read_outputs=partial(self.rows, "outputs", slot, num_rows),
-            _outputs_lease=lease,
-            _has_offsets=isinstance(self._arena.spec.layout, Expanded),
-        )
+        region = self._region_of_rows[unquantized]
+        if poisons and region == "data":
+            self.poison(slot, "outputs")
+        recv = Received(plan, lease, metadata, self, region, num_rows)
         return recv.copied() if copy else recv
 
     def _shaped(self, metadata: Metadata, num_rows: int) -> Metadata:

@@ -1,6 +1,7 @@
-"""What the ranks agree on: Topology (who there is) and Spec (what travels). Pure values; no hardware is asked.
+"""Topology (the ranks as a mesh) and Spec (what all ranks of a buffer agree on). Frozen values; no hardware query.
 
-Letters: T tokens, K top-k, H hidden, E experts, L local experts, P ranks, M max_tokens.
+Letters: T tokens, K top-k, H hidden, E experts, L local experts, P ranks, U ranks of a node, N nodes, M max_tokens,
+C capacity in rows.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from crossdock.layout import Compact, Layout, Padded
 from crossdock.wire import Bf16, Fp8, Wire
 
 MAX_COUNT = 2**24 - 1
-"""Largest number of rows that one count word can carry."""
+"""The largest row count that a count word can hold: 24 bits."""
 MAX_DEFAULT_BYTES = 2 * 2**30
-"""A worst-case capacity is taken by default only while the rows of one receive slot stay under this."""
+"""The worst case is the default capacity while the rows of one receive slot take at most this many bytes."""
 MAX_SLOTS = 6
+"""The largest ``num_slots``; a begin word has three bits for a slot, and one of their values means *pushed*."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +29,16 @@ class Topology:
     """Ranks as a mesh, scale-out x scale-up: rank = node * scale_up + local index.
 
     Args:
-        num_ranks: P, all ranks of the group.
-        scale_up: ranks of one scale-up domain, whose memory a kernel can load from and store to; None: all of them.
-        link_bandwidth: bytes per second that a rank sends to its scale-up peers, and as many that it gets; by default
-            fourth-generation NVLink's (H100, H200: 900 GB/s both ways, NVIDIA's data sheets).
-        memory_bandwidth: bytes per second that a rank's own memory reads and writes together; by default what was
-            measured on an H200 (docs/performance.md).
+        num_ranks: P, the ranks of the group.
+        scale_up: U, the ranks of one scale-up domain (ranks whose memory a kernel can load from and store to); must
+            divide ``num_ranks``. None: one domain of all ranks.
+        link_bandwidth: bytes per second of a rank's scale-up links, in each direction. The default is that of
+            fourth-generation NVLink (H100, H200: 900 GB/s for both directions together, NVIDIA's data sheets).
+        memory_bandwidth: bytes per second of a rank's own memory, reads and writes together. The default was measured
+            on an H200 (docs/performance.md).
+
+    Raises:
+        ConfigError: a bandwidth or a number of ranks is not positive, or domains would differ in size.
 
     >>> Topology(num_ranks=128, scale_up=8).num_nodes
     16
@@ -59,43 +65,48 @@ class Topology:
 
     @property
     def node_size(self) -> int:
-        """Ranks of one scale-up domain."""
+        """U, the ranks of one scale-up domain."""
         return self.scale_up or self.num_ranks
 
     @property
     def num_nodes(self) -> int:
-        """Scale-up domains."""
+        """N, the number of scale-up domains."""
         return self.num_ranks // self.node_size
 
 
 def check_experts(num_experts: int, num_ranks: int) -> None:
     """Raises ConfigError unless every rank holds the same number of experts."""
     if num_experts % num_ranks:
+        padded = -(-num_experts // num_ranks) * num_ranks
         raise ConfigError(
-            f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}; "
-            f"pass a multiple of {num_ranks} or pad the expert list"
+            f"num_experts={num_experts} is not divisible by num_ranks={num_ranks}; pass a multiple of {num_ranks}: "
+            f"{padded}, with {padded - num_experts} experts that no token picks, or copies of popular ones "
+            f"(crossdock.nn.Placement)"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What all ranks of a buffer agree on; ranks that bring different Specs are told so at set-up.
+    """What all ranks of a buffer agree on; if Specs differ, ``Buffer`` raises the same ConfigError on all ranks.
 
     Args:
-        num_experts: E, all experts; rank r holds experts ``r * L .. (r + 1) * L - 1`` with L = E / P.
+        num_experts: E, the experts of all ranks; rank r holds experts ``r * L .. (r + 1) * L - 1`` with L = E / P.
         num_topk: K, picks per token.
         hidden: H, values per row.
-        max_tokens: M, the most tokens any rank brings to one call.
-        wire: format of dispatched rows.
+        max_tokens: M, the most tokens that a rank passes to one call; M * K is at most 2**24 - 1.
+        wire: row format of a dispatch.
         layout: how received rows lie in memory.
-        reduce: where the picks of one token are summed. ``"token"``: every row returns and its owner sums them, in the
-            order of the token's picks. ``"rank"``: each rank first sums its own rows of the token, in the order of
-            picks, casts the sum once to the combine format, and one row per rank returns, summed in the order of
-            ranks. Sums are float32, with one cast at the end.
-        combine_wire: format of rows on their way back and of the result, a wide one; None: that of ``wire``, or
-            Bf16() when ``wire`` is narrow.
-        extra_bytes: room for opaque per-token tensors that travel with a row, in bytes per token.
-        num_slots: receive slots, used in turn, and the most calls that may be started and not yet waited for.
+        reduce: where a token's rows are summed. ``"token"``: every row returns, and the token's owner sums the rows in
+            the order of picks. ``"rank"``: each rank first sums its own rows of the token in the order of picks and
+            casts the sum once to the combine format; one row per rank returns, and the owner sums these in the order
+            of ranks. All sums are float32, with one cast at the end.
+        combine_wire: row format of a combine and of its result, an unquantized one. None: ``wire``, or Bf16() if
+            ``wire`` is Fp8.
+        extra_bytes: bytes per token for opaque tensors that travel with a row (``extras=``).
+        num_slots: receive slots, used in turn, 1 to 6; also the most calls that may be started and not yet waited for.
+
+    Raises:
+        ConfigError: a field is out of range, or fields do not fit together.
 
     >>> Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=4096).num_local_experts(8)
     32
@@ -140,31 +151,33 @@ class Spec:
 
     @property
     def combine_dtype(self) -> torch.dtype:
-        """Element type of the experts' outputs and of the combined result."""
+        """Dtype of the experts' outputs and of the combined result."""
         if self.combine_wire is not None:
             return self.combine_wire.dtype
         return torch.bfloat16 if isinstance(self.wire, Fp8) else self.wire.dtype
 
     @property
     def ranks_sum_picks(self) -> bool:
-        """Whether a rank adds up several rows of a token before one goes home, so that it must be told which."""
+        """Whether a rank sums several rows of a token before one returns; it then needs to know which rows they are."""
         return self.reduce == "rank" and self.layout.per_pick
 
     def num_local_experts(self, num_ranks: int) -> int:
-        """L, the experts that each rank holds."""
+        """L, the experts of one rank. Raises ConfigError if ``num_ranks`` does not divide E."""
         check_experts(self.num_experts, num_ranks)
         return self.num_experts // num_ranks
 
     def row_bytes(self) -> int:
-        """Bytes of one row on its way out: data and scales."""
+        """Bytes of a dispatched row: data and scales, without metadata."""
         num_scales = self.wire.num_scales(self.hidden)
         return self.hidden * self.wire.dtype.itemsize + num_scales * self.wire.scale_dtype.itemsize
 
     def capacity(self, num_ranks: int) -> int:
-        """C: rows (of one expert, for Padded) in a receive slot; the layout's own, or the worst case.
+        """C, rows of a receive slot (Padded: of one expert): the layout's capacity, limited to the worst case.
+
+        A layout without a capacity gets the worst case.
 
         Raises:
-            ConfigError: the worst case is over ``MAX_DEFAULT_BYTES`` and no capacity was given.
+            ConfigError: the layout has no capacity, and the worst case exceeds ``MAX_DEFAULT_BYTES``.
         """
         worst = self.layout.worst_case(
             num_ranks=num_ranks,
@@ -185,15 +198,15 @@ class Spec:
         return worst
 
     def num_slot_rows(self, num_ranks: int) -> int:
-        """Rows in one receive slot, over all segments."""
+        """Rows of one receive slot, all segments together."""
         return self.capacity(num_ranks) * self._segments(num_ranks)
 
     def num_counts(self, topology: Topology) -> int:
-        """W, the counts that each rank tells every rank: per expert, per rank, and per node where there are several."""
+        """W, the counts that a rank sends to each rank: E per expert, P per rank, and N per node if N > 1."""
         return self.num_experts + topology.num_ranks + (topology.num_nodes if topology.num_nodes > 1 else 0)
 
     def differences(self, other: Spec) -> list[str]:
-        """The fields in which another Spec differs, as ``name: mine != theirs``."""
+        """The fields in which the Specs differ, each as ``name: mine != theirs``; empty if they are equal."""
         pairs: list[tuple[str, Any, Any]] = [
             (f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
         ]

@@ -1,6 +1,6 @@
-"""Formats of rows on their way: the unquantized ones, FP8 with scales per block, and rows a caller has quantised.
+"""Row formats: unquantized ones, FP8 with a scale per block, and rows that the caller has quantised.
 
-Shapes: T tokens (or rows), H hidden, G = H / block scale groups per row.
+Shapes: T tokens (or rows), H hidden, G = H / block scale groups per row; L, C, R as in ``layout``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from crossdock.errors import ConfigError
 E4M3_MAX = 448.0
 _SMALLEST_NORMAL = 2.0**-126
 _CAST_ROWS = 32
-"""Rows cast at a time: their float32 values stay in a core's second-level cache, and little is allocated."""
+"""Rows cast at a time on CPUs: their float32 values fit in a core's L2 cache, and temporaries stay small."""
 
 
 class Quantized(NamedTuple):
-    """Rows in a narrow format, as a caller hands them in and as they arrive.
+    """Rows in a quantised format: passed to a dispatch, or received from one.
 
-    data: [..., H] in the wire's dtype; scale: [..., G] in the wire's ``scale_dtype`` (``[..., ceil(G / 4)]`` int32
-    when packed). A value is ``data * scale`` of its block.
+    data: [..., H] in the wire's dtype. scale: [..., G] in the wire's ``scale_dtype`` (packed: ``[..., ceil(G / 4)]``
+    int32). The value of an element is ``data * scale`` of its block.
     """
 
     data: Shaped[Tensor, "*rows H"]
@@ -33,49 +33,49 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Wire:
-    """A row format. ``dtype`` is that of the data; a unquantized format has no scales."""
+    """A row format. ``dtype`` is the dtype of the data; an unquantized format has no scales."""
 
     dtype: ClassVar[torch.dtype]
 
     def num_scales(self, hidden: int) -> int:
-        """Columns of the scale tensor of ``hidden`` values: 0 for a unquantized format."""
+        """Columns of the scale tensor for rows of ``hidden`` values; 0 for an unquantized format."""
         return 0
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """Element type of the scale tensor (meaningless, float32, for a unquantized format)."""
+        """Dtype of the scale tensor; float32 for an unquantized format, which has none."""
         return torch.float32
 
     def check_hidden(self, hidden: int) -> None:
-        """Raises ConfigError when rows of ``hidden`` values cannot travel in this format."""
+        """Raises ConfigError if rows of ``hidden`` values cannot be sent in this format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bf16(Wire):
-    """bfloat16, 2 bytes a value."""
+    """bfloat16, 2 bytes per value, no scales."""
 
     dtype = torch.bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fp16(Wire):
-    """IEEE half precision, 2 bytes a value."""
+    """IEEE half precision, 2 bytes per value, no scales."""
 
     dtype = torch.float16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fp32(Wire):
-    """IEEE single precision, 4 bytes a value."""
+    """IEEE single precision, 4 bytes per value, no scales."""
 
     dtype = torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8(Wire):
-    """FP8 e4m3 (the ``fn`` kind: no infinities, largest value 448), with one scale per ``block`` values of a row.
+    """FP8 e4m3 (``float8_e4m3fn``: no infinities, largest value 448), with one scale per ``block`` values of a row.
 
-    For each block of values ``v`` (taken in float32), with every operation in float32 and correctly rounded::
+    For each block of values ``v``, converted to float32, with every operation in float32 and correctly rounded::
 
         amax  = max(abs(v)) over the finite v, 0 if there is none
         s     = max(amax / 448, 2**-126)
@@ -83,24 +83,28 @@ class Fp8(Wire):
         data  = e4m3(clamp(v / s, -448, 448)), to nearest, ties to even; NaN where v is not finite
         scale = s as float32, or its biased exponent byte           (ue8m0)
 
-    The lower bound keeps ``s`` a normal number, so that hardware which flushes subnormals gets the same bits, and
-    makes blocks of zeros need no case of their own. e4m3 and e8m0 are those of the OCP Microscaling Formats
-    specification 1.0; scales per block of 128 are DeepSeek-V3's (arXiv 2412.19437, section 3.3).
+    The lower bound keeps ``s`` a normal number: hardware that flushes subnormals gives the same bits, and a block of
+    zeros is no special case. e4m3 and e8m0 are defined by the OCP Microscaling Formats specification 1.0; one scale per
+    block of 128 values follows DeepSeek-V3 (arXiv 2412.19437, section 3.3).
 
     Args:
         block: values per scale; must divide hidden.
         scale: ``"f32"``, or ``"ue8m0"``: one exponent byte, value ``2 ** (byte - 127)``.
-        pow2: round float32 scales up to powers of two (``"ue8m0"`` always is).
+        pow2: round float32 scales up to powers of two (``"ue8m0"`` scales always are).
         packed: four ``ue8m0`` scales in one int32, the first in the lowest byte; the last int32 of a row is padded
             with zero bytes.
-        column_major: how the scales of a dispatch arrive. ``recv.x.scale`` has the same shape and values in any case:
-            ``[R, G]``, or ``[L, C, G]`` of Padded, G being ``num_scales(hidden)``. By default it has no gaps. Column-
-            major its strides are ``(1, S)``, or ``(G * S, 1, S)``: the scales of one group lie side by side for all
-            rows. S is the capacity of the receive slot in rows (of an expert, for Padded), rounded up so that S scales
-            are a multiple of 16 bytes; the first scale lies at such a multiple too. So NVIDIA's TMA can load them, and
-            DeepGEMM takes them as they are: some of its versions only where S is the least for the rows of the tensor,
-            as with Padded, ``rows="capacity"`` and ``copy=True``. Scales that go in, and those of ``quantize``, are not
-            concerned.
+        column_major: memory order of received scales. The shape and values of ``recv.x.scale`` are the same for both:
+            ``[R, G]``, or ``[L, C, G]`` for Padded, with G = ``num_scales(hidden)``. False: row-major, without gaps.
+            True: strides ``(1, S)``, or ``(G * S, 1, S)`` for Padded, so that the scales of one group are adjacent
+            over rows. S is the capacity of the receive slot in rows (Padded: of an expert), rounded up so that S
+            scales are a multiple of 16 bytes; the first scale is aligned to 16 bytes too. NVIDIA's TMA needs these
+            strides, and DeepGEMM takes such scales without a copy. Some versions of DeepGEMM require the smallest S
+            for the tensor's rows, which Padded, ``rows="capacity"`` and ``copy=True`` give. The option does not affect
+            scales that are passed to a dispatch or returned by ``quantize``.
+
+    Raises:
+        ConfigError: block is not positive, scale is unknown, or packed without ``"ue8m0"``; ``Spec`` raises it if
+            block does not divide hidden.
 
     >>> wire = Fp8(block=4)
     >>> data, scale = wire.quantize(torch.tensor([[1.0, -2.0, 0.0, 448.0, 0.0, 0.0, 0.0, 0.0]]))
@@ -143,7 +147,11 @@ class Fp8(Wire):
             )
 
     def quantize(self, x: Shaped[Tensor, "T H"]) -> Quantized:
-        """Casts rows to this format by the formula above; x is any floating-point tensor, on any device."""
+        """Casts rows to this format by the formula above.
+
+        Args:
+            x: [T, H], any floating-point dtype, any device; H must be a multiple of ``block``.
+        """
         data = torch.empty(x.shape, dtype=self.dtype, device=x.device)
         scale = torch.empty(x.shape[0], self.num_scales(x.shape[1]), dtype=self.scale_dtype, device=x.device)
         num_rows = _CAST_ROWS if x.device.type == "cpu" else max(1, x.shape[0])
@@ -154,13 +162,13 @@ class Fp8(Wire):
 
     def _quantize_few(self, x: Tensor) -> tuple[Tensor, Tensor]:
         v = x.to(torch.float32).reshape(x.shape[0], -1, self.block)  # [T, G, block]
-        amax = v.abs().amax(dim=-1)  # [T, G]; NaN and Inf show in it
-        is_finite = x.device.type == "cpu" and bool(torch.isfinite(amax).all())  # a GPU's host would have to wait
+        amax = v.abs().amax(dim=-1)  # [T, G]; NaN or Inf if a value is
+        is_finite = x.device.type == "cpu" and bool(torch.isfinite(amax).all())  # on a GPU the host would wait
         not_finite = None if is_finite else ~torch.isfinite(v)
         if not_finite is not None:
             v = v.masked_fill(not_finite, 0.0)
             amax = v.abs().amax(dim=-1)
-        # By a tensor: to divide by a number, torch multiplies with its reciprocal on CUDA, which rounds twice.
+        # The divisor is a tensor: on CUDA torch multiplies by the reciprocal of a number, which rounds twice.
         scale = torch.div(amax, amax.new_full((), E4M3_MAX)).clamp_(min=_SMALLEST_NORMAL)
         if self._has_pow2_scales:
             scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
@@ -170,21 +178,21 @@ class Fp8(Wire):
         return v.to(self.dtype).view(x.shape), self._stored_scale(scale)
 
     def dequantize(self, rows: Quantized, dtype: torch.dtype = torch.bfloat16) -> Shaped[Tensor, "*rows H"]:
-        """``data * scale`` in float32, then one cast to ``dtype``; any leading dimensions."""
+        """``data * scale`` in float32, then one cast to ``dtype``: [..., H], with any leading dimensions."""
         *lead, hidden = rows.data.shape
         num_groups = hidden // self.block
         v = rows.data.to(torch.float32).view(*lead, num_groups, self.block)
         return (v * self._float_scale(rows.scale, num_groups).unsqueeze(-1)).view(*lead, hidden).to(dtype)
 
     def dequantize_into(self, out: Shaped[Tensor, "R H"], rows: Quantized) -> None:
-        """``dequantize`` of a few rows, to where they are wanted, in ``out``'s type."""
+        """``dequantize`` into ``out``, with one cast to its dtype; for few rows, whose float32 values it allocates."""
         num_groups = out.shape[1] // self.block
         v = rows.data.to(torch.float32)
         v.view(-1, num_groups, self.block).mul_(self._float_scale(rows.scale, num_groups).unsqueeze(-1))
         out.copy_(v)
 
     def _stored_scale(self, scale: Tensor) -> Tensor:
-        """[T, G] float32 to the stored form: [T, G], or [T, ceil(G / 4)] packed."""
+        """float32 scales [T, G] in the stored form: [T, G], or packed [T, ceil(G / 4)]."""
         if self.scale == "f32":
             return scale
         exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
@@ -194,10 +202,10 @@ class Fp8(Wire):
         return torch.nn.functional.pad(exponents, (0, padding)).view(torch.int32)
 
     def _float_scale(self, scale: Tensor, num_groups: int) -> Tensor:
-        """The stored form to float32 [..., G]."""
+        """Stored scales as float32 [..., G]."""
         if self.scale == "f32":
             return scale
-        if scale.stride(-1) != 1:  # torch calls one of a single element contiguous in any case
+        if scale.stride(-1) != 1:  # contiguous() keeps the strides of a single element
             scale = scale.clone(memory_format=torch.contiguous_format)
         exponents = scale.view(torch.uint8)[..., :num_groups].to(torch.int32)
         return (exponents << 23).view(torch.float32)

@@ -1,4 +1,4 @@
-"""What is true wherever a test runs, in pytest's process and in those that it starts; importing this makes it so."""
+"""Settings of every process that runs tests, pytest's and its children's; importing this package applies them."""
 
 import importlib.util
 import os
@@ -6,16 +6,16 @@ import os
 import torch
 from jaxtyping import install_import_hook
 
-# Annotations, with the shapes in them, are checked as the code runs, wherever no user's argument comes first: at the
-# border a wrong one has an error of its own, which tests are to see. The hook only sees what is imported after it.
+# Annotations and their shapes are checked at run time, in modules that take no user's arguments: elsewhere wrong
+# arguments raise errors that tests check. The hook applies to modules imported after it.
 CHECKED = ("plan", "arena", "backends.sums")
-if importlib.util.find_spec("beartype"):  # a GPU machine may be offline, and lack it
+if importlib.util.find_spec("beartype"):  # a GPU machine may be offline and have no beartype
     install_import_hook([f"crossdock.{module}" for module in CHECKED], "beartype.beartype")
 
-# Memory nobody wrote to shows: torch.empty is NaN, or the largest integer. On CUDA, cuBLAS then asks for this variable.
+# Uninitialised memory is NaN, or the largest integer, so that reads of it show. cuBLAS then needs this variable.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
-# Ranks are threads or processes here, more of them than cores.
+# Tests run more ranks, as threads or processes, than there are cores.
 torch.set_num_threads(1)

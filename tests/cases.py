@@ -1,4 +1,4 @@
-"""Inputs of all ranks of a world from a seed, and what a program hands back of what it received."""
+"""Seeded inputs of all ranks of a world, the received values that a program returns, and their comparison."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the CUDA backend launches, compiled for a GPU that need not be there: each kernel's code, as it is asked for.
+"""Compiles every kernel launch of the CUDA backend without a GPU, for tests of the generated code.
 
-A buffer's warm-up goes through all launches; here each is compiled instead of run, with the types, alignments and
-constants that it was given.
+A buffer's warm-up goes through all launches. Here each launch is compiled instead of run, with the types, alignments
+and constants of its arguments.
 """
 
 from __future__ import annotations

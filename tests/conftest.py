@@ -1,6 +1,6 @@
-"""The ``world`` fixture: one test body, run by ranks that are threads and by ranks that are processes.
+"""The ``world`` fixture: runs one test body with ranks as threads, as processes, or on other devices.
 
-A test runs in DEFAULT_WORLDS, or in those it names: ``@pytest.mark.worlds("inproc-8", "processes-4")``.
+A test runs in DEFAULT_WORLDS, or in the worlds of its marker: ``@pytest.mark.worlds("inproc-8", "processes-4")``.
 """
 
 from __future__ import annotations

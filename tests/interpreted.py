@@ -1,7 +1,7 @@
-"""The CUDA backend on a machine without a GPU: its kernels in Triton's interpreter, on memory that processes share.
+"""The CUDA backend on a machine without a GPU: kernels run in Triton's interpreter, on shared memory.
 
-All is real but the device: launches, plans, words, consent, failures. Streams and events do nothing, because a launch
-has run when it returns. For ranks that are processes; the interpreter is not made for threads.
+Launches, plans, words, consent and failures are those of the backend. Streams and events do nothing, because a launch
+is complete when it returns. Ranks must be processes: the interpreter is not thread-safe.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def without_a_gpu() -> None:
     torch.cuda.stream = lambda _: contextlib.nullcontext()
     torch.cuda.current_stream = lambda *_: nothing
     torch.cuda.synchronize = lambda *_: None
-    torch.cuda.nvtx.range = lambda _: contextlib.nullcontext()
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_properties = lambda _: mock.Mock(multi_processor_count=2, major=9)
     for name in ("empty", "zeros"):

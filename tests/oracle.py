@@ -1,4 +1,4 @@
-"""What dispatch and combine mean: plain loops over all ranks' inputs at once, for tests to compare bits with.
+"""The definition of dispatch and combine as plain loops over all ranks' inputs; tests compare bits with it.
 
 Letters: P ranks, T tokens of a rank, K top-k, H hidden, R rows, L local experts, C capacity.
 """

@@ -1,11 +1,11 @@
-"""Random rounds, each checked bit for bit against what it means: ``scripts/soak --rounds 100000 --ranks 4 --seed 0``.
+"""Random rounds of calls, each compared bit for bit: ``scripts/soak --rounds 100000 --ranks 4 --seed 0``.
 
-Every rank derives every rank's inputs from (seed, round), so each knows what it must get. A round is a value: it is
-decided first, printed when something is wrong, and done again by ``--only ROUND``.
+Every rank derives the inputs of all ranks from (seed, round), and from these its own expected results. A round is a
+value: it is drawn first, printed if a result is wrong, and repeated by ``--only ROUND``.
 
-``--device cuda`` plays the same rounds on GPUs. Inputs then also come late on the caller's stream, and a call that no
-host sync belongs to tells what went wrong in ``buffer.check()``. ``--device interpreted`` plays them without a GPU, on
-the CUDA backend in Triton's interpreter: a few rounds a second.
+``--device cuda`` runs the same rounds on GPUs. Inputs are then also written late on the caller's stream, and
+``buffer.check()`` raises the errors of calls without a host sync. ``--device interpreted`` runs them without a GPU, on
+the CUDA backend in Triton's interpreter, at a few rounds per second.
 """
 
 # Printing is what it is for.

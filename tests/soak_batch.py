@@ -1,4 +1,4 @@
-"""All ranks' inputs of one dispatch and combine, from a random generator, and what they mean: fast enough for a soak.
+"""Random inputs of all ranks for one dispatch and combine, and their expected results, vectorised for the soak.
 
 Letters: P ranks, T tokens of a rank, M max_tokens, K top-k, H hidden, E experts, R rows.
 """

@@ -1,8 +1,9 @@
-"""Worlds: one program on threads (``inproc-4``) or processes (``processes-4``), with results and errors by rank.
+"""Worlds: run one program on ranks that are threads (``inproc-4``) or processes (``processes-4``).
 
-``interpreted-2`` are processes whose buffers run the CUDA backend, its kernels in Triton's interpreter. ``cuda-4`` are
-processes that share GPUs, ``cudathreads-4`` threads with a stream each, in a process of their own. What a program is
-given lies on its rank's device there, and what it gives comes back to the CPU.
+Results and errors are returned by rank. The ranks of ``interpreted-2`` are processes whose buffers use the CUDA backend
+in Triton's interpreter. Those of ``cuda-4`` are processes that share GPUs; those of ``cudathreads-4`` are threads of
+another process, with a stream each. On GPUs a program's arguments are moved to its rank's device, its results to the
+CPU.
 """
 
 from __future__ import annotations

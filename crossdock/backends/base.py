@@ -15,6 +15,7 @@ from torch import Tensor
 from crossdock import cost
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
+from crossdock.kinds import CallKind
 from crossdock.plan import Plan
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
@@ -130,6 +131,8 @@ class Call(NamedTuple):
     """Whether every call before it has been driven to its end."""
     num_sms: int | None = None
     """SMs for this call; None: the buffer's."""
+    kind: CallKind | None = None
+    """What is the same in calls like it; the backend keeps there what it has bound for them."""
 
 
 @dataclass(frozen=True)
@@ -153,17 +156,15 @@ class Backend(Protocol):
     has_pairs: bool
     """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
 
+    overflows: list[tuple[int, CapacityError]]
+    """Capacity overflows not yet raised, as (sequence, error).
+
+    Between two calls of ``synchronize``, only those that all ranks know of.
+    """
+
     @property
     def wait_s(self) -> Tensor:
         """[P] float64, seconds that its kernels have waited for each peer; 0 where the host waits."""
-        raise NotImplementedError
-
-    @property
-    def overflows(self) -> list[tuple[int, CapacityError]]:
-        """Capacity overflows not yet raised, as (sequence, error).
-
-        Between two calls of ``synchronize``, only those that all ranks know of.
-        """
         raise NotImplementedError
 
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:

@@ -1,4 +1,4 @@
-"""Sums of rows in float32, in a fixed order, on CPUs.
+"""Sums of rows on CPUs: float32, in a fixed order.
 
 Letters: T sums, n terms of all sums, N source rows, H hidden.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from crossdock.plan import Terms
 
 _CHUNK_VALUES = 32 * 7168
-"""Values summed at a time: float32 sums and what is added to them stay in a core's second-level cache."""
+"""Values summed at a time: the float32 sums and their terms fit in a core's L2 cache."""
 _ONE_CHECK = threading.Lock()
 
 
@@ -29,10 +29,14 @@ def sum_rows(
     weights: Float32[Tensor, "n"] | None = None,
     bias: Float[Tensor, "T H"] | Float[Tensor, "H"] | None = None,
 ) -> Float[Tensor, "T H"]:
-    """``cast(0 + w0 * source[i0] + w1 * source[i1] + ... + bias)`` for each sum, with its rows ``i`` from ``terms``.
+    """``cast(0 + w0 * source[i0] + w1 * source[i1] + ... + bias)`` for each sum; ``terms`` has its rows ``i``.
 
-    Every product and every sum is rounded to float32 by itself (no fused multiply-add), from left to right, then cast
-    once.
+    Terms are added from left to right. Each product and each sum is rounded to float32 (no fused multiply-add), and the
+    result is cast to ``dtype`` once.
+
+    Args:
+        weights: one per term; None: no product.
+        bias: one row per sum, or one for all.
 
     >>> terms = Terms(torch.tensor([0, 2, 3]), torch.tensor([2, 0, 1]))
     >>> sum_rows(torch.tensor([[1.0], [2.0], [4.0]]), terms, dtype=torch.float32).tolist()
@@ -44,15 +48,17 @@ def sum_rows(
 
 
 def chunk_rows(hidden: int) -> int:
-    """Rows summed at a time."""
+    """Rows summed at a time, at least 32."""
     return max(32, _CHUNK_VALUES // hidden)
 
 
 def _sparse_sums(source: Tensor, terms: Terms) -> Tensor:
-    """Unweighted sums as torch's product of a sparse matrix of ones: it reads each row once, and gathers none."""
-    ones = torch.ones(terms.rows.shape[0], dtype=source.dtype)
+    """Unweighted sums as the product of a sparse matrix of ones and ``source``: reads each row once, copies none."""
+    ones = torch.ones(terms.rows.shape[0], dtype=source.dtype, device="cpu")
     shape = (terms.offsets.shape[0] - 1, source.shape[0])
-    matrix = torch.sparse_csr_tensor(terms.offsets, terms.rows, ones, shape, check_invariants=False)
+    matrix = torch.sparse_csr_tensor(
+        terms.offsets, terms.rows, ones, shape, dtype=source.dtype, device="cpu", check_invariants=False
+    )
     sums: Tensor = torch.sparse.mm(matrix, source, "sum")
     return sums
 
@@ -60,17 +66,17 @@ def _sparse_sums(source: Tensor, terms: Terms) -> Tensor:
 def _plain_sums(
     source: Tensor, terms: Terms, dtype: torch.dtype, weights: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """The definition: gather, multiply, add."""
+    """The definition of the sums: gather, multiply, add."""
     offsets, rows = terms.offsets.numpy(), terms.rows.numpy()
     lengths = np.diff(offsets)
-    out = torch.empty(lengths.size, source.shape[1], dtype=dtype)
+    out = torch.empty(lengths.size, source.shape[1], dtype=dtype, device="cpu")
     num_rows = chunk_rows(source.shape[1])
     for start in range(0, lengths.size, num_rows):
         here = slice(start, min(start + num_rows, lengths.size))
-        # Longest sums first, so that the j-th terms of a chunk belong to its first sums.
+        # Longest sums first: the sums that have a j-th term are then the first ones of the chunk.
         order = np.argsort(-lengths[here], kind="stable")
         firsts, ordered = offsets[here][order], lengths[here][order]
-        sums = torch.zeros(order.size, source.shape[1])
+        sums = torch.zeros(order.size, source.shape[1], dtype=torch.float32, device="cpu")
         for j in range(int(ordered.max())):
             nth = firsts[: int((ordered > j).sum())] + j
             gathered = torch.index_select(source, 0, torch.from_numpy(rows[nth]))
@@ -85,19 +91,19 @@ def _plain_sums(
 
 
 def _sparse_sums_are_ours(dtype: torch.dtype) -> bool:
-    """Whether this torch adds as the definition says: in float32, from left to right, one cast. Looked at once."""
+    """Whether this torch's sparse product gives the bits of ``_plain_sums`` for a dtype. Tested once per dtype."""
     with _ONE_CHECK:
         return _check_sparse_sums(dtype)
 
 
 @functools.cache
 def _check_sparse_sums(dtype: torch.dtype) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    exponents = torch.randint(-10, 10, (64, 1), generator=generator)
-    source = (torch.randn(64, 40, generator=generator) * 2.0**exponents).to(dtype)
-    terms = Terms(torch.arange(0, 65, 8), torch.randint(64, (64,), generator=generator))
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((64, 40)) * 2.0 ** rng.integers(-10, 10, (64, 1))
+    source = torch.from_numpy(values.astype(np.float32)).to(dtype)
+    terms = Terms(torch.from_numpy(np.arange(0, 65, 8)), torch.from_numpy(rng.integers(64, size=64)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "beta state", once in the life of a process
+        warnings.simplefilter("ignore")  # torch warns once per process that sparse CSR is in beta
         try:
             sums = _sparse_sums(source, terms)
         except (RuntimeError, NotImplementedError):

@@ -1,6 +1,6 @@
-"""What training does with rows beside the calls, on CPUs: a few rows at a time, which stay in a core's cache.
+"""Row operations of training on CPUs, outside of calls: copies of received rows, gradients of weighted rows.
 
-Letters: R rows, L local experts, C capacity, H hidden.
+Rows are processed a few at a time, which fit in a core's cache. Letters: R rows, L local experts, C capacity, H hidden.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from crossdock.spec import Spec
 from crossdock.wire import Fp8, Quantized
 
 _FEW_ROWS = 32
-"""Their float32 values stay in a core's second-level cache."""
+"""Rows processed at a time: their float32 values fit in a core's L2 cache."""
 
 
 def own_rows(spec: Spec, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
-    """Rows ``[R, H]`` or ``[L, C, H]`` in memory of their own; see Backend.
+    """A copy of rows ``[R, H]`` or ``[L, C, H]``; quantised rows are dequantised to the combine dtype. See Backend.
+
+    Args:
+        src_idx: int32 [R] or [L, C]; rows where it is negative are 0. None: every row is copied.
 
     >>> own_rows(Spec(num_experts=1, num_topk=1, hidden=2, max_tokens=2), torch.ones(2, 2), torch.tensor([3, -1]))
     tensor([[1., 1.],
@@ -43,7 +46,12 @@ def own_rows(spec: Spec, rows: Tensor | Quantized, src_idx: Tensor | None) -> Te
 
 
 def weigh_gradients(grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of rows and of their weights; see Backend.
+    """Gradients of ``weights[r] * y[r]``: of y in its dtype, and of weights in float32. See Backend.
+
+    Args:
+        grads: gradients of the products, shaped as y: [R, H] or [L, C, H].
+        weights: float32 [R] or [L, C].
+        src_idx: int32 [R] or [L, C]; gradients are 0 where it is negative, whatever y and weights hold.
 
     >>> grads, y = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0, 4.0], [float("nan")] * 2])
     >>> weigh_gradients(grads, y, torch.tensor([0.5, float("inf")]), torch.tensor([3, -1]))
@@ -60,7 +68,7 @@ def weigh_gradients(grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) 
 
 
 def _few_rows(lead: torch.Size) -> Iterator[tuple[int | slice, ...]]:
-    """A few rows of one segment at a time, as indices of tensors ``[R, ...]`` or ``[L, C, ...]``."""
+    """Indices of ``_FEW_ROWS`` rows of one segment at a time, into tensors ``[R, ...]`` or ``[L, C, ...]``."""
     if len(lead) > 1:
         for i in range(lead[0]):
             yield from ((i, *few) for few in _few_rows(lead[1:]))

@@ -1,4 +1,4 @@
-"""The command line: ``crossdock demo``, ``bench``, ``doctor``, ``load``, ``mps``. Each adds its parser, and runs."""
+"""The command line: ``crossdock demo``, ``bench``, ``doctor``, ``load``, ``mps``; a package each, with its parser."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; gives the exit code: 0, 1 when it failed, 2 when its arguments are not allowed, 130 for Ctrl-C.
+    """Runs one command and returns the exit code: 0, 1 for a failure, 2 for invalid arguments, 130 for Ctrl-C.
 
-    Errors of the library go to stderr as one text, without a traceback; a traceback is a bug.
+    Errors of the library are printed to stderr without a traceback; a traceback is a bug.
     """
     args = _parser().parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""Where the ranks of a command run: on CPUs, or on this host's GPUs, which they may have to share."""
+"""The devices of a command's ranks: CPUs, or this host's GPUs, which ranks may share."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from crossdock.cli.mps import Sharing, in_force, num_visible_gpus, share_gpus
 
 @dataclass(frozen=True, kw_only=True)
 class Gpus:
-    """The GPUs of a world; rank ``r`` has number ``r % num_gpus``."""
+    """The GPUs of a world; rank ``r`` uses GPU ``r % num_gpus``."""
 
     sharing: Sharing
     variables: Mapping[str, str]
-    """What each rank's environment needs for that."""
+    """Environment variables that each rank needs for it."""
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_device_option(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """What ``auto``, ``cpu`` or ``cuda`` means here."""
+    """The device that ``auto``, ``cpu`` or ``cuda`` selects on this machine."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -35,11 +35,14 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def gpus_for(device: torch.device, num_ranks: int, *, percentage: float | None = None) -> Iterator[Gpus | None]:
-    """The GPUs that ranks are started on within the block, shared if there are fewer of them; None for CPUs.
+    """The GPUs for ranks started within the block; None on CPUs. Ranks share GPUs if there are fewer.
+
+    Args:
+        percentage: of a shared GPU's SMs, what each rank may use; None: the default of ``share_gpus``.
 
     Raises:
-        ConfigError: the percentage of SMs is not possible.
-        BackendUnavailable: there is no GPU, or no way to share it began.
+        ConfigError: the percentage is not allowed.
+        BackendUnavailable: there is no GPU, or sharing could not be set up.
     """
     if device.type == "cpu":
         yield None

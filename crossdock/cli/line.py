@@ -1,8 +1,8 @@
-"""A starting line: all ranks of a host begin at one instant that they agreed on.
+"""A common start for timed calls: all ranks of a host begin at one agreed instant.
 
-A barrier lets its last rank go first and wakes the others later, one after the other, and over gloo that takes
-milliseconds: the first rank's call would be charged with waiting for the last. Here the ranks agree on an instant a
-little later than the last arrival, wake up before it, and hold their core when it comes.
+A barrier releases its last rank first and wakes the others one by one, over gloo within milliseconds: the time of the
+first rank's call would include waiting for the last rank. Here the ranks agree on an instant shortly after the last
+arrival, wake up before it, and are running on their core when it comes.
 """
 
 from __future__ import annotations
@@ -13,26 +13,30 @@ from collections.abc import Callable
 from ctypes import Array, c_double
 
 _LEAD_S = 1e-3
-"""From the last arrival to the start: a rank that naps is awake by then, also when ranks share cores."""
+"""Seconds from the last arrival to the start: enough for a sleeping rank to wake, also when ranks share cores."""
 _SPIN_S = 200e-6
-"""A rank that yields its core this shortly before the start may not have it back in time."""
+"""Seconds before the start in which a rank keeps its core: one that yields may not get it back in time."""
 _NAP_S = 50e-6
-"""A rank that is early sleeps, so that it takes no core from one that is still in its timed call."""
+"""Seconds that an early rank sleeps between looks, so that it takes no core from a rank in its timed call."""
 
 _yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 def shared_moments(num_ranks: int, allocate: Callable[[type[c_double], int], Array[c_double]]) -> Array[c_double]:
-    """What the ranks of a line share, in memory from ``allocate`` (a multiprocessing context's ``RawArray``)."""
+    """The memory that the ranks of a ``StartingLine`` share: 2 * ``num_ranks`` doubles.
+
+    Args:
+        allocate: allocates shared memory, such as a multiprocessing context's ``RawArray``.
+    """
     return allocate(c_double, 2 * num_ranks)
 
 
 class StartingLine:
-    """One rank's place on the line.
+    """One rank's side of the common start.
 
     Args:
-        moments: ``shared_moments``: when each rank arrived, by turns in one half and in the other. A rank can arrive
-            for turn n + 2 only after all have arrived for n + 1, and so have read turn n.
+        moments: ``shared_moments``: the time of each rank's arrival; successive turns use the two halves alternately.
+            A rank can arrive for turn n + 2 only after all ranks have arrived for n + 1 and thus have read turn n.
         rank: this rank.
     """
 
@@ -44,10 +48,10 @@ class StartingLine:
         self._last_start = 0.0
 
     def wait(self) -> float:
-        """Returns at the agreed start and gives it, in ``time.perf_counter()``'s seconds, the same on all ranks.
+        """Returns at the agreed start, in seconds of ``time.perf_counter()``; the same on all ranks. Collective.
 
-        That clock is one for all processes of a host. A moment is of this turn when it is later than the last start:
-        nobody arrives before that, and the moments that lie there from two turns ago are earlier.
+        All processes of a host share that clock. An arrival belongs to this turn if it is later than the last start: no
+        rank arrives before that start, and the entries of two turns ago are earlier.
         """
         first = self._turn % 2 * self._num_ranks
         self._moments[first + self._rank] = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The fingerprint of a machine: hardware and software versions that belong to a measurement."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from crossdock.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """The GPUs of a machine and what drives them."""
+    """The GPUs of a machine, and the versions of driver, CUDA and Triton."""
 
     name: str
     count: int
-    """Those that torch sees."""
+    """GPUs that torch sees."""
     memory_gib: float
-    """Of each."""
+    """Memory of each GPU."""
     driver: str
-    """The kernel module's version, or "unknown" where nvidia-smi is not there to say it."""
+    """Version of the kernel module; "unknown" without nvidia-smi."""
     cuda: str
-    """The toolkit that torch was built with."""
+    """Version of the CUDA toolkit that torch was built with."""
     triton: str | None
 
     def __str__(self) -> str:
@@ -41,18 +41,18 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The fingerprint that every line of results carries."""
+    """The fingerprint in every line of results."""
 
     cpu: str
     cores: int
-    """Those that this process may run on."""
+    """Cores that this process may run on."""
     memory_gib: float
     os: str
     python: str
     torch: str
     crossdock: str
     gpu: Gpu | None = None
-    """None where no GPU was used."""
+    """None if no GPU was used."""
 
     def __str__(self) -> str:
         gpu = "" if self.gpu is None else f"{self.gpu}; "
@@ -63,7 +63,7 @@ class Machine:
 
 
 def this_machine(*, with_gpu: bool = False) -> Machine:
-    """The machine that this process runs on; its GPUs, too, where they were used."""
+    """The machine of this process, with its GPUs if ``with_gpu``, which initialises CUDA."""
     return Machine(
         cpu=_cpu_model(),
         cores=num_cores(),

@@ -1,4 +1,4 @@
-"""Signals handled in another way for a while."""
+"""Context managers that replace signal handlers for a block."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from types import FrameType
 from typing import Any
 
 ENDS = (signal.SIGTERM, signal.SIGHUP)
-"""Those that end a process, and which Python, unlike Ctrl-C, does not make an exception of."""
+"""Signals that end a process without raising a Python exception, as SIGINT would."""
 
 
 @contextmanager
 def handled(
     numbers: Iterable[int], handler: signal.Handlers | Callable[[int, FrameType | None], Any]
 ) -> Iterator[None]:
-    """Signals that come while the block runs go to the handler; only in the main thread, no other may set one."""
+    """Installs a handler for these signals within the block. Does nothing outside of the main thread."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number in numbers}
@@ -30,9 +30,10 @@ def handled(
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Signals that Python handles and that come while the block runs are handled behind it.
+    """Defers signals that have a Python handler to the end of the block.
 
-    Else one may raise between the start of a process and the name that it is given, and nobody could end it.
+    Otherwise a handler could raise between the start of a process and the assignment of its name, and the process could
+    not be ended.
     """
     came: list[int] = []
     try:

@@ -1,4 +1,4 @@
-"""Ranks as processes of this host: started together, watched, and all ended when one of them ends badly."""
+"""Ranks as processes of this host: started together, and all killed when one of them fails."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ Result = TypeVar("Result")
 
 _HOST = "127.0.0.1"
 _GRACE_S = 0.5
-"""After the first failure, how long the others may still report theirs: the cause is not always the first."""
+"""Seconds after the first failure in which other ranks may report theirs: the first is not always the cause."""
 _EXIT_S = 10.0
 
 
 @dataclass(frozen=True)
 class Member:
-    """One rank, as its program sees it. The default group of ``torch.distributed`` is there, on gloo."""
+    """One rank, as its program sees it. The default process group is initialised, on gloo."""
 
     rank: int
     num_ranks: int
     line: StartingLine
     tell: Callable[..., None]
-    """``tell(...)`` calls the world's ``on_progress`` with the same arguments; only rank 0's comes through."""
+    """Calls the world's ``on_progress`` with the same arguments; ignored on other ranks than 0."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where the rank's tensors belong; the current one, if it is a GPU."""
+    """The rank's device; a GPU is also the current device."""
     has_nccl: bool = False
-    """Whether the default group also takes CUDA tensors, through NCCL. It refuses ranks that share a GPU."""
+    """Whether the default group has NCCL for CUDA tensors; NCCL refuses ranks that share a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Seat:
-    """What a rank's process is told about itself and the others."""
+    """Arguments of a rank's process."""
 
     rank: int
     num_ranks: int
@@ -74,15 +74,19 @@ def run_world(
     on_progress: Callable[..., None],
     gpus: Gpus | None = None,
 ) -> list[Result]:
-    """Runs ``program(member, job)`` in ``num_ranks`` new processes; gives the results by rank.
+    """Runs ``program(member, job)`` in ``num_ranks`` new processes and returns the results by rank.
 
-    Each process has its share of the cores as torch threads, and a GPU if there are ``gpus``. Program, job and results
-    travel by pickle, so the program is a module's function. When a rank fails or dies, or this process is interrupted,
-    all are killed at once; they also end by themselves when this process is gone.
+    Each process gets an equal share of the cores as torch threads, and a GPU if ``gpus`` is given. Program, job and
+    results are pickled, so the program must be a function of a module. If a rank fails or dies, or this process is
+    interrupted, all processes are killed; they also end when this process has ended.
+
+    Args:
+        on_progress: called in this process with the arguments of rank 0's ``Member.tell``.
+        gpus: the ranks' GPUs (``gpus_for``); None: CPUs.
 
     Raises:
-        CrossdockError: what a rank raised; of several the one that is not only about a peer.
-        RankDied: a rank's process ended by itself.
+        CrossdockError: a rank's error; if several ranks failed, one that is not about a peer.
+        RankDied: a rank's process ended without a result.
     """
     context = multiprocessing.get_context("spawn")
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
@@ -98,7 +102,7 @@ def run_world(
                 args = (program, job, seat, sender)
                 process: BaseProcess = context.Process(target=_serve, args=args, daemon=True, name=f"rank {rank}")
                 process.start()
-                sender.close()  # or the end of the process would not end the pipe
+                sender.close()  # otherwise the pipe would stay open when the process ends
                 processes.append(process)
                 receivers.append(receiver)
         results = _collect(receivers, processes, on_progress)
@@ -112,7 +116,7 @@ def run_world(
 
 
 def _collect(receivers: list[Connection], processes: list[BaseProcess], on_progress: Callable[..., None]) -> list[Any]:
-    """All ranks' results, or the error that tells most."""
+    """All ranks' results; raises the error that is closest to the cause."""
     results: dict[int, Any] = {}
     errors: list[CrossdockError] = []
     running = {receiver: rank for rank, receiver in enumerate(receivers)}
@@ -157,16 +161,16 @@ def _death(rank: int, process: BaseProcess) -> RankDied:
 
 
 def _interrupts_ignored() -> AbstractContextManager[None]:
-    """Processes that are started within ignore Ctrl-C, from their first instruction: whoever started them ends them.
+    """Ignores Ctrl-C, so that processes started within the block ignore it from their first instruction.
 
-    Ignored and not blocked, because multiprocessing unblocks it when it starts its resource tracker. One that comes
-    within the block, some milliseconds, is lost.
+    The parent ends them. SIGINT is ignored and not blocked, because multiprocessing unblocks it when it starts its
+    resource tracker. A Ctrl-C within the block, some milliseconds, is lost.
     """
     return handled((signal.SIGINT,), signal.SIG_IGN)
 
 
 def _serve(program: Callable[[Member, Any], Any], job: object, seat: _Seat, sender: Connection) -> None:
-    """A rank's process, from its first to its last line."""
+    """The main function of a rank's process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, num_cores() // seat.num_ranks))
 
@@ -184,12 +188,12 @@ def _serve(program: Callable[[Member, Any], Any], job: object, seat: _Seat, send
         sender.send(("result", result))
     except CrossdockError as error:
         sender.send(("error", error))
-    except Exception:  # noqa: BLE001 - whatever it is, the process that started this one must show it
+    except Exception:  # noqa: BLE001 - the parent process must show any error
         sender.send(("error", CrossdockError(f"rank {seat.rank} failed:\n{traceback.format_exc()}")))
 
 
 def _take_device(seat: _Seat) -> tuple[torch.device, str]:
-    """The rank's device, made current, and the backend of its process group. Nothing has touched CUDA before."""
+    """The rank's device, made current, and the backend of its process group. CUDA must not be initialised yet."""
     if seat.gpus is None:
         return torch.device("cpu"), "gloo"
     os.environ.update(seat.gpus.variables)

@@ -6,6 +6,7 @@ Letters: T tokens, K top-k, E experts, H hidden.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -37,8 +38,10 @@ class Gate(nn.Module):
         num_groups: how many groups the experts form, by consecutive ids.
         num_topk_groups: how many of them a token may visit.
         score: how a score is made from a logit.
-        renormalize: divide a token's weights by their sum.
+        renormalize: divide a token's weights by their sum; None: where there are several picks. With one, the weight
+            would be the constant 1, through which no gradient reaches the gate.
         scale: what all weights are multiplied with at last; DeepSeek-V3 has 2.5.
+        dtype, device: of ``weight``; None: torch's defaults, as for `torch.nn.Linear`.
 
     Raises:
         ConfigError: the sizes do not fit together, or groups were given to the softmax gate.
@@ -61,8 +64,10 @@ class Gate(nn.Module):
         num_groups: int = 1,
         num_topk_groups: int = 1,
         score: Score = "softmax",
-        renormalize: bool = True,
+        renormalize: bool | None = None,
         scale: float = 1.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if score not in ("softmax", "sigmoid"):
@@ -80,12 +85,19 @@ class Gate(nn.Module):
         self.num_groups = num_groups
         self.num_topk_groups = num_topk_groups
         self.score: Score = score
-        self.renormalize = renormalize
+        if renormalize and num_topk == 1:
+            warnings.warn(
+                "renormalize=True with num_topk=1 makes every weight 1, a constant, so the gate learns nothing from "
+                "the loss; leave renormalize out, or pass False",
+                stacklevel=2,
+            )
+        self.renormalize = num_topk > 1 if renormalize is None else renormalize
         self.scale = scale
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden))
-        self.register_buffer("bias", torch.zeros(num_experts) if score == "sigmoid" else None)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=dtype, device=device))
+        bias = torch.zeros(num_experts, dtype=torch.float32, device=device) if score == "sigmoid" else None
+        self.register_buffer("bias", bias)
         self.reset_parameters()
-        self._choose(torch.zeros(0, num_experts))  # its own checks, now rather than at the first token
+        self.choose(self.weight.new_zeros(0, num_experts))  # its own checks, now rather than at the first token
 
     def reset_parameters(self) -> None:
         """Draws ``weight`` as `torch.nn.Linear` does, and zeroes the bias."""
@@ -96,8 +108,15 @@ class Gate(nn.Module):
 
     def forward(self, x: Float[Tensor, "T H"]) -> Routing:
         """Picks int64 [T, K], best first, and their weights float32 [T, K], differentiable in ``x`` and ``weight``."""
+        return self.choose(self.logits(x))
+
+    def logits(self, x: Float[Tensor, "T H"]) -> Float[Tensor, "T E"]:
+        """What scores are made of, in float32: also for `crossdock.routing.balance_loss` and ``z_loss``.
+
+        A gate with such a loss is a subclass whose ``forward`` is ``logits``, the losses, and ``choose``.
+        """
         with torch.autocast(x.device.type, enabled=False):
-            return self._choose(linear(x.float(), self.weight.float()))
+            return linear(x.float(), self.weight.float())
 
     @torch.no_grad()
     def balance(self, num_tokens_per_expert: Real[Tensor, "E"], rate: float) -> None:
@@ -140,7 +159,8 @@ class Gate(nn.Module):
             f"score={self.score!r}"
         )
 
-    def _choose(self, logits: Tensor) -> Routing:
+    def choose(self, logits: Float[Tensor, "T E"]) -> Routing:
+        """Picks and weights from logits."""
         if self.score == "softmax":
             routing = softmax_topk(logits, self.num_topk, renormalize=self.renormalize)
             return Routing(routing.topk_idx, routing.topk_weights * self.scale)

@@ -77,7 +77,7 @@ def expert_ids(
     counts = num_tokens_per_expert.to(torch.int64)
     ends = counts.cumsum(0)
     starts = ends - counts if expert_offsets is None else expert_offsets[:-1].to(torch.int64)
-    rows = torch.arange(num_rows, device=counts.device)
+    rows = torch.arange(num_rows, dtype=torch.int64, device=counts.device)
     # Of experts that start at the same row, all but the last are empty: the last start that is not behind the row.
     ids = (torch.searchsorted(starts, rows, right=True) - 1).clamp_min(0)
     return torch.where(rows < starts[ids] + counts[ids], ids, -1).to(torch.int32)
@@ -89,7 +89,7 @@ def real_rows(num_tokens_per_expert: Int[Tensor, "L"], capacity: int) -> Int64[T
     >>> real_rows(torch.tensor([2, 0, 1]), 3)
     tensor([0, 1, 6])
     """
-    slots = torch.arange(capacity, device=num_tokens_per_expert.device)
+    slots = torch.arange(capacity, dtype=torch.int64, device=num_tokens_per_expert.device)
     return (slots < num_tokens_per_expert.unsqueeze(-1)).flatten().nonzero().squeeze(-1)
 
 

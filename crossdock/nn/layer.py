@@ -28,6 +28,9 @@ class ExpertParallel(nn.Module):
     same order, also with no tokens (see `crossdock.autograd.touch` for a loss that leaves the layer out). Without one,
     the same layer runs in this process alone and holds all experts.
 
+    Where the number of ranks does not divide that of the experts, the Spec has the next multiple: each rank holds as
+    many experts, and those behind the gate's last are never picked.
+
     The buffer is borrowed. One serves all layers of a model; whoever made it closes it, after the last backward. It is
     in no state_dict, a deep copy of the layer borrows the same one, and a pickled layer comes back without.
 
@@ -122,7 +125,7 @@ class ExpertParallel(nn.Module):
             out = self._exchange(buffer, tokens, topk_idx, topk_weights.float())
         out = out.to(x.dtype)
         if self.shared is not None:
-            out = out + self.shared(tokens)
+            out = (out + self.shared(tokens)).to(x.dtype)
         return out.view(x.shape)
 
     def take_load(self) -> Int64[Tensor, "E"]:
@@ -142,8 +145,8 @@ class ExpertParallel(nn.Module):
         recv = autograd.dispatch(buffer, x, topk_idx, weights=topk_weights if sums_here else None)
         y = self._outputs(recv).to(spec.combine_dtype)
         if not spec.layout.per_pick:  # a row serves several picks, so it is summed before it goes home
-            return autograd.combine(buffer, y, recv.plan)
-        return autograd.combine(buffer, y, recv.plan, weights=recv.weights if sums_here else topk_weights)
+            return autograd.combine(buffer, y, recv)
+        return autograd.combine(buffer, y, recv, weights=recv.weights if sums_here else topk_weights)
 
     def _outputs(self, recv: Dispatched) -> Tensor:
         """The experts' outputs, in the places of the rows that came."""
@@ -163,7 +166,6 @@ class ExpertParallel(nn.Module):
         wants: list[tuple[str, Any, int]] = [
             ("the gate has hidden", getattr(self.gate, "hidden", None), spec.hidden),
             ("the gate has num_topk", getattr(self.gate, "num_topk", None), spec.num_topk),
-            ("the layer has num_experts (physical ones)", self.num_experts, spec.num_experts),
             ("the experts have hidden", getattr(self.experts, "hidden", None), spec.hidden),
         ]
         for what, got, allowed in wants:
@@ -171,6 +173,12 @@ class ExpertParallel(nn.Module):
                 raise ConfigError(
                     f"{what}={got}, the buffer's Spec {allowed}; make the Spec for this layer, or another"
                 )
+        num_unused = spec.num_experts - self.num_experts  # by which a number that ranks do not divide may be padded
+        if not 0 <= num_unused < (1 if self.placement is not None else num_ranks):
+            raise ConfigError(
+                f"the layer has num_experts (physical ones)={self.num_experts}, the buffer's Spec {spec.num_experts}; "
+                f"make the Spec for this layer, with the next multiple of num_ranks={num_ranks}, or another"
+            )
         held = num_held(self.experts)
         if held is not None and spec.num_local_experts(num_ranks) not in held:
             raise ConfigError(

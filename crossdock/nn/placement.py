@@ -42,7 +42,7 @@ class Placement:
     """Each logical expert's physical ones, rising; the last again where it has fewer than the most replicated one."""
 
     def __init__(self, physical_to_logical: Int[Tensor, "V"] | Sequence[int]) -> None:
-        table = torch.as_tensor(physical_to_logical).cpu()
+        table = torch.as_tensor(physical_to_logical, device="cpu")
         if table.dim() != 1 or table.numel() == 0 or table.is_floating_point() or table.dtype == torch.bool:
             raise ConfigError(
                 f"physical_to_logical is {table.dtype} of shape {list(table.shape)}; pass one logical expert's id per "
@@ -60,7 +60,8 @@ class Placement:
         self.physical_to_logical = table
         self.num_replicas = counts
         starts = counts.cumsum(0) - counts
-        nth = torch.arange(int(counts.max())).minimum(counts.unsqueeze(1) - 1)  # [E, most]
+        nth = torch.arange(int(counts.max()), dtype=torch.int64, device="cpu")
+        nth = nth.minimum(counts.unsqueeze(1) - 1)  # [E, most]
         self.replicas = table.argsort(stable=True)[starts.unsqueeze(1) + nth]
 
     @property
@@ -82,7 +83,7 @@ class Placement:
         device = topk_idx.device
         num_replicas, replicas = self.num_replicas.to(device), self.replicas.to(device)
         logical = topk_idx.to(torch.int64).clamp_min(0)
-        tokens = torch.arange(start, start + topk_idx.shape[0], device=device).unsqueeze(1)
+        tokens = torch.arange(start, start + topk_idx.shape[0], dtype=torch.int64, device=device).unsqueeze(1)
         physical = replicas[logical, tokens % num_replicas[logical]]
         return torch.where(topk_idx >= 0, physical, -1).to(topk_idx.dtype)
 
@@ -111,7 +112,7 @@ class Placement:
         >>> Placement.balanced([6.0, 1.0, 1.0], num_physical=4, num_ranks=2)
         Placement([0, 1, 0, 2])
         """
-        loads = torch.as_tensor(load).to(torch.float64).tolist()
+        loads = torch.as_tensor(load, dtype=torch.float64, device="cpu").tolist()
         _check_load(loads, num_physical)
         check_experts(num_physical, num_ranks)
         copies = [1] * len(loads)

@@ -65,15 +65,26 @@ class ProcessGroup:
                     f"the DeviceMesh has dimensions {group.mesh_dim_names or group.ndim}; pass the one along which "
                     f"experts are spread, such as mesh['ep']"
                 )
+            if group.get_coordinate() is None:
+                raise _no_member(f"the DeviceMesh {group}")
             group = group.get_group()
         self.process_group = group
         self.rank = dist.get_rank(group)
+        if self.rank < 0:
+            raise _no_member("the group")
         self.size = dist.get_world_size(group)
 
     def all_gather(self, value: Value) -> list[Value]:
         values = [value] * self.size
         dist.all_gather_object(values, value, group=self.process_group)
         return values
+
+
+def _no_member(of_what: str) -> ConfigError:
+    return ConfigError(
+        f"this process, global rank {dist.get_rank()}, is not a member of {of_what}; only its members make a Buffer "
+        f"with it: pass the group that this process belongs to"
+    )
 
 
 def raise_on_all(group: Group, problem: str | None, error: type[CrossdockError]) -> None:

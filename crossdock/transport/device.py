@@ -59,7 +59,7 @@ class DeviceTransport:
         self._arena = arena
         self.stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         """Beside kernels that wait: what the host says and asks goes through it."""
-        self._staged = torch.empty(REASON_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._staged = torch.empty(REASON_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         torch.cuda.synchronize(self.device)
 
     def post(self, peer: int, box: str, index: int, value: int) -> None:

@@ -83,7 +83,7 @@ class HostTransport:
         self._segments = [memory.data_ptr() + r * arena.stride for r in range(self.num_ranks)]
         self.linger_s = 0.0
         self._arena = arena
-        boxes = ("words", "arrived", "aborts", "closed", "masks", "reasons")
+        boxes = ("words", "arrived", "aborts", "closed", "masks", "restarts", "reasons")
         self._offsets = {name: arena[name].offset for name in boxes}
         self._num_bytes = {name: arena[name].num_bytes for name in boxes}
         self._yield: Callable[[], object] = getattr(ctypes.CDLL(None), "sched_yield", os.sched_yield)

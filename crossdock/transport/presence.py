@@ -1,4 +1,8 @@
-"""Who still exists: a file per rank, locked while its process lives; the kernel lets go of the lock when that ends."""
+"""Who still exists: a file per rank, locked while its process lives; the kernel lets go of the lock when that ends.
+
+The locks are POSIX's (``fcntl``), which belong to the process: a child that was forked from a rank has none, and is no
+rank. A process loses such a lock by closing any descriptor of the file, so it opens its own only once.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,7 @@ class Presence:
 
     def is_alive(self, rank: int) -> bool:
         """False when the rank's process has ended; True also for a rank whose file could not be opened."""
-        fd = self._fds[rank] if self._fds else None
+        fd = self._fds[rank] if self._fds else None  # its own is not there
         return fd is None or not is_unlocked(fd)
 
     def close(self) -> None:
@@ -54,10 +58,10 @@ class Presence:
 
 
 def lock(path: Path) -> int:
-    """Makes a file that nobody else has, locked until its descriptor, which this gives, is closed everywhere."""
+    """Makes a file that nobody else has, locked until this process ends, or closes the descriptor, which this gives."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.lockf(fd, fcntl.LOCK_EX)
     except OSError:
         os.close(fd)
         raise
@@ -65,12 +69,15 @@ def lock(path: Path) -> int:
 
 
 def is_unlocked(fd: int) -> bool:
-    """Whether the one that locked the file no longer does: its process has ended, however, or it closed the file."""
+    """Whether the process that locked the file no longer does: it has ended, however, or has closed the file.
+
+    Not for the process that locked it: that would lose the lock.
+    """
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return False
-    fcntl.flock(fd, fcntl.LOCK_UN)
+    fcntl.lockf(fd, fcntl.LOCK_UN)
     return True
 
 

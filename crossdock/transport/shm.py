@@ -43,7 +43,8 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
         peers = []
         for rank, peer_path in enumerate(paths):
             try:
-                peers.append(os.open(peer_path, os.O_RDWR | os.O_CLOEXEC))
+                own = rank == group.rank  # to close a second descriptor of it would be to lose its lock
+                peers.append(os.dup(fds[0]) if own else os.open(peer_path, os.O_RDWR | os.O_CLOEXEC))
             except OSError as error:
                 problem = problem or (
                     f"cannot open the segment of rank {rank} ({error.strerror}): ranks must be processes of one user "
@@ -64,7 +65,7 @@ def connect(group: Group, arena: Arena, *, name: str) -> HostTransport:
         arena,
         rank=group.rank,
         between_processes=True,
-        is_alive=lambda peer: not is_unlocked(peers[peer]) if closed.alive else True,
+        is_alive=lambda peer: not (peer != group.rank and closed.alive and is_unlocked(peers[peer])),
         close=closed,
     )
 
@@ -108,14 +109,18 @@ def _map(fds: list[int], arena: Arena) -> tuple[Tensor, str | None]:
     total = arena.stride * len(fds)
     base = libc.mmap(None, total, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if base == _MAP_FAILED:
-        return torch.empty(0), f"cannot reserve {total:,} bytes of addresses: {os.strerror(ctypes.get_errno())}"
+        return _nothing(), f"cannot reserve {total:,} bytes of addresses: {os.strerror(ctypes.get_errno())}"
     array = (ctypes.c_ubyte * total).from_address(base)
     weakref.finalize(array, libc.munmap, base, total).atexit = False
     for rank, fd in enumerate(fds):
         access, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED
         if libc.mmap(base + rank * arena.stride, arena.num_bytes, access, flags, fd, 0) == _MAP_FAILED:
-            return torch.empty(0), f"cannot map the segment of rank {rank}: {os.strerror(ctypes.get_errno())}"
+            return _nothing(), f"cannot map the segment of rank {rank}: {os.strerror(ctypes.get_errno())}"
     return torch.frombuffer(array, dtype=torch.uint8), None
+
+
+def _nothing() -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _close(fds: list[int]) -> None:

@@ -136,10 +136,16 @@ class Rank:
     def has_room(self) -> bool:
         return len(self.calls) < self.num_slots and not self.has_left
 
-    def start(self, *, kind: Kind | None = None, signature: int = 0) -> None:
+    def is_ready(self) -> bool:
+        """Whether a call may be started; False: it is told of the failure of a call that it has not waited for."""
         try:
             self.queue.check_room()
-        except TransportError:  # told of the failure of a call that it has not waited for
+        except TransportError:
+            return False
+        return True
+
+    def start(self, *, kind: Kind | None = None, signature: int = 0) -> None:
+        if not self.is_ready():
             return
         sequence = self.consent.take()
         verb = self.ocean.program[sequence % 1000003 % len(self.ocean.program)]
@@ -332,7 +338,7 @@ class Ocean:
         """The rank begins another kind of call than the others will, or one with another signature."""
         rank = self.ranks[number]
         rank.retire()
-        if rank.has_room:
+        if rank.has_room and rank.is_ready():
             sequence = rank.consent.next_sequence
             self.initiated.setdefault(sequence >> EPOCH_SHIFT, []).append(sequence)
             rank.start(kind=Kind.COMBINE if how == "kind" else None, signature=1)

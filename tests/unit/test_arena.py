@@ -80,12 +80,13 @@ def test_a_literal_map():
         "aborts": (256, (4,)),
         "closed": (320, (4,)),
         "masks": (384, (3, 4)),  # two words, and 31 ranks in each that follows
-        "reasons": (512, (4, 512)),
-        "counts": (2560, (4, 4, 12)),
-        "data": (4096, (2, 64, 64)),  # 4 ranks of 16 tokens
-        "metadata": (20480, (2, 64, 24)),  # source; 2 ids and 2 weights; 3 bytes of extras; to a multiple of 8
-        "outputs": (23552, (2, 64, 64)),
-        "returned": (39936, (2, 32, 64)),  # 16 tokens, rows from 2 ranks at most
-        "returned_extras": (49152, (2, 32, 16)),  # 2 float32 and 3 bytes, to a multiple of 8
+        "restarts": (512, (2, 4)),
+        "reasons": (576, (4, 512)),
+        "counts": (2624, (4, 4, 12)),
+        "data": (8192, (2, 64, 64)),  # 4 ranks of 16 tokens
+        "metadata": (24576, (2, 64, 24)),  # source; 2 ids and 2 weights; 3 bytes of extras; to a multiple of 8
+        "outputs": (27648, (2, 64, 64)),
+        "returned": (44032, (2, 32, 64)),  # 16 tokens, rows from 2 ranks at most
+        "returned_extras": (53248, (2, 32, 16)),  # 2 float32 and 3 bytes, to a multiple of 8
     }
-    assert arena.num_bytes == arena.stride == 53248
+    assert arena.num_bytes == arena.stride == 57344

@@ -7,11 +7,9 @@ import sys
 
 import pytest
 
-from crossdock import PeerFailed, run_local
+from crossdock import PeerFailed
 from crossdock.transport.inproc import ThreadGroup
 from crossdock.transport.presence import Presence, is_unlocked, lock
-
-NUM_RANKS = 3
 
 
 class Told:
@@ -39,34 +37,61 @@ def holder(path):
     )
 
 
-def look_at_all(group, folder):
-    """What each rank sees: of all ranks, again and again, itself among them; after one has left; at the end."""
-    presence = Presence(group, folder / f"rank-{group.rank}")
-    group.all_gather(None)
-    left = list(folder.iterdir())
-    before = [[presence.is_alive(rank) for rank in range(group.size)] for _ in range(50)]
-    group.all_gather(None)
-    after = [presence.is_alive(rank) for rank in range(group.size)]
-    group.all_gather(None)
-    if group.rank == 1:
-        presence.close()
-        presence.close()
-    group.all_gather(None)
-    without = [presence.is_alive(rank) for rank in range(group.size)]
-    group.all_gather(None)
-    presence.close()
-    return left, before, after, without
+def is_locked(fd):
+    """Whether another process finds a descriptor of this one's locked."""
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    path = f"/proc/{os.getpid()}/fd/{fd}"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0 or "BlockingIOError" in done.stderr
+    return done.returncode != 0
 
 
 def test_a_rank_that_looks_at_all_keeps_its_own_lock_and_one_that_closes_is_gone(tmp_path):
-    got = run_local(lambda group: look_at_all(group, tmp_path), NUM_RANKS)
-    for left, before, after, _ in got:
-        assert left == []  # files have no names once all have opened them
-        assert before == [[True] * NUM_RANKS] * 50
-        assert after == [True] * NUM_RANKS
-    for rank in (0, 2):
-        assert got[rank][3] == [True, False, True]
-    assert got[1][3] == [True] * NUM_RANKS  # who has closed sees nobody, and says of nobody that it is gone
+    paths = [tmp_path / name for name in ("mine", "first", "second")]
+    with holder(paths[1]) as first, holder(paths[2]):
+        presence = Presence(Told(0, paths), paths[0])
+        for _ in range(50):
+            assert [presence.is_alive(rank) for rank in range(3)] == [True] * 3
+        assert is_locked(presence._own)
+        first.stdin.close()
+        first.wait(10)
+        assert [presence.is_alive(rank) for rank in range(3)] == [True, False, True]
+        fd = os.dup(presence._own)
+        presence.close()
+        presence.close()
+        assert not is_locked(fd)
+        os.close(fd)
+        assert [presence.is_alive(rank) for rank in range(3)] == [True] * 3  # who has closed says of nobody it is gone
+
+
+def test_a_process_that_was_forked_from_a_rank_is_not_that_rank(tmp_path):
+    """It lives on when the rank is killed, as a data loader's worker may, and when it ends itself the rank lives on."""
+    forks = "import os; child = os.fork(); child or (os.close(1), __import__('time').sleep(60))"
+    locks = "from pathlib import Path; from crossdock.transport.presence import lock; fd = lock(Path(sys.argv[1]))"
+    code = f"import sys; {locks}; {forks}; print(child, flush=True); sys.stdin.read()"
+    path = tmp_path / "theirs"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as rank:
+        child = int(rank.stdout.readline())
+        with path.open("r+") as file:
+            assert not is_unlocked(file.fileno())
+            rank.kill()
+            rank.wait(10)
+            os.kill(child, 0)  # it is there
+            assert is_unlocked(file.fileno())
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_child_that_ends_leaves_the_lock_with_its_parent(tmp_path):
+    fd = lock(tmp_path / "mine")
+    child = os.fork()
+    if not child:
+        os.close(fd)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert is_locked(fd)
+    os.close(fd)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, None], ids=["killed", "terminated", "ended"])
@@ -94,22 +119,23 @@ def test_a_rank_whose_file_cannot_be_opened_counts_as_alive(tmp_path):
 
 
 def test_a_program_that_a_rank_has_started_does_not_keep_its_lock(tmp_path):
-    fd = lock(tmp_path / "mine")
-    presence = Presence(Told(1, [tmp_path / "mine", tmp_path / "other"]), tmp_path / "other")
-    with started("pass", close_fds=False) as program:
-        assert presence.is_alive(0)
-        os.close(fd)
-        assert not presence.is_alive(0)
-        assert program.poll() is None
-    presence.close()
+    starts = "import subprocess; p = subprocess.Popen(['sleep', '20'], close_fds=False, stdin=-3, stdout=-3)"
+    locks = "from pathlib import Path; from crossdock.transport.presence import lock; fd = lock(Path(sys.argv[1]))"
+    with started(f"{locks}; {starts}", tmp_path / "theirs") as rank, (tmp_path / "theirs").open("r+") as file:
+        assert not is_unlocked(file.fileno())
+        rank.kill()
+        rank.wait(10)
+        assert is_unlocked(file.fileno())
 
 
 def test_looking_at_a_lock_that_is_free_does_not_take_it(tmp_path):
-    fd = lock(tmp_path / "mine")
-    with (tmp_path / "mine").open("r+") as one, (tmp_path / "mine").open("r+") as other:
-        assert not any(is_unlocked(file.fileno()) for file in (one, other))
-        os.close(fd)
-        assert all(is_unlocked(file.fileno()) for file in (one, other) * 3)
+    with holder(tmp_path / "theirs") as process, (tmp_path / "theirs").open("r+") as one:
+        assert not is_unlocked(one.fileno())
+        process.stdin.close()
+        process.wait(10)
+        assert is_unlocked(one.fileno())
+        assert is_unlocked(one.fileno())
+        assert not is_locked(one.fileno())
 
 
 def test_a_file_that_is_there_already_is_nobodys_to_lock(tmp_path):

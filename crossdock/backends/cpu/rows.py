@@ -287,7 +287,7 @@ class CpuRows:
 def _across_ranks(memory: Tensor, arena: Arena, name: str) -> npt.NDArray[np.int64]:
     """A region of 64-bit words at all ranks as one array, [P, *shape]."""
     region, num_ranks = arena[name], arena.topology.num_ranks
-    inner = torch.empty(region.shape, device="meta").stride()
+    inner = torch.empty(region.shape, dtype=torch.int64, device="meta").stride()
     words = memory[: (num_ranks - 1) * arena.stride + arena.num_bytes].view(torch.int64)
     shape, strides = (num_ranks, *region.shape), (arena.stride // 8, *inner)
     return words.as_strided(shape, strides, region.offset // 8).numpy()

@@ -62,16 +62,12 @@ class CudaBackend:
         self._slot_rows = spec.num_slot_rows(transport.num_ranks)
         self._planner = Planner(arena, launcher, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
         self._device = transport.device
+        self.overflows: list[tuple[int, CapacityError]] = self._planner.overflows
         self.fused = FusedCalls(arena, launcher, self._planner, consent) if self.launch.is_fused else None
         self._is_narrow = isinstance(spec.wire, Fp8)
         self._is_aligned = isinstance(spec.layout, Expanded) and spec.layout.alignment > 1
         self.num_tokens_per_expert = launcher.tokens
         self._masked: tuple[int, ...] = ()
-
-    @property
-    def overflows(self) -> list[tuple[int, CapacityError]]:
-        """See Backend."""
-        return self._planner.overflows
 
     @property
     def wait_s(self) -> Tensor:

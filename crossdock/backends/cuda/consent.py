@@ -80,6 +80,11 @@ class DeviceConsent(Consent):
         """See Consent. Graphs begin calls without this host."""
         return super().is_fresh and self._state()[NEXT.value] == self.next_sequence
 
+    @property
+    def is_in_step(self) -> bool:
+        """See Consent. A failure that the device has found is in host memory."""
+        return self._is_open and self.taken is None and self._failure[0] == sync.OK.value
+
     def mask(self, ranks: Sequence[int]) -> None:
         """See Consent."""
         super().mask(ranks)

@@ -1,4 +1,4 @@
-"""``crossdock bench``: dispatch and combine among ranks of this host, beside an all-to-all and beside the limit."""
+"""``crossdock bench``: times dispatch and combine between ranks of this host, beside all-to-all and the limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crossdock.errors import BackendUnavailable, ConfigError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``bench`` to the commands."""
+    """Adds the ``bench`` command."""
     parser = commands.add_parser(
         "bench",
         help="time dispatch and combine on this machine",
@@ -59,12 +59,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints the table, and writes the lines.
+    """Measures, prints the table, and writes JSON lines and plot if asked to.
 
     Raises:
-        ConfigError: the arguments do not fit together.
+        ConfigError: the arguments do not fit together, or a file cannot be written.
         BackendUnavailable: rich (or, for a plot, plotly) is not installed, or there is no GPU.
-        CrossdockError: a rank failed, or its rows were wrong.
+        CrossdockError: a rank failed, or an operation gave wrong rows.
     """
     needed = ["rich"] if args.plot is None else ["rich", "plotly"]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
@@ -106,10 +106,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def make_config(args: argparse.Namespace) -> Config:
-    """The run that the arguments name, with the device decided.
+    """The run's configuration from the arguments, with ``--device auto`` resolved.
 
     Raises:
-        ConfigError: a plot is to show nothing.
+        ConfigError: a plot was asked for without a sweep.
     """
     if args.plot is not None and not args.sweep_sms:
         raise ConfigError(f"plot={args.plot} shows a sweep; pass --sweep-sms 2,4,8,16 with it")
@@ -118,7 +118,7 @@ def make_config(args: argparse.Namespace) -> Config:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Positive numbers, for argparse.
+    """Parses comma-separated positive integers, for argparse.
 
     >>> _numbers("2,4,8")
     (2, 4, 8)

@@ -1,4 +1,4 @@
-"""What is measured: each operation as Crossdock does it, and as the baseline does it, from the same rows.
+"""The operations measured on CPUs, each by Crossdock and by the baseline, with the same rows.
 
 Letters: T tokens here, K top-k, H hidden, L local experts, P ranks, R received rows, C capacity.
 """
@@ -25,20 +25,18 @@ from crossdock.wire import Bf16, Fp8, Quantized
 
 Rows: TypeAlias = Received | Arrived | Tensor
 Ready: TypeAlias = Callable[[], Callable[[], Rows]]
-"""Makes ready what is not timed, and gives the call that is."""
+"""Prepares an operation, untimed, and returns the call to be timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One operation, both ways, and the bytes of this rank.
+    """One operation by Crossdock and by the baseline, and the bytes that this rank moves.
 
-    ``num_bytes`` are the payload (rows and scales, without the small records beside them) that this rank receives in a
-    dispatch and sends in a combine; ``link_bytes`` are those of them that come from, or go to, another rank. A row that
-    stays on its rank is in the first and not in the second.
-
-    ``copy_bytes`` is what this rank must move at least, in bytes that are read once and written once: in a dispatch the
-    rows that it sends; in a combine half of the rows it gets back (they are read) and half of the results (they are
-    written).
+    num_bytes: payload (rows and scales, without metadata) that this rank receives in a dispatch, or sends in a combine.
+    link_bytes: the part of ``num_bytes`` that comes from, or goes to, another rank.
+    copy_bytes: the least that this rank must move, in bytes that are read once and written once. In a dispatch: the
+        rows that it sends. In a combine: half of the returned rows (they are only read) and half of the results (they
+        are only written).
     """
 
     op: str
@@ -52,16 +50,16 @@ class Case:
 
 @contextmanager
 def open_cases(job: Job) -> Iterator[list[Case]]:
-    """The cases of one rank. Buffers are open until the block ends. Collective.
+    """The cases of one rank; buffers are open within the block. Collective.
 
-    A combine is timed on a plan that has not been combined with before, as in training: what Crossdock or the baseline
-    works out from a plan when it is first combined with is part of the figure.
+    Each timed combine uses a plan for the first time, as in training: what a side computes from a plan at its first
+    combine is part of the figure.
     """
     with ExitStack() as stack:
         side = stack.enter_context(_side(job.spec, job))
         cases = [side.dispatch(), side.cached_dispatch(), side.pull(), side.push()]
         if job.spec.ranks_sum_picks:
-            del cases[2]  # ranks sum before anything is fetched, so outputs are pushed wherever they lie
+            del cases[2]  # where ranks sum first, outputs are always pushed
         if isinstance(job.spec.wire, Fp8):
             wide = stack.enter_context(_side(replace(job.spec, wire=Bf16()), job))
             cases[1:1] = [side.fused_cast(), wide.dispatch()]
@@ -76,7 +74,7 @@ def _side(spec: Spec, job: Job) -> Iterator[_Side]:
 
 
 class _Side:
-    """One Spec's buffer and baseline with the rows that both move."""
+    """The buffer and the baseline of one Spec, and the rows that both move."""
 
     def __init__(self, buffer: Buffer, exchange: AllToAll, job: Job) -> None:
         self.buffer = buffer
@@ -91,11 +89,11 @@ class _Side:
         self.y = draw_outputs(buffer.spec, recv.output_rows().shape, seed=job.seed + buffer.rank)
 
     def dispatch(self) -> Case:
-        """Fresh: from picks to rows."""
+        """A fresh dispatch, from picks to rows."""
         return self._out("dispatch", lambda: self.buffer.dispatch(self.x, self.topk_idx), self._send_fresh)
 
     def cached_dispatch(self) -> Case:
-        """Rows alone, on a plan (a route) that is known."""
+        """A dispatch on a plan of an earlier one; the baseline reuses its route."""
         return self._out(
             "dispatch (cached plan)",
             lambda: self.buffer.dispatch(self.x, self.plan),
@@ -103,7 +101,7 @@ class _Side:
         )
 
     def fused_cast(self) -> Case:
-        """Fresh, from rows that are cast on their way; the baseline casts first."""
+        """A fresh dispatch of unquantised rows, cast to FP8 as they are sent; the baseline casts first."""
         wire = self.buffer.spec.wire
         assert isinstance(wire, Fp8)
         return self._out(
@@ -113,7 +111,7 @@ class _Side:
         )
 
     def pull(self) -> Case:
-        """Outputs stay where the experts wrote them, and their owners fetch them."""
+        """A combine of ``recv.output_rows()``: owners pull the rows."""
 
         def ready() -> Callable[[], Rows]:
             recv = self.buffer.dispatch(self.x, self.topk_idx)
@@ -123,7 +121,7 @@ class _Side:
         return self._home("combine (pull)", ready)
 
     def push(self) -> Case:
-        """Outputs are an ordinary tensor."""
+        """A combine of an ordinary tensor: this rank pushes the rows."""
 
         def ready() -> Callable[[], Rows]:
             plan = self.buffer.dispatch(self.x, self.topk_idx).plan
@@ -161,7 +159,7 @@ class _Side:
 
 
 def draw_rows(spec: Spec, num_tokens: int, *, seed: int) -> tuple[Tensor, Tensor | Quantized]:
-    """Rows as a model has them, and as a caller who casts them himself hands them in; the same for a wide wire."""
+    """Random rows [T, H]: unquantised, and as passed to a dispatch (quantised for Fp8, else the same tensor)."""
     values = torch.randn(num_tokens, spec.hidden, generator=torch.Generator().manual_seed(seed))
     if isinstance(spec.wire, Fp8):
         rows = values.to(spec.combine_dtype)
@@ -171,12 +169,12 @@ def draw_rows(spec: Spec, num_tokens: int, *, seed: int) -> tuple[Tensor, Tensor
 
 
 def draw_outputs(spec: Spec, shape: torch.Size, *, seed: int) -> Tensor:
-    """What experts might give."""
+    """Random outputs of experts, in the combine dtype."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(~seed)).to(spec.combine_dtype)
 
 
 def bits(rows: Rows, spec: Spec) -> list[Tensor]:
-    """The rows that a call gave, as bytes [R, ...], by part (data, scales); without what pads experts' blocks."""
+    """The rows of a result as bytes [R, ...], by part (data, scales); without the padding of Padded blocks."""
     if isinstance(rows, Tensor):
         return [rows.view(torch.uint8)]
     if isinstance(rows, Received):
@@ -192,10 +190,10 @@ def bits(rows: Rows, spec: Spec) -> list[Tensor]:
 
 
 def parts_of(rows: Tensor | Quantized) -> tuple[Tensor, ...]:
-    """Data, and scales if there are any."""
+    """The rows' tensors: data, and scales if quantised."""
     return tuple(rows) if isinstance(rows, Quantized) else (rows,)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As the command line names a format."""
+    """The command line's name of a dtype."""
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8"}[dtype]

@@ -1,4 +1,4 @@
-"""Bandwidth over the number of SMs, as a page that needs no network. Needs plotly (``crossdock[cli]``)."""
+"""A chart of bandwidth over the number of SMs, as a self-contained HTML page. Needs plotly (``crossdock[cli]``)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from crossdock.cli.bench.outcome import Outcome
 
 _INK, _GRID = "#1f2933", "#e4e7eb"
 _BLUE, _PINK = "#0072b2", "#cc79a7"
-"""Of Okabe and Ito's set, which people of all kinds of colour vision tell apart."""
+"""Colours of the Okabe-Ito palette, which is safe for colour-blind readers."""
 
 
 def sweep_page(outcome: Outcome) -> str:
-    """The page: what all ranks move per second, and beside it what they reach at all in the same run."""
+    """The page: GB/s of all ranks together by number of SMs, beside the limits measured in the same run."""
     assert outcome.limits.write is not None
     assert outcome.pairs
     figure = go.Figure(layout=_layout(outcome))

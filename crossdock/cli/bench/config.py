@@ -1,4 +1,4 @@
-"""A run as a value: what the command line asked for, and what the ranks are told to do."""
+"""A run as a value: the command line's configuration, and the job of the ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FOR_CUDA = ("num_sms", "expand", "mover", "mps_percentage", "sweep_sms")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run, as the command line names it; tokens are those of each rank."""
+    """The configuration of a run, in the command line's terms; ``tokens`` are tokens per rank."""
 
     ranks: int
     tokens: int
@@ -57,25 +57,24 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every rank is told."""
+    """The input of every rank's program."""
 
     spec: Spec
     topk_idx: npt.NDArray[np.int64]
-    """[P * T, K] the picks of all ranks' tokens, rank after rank."""
+    """[P * T, K], the picks of all ranks' tokens, in the order of ranks."""
     seed: int
     repeats: int
     keeps_buffers: bool
-    """Whether the baseline does."""
+    """Whether the baseline reuses its buffers between calls."""
     buffer_options: dict[str, Any] = field(default_factory=dict)
-    """For ``Buffer``, beside group, spec and device."""
+    """Keyword arguments of ``Buffer`` besides group, spec and device."""
     sweep_sms: tuple[int, ...] = ()
 
 
 def make_job(config: Config) -> Job:
-    """What the ranks are told: the picks of all tokens, and the Spec.
+    """The job of a run: the picks of all tokens, and the Spec.
 
-    Layouts with a row per pick get room for just these picks, because the worst case of a layout is for picks that
-    nobody knows.
+    Layouts with a row per pick get the smallest capacity for these picks, not the worst case of any picks.
 
     Raises:
         ConfigError: the arguments do not fit together.
@@ -115,7 +114,11 @@ def make_job(config: Config) -> Job:
 
 
 def draw_load(config: Config) -> Tensor:
-    """The picks of all ranks' tokens, int64 [P * T, K]; the same seed gives the same picks."""
+    """The picks of all ranks' tokens, int64 [P * T, K]; the same for the same seed.
+
+    Raises:
+        ConfigError: a file of recorded picks cannot be opened, or does not fit the configuration.
+    """
     num_tokens = config.ranks * config.tokens
     if draw := LOADS.get(config.load):
         generator = torch.Generator().manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""What is measured on GPUs, and what each result must be: that of the same exchange on CPU copies, over gloo.
+"""The operations measured on GPUs, each with the bits that its result must have: those of gloo on CPU copies.
 
 Letters: T tokens here, K top-k, H hidden, L local experts, P ranks, R received rows, C capacity.
 """
@@ -28,17 +28,18 @@ CACHED, STEP = "dispatch (cached plan, graph)", "training step"
 FUSED, PULL, PUSH = "dispatch (fused cast, graph)", "combine (pull)", "combine (push)"
 FRESH, WEIGHTED = "dispatch (from picks, graph)", "combine (pull, weighted)"
 WEIGHT = 0.5
-"""Of every pick: products with it are exact, so the bits of weighted sums are known from those of sums."""
+"""The weight of every pick: a power of two, so that a weighted sum is exactly the sum times the weight."""
 
 Results: TypeAlias = tuple[Rows, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CudaCase:
-    """One operation.
+    """One operation, and the bytes that this rank moves.
 
-    ``num_bytes`` and ``link_bytes`` are the payload, as in ``Case``. ``write_bytes`` are those of the rows that this
-    rank sends, which are read once and written to several places; ``copy_bytes`` all others that it reads and writes.
+    num_bytes, link_bytes: payload, as in ``Case``.
+    write_bytes: bytes of the rows that this rank sends; each row is read once and written to several destinations.
+    copy_bytes: all other bytes that this rank reads and writes.
     """
 
     op: str
@@ -51,17 +52,17 @@ class CudaCase:
     num_sms: int | None
     in_graph: bool
     ready: Callable[[], Callable[[], Results]]
-    """Makes ready what is not timed, and gives the call that is."""
+    """Prepares the operation, untimed, and returns the call to be timed."""
     wanted: list[Tensor]
-    """The bits of its results, on the GPU."""
+    """The bits that its results must have, on the GPU."""
     baseline: Callable[[], object] | None
 
 
 @contextmanager
 def open_cuda_cases(member: Member, job: Job) -> Iterator[tuple[list[CudaCase], list[CudaCase], Buffer]]:
-    """The cases of one rank; those with other numbers of SMs, in pairs of dispatch and combine; and the buffer.
+    """The cases of one rank; the cases of the SM sweep, as pairs of dispatch and combine; and the buffer.
 
-    Buffers are open until the block ends. Collective.
+    Buffers are open within the block. Collective.
     """
     with ExitStack() as stack:
         side = stack.enter_context(_side(job.spec, member, job))
@@ -83,11 +84,13 @@ def _side(spec: Spec, member: Member, job: Job) -> Iterator[_Side]:
 
 
 class _Side:
-    """One Spec's buffer, with rows on the GPU, their CPU copies, and what those become."""
+    """The buffer of one Spec, rows on the GPU and as CPU copies, and the results of exchanging the copies."""
 
     def __init__(self, buffer: Buffer, member: Member, job: Job) -> None:
         spec, rank, self._device = buffer.spec, member.rank, member.device
         self.buffer = buffer
+        self._asks_host = job.buffer_options.get("mover") == "copy"
+        """Whether the host takes part in a dispatch (``mover="copy"``), which then cannot be captured."""
         picks = torch.from_numpy(job.topk_idx).view(member.num_ranks, -1, spec.num_topk)
         self._traffic = traffic(spec, picks, rank)
         self._unquantised, self._x = draw_rows(spec, picks.shape[1], seed=job.seed + rank)
@@ -105,7 +108,7 @@ class _Side:
         self._nccl_route = self._nccl.route(self.topk_idx) if self._nccl else None
 
     def cached(self, num_sms: int | None = None) -> CudaCase:
-        """Rows alone, on a plan that is known."""
+        """A dispatch on a plan of an earlier one."""
         options = _sms_option(num_sms)
         nccl, route, parts = self._nccl, self._nccl_route, parts_of(self.x)
         baseline = (lambda: nccl.send(parts, route)) if nccl and route else None
@@ -113,7 +116,7 @@ class _Side:
         return self._out(CACHED, lambda: call, baseline, num_sms=num_sms)
 
     def eager(self) -> CudaCase:
-        """From picks to rows, as a call of the library gives them by default."""
+        """A fresh dispatch with the default options, from picks to rows."""
         syncs = "" if isinstance(self.buffer.spec.layout, Padded) else ", host sync"
         nccl, parts = self._nccl, parts_of(self.x)
         baseline = (lambda: nccl.dispatch(parts, self.topk_idx)) if nccl else None
@@ -121,16 +124,16 @@ class _Side:
         return self._out(f"dispatch (eager{syncs})", lambda: call, baseline, in_graph=False)
 
     def fused_cast(self) -> CudaCase:
-        """Rows that are cast on their way."""
+        """A cached dispatch of unquantised rows, cast to FP8 as they are sent."""
         return self._out(FUSED, lambda: lambda: (self.buffer.dispatch(self.unquantised, self.plan),), None)
 
     def fresh(self) -> CudaCase:
-        """From picks to rows without a host sync, as a decoding step has it; quantised on the way."""
+        """A fresh dispatch of unquantised rows without a host sync, as in a decode step; quantised as they are sent."""
         call = lambda: (self.buffer.dispatch(self.unquantised, self.topk_idx),)  # noqa: E731 - as above
         return self._out(FRESH, lambda: call, None)
 
     def weighted(self) -> CudaCase:
-        """Outputs that stay where the experts wrote them, and a weight for each pick, as a decoding step has it."""
+        """A pulled combine with a weight per pick, as in a decode step."""
 
         def pull() -> Callable[[], Results]:
             recv = self.buffer.dispatch(self.x, self.plan)
@@ -144,10 +147,7 @@ class _Side:
         return replace(self._home(WEIGHTED, pull, moved_rows, None), wanted=self._on_gpu((sums * WEIGHT,)))
 
     def homes(self, num_sms: int | None = None) -> list[CudaCase]:
-        """Outputs that stay where the experts wrote them, and those that are an ordinary tensor.
-
-        Where ranks sum first, outputs are pushed wherever they lie: then there is one case.
-        """
+        """A pulled and a pushed combine; only the pushed one where ranks sum first, which always push."""
         options, spec, moved = _sms_option(num_sms), self.buffer.spec, self._traffic
 
         def pull() -> Callable[[], Results]:
@@ -164,7 +164,7 @@ class _Side:
         return [pushed] if spec.ranks_sum_picks else [self._home(PULL, pull, sums, num_sms), pushed]
 
     def step(self) -> CudaCase:
-        """Dispatch and combine, and both again in the backward pass, eager, with experts that change nothing."""
+        """A training step, eager: dispatch, combine and their backward passes, with identity experts."""
         buffer, spec, moved = self.buffer, self.buffer.spec, self._traffic
         x = self.unquantised.detach().requires_grad_()
         grad = self._grad.to(self._device)
@@ -193,7 +193,7 @@ class _Side:
         )
 
     def _steps_results(self) -> Results:
-        """Of CPU copies: the sums of what came, and the same walk of the gradients, in the combine format."""
+        """What a step must give, from CPU copies: the combined rows, and the combined gradients of rows."""
         spec, exchange, route = self.buffer.spec, self._exchange, self._route
         rows = self._rows.parts[0]
         if isinstance(spec.wire, Fp8):
@@ -211,6 +211,8 @@ class _Side:
         in_graph: bool = True,
     ) -> CudaCase:
         spec, row_bytes = self.buffer.spec, self.buffer.spec.row_bytes()
+        if self._asks_host:
+            op, in_graph = op.replace(", graph)", ", eager)"), False
         return CudaCase(
             op=op,
             wire=name_of(spec.wire.dtype),
@@ -252,7 +254,7 @@ class _Side:
 
 
 def result_bits(results: Results, spec: Spec) -> list[Tensor]:
-    """All results' rows, as bytes [R, ...]."""
+    """The rows of all results, as bytes [R, ...]."""
     return [part for result in results for part in bits(result, spec)]
 
 

@@ -1,4 +1,4 @@
-"""What each rank of a benchmark on GPUs does: compare, eagerly and in graphs, then time. Nothing wrong is timed."""
+"""A rank's benchmark on GPUs: compares results, eagerly and in CUDA graphs, then times. Wrong results end it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from crossdock.cli.world import Member
 from crossdock.errors import ConfigError
 
 CALLS = 10
-"""In a row for one sample: in a graph, or one after the other from Python."""
+"""Calls per sample, back to back: in one graph, or issued from Python."""
 WARM_UPS = 2
 _LEADS = 4
-"""Replays ahead of the one that is timed; by its turn all hosts have launched it."""
+"""Replays before the timed one, so that every host has launched it before the GPUs reach it."""
 _TRIPS = 200
-"""Of a word in a row for one sample."""
+"""Trips of a word per sample, back to back."""
 
 
 def measure_on_gpus(member: Member, job: Job) -> RankSamples:
     """Compares every operation with the baseline on CPU copies, then times ``job.repeats`` batches of CALLS of each.
 
-    All ranks begin a batch together. Its time is that between two CUDA events on the rank's stream, over CALLS; where a
-    rank waits for a slow one, that is in its time. A graph is timed right behind other replays, in the first of which
-    ranks wait for the one that began last: hosts start them up to 0.1 ms apart, as long as ten calls of a token take.
+    All ranks begin a batch together. A sample is the time between two CUDA events on the rank's stream, divided by
+    CALLS; it includes waiting for slower ranks. A graph is timed directly behind other replays, the first of which
+    absorbs the skew between hosts: they start up to 0.1 ms apart, as long as ten calls of one token take.
 
     Raises:
         WrongRows: an operation gave other bits than the baseline.
@@ -48,7 +48,7 @@ def measure_on_gpus(member: Member, job: Job) -> RankSamples:
         ways, destinations = _ways(member, job)
         progress = _Progress(member, total=len(cases) + len(sweep) + sum(map(len, ways)))
         copied, written = ([_moved(member.line, way, job.repeats, progress) for way in kind] for kind in ways)
-        del ways  # and with them gigabytes
+        del ways  # frees gigabytes
         torch.cuda.empty_cache()
         samples, swept = (
             [_sample(member.line, case, job.repeats, progress) for case in kind] for kind in (cases, sweep)
@@ -80,7 +80,7 @@ class _Progress:
 
 
 def _ways(member: Member, job: Job) -> tuple[tuple[list[Move], list[Move]], int]:
-    """Those to copy and those to write, and to how many places: those of a token in a dispatch, on average."""
+    """Ways to copy, ways to write, and the destinations of a written row: a token's average in a dispatch."""
     picks = torch.from_numpy(job.topk_idx).view(member.num_ranks, -1, job.spec.num_topk)
     num_sent = sum(traffic(job.spec, picks, rank).out_sent for rank in range(member.num_ranks))
     destinations = max(1, round(num_sent / max(1, len(job.topk_idx))))
@@ -99,7 +99,7 @@ def _compare(case: CudaCase, rank: int) -> None:
 
 
 def _captured(call: Callable[[], Results]) -> tuple[Callable[[], object], Results]:
-    """A graph of CALLS calls, and the results of the last, there when it has been replayed."""
+    """A graph of CALLS calls as a replay function, and the last call's results, valid after a replay."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -145,7 +145,7 @@ def _in_a_row(call: Callable[[], object]) -> None:
 
 
 def _seconds(line: StartingLine, batch: Callable[[], object], repeats: int, *, leads: bool = False) -> list[float]:
-    """Of each call in a batch, for ``repeats`` batches that all ranks begin together, or right behind others."""
+    """Seconds per call of ``repeats`` batches that all ranks begin together; with ``leads`` behind other batches."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     samples = []
     for _ in range(WARM_UPS + repeats):

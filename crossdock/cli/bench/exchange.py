@@ -1,10 +1,10 @@
-"""The baseline: dispatch and combine by ``all_to_all_single``, as one writes them without Crossdock.
+"""The baseline: dispatch and combine by ``all_to_all_single``, as they are commonly written without Crossdock.
 
-Counts are exchanged first, rows are packed by one gather, one ``all_to_all_single`` with split sizes moves them, and
-one more gather orders them by expert where the layout wants that. Combine is the way back and the same sum. Rows come
-in new tensors, as in most code; keeping the buffers between calls saves their page faults, and can be chosen.
+Counts are exchanged first; one gather packs the rows, one ``all_to_all_single`` with split sizes moves them, and a
+second gather orders them by expert where the layout requires it. Combine reverses this and computes the same sums. Rows
+are received in new tensors, as in most code, or in buffers kept between calls, which saves page faults.
 
-On CPUs it goes through gloo, and is also what every result is compared with, bit for bit; on GPUs through NCCL.
+CPU tensors are exchanged over gloo; every result is compared with theirs, bit for bit. CUDA tensors use NCCL.
 
 Letters: T tokens here, K top-k, H hidden, E experts, L local ones, P ranks, Q rows sent, R rows received, C capacity.
 """
@@ -26,24 +26,24 @@ from crossdock.spec import Spec
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Route:
-    """What one routing means for this rank, both ways."""
+    """One routing as this rank needs it for dispatch and combine."""
 
     send_idx: Tensor
-    """[Q] the token of each sent row, by destination."""
+    """[Q], the token of each sent row, in the order of destinations."""
     send_splits: list[int]
     recv_splits: list[int]
     by_expert: Tensor | None
-    """[R] received rows in the order of experts; None where rows stay as they come."""
+    """[R], received rows in the order of experts; None where they keep the order of arrival."""
     num_tokens_per_expert: list[int]
     pos: Tensor
-    """[T, K] the sent row that serves each pick; -1: none, or one that serves an earlier pick of the token."""
+    """[T, K], the sent row that serves each pick; -1 for no pick, or if the row serves an earlier pick of the token."""
     places: Tensor
-    """[T, K] the rank of each pick; -1 for none."""
+    """[T, K], the rank of each pick; -1 for no pick."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Arrived:
-    """Rows in their final order, [R, ...] or [L, C, ...]: data, and scales if there are any."""
+    """Received rows in the layout's order, [R, ...] or [L, C, ...]: data, and scales if quantised."""
 
     parts: tuple[Tensor, ...]
     route: Route
@@ -51,12 +51,12 @@ class Arrived:
 
 @dataclass
 class AllToAll:
-    """Both directions over the default process group, for tensors of one device.
+    """Dispatch and combine over the default process group, for tensors of one device.
 
     Args:
-        spec: what travels.
+        spec: row formats, layout and reduction.
         num_ranks: P, the size of the group.
-        keeps_buffers: packs and receives in memory that is used again by the next call; else in new tensors.
+        keeps_buffers: reuse the buffers for packed and received rows in the next call; else allocate new ones.
 
     >>> exchange = AllToAll(spec, num_ranks=4)  # doctest: +SKIP
     >>> arrived = exchange.dispatch((x,), topk_idx)  # doctest: +SKIP
@@ -69,11 +69,11 @@ class AllToAll:
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     def dispatch(self, parts: tuple[Tensor, ...], topk_idx: Tensor) -> Arrived:
-        """Counts, then rows: ``parts`` are [T, ...] each, and travel side by side."""
+        """Exchanges counts, then rows. ``parts``: [T, ...] each, sent in parallel. Collective."""
         return self.send(parts, self.route(topk_idx))
 
     def route(self, topk_idx: Tensor) -> Route:
-        """Decides which row goes where, and tells every rank how many rows it will get."""
+        """Plans a routing and exchanges its counts. Collective; reads the counts on the host."""
         num_local = self.spec.num_local_experts(self.num_ranks)
         places = topk_idx // num_local
         if isinstance(self.spec.layout, Compact):
@@ -98,14 +98,14 @@ class AllToAll:
         )
 
     def send(self, parts: tuple[Tensor, ...], route: Route) -> Arrived:
-        """Rows alone, with counts that are known."""
+        """Exchanges rows on a known route. Collective."""
         packed = [self._gathered(f"send {i}", part.view(torch.uint8), route.send_idx) for i, part in enumerate(parts)]
         landed = self._exchange("recv", packed, route.recv_splits, route.send_splits)
         final = [self._arranged(f"final {i}", rows, route) for i, rows in enumerate(landed)]
         return Arrived(parts=tuple(rows.view(part.dtype) for rows, part in zip(final, parts, strict=True)), route=route)
 
     def combine(self, y: Tensor, route: Route) -> Tensor:
-        """Outputs [R, H] or [L, C, H] back to their tokens, summed [T, H] in the order that the Spec says."""
+        """Sums of each token's outputs, [T, H], in the Spec's order, from y [R, H] or [L, C, H]. Collective."""
         rows = y.view(-1, self.spec.hidden).view(torch.uint8)
         if route.by_expert is not None:
             back = torch.empty_like(route.by_expert)
@@ -115,13 +115,13 @@ class AllToAll:
         return self._summed(home.view(y.dtype), route)
 
     def _summed(self, home: Tensor, route: Route) -> Tensor:
-        """Where ranks are to sum first, their sums are made here as they would have made them, from all their rows."""
+        """The sums of returned rows. For reduce="rank", computes each rank's partial sums here, from all its rows."""
         dtype = self.spec.combine_dtype
         if self.spec.reduce == "token":
             return _sums(home, route.pos, dtype)
         if not self.spec.layout.per_pick:
             last = torch.iinfo(route.pos.dtype).max
-            by_rank = route.pos.masked_fill(route.pos < 0, last).sort(dim=1).values  # rows lie in the order of ranks
+            by_rank = route.pos.masked_fill(route.pos < 0, last).sort(dim=1).values  # rows are in the order of ranks
             return _sums(home, by_rank.masked_fill(by_rank == last, -1), dtype)
         ranks = range(self.num_ranks)
         partial = [_sums(home, route.pos.masked_fill(route.places != rank, -1), dtype) for rank in ranks]
@@ -132,7 +132,7 @@ class AllToAll:
         return _sums(torch.cat(partial), table, dtype)
 
     def _exchange(self, name: str, parts: list[Tensor], there: list[int], here: list[int]) -> list[Tensor]:
-        """One ``all_to_all_single`` of bytes per part, all in flight together."""
+        """One asynchronous ``all_to_all_single`` of bytes per part, then waits for all."""
         rooms = [self._room(f"{name} {i}", sum(there), p.shape[1], torch.uint8, p.device) for i, p in enumerate(parts)]
         works = [
             dist.all_to_all_single(room, part, there, here, async_op=True)
@@ -143,7 +143,7 @@ class AllToAll:
         return rooms
 
     def _gathered(self, name: str, rows: Tensor, idx: Tensor) -> Tensor:
-        """Rows of bytes; a GPU moves them eight at a time."""
+        """Gathers rows of bytes, on GPUs as int64 where possible."""
         room = self._room(name, len(idx), rows.shape[1], torch.uint8, rows.device)
         if rows.is_cuda and rows.shape[1] % 8 == 0:
             torch.index_select(rows.view(torch.int64), 0, idx, out=room.view(torch.int64))
@@ -151,7 +151,7 @@ class AllToAll:
         return torch.index_select(rows, 0, idx, out=room)
 
     def _arranged(self, name: str, rows: Tensor, route: Route) -> Tensor:
-        """Received rows in the layout's places."""
+        """Received rows in the layout's order."""
         if route.by_expert is None:
             return rows
         layout = self.spec.layout
@@ -169,18 +169,18 @@ class AllToAll:
         return blocks
 
     def _final_rows(self, route: Route) -> Tensor:
-        """[R] the row of the layout that each row in the order of experts has."""
+        """[R], the layout's row of each received row in the order of experts."""
         starts = self._starts(route).tolist()
         places = [start + torch.arange(n) for start, n in zip(starts, route.num_tokens_per_expert, strict=False)]
         return torch.cat(places).to(route.send_idx.device)
 
     def _starts(self, route: Route) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        """[L + 1] the first row of each expert, and the end."""
+        """[L + 1], the first row of each expert, and the end of the last."""
         counts = np.array(route.num_tokens_per_expert, dtype=np.int64)
         return self.spec.layout.segment_starts(counts, self.spec.capacity(self.num_ranks))
 
     def _room(self, name: str, num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer [num_rows, width]; one that is kept grows when it must."""
+        """A buffer [num_rows, width]; a kept one grows if it is too small."""
         if not self.keeps_buffers:
             return torch.empty(num_rows, width, dtype=dtype, device=device)
         kept = self._kept.get(name)
@@ -190,7 +190,7 @@ class AllToAll:
 
 
 def _sums(source: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 sums of rows [N, H], those of a table [T, J] from left to right, negative where there is none."""
+    """float32 sums of rows [N, H]: sum t adds rows ``table[t]`` from left to right; negative entries are no terms."""
     if not source.is_cuda:
         return sum_rows(source, Terms.of(table.numpy()), dtype=dtype)
     sums = torch.zeros(len(table), source.shape[1], device=source.device)

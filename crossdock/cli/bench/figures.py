@@ -1,4 +1,4 @@
-"""From what the ranks measured to what is reported: the slowest rank's median, and the limit beside it."""
+"""Reported figures from the ranks' samples: the slowest rank's median, beside the limit of the same run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from crossdock.cli.bench.samples import Moved, RankSamples, Sample
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One operation's result; its fields are those of a JSON line.
+    """One operation's figures, with the names of the JSON lines.
 
-    median_us, p10_us, p90_us: of the rank whose median is largest, each call (of ``calls`` in a row the mean) as that
-        rank sees it.
-    bytes: payload that this rank receives (dispatch) or sends (combine): rows and scales, its own included.
-    link_bytes: the part of it that comes from, or goes to, other ranks.
-    limit_us: on CPUs all ranks' rows, each read once and written once (combine: each returned row read once, each
-        result written once), at the copy bandwidth of this run. On GPUs, see ``Limits``.
-    floor_us: that limit and two one-way trips of a word, measured in the same run; None on CPUs.
-    num_sms: those that a rank's operation is given; None on CPUs.
-    baseline_us: the same exchange by ``all_to_all_single``, the median of its own slowest rank; None where there is
-        none.
+    median_us, p10_us, p90_us: percentiles over the samples of the slowest rank (largest median), in microseconds per
+        call; a sample is the mean of ``calls`` calls.
+    bytes: payload that this rank receives (dispatch) or sends (combine): rows and scales, including rows to itself.
+    link_bytes: the part of ``bytes`` that comes from, or goes to, other ranks.
+    limit_us: on CPUs, the time of all ranks' rows at the copy bandwidth of this run, each row read once and written
+        once (combine: each returned row read once, each result written once). On GPUs, see ``Limits``.
+    floor_us: ``limit_us`` plus two one-way trips of a word, measured in the same run; None on CPUs.
+    num_sms: SMs of each rank's operation; None on CPUs.
+    baseline_us: median of the same exchange by ``all_to_all_single`` on its own slowest rank; None without a baseline.
     """
 
     op: str
@@ -41,28 +40,29 @@ class Figure:
 
     @property
     def gigabytes_per_s(self) -> float:
-        """Payload of the slowest rank over its median."""
+        """The slowest rank's payload over its median, in GB/s."""
         return self.bytes / self.median_us / 1e3
 
     @property
     def of_limit(self) -> float:
-        """1 when the operation is as fast as what limits it."""
+        """``limit_us`` / ``median_us``; 1 at the limit."""
         return self.limit_us / self.median_us
 
     @property
     def speedup(self) -> float | None:
-        """How many times faster than the baseline."""
+        """``baseline_us`` / ``median_us``; None without a baseline."""
         return None if self.baseline_us is None else self.baseline_us / self.median_us
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What all ranks together reach in this run, at the same time, in bytes per second; of several ways the fastest.
+    """Bandwidths in bytes per second that all ranks reach together in this run; the fastest way to move each.
 
-    copy: copies, on CPUs each byte counted once, on GPUs as read and as written. Combine is held against it.
-    write: rows that are read once and written to several places, in bytes written. On GPUs, dispatch is held against
-        it; None on CPUs.
-    trip_s: seconds that a word takes from every rank to every rank, of the slowest rank; None on CPUs.
+    copy: bandwidth of copies; the limit of combine, and on CPUs of dispatch. A copied byte counts once on CPUs, twice
+        on GPUs (read and written).
+    write: bandwidth of rows read once and written to several destinations, in bytes written; the limit of dispatch on
+        GPUs. None on CPUs.
+    trip_s: seconds of a one-way trip of a word between all ranks, median of the slowest rank; None on CPUs.
     """
 
     copy: float
@@ -71,7 +71,7 @@ class Limits:
 
 
 def limits_of(ranks: Sequence[RankSamples]) -> Limits:
-    """Until the last rank is done, the median over repetitions.
+    """The limits from all ranks' samples: bytes of all ranks over the time of the last one, median over repeats.
 
     >>> both = [Moved(num_bytes=4, seconds=[1.0, 2.0, 3.0]), Moved(num_bytes=4, seconds=[4.0, 4.0, 4.0])]
     >>> limits_of([RankSamples(samples=[], copies=[moved]) for moved in both])

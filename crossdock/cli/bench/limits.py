@@ -1,6 +1,6 @@
-"""What a GPU can do at all, measured by all ranks at once: copies, and rows that are read once and written many times.
+"""Limits of a GPU's memory, measured on all ranks at once: copies, and rows read once and written several times.
 
-Both move the GPU's own memory. Where ranks have a GPU each, links are slower than that, and are not measured here.
+Both stay within the GPU's own memory. Links between GPUs are slower, and are not measured here.
 
 Letters: D destinations of a row.
 """
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import torch
 
 COPIED_BYTES = 256 * 2**20
-"""Of a block that is copied: several times the second-level cache, for each rank."""
+"""Bytes that each rank copies: several times the L2 cache."""
 _ROW_BYTES = 128
-"""Rows are taken as whole multiples of this, so that the widest stores fit."""
+"""Row sizes are rounded up to a multiple of this, for the widest stores."""
 _PER_SM_AND_WARPS = ((1, 16), (2, 16), (4, 8))
-"""Programs per SM, and warps of each: shapes among which the best one differs by the number of SMs."""
+"""Programs per SM, and warps per program; which is fastest depends on the number of SMs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """One way to move ``num_bytes``."""
+    """One way to move ``num_bytes`` bytes."""
 
     how: str
     num_bytes: int
@@ -30,7 +30,7 @@ class Move:
 
 
 def copies(device: torch.device) -> list[Move]:
-    """Ways to copy a block; bytes as read and as written."""
+    """Ways to copy a block; ``num_bytes`` counts bytes read and bytes written."""
     source = torch.ones(COPIED_BYTES // 8, dtype=torch.int64, device=device)
     destination = torch.empty_like(source)
     by_torch = Move(how="copy_", num_bytes=2 * COPIED_BYTES, run=lambda: destination.copy_(source))
@@ -41,7 +41,7 @@ def copies(device: torch.device) -> list[Move]:
 
 
 def writes(device: torch.device, row_bytes: int, *, destinations: int) -> list[Move]:
-    """Ways to write rows of about that size to D places each; bytes as written."""
+    """Ways to write rows of about ``row_bytes`` to D destinations each; ``num_bytes`` counts bytes written."""
     from crossdock.cli.bench.write_rows import write_rows  # noqa: PLC0415 - it imports triton, which CPUs do without
 
     words = -(-row_bytes // _ROW_BYTES) * _ROW_BYTES // 8

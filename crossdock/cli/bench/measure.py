@@ -1,4 +1,4 @@
-"""What each rank of a benchmark does: compare, then time. Nothing is timed on a wrong result."""
+"""A rank's benchmark on CPUs: compares results, then times. A wrong result ends it untimed."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from crossdock.spec import Spec
 
 WARM_UPS = 2
 BLOCK = 5
-"""Calls of one kind in a row. Alternating call by call, each side would find the caches as the other left them."""
+"""Calls of one kind back to back. If sides alternated after each call, each would run on the other's caches."""
 COPIED_BYTES = 64 * 2**20
-"""What each rank copies to find the limit; from as much to as much, so well beyond cache with two ranks."""
+"""Bytes that each rank copies to find the limit, between two blocks of that size: well beyond the caches."""
 
 
 class WrongRows(CrossdockError):
-    """An operation and its baseline gave different bits."""
+    """An operation's result differs from its baseline's."""
 
 
 def measure(member: Member, job: Job) -> RankSamples:
     """Compares every operation with its baseline, then times both, ``job.repeats`` calls each.
 
-    They take turns, block by block, and with them a plain copy by all ranks at once: a machine that slows down slows
-    all three. Ranks start together, and each times its own call: what a slow rank costs is in the times of those that
-    wait for it. A copy waits for nobody, so its time counts from the common start.
+    Blocks of calls of the operation, its baseline and a plain copy by all ranks alternate, so that a slower machine
+    slows all three. Ranks start together and each times its own call, which includes waiting for slower ranks. A copy
+    does not wait, so its time counts from the common start.
 
     Raises:
         WrongRows: an operation gave other bits than its baseline.
@@ -59,10 +59,10 @@ def measure(member: Member, job: Job) -> RankSamples:
 
 
 def _copy(spec: Spec) -> tuple[Callable[[], Tensor], int]:
-    """A copy of whole rows from ordinary to shared memory, by ``copy_`` of one block, and its bytes.
+    """A ``copy_`` of one block from ordinary to shared memory, and its bytes.
 
-    One block because that is the fastest a rank can write rows (the C library streams past the cache); both sides have
-    been touched before.
+    One block is the fastest way for a rank to write rows: the C library uses streaming stores. Both blocks have been
+    touched before.
     """
     dtype = spec.combine_dtype
     num_rows = max(1, COPIED_BYTES // (spec.hidden * dtype.itemsize))
@@ -90,7 +90,7 @@ def check_bits(got: Sequence[Tensor], wanted: Sequence[Tensor], *, what: str) ->
     """Compares rows of bytes [R, ...], by part (data, scales), with the baseline's.
 
     Raises:
-        WrongRows: they are not the same.
+        WrongRows: shapes or bytes differ.
     """
     for name, mine, theirs in zip(("row", "scales of row"), got, wanted, strict=False):
         if mine.shape != theirs.shape:

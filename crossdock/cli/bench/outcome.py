@@ -1,4 +1,4 @@
-"""All that a run has to tell, as one value: the table, the JSON lines and the chart are made from it."""
+"""The outcome of a run as one value, from which the table, the JSON lines and the chart are made."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NCCL = "NCCL all_to_all_single"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A run's figures and what they stand on. ``sharing`` and ``gpu`` are None on CPUs."""
+    """A run's figures, limits, configuration and machine. ``sharing`` and ``gpu`` are None on CPUs."""
 
     config: Config
     figures: Sequence[Figure]
     sweep: Sequence[Figure]
-    """A dispatch and a combine for each number of SMs."""
+    """A dispatch and a combine for each number of SMs, alternating."""
     limits: Limits
     machine: Machine
     gpu: OnGpu | None
@@ -37,18 +37,18 @@ class Outcome:
 
     @property
     def baseline(self) -> str | None:
-        """What each operation is compared with in time; None where there is nothing."""
+        """Name of the timed baseline; None if there is none."""
         if self.sharing is None:
             return BASELINES[self.config.baseline]
         return NCCL if any(figure.baseline_us is not None for figure in self.figures) else None
 
     @property
     def pairs(self) -> list[tuple[Figure, Figure]]:
-        """The sweep, a dispatch with its combine."""
+        """The sweep as pairs of dispatch and combine."""
         return list(zip(self.sweep[::2], self.sweep[1::2], strict=True))
 
     def json_lines(self) -> Iterator[str]:
-        """One for each operation, then one for each number of SMs of a sweep."""
+        """JSON lines: one per operation, then one per number of SMs of the sweep."""
         about = {
             "baseline": self.baseline,
             "copy_gb_s": self.limits.copy / 1e9,
@@ -66,12 +66,12 @@ class Outcome:
             yield json.dumps({**config, **line, "dispatch": asdict(dispatch), "combine": asdict(combine), **about})
 
     def times_dispatch(self, figure: Figure) -> float | None:
-        """How many dispatches on a cached plan a training step takes; None for other operations."""
+        """A training step's time in dispatches on a cached plan; None for other operations."""
         cached = self._median(CACHED, figure.wire)
         return figure.median_us / cached if figure.op == STEP and cached else None
 
     def notes(self) -> list[str]:
-        """What the figures stand on, a line each."""
+        """Lines that say how the figures were measured."""
         return [*self._about_steps(), *self._about_fp8(), *self._about_method(), str(self.machine)]
 
     def _about_steps(self) -> list[str]:
@@ -83,7 +83,7 @@ class Outcome:
         ]
 
     def _about_fp8(self) -> list[str]:
-        """What a narrow wire gains and what casting costs, where both were measured."""
+        """The gain of a quantised wire and the cost of the cast, if both were measured."""
         fused, plain = ("dispatch (fused cast)", "dispatch") if self.sharing is None else (FUSED, CACHED)
         cast, quantised, wide = self._median(fused, "fp8"), self._median(plain, "fp8"), self._median(plain, "bf16")
         if not (cast and quantised and wide):
@@ -120,10 +120,13 @@ class Outcome:
 
 
 def open_to_write(path: Path, option: str) -> TextIO:
-    """The file, to append to.
+    """Opens a file to append to.
+
+    Args:
+        option: the command line's option, for the error.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     try:
         return path.open("a", encoding="utf-8")

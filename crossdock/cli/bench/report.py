@@ -1,4 +1,4 @@
-"""Figures for the eye: a progress bar while they are measured, then a table. Needs rich (``crossdock[cli]``)."""
+"""Terminal output: a progress bar, then a table of figures. Needs rich (``crossdock[cli]``)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from crossdock.cli.bench.figures import Figure
 from crossdock.cli.bench.outcome import Outcome
 
 _WIDTH = 110
-"""Columns where the output is no terminal."""
+"""Columns of the output if it is no terminal."""
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, gone when the block ends; gives ``show(done, total)``. Nothing where stderr is no terminal."""
+    """A transient bar on stderr, as a function ``show(done, total)``. Shows nothing if stderr is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -32,7 +32,7 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """The figures on stdout, between a line with the configuration and lines that say what they stand on."""
+    """Prints configuration, figures and notes to stdout."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
@@ -46,9 +46,9 @@ def print_outcome(outcome: Outcome) -> None:
 
 
 def _table(figures: Sequence[Figure], baseline: str | None) -> Table:
-    """A column for SMs only where there are some, and one for the baseline only where there is one."""
+    """The table of figures; columns for SMs and baseline only if there are any."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("op", overflow="fold")  # alone takes two lines where there is too little room
+    table.add_column("op", overflow="fold")  # the only column that wraps
     table.add_column("wire", no_wrap=True)
     columns = [*_COLUMNS]
     if any(figure.num_sms is not None for figure in figures):
@@ -70,7 +70,7 @@ def _time(us: float) -> str:
 
 
 def _range(low: float, high: float) -> str:
-    """The unit once, if it is the same."""
+    """``low`` to ``high``, with one unit if both have the same."""
     first, last = _time(low), _time(high)
     number, unit = first.split()
     return f"{number if last.endswith(f' {unit}') else first} – {last}"

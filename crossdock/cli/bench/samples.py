@@ -1,4 +1,4 @@
-"""What one rank has measured, as it travels to the process that makes figures of it."""
+"""One rank's measurements, as sent to the process that computes the figures."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One operation on one rank; seconds per call, as this rank sees it.
+    """One operation's samples on one rank, in seconds per call.
 
     num_bytes, link_bytes: see ``Case``.
-    copy_bytes: bytes to hold against the bandwidth of copies, counted as that is.
-    write_bytes: bytes to hold against the bandwidth of rows that are read once and written to several places.
-    calls: each figure is the mean of so many calls in a row.
-    num_sms: those that the operation is given; None on CPUs.
-    baseline_s: empty where there is none.
+    copy_bytes: bytes to compare with the bandwidth of copies (``Limits.copy``), counted in the same way.
+    write_bytes: bytes to compare with ``Limits.write``.
+    calls: each sample is the mean of this many calls back to back.
+    num_sms: SMs of the operation; None on CPUs.
+    baseline_s: the baseline's samples; empty without a baseline.
     """
 
     op: str
@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """Bytes that a rank moves while all others do the same, and seconds from the start to this rank's end."""
+    """Bytes that this rank moved while all others did the same, and seconds from the common start to its end."""
 
     num_bytes: int
     seconds: list[float]
@@ -40,24 +40,24 @@ class Moved:
 
 @dataclass(frozen=True, kw_only=True)
 class OnGpu:
-    """What a rank saw of its GPU."""
+    """The GPU as a rank sees it."""
 
     visible_sms: int
-    """Under MPS a part of the GPU's."""
+    """SMs that the rank may use; under MPS possibly a part of the GPU's."""
     launch: str
     destinations: int
-    """That each row was written to for the write limit: those of a token in a dispatch, on average."""
+    """Destinations of each row in the measurement of ``Limits.write``: a token's average in a dispatch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankSamples:
-    """What one rank measured. Of several ways to copy or to write, the fastest is the limit."""
+    """All measurements of one rank. ``copies`` and ``writes`` hold one entry per way; the fastest is the limit."""
 
     samples: list[Sample]
     copies: list[Moved]
     writes: list[Moved] = field(default_factory=list)
     sweep: list[Sample] = field(default_factory=list)
-    """Dispatches and combines with other numbers of SMs, in pairs."""
+    """Pairs of dispatch and combine, one per number of SMs."""
     trips_s: list[float] = field(default_factory=list)
-    """One-way trips of a word between all ranks; none on CPUs."""
+    """Seconds of one-way trips of a word between all ranks; empty on CPUs."""
     gpu: OnGpu | None = None

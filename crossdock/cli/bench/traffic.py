@@ -1,4 +1,4 @@
-"""How many rows a routing moves, counted from the picks of all ranks.
+"""The rows that a routing moves, counted from the picks of all ranks.
 
 Letters: P ranks, T tokens of a rank, K top-k, E experts.
 """
@@ -16,20 +16,20 @@ from crossdock.spec import Spec, Topology
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """One rank's rows. ``out`` is a dispatch's direction, ``home`` a combine's."""
+    """Rows of one rank: ``out_`` in a dispatch, ``home_`` in a combine. ``others`` leaves out rows to itself."""
 
     num_tokens: int
     out_sent: int
     out_received: int
     out_from_others: int
     home_sent: int
-    """Fewer than came, where a rank sums its rows of a token before one goes home."""
+    """Fewer than ``out_received`` if a rank sums a token's rows before it returns one."""
     home_to_others: int
     home_received: int
 
 
 def traffic(spec: Spec, topk_idx: Int64[Tensor, "P T K"], rank: int) -> Traffic:
-    """What rank ``rank`` sends and receives, rows that stay on it included but in ``others``.
+    """The rows that ``rank`` sends and receives.
 
     >>> import torch
     >>> from crossdock.layout import Expanded

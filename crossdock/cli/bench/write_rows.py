@@ -1,4 +1,4 @@
-"""The kernel behind the write limit: nothing but reading rows and writing them to several places. Needs Triton."""
+"""The kernel of the write limit: reads rows and writes each to several destinations. Needs Triton."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton.language as tl
 
 @triton.jit  # type: ignore[untyped-decorator]
 def write_rows(rows, copies, num_rows, NUM_COPIES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Reads rows [num_rows, WORDS] of int64 once and writes them to each of [NUM_COPIES, num_rows, WORDS].
+    """Reads rows, int64 [num_rows, WORDS], once and writes them to copies, [NUM_COPIES, num_rows, WORDS].
 
-    Programs take rows in turn; BLOCK is the power of two that holds WORDS.
+    Programs take rows in turn. BLOCK is the smallest power of two that is at least WORDS.
     """
     words = tl.arange(0, BLOCK)
     is_word = words < WORDS

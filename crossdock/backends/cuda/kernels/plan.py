@@ -169,7 +169,7 @@ def derive_send_starts(
 
     Returns:
         Where each key's rows begin at their receiver, int32 ``[next_power_of_2(B)]``; the end of this rank's rows;
-        whether rows are moved at all; of an overflow, how many rows the receiver needs that needs most, and which it is.
+        whether rows are moved at all; of an overflow, how many rows the fullest receiver needs, and which it is.
     """
     B: tl.constexpr = N * P
     W: tl.constexpr = (L + 1) * P

@@ -1,0 +1,83 @@
+"""Kinds of calls: what decides how a call is checked and issued, whatever its numbers of tokens and rows.
+
+A call whose kind has succeeded before is a *prepared* one: what its kind decides is not checked again, and what the
+backend has bound for that kind is used again. Nothing of a kind says how many tokens or rows there are: a prefill
+brings other ones every time.
+
+Letters: T tokens here, K top-k, H hidden, R rows received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as _num_dispatch_modes
+
+from crossdock.consent import Word
+from crossdock.plan import Plan
+from crossdock.wire import Quantized
+
+Key = tuple[Hashable, ...]
+_MOST = 256
+"""Kinds that a buffer keeps; the oldest goes first."""
+
+
+class CallKind:
+    """One kind of call of one buffer."""
+
+    __slots__ = ("bound", "takes_picks_as_given", "words")
+
+    def __init__(self) -> None:
+        self.bound: Any = None
+        """What a backend keeps for calls of this kind: launches with everything bound that does not change."""
+        self.takes_picks_as_given = False
+        """Whether ``topk_idx`` is int64 without gaps, and so goes to the backend as it is."""
+        self.words: dict[tuple[int, int], Word] = {}
+        """This rank's words, by slot and output slot, where they say nothing of the plan."""
+
+
+class CallKinds(dict[Key, CallKind]):
+    """The kinds that a buffer has seen succeed: their calls are prepared ones."""
+
+    def keep(self, key: Key | None, kind: CallKind) -> None:
+        """Remembers a kind that has succeeded, and forgets the oldest of too many; without a key nothing is kept."""
+        if key is not None:
+            if len(self) >= _MOST:
+                del self[next(iter(self))]
+            self[key] = kind
+
+
+def key_of(options: Key, tensors: Sequence[object]) -> Key | None:
+    """What a call's kind depends on: options, and dtypes, devices, trailing shapes, strides, alignments of its tensors.
+
+    None for a call that is never prepared: with a tensor that wants a gradient, or that is more than a plain tensor
+    (fake, functional, distributed), or under a mode of torch's that sees all operations.
+
+    Args:
+        options: hashable, the verb first.
+        tensors: tensors, ``Quantized``, plans, or None.
+    """
+    if _num_dispatch_modes():
+        return None
+    parts: list[Hashable] = [options]
+    for given in tensors:
+        if given.__class__ is Tensor:
+            assert isinstance(given, Tensor)
+            if given.requires_grad and torch.is_grad_enabled():
+                return None
+            parts.append((given.dtype, given.device, given.shape[1:], given.stride(), given.data_ptr() & 15))
+        elif given is None:
+            parts.append((None,))
+        elif given.__class__ is Quantized:
+            assert isinstance(given, Quantized)
+            if (part := key_of((), given)) is None:
+                return None
+            parts.append(part)
+        elif isinstance(given, Plan):
+            parts.append((Plan,))
+        else:
+            return None
+    return tuple(parts)

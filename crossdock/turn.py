@@ -1,0 +1,65 @@
+"""Whose turn it is: one thread at a time, in the process that made the buffer."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from crossdock.errors import ConfigError, CrossdockError
+
+
+class Turn:
+    """Surrounds every call of a buffer. Threads may take turns; to call while another does is refused.
+
+    A lock that waited would give threads some order, and ranks must have the same.
+
+    Args:
+        left_by: told the exceptions that leave a call and are not Crossdock's, such as KeyboardInterrupt.
+
+    >>> with Turn(print) as turn:
+    ...     turn.is_of_this_process
+    True
+    """
+
+    def __init__(self, left_by: Callable[[BaseException], None]) -> None:
+        self._left_by = left_by
+        self._process = os.getpid()
+        self._lock = threading.RLock()  # a call may be made of others
+        self._holder = 0
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a child that was forked: its parent is the rank, and it has no part in its parent's calls."""
+        return os.getpid() == self._process
+
+    def __enter__(self) -> Turn:
+        if os.getpid() != self._process:
+            raise ConfigError(
+                f"this buffer was made by process {self._process}, and this is process {os.getpid()}, which was forked "
+                f"from it; only the process that made a buffer calls it: make another in a group of this process's own"
+            )
+        if not self._lock.acquire(blocking=False):
+            raise ConfigError(
+                f"thread {threading.current_thread().name!r} made a call while thread {_name_of(self._holder)!r} is in "
+                f"one; "
+                f"calls have one order, the same on all ranks: let threads take turns, in that order, or give each a "
+                f"buffer of its own"
+            )
+        self._holder = threading.get_ident()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None and not isinstance(error, CrossdockError):
+                self._left_by(error)
+        finally:
+            self._lock.release()
+
+
+def _name_of(ident: int) -> str:
+    """A thread's name, from its number."""
+    return next((thread.name for thread in threading.enumerate() if thread.ident == ident), f"number {ident}")
