@@ -95,6 +95,8 @@ class Buffer(Connection):
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
         self._ranks_sum = spec.reduce == "rank"
         self._moves_blocks = mover == "copy"
+        self._looks_at_picks = self.device.type == "cpu"
+        """Whether the host does; on CUDA kernels do."""
         self._region_of_rows = [self.arena.region_of_rows(unquantized=unquantized) for unquantized in (False, True)]
         self._default_row_count: RowCount = "capacity" if isinstance(spec.layout, Padded) else "exact"
         self._num_combines = 0
@@ -203,7 +205,7 @@ class Buffer(Connection):
                 kind = known
             else:
                 kind = self._vetted_dispatch(batch, routing, rows, num_sms)
-            if not isinstance(routing, Plan) and not (kind.takes_picks_as_given and self._takes_any_picks):
+            if not isinstance(routing, Plan) and (self._looks_at_picks or self.masked or not kind.takes_picks_as_given):
                 routing = self._picks(routing)
         except Exception as error:
             self._queue.refuse(error)
@@ -219,7 +221,7 @@ class Buffer(Connection):
         word = kind.words.get((slot, PUSHED)) or self._word(
             kind, verb, slot, PUSHED, plan, (row_count, unquantized, weights is None, _shapes(extras))
         )
-        is_first = self._queue.is_idle
+        is_first = not self._queue.running
         call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, kind)
         steps = self._backend.dispatch(call, batch, routing)
 
@@ -273,11 +275,6 @@ class Buffer(Connection):
         if rows not in (None, "exact", "capacity"):
             raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
         return kind
-
-    @property
-    def _takes_any_picks(self) -> bool:
-        """Whether picks need not be looked at: on CUDA kernels do, and none is of a masked rank."""
-        return self.device.type != "cpu" and not self.masked
 
     def _picks(self, topk_idx: Tensor) -> Tensor:
         """Picks as int64 without gaps, and without those of masked ranks.
@@ -420,7 +417,7 @@ class Buffer(Connection):
         word = kind.words.get((slot, output_slot)) or self._word(
             kind, Kind.COMBINE, slot, output_slot, plan, None if extras is None else _shapes(returned)
         )
-        is_first = self._queue.is_idle
+        is_first = not self._queue.running
         call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms, kind)
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
         steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
@@ -501,7 +498,7 @@ class Buffer(Connection):
             raise
         kind = CallKind()
         word = self._word(kind, Kind.COMBINE, self._next_return_slot(), PUSHED, plan, ("extras", _shapes(returned)))
-        call = Call(self._consent.take(), word, is_first=self._queue.is_idle, kind=kind)
+        call = Call(self._consent.take(), word, is_first=not self._queue.running, kind=kind)
         steps = self._backend.return_extras(call, plan, returned)
         pending: Pending[tuple[Tensor, ...]] = self._queue.start(
             Kind.COMBINE, call.sequence, steps, held=(plan, returned)

@@ -205,7 +205,7 @@ class Consent:
         self.num_ended = (sequence >> EPOCH_SHIFT) - 1
         self.taken: int | None = None
         """A number that was taken for a call that has not been started yet."""
-        self._is_open = True
+        self.is_open = True
         self._flag: Flag | None = None
         self._last_posted = sequence - 1
         self._num_proposals = 0
@@ -222,12 +222,12 @@ class Consent:
     @property
     def is_fresh(self) -> bool:
         """Whether the epoch has begun by a failure, and no call has been taken in it."""
-        return not self._is_open and self.next_sequence & CALL_MASK == 0
+        return not self.is_open and self.next_sequence & CALL_MASK == 0
 
     @property
     def is_in_step(self) -> bool:
         """Whether the epoch goes on as far as this rank knows: nothing has failed, and no call was left half begun."""
-        return self._is_open and self.taken is None
+        return self.is_open and self.taken is None
 
     def take(self) -> int:
         """The sequence number of the next call."""
@@ -241,7 +241,7 @@ class Consent:
 
     def may_post(self, sequence: int) -> bool:
         """Whether the call's word can be given without waiting: its epoch is open, and its turn has come."""
-        return self._is_open and (sequence - self._last_posted) & CALL_MASK == 1
+        return self.is_open and (sequence - self._last_posted) & CALL_MASK == 1
 
     def opening(self, sequence: int) -> Waiting:
         """Done when every rank has left the epochs before the call's, so that it needs no word of them any more."""
@@ -250,10 +250,10 @@ class Consent:
             flag = self._flag_of(peer)
             return flag is not None and flag.last_ended >= self.num_ended - 1
 
-        if not self._is_open:
+        if not self.is_open:
             others = [peer for peer in self._peers if peer != self.rank]
             yield from self._until(sequence, has_left, others, "see that an earlier call failed, before")
-            self._is_open = True
+            self.is_open = True
 
     def post(self, sequence: int, word: Word) -> None:
         """Gives this rank's word for the call to every rank, itself included."""
@@ -334,7 +334,7 @@ class Consent:
         reason = REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode(errors="replace")
         for box in ("words", "arrived"):  # nobody writes there before it has seen the flag, or only for void calls
             self._mailbox.forget(box)
-        if self._is_open or self._flag is None:
+        if self.is_open or self._flag is None:
             self._flag = Flag(epoch=self.num_ended, first_void=first_void & CALL_MASK, num_more=0)
         else:  # a peer may still be in an epoch that the last flag is about
             self._flag = replace(self._flag, num_more=min(self._flag.num_more + 1, MOST_MORE))
@@ -346,7 +346,7 @@ class Consent:
         first = num_ended % NUM_EPOCHS + 1 << EPOCH_SHIFT
         # No call from here on: an interrupt comes before all of it, or after.
         self.num_ended = num_ended
-        self._is_open = is_open
+        self.is_open = is_open
         self.next_sequence = first
         self.taken = None
         self._last_posted = first - 1

@@ -55,7 +55,9 @@ def dispatch(
         saved = PlanTensors(
             topk_idx=plan.topk_idx,
             counts=_apart(plan.counts, plan.topk_idx),
-            partial_rows=_no_ids(x, num_topk) if plan.partial_rows is None else plan.partial_rows,
+            partial_rows=_no_ids(x, num_topk)
+            if plan.partial_rows is None
+            else _apart(plan.partial_rows, plan.topk_idx),
             src_idx=recv.src_idx,
             local_idx=_no_ids(x, num_topk) if recv.topk_idx is None else recv.topk_idx,
         )

@@ -114,7 +114,8 @@ class CallQueue:
         self._transport = transport
         self._depth = depth
         self._timeout_s = timeout_s
-        self._running: deque[Pending[Any]] = deque()
+        self.running: deque[Pending[Any]] = deque()
+        """Those that have been started and not been driven to their end."""
         self._unwaited: list[Pending[Any]] = []
         self._unraised: CrossdockError | None = None
         self._is_told = False
@@ -172,7 +173,7 @@ class CallQueue:
         """
         pending = Pending(self, kind, sequence, steps, finish, held)
         self.last_error = None
-        self._running.append(pending)
+        self.running.append(pending)
         self._unwaited.append(pending)
         self._consent.taken, self._is_told = None, False
         return pending
@@ -184,7 +185,7 @@ class CallQueue:
         Gives what is missing, if it stopped for that.
         """
         patience: _Patience | None = None
-        running = self._running
+        running = self.running
         call = running[0] if running else None
         if target is None and len(running) > 1:
             call = self._newest_to_begin()
@@ -208,16 +209,16 @@ class CallQueue:
                 if target is not None:
                     patience = patience or _Patience()
                     self._wait(call, missing, patience)
-                elif call.has_sent or call is self._running[0]:
+                elif call.has_sent or call is self.running[0]:
                     return missing
             call = running[0] if running else None
         return None
 
     def _newest_to_begin(self) -> Pending[Any] | None:
         """The newest call, if none before it has anything to send; else the oldest."""
-        if len(self._running) > 1 and all(call.has_sent for call in list(self._running)[:-1]):
-            return self._running[-1]
-        return self._running[0] if self._running else None
+        if len(self.running) > 1 and all(call.has_sent for call in list(self.running)[:-1]):
+            return self.running[-1]
+        return self.running[0] if self.running else None
 
     def _retire(self, call: Pending[Any]) -> None:
         """Takes a call that has failed out of the queue; if its failure is also that of peers, it ends the epoch."""
@@ -227,7 +228,7 @@ class CallQueue:
         elif isinstance(call.error, CrossdockError) and self._consent.failure() is not None:
             self._fail(call.error)  # the device has ended the epoch by it
         else:
-            self._running.remove(call)
+            self.running.remove(call)
 
     def forget(self, pending: Pending[Any]) -> None:
         """A call that is done has been waited for: its slot may be taken, and its error has been raised."""
@@ -239,8 +240,8 @@ class CallQueue:
 
     def drain(self) -> None:
         """Finishes every call in flight; their results stay to be waited for."""
-        if self._running:
-            self.drive(self._running[-1])
+        if self.running:
+            self.drive(self.running[-1])
 
     def refuse(self, error: Exception) -> None:
         """Gives up a call that cannot begin; those in flight are finished first, and their results stay."""
@@ -305,12 +306,12 @@ class CallQueue:
         error, num_ended = self._failing
         if self._consent.num_ended == num_ended:
             taken = self._consent.next_sequence if self._consent.taken is None else self._consent.taken
-            first = self._running[0].sequence if self._running else taken
+            first = self.running[0].sequence if self.running else taken
             self._consent.fail(error, first_void=first)
         cause = error if isinstance(error, CrossdockError) else TransportError(f"this rank gave up: {error}")
-        for pending in self._running:
+        for pending in self.running:
             pending.void(pending.error or cause)
-        self._running.clear()
+        self.running.clear()
         self._unwaited.clear()
         self._is_told = True
         self._failing = None
@@ -325,7 +326,7 @@ class CallQueue:
     @property
     def is_idle(self) -> bool:
         """Whether every call that was started has been driven to its end."""
-        return not self._running
+        return not self.running
 
     def has_unwaited(self, sequence: int) -> bool:
         """Whether the call of that number has been started and not waited for."""

@@ -7,7 +7,7 @@ and constants of its arguments.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from crossdock import Buffer, Spec, ThreadGroup, Topology, connect
 from crossdock.arena import Arena
@@ -25,11 +25,6 @@ from tests.interpreted import parts_on, without_a_gpu
 
 CUDA = GPUTarget("cuda", 90, 32)
 AMD = GPUTarget("hip", "gfx942", 64)
-
-_POINTERS = {
-    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.uint8: "*u8", torch.float32: "*fp32",
-    torch.bfloat16: "*bf16", torch.float16: "*fp16",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,42 +58,59 @@ def compile_launches(
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         if only is not None and kernel.fn.__name__ not in only:
             return
-        signature, constants, attributes, compile_options = _specialized(kernel, args, options)
-        key = (kernel.fn.__name__, *map(str, (signature, constants, attributes, compile_options)))
-        if key not in launches:
-            source = ASTSource(kernel, signature, constants, attributes)
-            compiled = triton.compile(source, target=target, options=compile_options)
+        special = Special.of(kernel, args, options, target)
+        if (key := special.key) not in launches:
+            source = ASTSource(kernel, special.signature, special.constants, special.attributes)
+            compiled = triton.compile(source, target=target, options=special.options)
             code = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-            launches[key] = Launch(kernel.fn.__name__, constants, code, compile_options, is_ahead=warmup)
+            launches[key] = Launch(kernel.fn.__name__, special.named, code, special.options, is_ahead=warmup)
 
     with _driver_for(target), mock.patch.object(JITFunction, "run", run):
         cuda.connect(transport, arena, LaunchOptions(**launch_options), buffer_id=1, timeout_s=1)
     return list(launches.values())
 
 
+class Watch:
+    """What a buffer whose launches do nothing has launched, and what it has had to compile for that."""
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
+        """Kernels, in order."""
+        self.compiled: set[tuple[str, ...]] = set()
+
+
 @contextlib.contextmanager
-def lone_buffer(spec: Spec, **launch_options: Any) -> Iterator[Buffer]:
-    """A Buffer of one rank whose launches do nothing, but for a check: a kernel is only launched by a handle as what it
-    was compiled as.
+def lone_buffer(spec: Spec, num_ranks: int = 1, **launch_options: Any) -> Iterator[tuple[Buffer, Watch]]:
+    """A Buffer whose launches do nothing, but for a check: a kernel is only launched by a handle as what it was
+    compiled as. Of more ranks than one, it is the only one that there is.
 
     For a process of its own.
     """
     from crossdock.transport.device import DeviceTransport
 
     without_a_gpu()
+    watch = Watch()
 
     def connect(members: Any, arena: Arena, *_: Any, number: int, timeout_s: float) -> connect.Connected:
+        arena = Arena(spec, Topology(num_ranks=num_ranks))
         segment = torch.zeros(arena.num_bytes, dtype=torch.uint8)
-        transport = DeviceTransport([segment], arena, rank=0, ranks_here=1, is_alive=lambda _: True, close=lambda: None)
+        transport = DeviceTransport(
+            [segment] * num_ranks, arena, rank=0, ranks_here=1, is_alive=lambda _: True, close=lambda: None
+        )
         return parts_on(transport, arena, LaunchOptions(**launch_options), number=number, timeout_s=timeout_s)
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> _Handle:
-        return _Handle(kernel, _specialized(kernel, args, options)[:3])
+        special = Special.of(kernel, args, options, CUDA)
+        watch.compiled.add(special.key)
+        if not warmup:
+            watch.launched.append(kernel.fn.__name__)
+        return _Handle(kernel, special, watch)
 
     kernels = mock.patch.object(JITFunction, "run", run)
     nothing = mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # what no kernel writes is looked at
-    with kernels, nothing, mock.patch("crossdock.connection.connect", connect):
-        yield Buffer(ThreadGroup.world(1)[0], spec)
+    stamped = mock.patch("crossdock.backends.cuda.plan.HostStamp.query", return_value=True)
+    with kernels, nothing, stamped, _driver_for(CUDA), mock.patch("crossdock.connection.connect", connect):
+        yield Buffer(ThreadGroup.world(1)[0], spec), watch
 
 
 @dataclass(frozen=True)
@@ -106,41 +118,81 @@ class _Handle:
     """Of a compiled kernel."""
 
     kernel: JITFunction
-    compiled_as: tuple[Any, ...]
+    special: Special
+    watch: Watch
+    function = 1
+    packed_metadata = ()
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, stream: int) -> None:
-            if (launched_as := _specialized(self.kernel, args, {}, self.compiled_as[0])[:3]) != self.compiled_as:
-                raise AssertionError(f"{self.kernel.fn.__name__}: {launched_as} by what is {self.compiled_as}")
+    def run(self, x: int, y: int, z: int, stream: int, function: int, metadata: Any, *args: Any) -> None:
+        """Launches it, without hooks, as what it was compiled as."""
+        assert (y, z, function, metadata, *args[:3]) == (1, 1, 1, (), None, None, None)
+        assert x > 0
+        self.watch.launched.append(self.kernel.fn.__name__)
+        assert len(args) == 3 + len(self.kernel.params)
+        for given, param, types, known in zip(
+            args[3:], self.kernel.params, self.special.types, self.special.known, strict=True
+        ):
+            _check(f"{self.kernel.fn.__name__}: {param.name}", given, types, known, is_plain=param.do_not_specialize)
 
-        return launch
+
+def _check(name: str, given: Any, types: Any, known: Any, *, is_plain: bool) -> None:
+    """An argument is as it was compiled: a constant of the same value, a multiple of 16 where that was made use of."""
+    if isinstance(types, tuple):
+        assert isinstance(given, tuple), name
+        for each in zip(given, types, known, strict=True):
+            _check(name, *each, is_plain=is_plain)
+    elif types == "constexpr":
+        assert _plain(given) == _plain(known), f"{name}: {given} by what is {known}"
+    else:
+        assert isinstance(given, int), name
+        assert types != "i32" or -(2**31) <= given < 2**31, f"{name} = {given} is no i32"
+        assert known != "D" or given % 16 == 0, f"{name} = {given} by what is for multiples of 16"
+        assert is_plain or types.startswith("*") or given != 1, f"{name} = 1 is a constant elsewhere"
 
 
-def _specialized(
-    kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], types: Mapping[str, str] | None = None
-) -> tuple[Any, ...]:
-    """As Triton would see the arguments: pointers and whole numbers that are multiples of 16 are known to be.
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, triton.language.constexpr) else value
 
-    Args:
-        types: of what takes addresses in place of tensors, those of its parameters.
-    """
-    names = [param.name for param in kernel.params]
-    given = dict(zip(names, args, strict=False)) | {name: options.pop(name) for name in names if name in options}
-    signature, constants, attributes = {}, {}, {}
-    for i, param in enumerate(kernel.params):
-        value = given[param.name]
-        if param.is_constexpr:
-            signature[param.name], constants[param.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[param.name], size = _POINTERS[value.dtype], value.data_ptr()
-        elif types is not None and types[param.name].startswith("*"):
-            signature[param.name], size = types[param.name], value
-        else:
-            signature[param.name], size = ("i32" if -(2**31) <= value < 2**31 else "i64"), value
-        if size % 16 == 0 and not param.do_not_specialize:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes, options
+
+@dataclass(frozen=True)
+class Special:
+    """What Triton compiles a kernel for, given its arguments."""
+
+    name: str
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    types: tuple[Any, ...]
+    known: tuple[Any, ...]
+    named: dict[str, Any]
+    """Constants by name; those of groups behind a dot."""
+
+    @classmethod
+    def of(cls, kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], target: GPUTarget) -> Special:
+        """By Triton's own rules."""
+        backend = make_backend(target)
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, special, more = bind(*args, **options)
+        made, signature, constants, attributes = kernel._pack_args(backend, dict(more), bound, special, more)
+        types, known = (tuple(each[i] for each in special) for i in range(2))
+        named = dict(_named(bound, signature))
+        return cls(kernel.fn.__name__, signature, constants, attributes, made.__dict__, types, known, named)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Two that are equal are the same code."""
+        given = {name: self.options[name] for name in ("num_warps", "maxnreg", "enable_fp_fusion", "launch_pdl")
+                 if name in self.options}  # fmt: skip
+        return (self.name, *map(str, (self.signature, self.constants, self.attributes, given)))
+
+
+def _named(values: Mapping[str, Any], types: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if hasattr(value, "_asdict"):
+            yield from _named(value._asdict(), types[name]._asdict(), f"{group}{name}.")
+        elif types[name] == "constexpr":
+            yield group + name, _plain(value)
 
 
 @contextlib.contextmanager

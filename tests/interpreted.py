@@ -80,7 +80,8 @@ def parts_on(
 def patch_language_once() -> None:
     """The interpreter looks through the whole language for what to patch, at every call of a function in a kernel too.
 
-    That is a third of its time, and all but the first find nothing.
+    That is a third of its time, and all but the first find nothing. And it leaves the constants of groups wrapped,
+    which its numbers (Python's) cannot be divided by.
     """
     from triton import language
     from triton.runtime import interpreter
@@ -93,6 +94,12 @@ def patch_language_once() -> None:
         return interpreter._LangPatchScope() if is_patched else patch(fn)
 
     interpreter._patch_lang = patch_what_is_not
+    convert = interpreter._implicit_cvt
+
+    def convert_unwrapped(arg: Any) -> Any:
+        return arg.value if isinstance(arg, language.constexpr) else convert(arg)
+
+    interpreter._implicit_cvt = convert_unwrapped
 
 
 def without_a_gpu() -> None:

@@ -50,7 +50,7 @@ COLUMNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Of these only what moves scales is compiled: all else is as above."""
 BIASES = (torch.bfloat16, torch.float32)
-SCALES = {"push_cast", "push_scales", "expand_scales", "zero_scale_gaps"}
+SCALES = {"push_cast", "push_rows", "expand_rows", "place_rows"}
 all_cases = pytest.mark.parametrize("case", [*CASES, *COLUMNS])
 MOVERS = {
     "push_rows",
@@ -62,8 +62,13 @@ MOVERS = {
     "dispatch_rows",
     "combine_rows",
 }
-WAITERS = {"begin_call": 2, "begin_dispatch": 2, "finish_call": 2}
+BEGINNERS = {"begin_call", "begin_dispatch", "begin_return"}
+PUSHERS = {"push_rows", "push_cast", "return_rows_to", "push_sums", "push_extras"}
+"""Whose last program ends the call."""
+WAITERS = dict.fromkeys(BEGINNERS | PUSHERS | {"finish_call"}, 2)
 """And how many boxes of words each polls."""
+TICKETS = {"begin_dispatch", "begin_return", "remake_plan", "sum_rows"} | PUSHERS
+"""Whose last program does what is left."""
 WHOLE = {"dispatch_rows": 2, "combine_rows": 2}
 """The same, of calls that are one kernel; their programs also wait for each other."""
 
@@ -107,8 +112,6 @@ def test_rows_are_stored_in_words_of_16_bytes(ptx):
     movers = [launch for launch in ptx if launch.name in MOVERS]
     assert {"push_rows", "sum_rows"} <= {launch.name for launch in movers}
     for launch in movers:
-        if launch.constants.get("ROW", 1792) % 256:
-            continue  # scales: a row of 224 bytes, or of 56, not of whole pieces
         stores = re.findall(r"st\.global[\w:.]*\.(v\d)\.[bfu](\d+)", launch.code)
         widths = {int(count[1:]) * int(bits) for count, bits in stores}
         assert 128 in widths, (launch.name, launch.constants)
@@ -117,7 +120,7 @@ def test_rows_are_stored_in_words_of_16_bytes(ptx):
 def test_rows_over_a_table_of_addresses_are_loaded_in_words_of_16_bytes(ptx):
     for launch in ptx:
         if launch.name in ("sum_rows", "combine_rows"):
-            assert len(re.findall(r"ld\.global[\w:.]*\.v4\.b32", launch.code)) >= launch.constants["J"]
+            assert len(re.findall(r"ld\.global[\w:.]*\.v4\.b32", launch.code)) >= _constant(launch, "J")
             assert "ld.global.b16" not in launch.code
 
 
@@ -126,11 +129,25 @@ def test_what_moves_rows_uses_no_local_memory(ptx):
         assert not re.search(r"\b(?:ld|st)\.local\b|\.local \.align", launch.code), launch.name
 
 
+def _constant(launch: Launch, name: str) -> Any:
+    """One of a group for rows, or of a kernel's own."""
+    (value,) = (value for path, value in launch.constants.items() if path in (f"how.{name}", f"how.cast.{name}", name))
+    return value
+
+
+def _waits(launch: Launch) -> bool:
+    return launch.constants.get("how.ends.AWAITS", launch.constants.get("ends.AWAITS", 1)) != 0
+
+
+def _posts(launch: Launch) -> bool:
+    return launch.constants.get("how.ends.POSTS", launch.constants.get("ends.POSTS", True))
+
+
 def test_every_wait_is_a_loop_that_polls_and_then_acquires(ptx, amdgcn):
     for launches, steps_of in ((ptx, ptx_steps), (amdgcn, amdgcn_steps)):
         boxes = WAITERS | WHOLE
-        waits = [launch for launch in launches if launch.name in boxes]
-        assert {launch.name for launch in waits} in (set(WAITERS), set(boxes))
+        waits = [launch for launch in launches if launch.name in boxes and _waits(launch)]
+        assert BEGINNERS | {"finish_call", "push_rows"} <= {launch.name for launch in waits} <= set(boxes)
         for launch in waits:
             # Of counts, once words are here, loads are in loops too; of polls, test_cuda_sync.py looks for them.
             faults = set(faults_of_wait(steps_of(launch.code), num_boxes=boxes[launch.name]))
@@ -140,13 +157,13 @@ def test_every_wait_is_a_loop_that_polls_and_then_acquires(ptx, amdgcn):
 def test_words_are_released_behind_a_barrier(ptx, amdgcn):
     for launches, steps_of in ((ptx, ptx_steps), (amdgcn, amdgcn_steps)):
         for launch in launches:
-            if launch.name in {*WAITERS, *WHOLE, "begin_combine"} and launch.constants.get("POSTS", True):
-                steps = steps_of(launch.code)
+            steps = steps_of(launch.code)
+            if launch.name in {*WAITERS, *WHOLE, "begin_combine", "place_rows"} and _posts(launch):
                 assert faults_of_release(steps, "sys") == [], launch.name
-                if launch.name in WHOLE:  # the go and the ticket
-                    assert faults_of_release(steps, "gpu") == [], launch.name
                 if launches is amdgcn:
                     assert faults_of_write_back(steps, "sys") == [], launch.name
+            if launch.name in {*WHOLE, *TICKETS} and _posts(launch):  # the go and the ticket
+                assert faults_of_release(steps, "gpu") == [], launch.name
 
 
 def test_what_is_launched_early_waits_for_the_kernels_before_and_lets_the_next_one_be_launched_last(ptx):
@@ -172,9 +189,9 @@ def test_sums_are_of_products_that_are_rounded_by_themselves(ptx):
 def test_casts_divide_without_branches_and_round_as_asked(ptx):
     """By reciprocals that are rounded correctly; of other scales than powers of two, corrected once for bfloat16."""
     for launch in ptx:
-        if launch.name == "push_cast" or (launch.name == "dispatch_rows" and launch.constants["BLOCK"]):
+        if launch.name == "push_cast" or (launch.name == "dispatch_rows" and _constant(launch, "BLOCK")):
             num_casts = 2 * launch.code.count("cvt.rn.satfinite.e4m3x2.f32")
-            num_corrections = 0 if launch.constants["POW2"] else 2
+            num_corrections = 0 if _constant(launch, "POW2") else 2
             assert len(re.findall(r"\bfma\.rn\.f32\b", launch.code)) == num_corrections * num_casts
             assert 1 <= launch.code.count("div.rn.f32") < num_casts
             assert not re.search(r"div\.(?:full|approx)", launch.code)
@@ -211,7 +228,7 @@ def _call_oddly(case: str, hidden: int) -> int:
     if isinstance(spec["wire"], Fp8) and hidden % 128:
         spec = spec | {"wire": replace(spec["wire"], block=4)}
     spec = Spec(num_experts=16, num_topk=3, hidden=hidden, max_tokens=21, extra_bytes=13, num_slots=3, **spec)
-    with lone_buffer(spec, **launch_options) as buffer:
+    with lone_buffer(spec, **launch_options) as (buffer, watch):
         for offset in (0, 1, 8, 4, 2):
             for num_tokens, dtype in ((21, torch.int64), (1, torch.int32), (0, torch.int64)):
                 wide = _at(offset, torch.zeros(num_tokens, hidden + offset, dtype=spec.combine_dtype))[:, :hidden]
@@ -236,7 +253,7 @@ def _call_oddly(case: str, hidden: int) -> int:
                 buffer.combine(y, plan, bias=bias.expand(num_tokens, hidden).contiguous(), extras=[at_rows])
                 for _ in range(2):
                     buffer.combine(recv.output_rows(), plan, weights=given)
-        return len(buffer._backend._on._handles)
+        return len(watch.compiled)
 
 
 @all_cases
@@ -249,8 +266,8 @@ def _call_plainly(case: str) -> list[str]:
     """What has to be compiled for calls with contiguous inputs, behind the making of the buffer."""
     spec, launch_options = (CASES | COLUMNS)[case]
     spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, extra_bytes=20, **spec)
-    with lone_buffer(spec, **launch_options) as buffer:
-        warm = set(buffer._backend._on._handles)
+    with lone_buffer(spec, **launch_options) as (buffer, watch):
+        warm = set(watch.compiled)
         for num_tokens, dtype in ((64, torch.int64), (1, torch.int32), (0, torch.int64)):
             wide = torch.zeros(num_tokens, 7168, dtype=spec.combine_dtype)
             topk_idx = torch.full((num_tokens, 8), -1, dtype=dtype)
@@ -272,9 +289,15 @@ def _call_plainly(case: str) -> list[str]:
                     buffer.combine(outputs, plan, weights=given, bias=bias)
             buffer.combine(y, plan, extras=[at_rows])
             buffer.return_extras(plan, [at_rows])
-        return sorted(str(key) for key in set(buffer._backend._on._handles) - warm)
+        return sorted(map(str, watch.compiled - warm))
 
 
 @all_cases
 def test_calls_with_contiguous_inputs_compile_nothing_behind_the_making_of_a_buffer(case, pool):
     assert pool.apply(_call_plainly, (case,)) == []
+
+
+def _started(buffer: Any, x: Any, topk_idx: torch.Tensor, y: torch.Tensor) -> None:
+    plan = buffer.dispatch_start(x, topk_idx).wait().plan
+    buffer.dispatch_start(x, plan).wait()
+    buffer.combine_start(y, plan).wait()

@@ -26,7 +26,8 @@ from crossdock import (
 )
 from crossdock.backends.cuda import fused
 from crossdock.backends.cuda.kernels.calls import BEGUN, PROGRESS, SENT
-from crossdock.backends.cuda.launch import Launcher
+from crossdock.backends.cuda.launch import Launch
+from crossdock.backends.cuda.stream import CallStreams
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
 from tests.world import meet, open_buffer
@@ -182,10 +183,17 @@ def start_two(group, cases, patience):
     """Rows and sums of two batches whose calls overlap, and how far each dispatch was before and after its wait."""
     with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(fused, "_PATIENCE", patience):
         r, on = buffer.rank, buffer._backend._on
-        started, rooms = [], []
-        for case in cases:
-            started.append(buffer.dispatch_start(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity"))
-            rooms.append(on.call)
+        give, rooms = on.next_call, []
+
+        def give_noted():
+            rooms.append(give())
+            return rooms[-1]
+
+        on.next_call = give_noted
+        started = [
+            buffer.dispatch_start(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity") for case in cases
+        ]
+        on.next_call = give
         before = [int(room[group.size() + PROGRESS.value]) for room in rooms]
         received = [pending.wait() for pending in started]
         progress = list(zip(before, [int(room[group.size() + PROGRESS.value]) for room in rooms], strict=True))
@@ -227,41 +235,63 @@ def test_a_rank_may_start_what_another_does_at_once(world):
     assert all(same_bits(mine[1][0], want) for mine, want in zip(got, wants, strict=True))
 
 
-def train_and_watch(group, *args):
-    """What ``train_once`` gives, and kernels that were launched before they had to wait for what torch fills."""
-    new_empty, enter, launch = torch.Tensor.new_empty, Launcher.enter, Launcher.launch
-    filled, early = [], []
+def start_and_watch(group, case):
+    """Started calls, and kernels on our own stream that did not wait for what torch fills on the caller's."""
+    new_empty, enter, enter_side, launch = (
+        torch.Tensor.new_empty,
+        CallStreams.enter,
+        CallStreams.enter_side,
+        Launch.__call__,
+    )
+    filled, early, on_side, num_launched = [], [], [False], [0]
 
     def gives(tensor, *args, **kwargs):
         given = new_empty(tensor, *args, **kwargs)
         filled.extend([given.shape] if given.numel() else [])
         return given
 
-    def waits(on):
-        filled.clear()
-        enter(on)
+    def stays(streams):
+        on_side[0] = False
+        return enter(streams)
 
-    def launches(on, kernel, *args, **kwargs):
-        if filled and not on.config.is_fused:  # which goes on the stream on which torch fills
-            early.append((kernel.__name__, *filled))
-        launch(on, kernel, *args, **kwargs)
+    def waits(streams):
+        on_side[0] = True
+        filled.clear()
+        return enter_side(streams)
+
+    def launches(bound, *args):
+        num_launched[0] += on_side[0]
+        if filled and on_side[0]:
+            early.append((bound._kernel.fn.__name__, *filled))
+        launch(bound, *args)
 
     with (
+        open_buffer(group, case.spec) as buffer,
         mock.patch.object(torch.Tensor, "new_empty", gives),
-        mock.patch.object(Launcher, "enter", waits),
-        mock.patch.object(Launcher, "launch", launches),
+        mock.patch.object(CallStreams, "enter", stays),
+        mock.patch.object(CallStreams, "enter_side", waits),
+        mock.patch.object(Launch, "__call__", launches),
     ):
-        return gradients.train_once(group, *args), early
+        r = buffer.rank
+        num_launched[0] = 0
+        recv = buffer.dispatch_start(case.x[r], case.topk[r], weights=case.weights[r]).wait()
+        buffer.dispatch_start(case.x[r], recv.plan).wait()
+        extra = torch.ones(recv.src_idx.shape)
+        for y in (case.y[r].view_as(recv.output_rows()), recv.output_rows()):
+            buffer.combine_start(y, recv.plan, extras=[extra]).wait()
+        return early, num_launched[0]
 
 
 @two_ranks
 @reduces
-@layouts
+@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=4)], ids=repr)
 def test_kernels_wait_for_what_torch_fills(world, layout, reduce):
     """With deterministic algorithms torch fills what it gives, on the caller's stream; kernels run on another."""
     assert torch.are_deterministic_algorithms_enabled()
-    got = world.run(train_and_watch, gradients.make_spec(layout, reduce=reduce), reduce == "rank", None)
-    assert [early for _, early in got] == [[], []]
+    case = make_case(spec_of(layout, reduce=reduce, max_tokens=2048), [4, 3])
+    for early, num_launched in world.run(start_and_watch, case):
+        assert early == []
+        assert num_launched >= 10
 
 
 def read_early_and_late(group, cases):
@@ -412,16 +442,35 @@ def test_picks_that_are_not_allowed_are_told_to_all_by_the_device(world, layout,
 
 
 def memory_asked_for(group, case):
-    """How often each call of one kernel asks for memory."""
-    counted = mock.patch.object(Launcher, "empty", autospec=True, side_effect=Launcher.empty)
-    with open_buffer(group, case.spec) as buffer, counted as empty:
+    """How often each call asks for memory: a fresh dispatch, one on its plan, combines that are pulled and pushed."""
+    counts = []
+    with open_buffer(group, case.spec) as buffer, mock.patch.object(
+        torch.Tensor, "new_empty", autospec=True, side_effect=torch.Tensor.new_empty
+    ) as new_empty:  # fmt: skip
         r = buffer.rank
-        recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r])
-        of_dispatch = empty.call_count
-        buffer.combine(recv.output_rows(), recv.plan, weights=case.weights[r])
-        return of_dispatch, empty.call_count - of_dispatch
+
+        def count(call, *args, **kwargs):
+            new_empty.reset_mock()
+            result = call(*args, **kwargs)
+            counts.append(new_empty.call_count)
+            return result
+
+        recv = count(buffer.dispatch, case.x[r], case.topk[r], weights=case.weights[r], rows="capacity")
+        count(buffer.dispatch, case.x[r], recv.plan)
+        weights = None if case.spec.reduce == "rank" else case.weights[r]
+        recv = buffer.dispatch(case.x[r], recv.plan)
+        count(buffer.combine, recv.output_rows(), recv.plan, weights=weights)
+        count(buffer.combine, torch.zeros_like(recv.output_rows()), recv.plan, weights=weights)
+    return counts
 
 
 @two_ranks
-def test_a_call_of_few_tokens_asks_for_memory_once(world):
-    assert world.run(memory_asked_for, make_case(spec_of(Padded(), wire=Fp8(block=8)), [4, 3])) == [(1, 1)] * 2
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [(Padded(), {}), (Compact(), {}), (Expanded(alignment=4), {"reduce": "rank"})],
+    ids=repr,
+)
+def test_a_call_asks_for_memory_once_or_never(world, layout, options):
+    """A fresh dispatch for its plan, a combine for its result."""
+    case = make_case(spec_of(layout, wire=Fp8(block=8), **options), [4, 3])
+    assert world.run(memory_asked_for, case) == [[1, 0, 1, 1]] * 2

@@ -1,7 +1,8 @@
-"""Rows on GPUs that map each other's memory: the Backend protocol by kernels on a stream of its own.
+"""Rows on GPUs that map each other's memory: the Backend protocol by kernels.
 
 Every method issues work and returns; only ``rows="exact"`` waits for the device, and ``mover="copy"``, whose block
-sizes the host has to know. Results are allocated on the caller's stream, scratch on ours.
+sizes the host has to know. Calls that are waited for at once are issued on the caller's current stream, those that are
+only started on a stream of ours. Results and plans are allocated on the caller's stream.
 
 Letters: T tokens here, K top-k, J rows of a token, H hidden, R rows received, Q rows sent, P ranks.
 """
@@ -10,9 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,22 +22,30 @@ from crossdock.arena import Arena
 from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, Metadata, Outcome, PlanTensors
 from crossdock.backends.cuda.config import agreed_topology, decide
 from crossdock.backends.cuda.consent import DeviceConsent
-from crossdock.backends.cuda.fused import FusedCalls
-from crossdock.backends.cuda.launch import Launcher
-from crossdock.backends.cuda.plan import DevicePlan, Table
-from crossdock.backends.cuda.planner import Planner
-from crossdock.backends.cuda.rows import RowKernels, rowwise
-from crossdock.backends.cuda.scales import ScaleKernels
+from crossdock.backends.cuda.copies import push_blocks
+from crossdock.backends.cuda.fused import At, FusedCalls
+from crossdock.backends.cuda.kernels import metadata as kernels
+from crossdock.backends.cuda.launch import Kinds, Launch, Launcher
+from crossdock.backends.cuda.metadata import MetadataReader
+from crossdock.backends.cuda.plan import DevicePlan, HostStamp
+from crossdock.backends.cuda.planner import REMADE, Planner
+from crossdock.backends.cuda.scales import as_kernels_take
+from crossdock.backends.cuda.sends import SendKind, SendKinds
+from crossdock.backends.cuda.state import DeviceState
+from crossdock.backends.cuda.stream import CallStreams
+from crossdock.backends.cuda.sums import SumKind, SumKinds
 from crossdock.backends.cuda.training import TrainingKernels
-from crossdock.backends.cuda.words import WordKernels
-from crossdock.consent import PUSHED, Missing, Steps, Word
+from crossdock.consent import PUSHED, Kind, Missing, Steps, Word
 from crossdock.errors import CapacityError, ConfigError
-from crossdock.layout import Expanded
 from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
-from crossdock.scales import as_integers
 from crossdock.transport.device import DeviceTransport
 from crossdock.wire import Fp8, Quantized
+
+_TELLS, _WEIGHTS, _EXTRAS = (given.value for given in (kernels.TELLS, kernels.WEIGHTS, kernels.EXTRAS))
+_TURN = Missing((), "come to its turn")
+_LEFT = Missing((), "finish", has_sent=True)
+"""What a fused call that has been started leaves to ``wait()``."""
 
 
 class CudaBackend:
@@ -49,24 +57,27 @@ class CudaBackend:
         self.launch = launcher.config
         """The default; a call may ask for another number of SMs."""
         spec = arena.spec
-        self.has_pairs = spec.ranks_sum_picks or self.launch.expand == "receiver"
-        self._arena = arena
+        self._on = on = launcher.state
+        self.has_pairs = on.num_pairs > 0
+        self._spec, self._out_dtype = spec, spec.combine_dtype
         self._transport = transport
-        self._on = launcher
-        self._kernels = RowKernels(launcher)
-        self._scale_kernels = ScaleKernels(launcher) if arena.scales.column_major else None
-        """Of scales that do not move as rows do."""
-        self._training = TrainingKernels(launcher)
+        self._launcher = launcher
+        self._streams = launcher.streams
         self._consent = consent
-        self._words = WordKernels(launcher)
+        self._remember = consent.recent_plans.append
+        self._planner = Planner(arena, on, launcher.streams, buffer_id=buffer_id)
+        self._reader = MetadataReader(launcher)
+        self._training = TrainingKernels(launcher)
+        self._send_kinds, self._sum_kinds = SendKinds(launcher), SumKinds(launcher)
+        self._sends: Kinds[SendKind] = Kinds()
+        self._sums: Kinds[SumKind] = Kinds()
+        self._remakes: Kinds[tuple[Launch, Launch]] = Kinds()
+        self.fused = FusedCalls(launcher, self._planner) if self.launch.is_fused else None
+        self._zero_gaps = self._send_kinds.bind_gaps() if self.fused is not None else None
+        """Behind a fused dispatch, where alignment leaves gaps."""
         self._slot_rows = spec.num_slot_rows(transport.num_ranks)
-        self._planner = Planner(arena, launcher, rank=transport.rank, buffer_id=buffer_id, has_pairs=self.has_pairs)
-        self._device = transport.device
         self.overflows: list[tuple[int, CapacityError]] = self._planner.overflows
-        self.fused = FusedCalls(arena, launcher, self._planner, consent) if self.launch.is_fused else None
-        self._is_narrow = isinstance(spec.wire, Fp8)
-        self._is_aligned = isinstance(spec.layout, Expanded) and spec.layout.alignment > 1
-        self.num_tokens_per_expert = launcher.tokens
+        self.num_tokens_per_expert = on.tokens
         self._masked: tuple[int, ...] = ()
 
     @property
@@ -76,45 +87,136 @@ class CudaBackend:
 
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         """See Backend."""
-        if isinstance(routing, Tensor) and not (self.fused is not None and self.fused.takes_dispatch(batch, routing)):
-            routing = routing.clone()  # on the caller's stream, and so before ours is ordered behind it
-        self._order(call)
+        fused = self.fused
+        if fused is not None and isinstance(routing, Tensor) and not (batch.unquantized or batch.extras):
+            return self._dispatch_fused(fused, call, batch, routing)
+        if not (call.at_once or call.is_first):
+            self._streams.order()  # issued later, it comes after what the caller has issued by now
         return self._dispatch(call, batch, routing)
 
     def _dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
-        if self.fused is not None and self.fused.takes_dispatch(batch, routing):
-            assert isinstance(routing, Tensor)
-            plan: DevicePlan = yield from self.fused.dispatch(call, batch, routing)
-        else:
-            plan = yield from self._send(call, batch, routing)
-        plan, read_metadata = self._take(plan, batch, call.word.slot, self._num_rows(plan, call))
-        event = self._event(call)
+        if not call.is_first:
+            yield _TURN
+        if not self._consent.is_open:
+            yield from self._consent.opening(call.sequence)
+        plan = self._send(call, batch, routing)
         if call.row_count == "exact" and plan.host_counts is not None:
-            yield from self._consent.until(plan.host_counts.event, "begin this dispatch")
-            if (failure := self._consent.failure()) is not None:
-                raise failure
-            plan = self._planner.told(plan)
-        return Outcome(Arrived(plan, self._num_rows(plan, call), read_metadata), event)
+            event = None if call.at_once else self._streams.event()
+            plan = yield from self._told(plan)
+            return Outcome(self._arrived(call, plan, batch), event)
+        return Outcome(self._arrived(call, plan, batch), None if call.at_once else self._streams.event())
 
-    def _num_rows(self, plan: DevicePlan, call: Call) -> int:
-        """Rows to look at: as many as came, where that is asked for and known."""
-        return self._slot_rows if call.row_count == "capacity" or plan.num_rows is None else plan.num_rows
+    def _dispatch_fused(self, fused: FusedCalls, call: Call, batch: Batch, topk_idx: Tensor) -> Steps[Outcome[Arrived]]:
+        """A call that is only started yields after rows have been sent, or when a peer is late."""
+        if call.at_once and not call.is_first:  # its kernel waits for peers
+            yield _TURN
+        if not self._consent.is_open:
+            yield from self._consent.opening(call.sequence)
+        plan, room = self._planner.blank(topk_idx.shape[0], call.sequence), self._on.next_call()
+        stream = self._streams.enter()
+        self._remember(plan)
+        fused.dispatch(call, plan, batch, topk_idx, At(stream, room), begins=True, awaits=call.at_once)
+        event = None
+        if not call.at_once:
+            yield _LEFT
+            stream = self._streams.enter()
+            fused.dispatch(call, plan, batch, plan.topk_idx, At(stream, room), begins=False, awaits=True)
+            event = self._streams.event()
+        self._planner.placed(plan, call.sequence, call.row_count, stream)
+        if self._zero_gaps is not None:
+            self._zero_gaps(0, stream, plan.memory, room, plan.num_tokens, self._on.rank)
+            event = None if call.at_once else self._streams.event()
+        if call.row_count == "exact":
+            plan = yield from self._told(plan)
+        return Outcome(self._arrived(call, plan, batch), event)
 
-    def _send(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[DevicePlan]:
-        """Everybody's rows on their way, until they are in place."""
-        yield from self._begin(call)
-        if isinstance(routing, Plan):
-            plan = _of_device(routing)
-            self._words.begin_call(call.word.payload(), None)
+    def _told(self, plan: DevicePlan) -> Steps[DevicePlan]:
+        """The plan with how many rows come, once the device has told that."""
+        assert plan.host_counts is not None
+        stamp = HostStamp(plan.host_counts.told, lambda: self._streams.is_idle)
+        yield from self._consent.until(stamp, "begin this dispatch")
+        if (failure := self._consent.failure()) is not None:
+            raise failure
+        return self._planner.told(plan)
+
+    def _arrived(self, call: Call, plan: DevicePlan, batch: Batch) -> Arrived:
+        """Rows to look at are as many as came, where that is asked for and known."""
+        num_rows = plan.num_rows
+        if call.row_count == "capacity" or num_rows is None:
+            num_rows = self._slot_rows
+        is_captured = torch.cuda.is_current_stream_capturing()
+        return Arrived(
+            plan, num_rows, partial(self._read, plan, batch, call.word.slot, num_rows, is_captured=is_captured)
+        )
+
+    def _read(self, plan: DevicePlan, batch: Batch, slot: int, num_rows: int, *, is_captured: bool) -> Metadata:
+        """What travelled with rows."""
+        if torch.cuda.is_current_stream_capturing() != is_captured and (
+            plan.src_idx is None or batch.weights is not None or batch.extras
+        ):
+            raise ConfigError(
+                "what came with these rows is read when it is asked for: of a dispatch in a CUDA graph ask within the "
+                "capture, of any other outside of it"
+            )
+        return self._reader.read(plan, batch, slot, num_rows, self._streams.enter())
+
+    def _send(self, call: Call, batch: Batch, routing: Tensor | Plan) -> DevicePlan:  # noqa: PLR0912, PLR0915 - in one place: each function would be one more call of Python in each call
+        """Issues a dispatch of several kernels, up to where everybody's rows are in place."""
+        on, x, weights, at_once = self._on, batch.x, batch.weights, call.at_once
+        is_fresh = isinstance(routing, Tensor)
+        if isinstance(routing, Tensor):
+            topk_idx, plan = routing, self._planner.blank(routing.shape[0], call.sequence)
         else:
-            plan = self._planner.count(routing, stamp=call.sequence)
-            self._consent.remembers(plan)
-            self._words.begin_call(call.word.payload(), plan)
-            self._planner.place(plan)
-            self._planner.placed(plan, call.sequence, call.row_count)
-        self._push_rows(plan, batch)
-        tokens = None if batch.unquantized else plan.num_tokens_per_expert
-        self._words.finish_call(posts=True, awaits_all=True, tokens=tokens)
+            assert isinstance(routing, DevicePlan), "the plan of another backend"
+            topk_idx, plan = on.flags, routing
+        stream = self._streams.enter() if at_once else self._streams.enter_side()
+        if weights is not None:
+            weights = self._dense(weights, stream).view(torch.int32)
+        extras = (self._packed(batch.extras, stream),) if batch.extras else ()
+        if isinstance(x, Tensor):
+            data, scale = x, on.flags
+        else:
+            data, scale = x = as_kernels_take(x)
+        if data.stride(1) != 1 and data.shape[1] != 1:
+            data = self._dense(data, stream)
+            x = data if isinstance(x, Tensor) else Quantized(data, scale)
+        if x is not batch.x or weights is not None or extras:
+            batch = Batch(x, weights, extras, batch.unquantized)
+        known = plan.src_idx is not None
+        key = self._send_kinds.key(batch, topk_idx if is_fresh else None, call.num_sms, known=known)
+        kind = self._sends.get(key)
+        if kind is None:
+            config = self.launch.using(call.num_sms)
+            kind = self._sends.keep(key, self._send_kinds.make(batch, config, is_fresh=is_fresh, known=known))
+        room, memory, num_tokens, rank = on.next_call(), plan.memory, plan.num_tokens, on.rank
+        carries = (0 if weights is None else _WEIGHTS) | (_EXTRAS if extras else 0)
+        beside = (carries, on.flags if weights is None else weights, extras[0] if extras else on.flags)
+        if kind.place is None:
+            kind.begin(0, stream, room, call.word.payload(), rank, on.max_polls)
+        else:
+            assert plan.host_counts is not None
+            self._remember(plan)
+            kind.begin(num_tokens, stream, topk_idx, memory, room, num_tokens, call.word.payload(), rank, on.max_polls)
+            tells, host_counts = _TELLS if call.row_count == "exact" else 0, plan.host_counts.row
+            kind.place(num_tokens, stream, memory, room, host_counts, num_tokens, rank, tells | carries, *beside[1:])
+            self._planner.placed(plan, call.sequence, call.row_count, stream)
+        if not kind.pushes_beside:
+            beside = (0, on.flags, on.flags)
+        if self.launch.mover == "copy":
+            if kind.push is not None:
+                kind.push(num_tokens, stream, memory, room, num_tokens, rank, *beside)
+            with self._streams.context(stream):
+                push_blocks(self._send_kinds, self._transport, plan, batch, room, stream, self._consent)
+        elif kind.push is not None:
+            max_polls = on.max_polls if at_once else 0
+            if kind.is_cast:
+                kind.push(num_tokens, stream, data, memory, room, num_tokens, rank, max_polls, *beside)
+            else:
+                kind.push(num_tokens, stream, data, scale, memory, room, num_tokens, rank, max_polls, *beside)
+        if not at_once or self.launch.mover == "copy":
+            kind.finish(0, stream, room, rank, on.max_polls, memory)
+        if kind.expand is not None:
+            kind.expand(0, stream, memory, room, num_tokens, rank)
         return plan
 
     def combine(
@@ -127,78 +229,186 @@ class CudaBackend:
         extras: tuple[Tensor, ...] | None,
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """See Backend."""
-        self._order(call)
-        return self._combine(call, _of_device(plan), y, weights, bias, extras)
+        assert isinstance(plan, DevicePlan), "the plan of another backend"
+        is_pushed = call.word.output_slot == PUSHED
+        if self.fused is not None and not is_pushed and extras is None:
+            return self._combine_fused(self.fused, call, plan, weights, bias)
+        if not (call.at_once or call.is_first):
+            self._streams.order()
+        return self._combine(call, plan, y if is_pushed else None, weights, bias, extras)
 
     def _combine(
         self,
         call: Call,
         plan: DevicePlan,
-        y: Tensor,
+        y: Tensor | None,
         weights: Tensor | None,
         bias: Tensor | None,
         extras: tuple[Tensor, ...] | None,
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
-        is_pushed, sums_here = call.word.output_slot == PUSHED, self._arena.spec.reduce == "rank"
-        if self.fused is not None and not is_pushed and extras is None:
-            out = yield from self.fused.combine(call, plan, weights, bias)
-            return Outcome(out, self._event(call))
-        yield from self._begin(call)
-        self._words.begin_call(call.word.payload(), None)
-        if is_pushed or extras:
-            self._push_outputs(plan, y if is_pushed else None, extras or (), weights if sums_here else None)
-        self._words.finish_call(posts=bool(is_pushed or extras), awaits_all=bool(extras))
-        out = self._sum_rows(plan, None if sums_here else weights, bias, call.word.slot)
-        self._words.check_call()
-        if extras is None:
-            return Outcome(out, self._event(call))
-        return Outcome((out, self._returned_extras(plan, extras, call.word.slot)), self._event(call))
+        if not call.is_first:
+            yield _TURN
+        if not self._consent.is_open:
+            yield from self._consent.opening(call.sequence)
+        out, results = self._return(call, plan, y, weights, bias, extras or (), sums=True)
+        event = None if call.at_once else self._streams.event()
+        return Outcome(out if extras is None else (out, results), event)
+
+    def _combine_fused(
+        self, fused: FusedCalls, call: Call, plan: DevicePlan, weights: Tensor | None, bias: Tensor | None
+    ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
+        """A call that is only started yields after this rank's word."""
+        if call.at_once and not call.is_first:  # its kernel waits for peers
+            yield _TURN
+        if not self._consent.is_open:
+            yield from self._consent.opening(call.sequence)
+        stream, room = self._streams.enter(), self._on.next_call()
+        if not call.at_once:
+            fused.begin_combine(call.word, At(stream, room))
+            yield _LEFT
+            stream = self._streams.enter()
+        weights, bias = (None if given is None else self._dense(given, stream) for given in (weights, bias))
+        out = self._on.state.new_empty((plan.num_tokens, self._spec.hidden), dtype=self._out_dtype)
+        fused.combine(call, plan, out, weights, bias, At(stream, room), begins=call.at_once)
+        return Outcome(out, None if call.at_once else self._streams.event())
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
         """See Backend."""
-        self._order(call)
-        return self._return_extras(call, _of_device(plan), extras)
+        if not (call.at_once or call.is_first):
+            self._streams.order()
+        assert isinstance(plan, DevicePlan), "the plan of another backend"
+        return self._return_extras(call, plan, extras)
 
     def _return_extras(
         self, call: Call, plan: DevicePlan, extras: tuple[Tensor, ...]
     ) -> Steps[Outcome[tuple[Tensor, ...]]]:
-        yield from self._begin(call)
-        self._words.begin_call(call.word.payload(), None)
-        self._push_outputs(plan, None, extras, None)
-        self._words.finish_call(posts=True, awaits_all=True)
-        return Outcome(self._returned_extras(plan, extras, call.word.slot), self._event(call))
-
-    def _order(self, call: Call) -> None:
-        """A call that is issued later, maybe from another stream, comes after what the caller has issued by now."""
         if not call.is_first:
-            self._on.enter()
+            yield _TURN
+        if not self._consent.is_open:
+            yield from self._consent.opening(call.sequence)
+        _, results = self._return(call, plan, None, None, None, extras, sums=False)
+        return Outcome(results, None if call.at_once else self._streams.event())
 
-    def _begin(self, call: Call) -> Steps[None]:
-        """Done when nothing is in the way of a kernel that waits for peers, and its stream has been ordered."""
-        if not call.is_first:
-            yield Missing((), "come to its turn")
-        yield from self._consent.opening(call.sequence)
-        self._on.enter()
-        self._on.use_sms(call.num_sms, self.launch)
+    def _return(
+        self,
+        call: Call,
+        plan: DevicePlan,
+        y: Tensor | None,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        extras: tuple[Tensor, ...],
+        *,
+        sums: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Issues a combine of several kernels (y None: pulled), or a return of extras; what comes of it."""
+        on, spec, num_tokens, rank = self._on, self._spec, plan.num_tokens, self._on.rank
+        out = on.state.new_empty((num_tokens, spec.hidden), dtype=self._out_dtype) if sums else on.flags
+        width, came = 0, on.flags
+        if extras:
+            width = sum(math.prod(extra.shape[1:]) for extra in extras)
+            lead = (num_tokens, spec.num_topk) if spec.layout.per_pick else (num_tokens,)
+            came = on.empty(*lead, width, dtype=torch.float32)
+        stream = self._streams.enter() if call.at_once else self._streams.enter_side()
+        if y is not None and y.stride(1) != 1 and y.shape[1] != 1:
+            y = self._dense(y, stream)
+        weights = None if weights is None else self._dense(weights, stream)
+        bias = None if bias is None else self._dense(bias, stream)
+        sent = self._side_by_side(extras, stream) if width else None
+        key = self._sum_kinds.key(y, weights, bias, sent, call.num_sms, sums=sums)
+        kind = self._sums.get(key)
+        if kind is None:
+            config = self.launch.using(call.num_sms)
+            kind = self._sums.keep(key, self._sum_kinds.make(y, weights, bias, sent, config, sums=sums))
+        room, memory, payload = on.next_call(), plan.memory, call.word.payload()
+        if y is None and sent is None:
+            kind.begin(0, stream, room, payload, rank, on.max_polls)
+        else:
+            kind.begin(0, stream, memory, room, num_tokens, payload, rank, on.max_polls)
+            last = (memory, room, num_tokens, rank, on.max_polls if call.at_once else 0)
+            if kind.push is not None and kind.is_summed:
+                kind.push(0, stream, y, on.flags if weights is None else weights, *last)
+            elif kind.push is not None:
+                kind.push(0, stream, y, *last)
+            if kind.extras is not None:
+                kind.extras(0, stream, sent, width, *last)
+            if not call.at_once:
+                kind.finish(0, stream, room, rank, on.max_polls, memory)
+        if kind.sum is not None:
+            of_picks = out if weights is None or spec.reduce == "rank" else weights
+            bias_rows = 0 if bias is None or bias.dim() == 1 else 1
+            kind.sum(
+                num_tokens, stream, out, out if bias is None else bias, of_picks, memory, room, num_tokens, rank,
+                bias_rows, came, width,
+            )  # fmt: skip
+        elif kind.gather is not None and width:
+            kind.gather(num_tokens, stream, came, width, memory, room, num_tokens, rank)
+        return out, self._apart(came, extras, stream) if extras else ()
+
+    def _packed(self, extras: tuple[Tensor, ...], stream: int) -> Tensor:
+        """Extras ``[T, ...]`` of a dispatch side by side, int32 ``[T, words]``, zeros behind them."""
+        arena = self._on.arena
+        with self._streams.context(stream):
+            raw = torch.cat([_raw(extra.contiguous()) for extra in extras], dim=1)
+            room = arena.metadata_bytes - arena.extras_offset
+            packed = torch.zeros(raw.shape[0], room, dtype=torch.uint8, device=self._on.device)
+            packed[:, : raw.shape[1]].copy_(raw)
+            return packed.view(torch.int32)
+
+    def _side_by_side(self, extras: tuple[Tensor, ...], stream: int) -> Tensor:
+        """Extras ``[R, ...]`` that go back, float32 ``[R, width]``: where there is one, itself."""
+        if len(extras) == 1:
+            return self._dense(extras[0], stream)
+        with self._streams.context(stream):
+            return torch.cat([extra.reshape(extra.shape[0], math.prod(extra.shape[1:])) for extra in extras], dim=1)
+
+    def _apart(self, came: Tensor, extras: tuple[Tensor, ...], stream: int) -> tuple[Tensor, ...]:
+        """What has come back ``[..., width]``, for each of the extras ``[R, ...]``: where there is one, itself."""
+        lead = came.shape[:-1]
+        if len(extras) == 1:
+            return (came.view(*lead, *extras[0].shape[1:]),)
+        widths = [math.prod(extra.shape[1:]) for extra in extras]
+        parts = [self._on.empty(*lead, *extra.shape[1:], dtype=torch.float32) for extra in extras]
+        with self._streams.context(stream):
+            for part, values in zip(parts, torch.split(came, widths, dim=-1), strict=True):
+                part.view(*lead, -1).copy_(values) if part.numel() else None
+        return tuple(parts)
+
+    def _dense(self, tensor: Tensor, stream: int) -> Tensor:
+        """The tensor without gaps: itself, or a copy that is made on a stream."""
+        if tensor.is_contiguous():
+            return tensor
+        with self._streams.context(stream):
+            return tensor.contiguous()
 
     def remake_plan(self, tensors: PlanTensors) -> DevicePlan:
         """See Backend. Where ranks are masked, the host asks the device whether the plan has rows of theirs."""
-        self._on.enter()
         if self._masked:
             if torch.cuda.is_current_stream_capturing():
                 raise ConfigError(
                     f"a CUDA graph is being captured, and whether a plan is older than the mask of "
                     f"{listed(self._masked)} has to be asked the device; capture calls on recv.plan of a plain dispatch"
                 )
-            num_local = self._arena.spec.num_local_experts(self._transport.num_ranks)
-            with self._on_stream():
-                if has_rows_of(tensors.counts, self._masked, num_local=num_local):
-                    raise made_before(self._masked)
-        return self._planner.remake(tensors)
+            num_local = self._spec.num_local_experts(self._transport.num_ranks)
+            if has_rows_of(tensors.counts, self._masked, num_local=num_local):
+                raise made_before(self._masked)
+        plan = self._planner.blank(tensors.topk_idx.shape[0], REMADE)
+        self._fill(plan, tensors.topk_idx.contiguous(), tensors.counts.contiguous())
+        return self._planner.as_remade(plan, tensors)
+
+    def _fill(self, plan: DevicePlan, topk_idx: Tensor, counts: Tensor) -> None:
+        """The tables of a plan whose picks and counts are known."""
+        on, key, num_tokens = self._on, ("remade", topk_idx.data_ptr() & 15, counts.data_ptr() & 15), plan.num_tokens
+        remake, place = self._remakes.get(key) or self._remakes.keep(key, self._send_kinds.bind_remake())
+        stream = self._streams.enter()
+        remake(num_tokens, stream, topk_idx, counts, plan.memory, num_tokens, on.rank)
+        place(
+            num_tokens, stream, plan.memory, on.calls, self._planner.nobody, num_tokens, on.rank, 0, on.flags, on.flags
+        )
 
     def as_remade(self, plan: Plan, tensors: PlanTensors) -> DevicePlan:
         """See Backend. What came with the rows has been read: that found out where they are from."""
-        return self._planner.as_remade(_of_device(plan), tensors)
+        assert isinstance(plan, DevicePlan), "the plan of another backend"
+        return self._planner.as_remade(plan, tensors)
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""
@@ -208,118 +418,10 @@ class CudaBackend:
         """See Backend."""
         return self._training.weigh_gradients(grads, y, weights, src_idx)
 
-    def _push_rows(self, plan: DevicePlan, batch: Batch) -> None:
-        """Writes each row, and what travels with it, into its final place."""
-        self._push(plan, batch)
-        if plan.src_idx is None and plan.pairs is not None:
-            self._planner.find_src_rows(plan, plan.pairs)
-        if _has_metadata(plan, batch):
-            extras = None
-            if batch.extras:
-                extras = self._packed(batch.extras, self._arena.metadata_bytes - self._arena.extras_offset)
-            weights = None if batch.weights is None else self._on.dense(batch.weights)
-            self._kernels.push_metadata(plan.topk_idx, weights, extras, plan.rows)
-        if plan.pairs is not None and plan.partial_rows is None:
-            self._kernels.push_partial_rows(plan.rows, plan.pairs)
-
-    def _take(
-        self, plan: DevicePlan, batch: Batch, slot: int, num_rows: int
-    ) -> tuple[DevicePlan, Callable[[], Metadata]]:
-        """What to do with rows that are in place, and how to read what travelled with them."""
-        kernels, region = self._kernels, self._arena.region_of_rows(unquantized=batch.unquantized)
-        has_scale = self._is_narrow and region == "data"
-        partial_rows = plan.partial_rows
-        if plan.pairs is not None and partial_rows is None:
-            partial_rows = self._empty(plan.pairs.num_slots, self._arena.spec.num_topk, dtype=torch.int32)
-            with self._on_stream():
-                partial_rows.copy_(self._on.view("partial_rows", slot))
-            plan = replace(plan, partial_rows=partial_rows)
-        if self.launch.expand == "receiver" and (way := self._way(plan, batch)).is_staged:
-            kernels.expand_rows(slot, "data", plan, offset=0)
-            if has_scale and self._scale_kernels is not None:
-                self._scale_kernels.expand_scales(slot, plan, offset=way.scale_offset)
-            elif has_scale:
-                kernels.expand_rows(slot, "scale", plan, offset=way.scale_offset)
-        if self._is_aligned:
-            kernels.zero_gaps(slot, region, plan)
-            if has_scale and self._scale_kernels is not None:
-                self._scale_kernels.zero_gaps(slot, plan)
-            elif has_scale:
-                kernels.zero_gaps(slot, "scale", plan)
-        return self._metadata_of(plan, batch, slot, num_rows)
-
-    def _push_outputs(
-        self, plan: DevicePlan, y: Tensor | None, extras: Sequence[Tensor], weights: Tensor | None
-    ) -> None:
-        """Writes outputs y [R, H] (or their sums, weighted by [R]) and extras [R, ...] to their owners."""
-        kernels = self._kernels
-        if plan.src_idx is None:  # of a whole call: so far nobody has had to know
-            self._planner.find_src_rows(plan, plan.rows)
-        if y is not None:
-            y = rowwise(y, self._on)
-            if plan.sums_pairs or weights is not None:
-                kernels.push_sums(y, plan, None if weights is None else self._on.dense(weights))
-            else:
-                row_bytes = self._arena.spec.hidden * y.element_size()
-                kernels.return_rows_to(y, plan, plan.rows, "returned", row_bytes)
-        if extras:
-            packed = self._packed(extras, self._arena.return_bytes)
-            kernels.return_rows_to(packed, plan, plan.rows, "returned_extras", self._arena.return_bytes)
-
-    def _sum_rows(self, plan: DevicePlan, weights: Tensor | None, bias: Tensor | None, return_slot: int) -> Tensor:
-        """The sum of each token's rows, from the peers' output slots or, if pushed, from this rank's returned rows."""
-        spec = self._arena.spec
-        out = self._empty(plan.num_tokens, spec.hidden, dtype=spec.combine_dtype)
-        if weights is not None:
-            weights = self._on.dense(weights)
-            if not spec.layout.per_pick:
-                of_picks, weights = weights, self._ours(*plan.rows.dst_rows.shape, dtype=torch.float32)
-                self._kernels.weigh_rows(plan.topk_idx, of_picks, plan.rows, weights)
-        self._kernels.sum_rows(out, plan, weights, None if bias is None else self._on.dense(bias), return_slot)
-        return out
-
-    def _returned_extras(self, plan: DevicePlan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
-        """Extras that came back."""
-        table, per_pick = plan.rows, self._arena.spec.layout.per_pick
-        num_tokens, num_columns = table.return_rows.shape
-        lead = (num_tokens, num_columns) if per_pick else (num_tokens,)
-        results = [self._empty(*lead, *extra.shape[1:], dtype=torch.float32) for extra in extras]
-        at = 0
-        with self._on_stream():
-            home = self._on.view("returned_extras", return_slot)
-            is_row = (table.dst_rows >= 0).unsqueeze(-1)  # [T, J, 1]
-            return_rows = table.return_rows.clamp(min=0).long()
-            for extra, result in zip(extras, results, strict=True):
-                num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
-                sent = home[:, at : at + num_bytes].contiguous().view(torch.float32)  # [Q, values]
-                at += num_bytes
-                values = sent[return_rows].masked_fill_(~is_row, 0.0)  # [T, J, values]
-                if per_pick:
-                    result.copy_(values.view_as(result))
-                    continue
-                total = torch.zeros_like(values[:, 0])
-                for j in range(num_columns):
-                    total += values[:, j]
-                result.copy_(total.view_as(result))
-        return tuple(results)
-
-    def _on_stream(self) -> AbstractContextManager[object]:
-        """Torch operations within come after what has been issued, and before what follows."""
-        return torch.cuda.stream(self._on.stream)
-
-    def _event(self, call: Call) -> torch.cuda.Event | None:
-        """The end of what has been issued; None for calls on the caller's stream, which is the one that would wait."""
-        if call.at_once and self.launch.is_fused:
-            return None
-        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._on.stream)
-        return event
-
     def mask(self, ranks: tuple[int, ...]) -> None:
         """See Backend."""
         self._masked = ranks
-        with self._on_stream():
-            self._planner.mask(ranks)
+        self._planner.mask(ranks)
         self.synchronize()
 
     def check_capture(self, *, asks_host: bool) -> None:
@@ -333,7 +435,7 @@ class CudaBackend:
 
     def synchronize(self) -> None:
         """See Backend."""
-        self._on.synchronize()
+        self._streams.synchronize()
         self._planner.look_at_all_host_counts()
 
     def warm_up(self) -> None:
@@ -341,205 +443,57 @@ class CudaBackend:
 
         A kernel that is loaded in the middle of a call can wait for a peer's kernel that waits for this rank.
         """
-        spec = self._arena.spec
-        plans: list[DevicePlan] = []
-        picks = torch.full((1, spec.num_topk), -1, device=self._device)
-        weights = torch.zeros(1, spec.num_topk, device=self._device)
-        wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=self._device)
-        x: Tensor | Quantized = wide.to(spec.wire.dtype)
+        spec, device = self._spec, self._on.device
+        picks = torch.full((1, spec.num_topk), -1, dtype=torch.int64, device=device)
+        weights = torch.zeros(1, spec.num_topk, dtype=torch.float32, device=device)
+        wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=device)
+        kinds: list[Tensor | Quantized] = [wide.to(spec.wire.dtype)]
         if isinstance(spec.wire, Fp8):
-            x = spec.wire.quantize(wide)
-        kinds: list[Tensor | Quantized] = [x] if isinstance(x, Tensor) else [x, wide]
-        calls = [
-            Batch(x=x, weights=None, extras=()),
-            Batch(x=x if isinstance(x, Tensor) else wide, weights=weights, extras=()),
-            Batch(x=wide, weights=weights, extras=(), unquantized=True),
-        ]
-        if spec.extra_bytes:
-            extras = (torch.zeros(1, spec.extra_bytes, dtype=torch.uint8, device=self._device),)
-            calls += [Batch(x=x, weights=given, extras=extras) for given in (None, weights)]
-        with self._on_stream():
+            kinds = [spec.wire.quantize(wide), wide]
+        batches = [Batch(x=x, weights=weights, extras=()) for x in kinds]
+        if self._on.arena.region_of_rows(unquantized=True) == "outputs":
+            batches.append(Batch(x=wide, weights=weights, extras=(), unquantized=True))
+        else:  # the same rows, which do not count
+            batches.append(Batch(x=wide, weights=None, extras=(), unquantized=True))
+        for batch in batches:
+            self._warm_up_dispatch(batch, picks)
+        plan = self._planner.blank(1, 0)
+        row_weights = torch.zeros(1, dtype=torch.float32, device=device)
+        given_weights = row_weights if spec.reduce == "rank" else weights
+        for given, bias in itertools.product((None, given_weights), (None, wide, wide.float())):
+            combine = Call(0, Word(Kind.COMBINE, 0, PUSHED))
+            for y in (wide, None):
+                self._return(combine, plan, y, given, bias, (), sums=True)
             if self.fused is not None:
-                for given_x, given in itertools.product(kinds, (None, weights)):
-                    batch = Batch(x=given_x, weights=given, extras=())
-                    begun = self.fused.warm_up(batch, picks)
-                    self._unpack(begun, batch, 0, 1)
-                self._planner.find_src_rows(begun, begun.rows)
-            for batch in calls:
-                plan = self._planner.count(picks, stamp=0)
-                self._words.begin_call(0, plan)
-                self._planner.place(plan)
-                self._push_rows(plan, batch)
-                plans.append(self._take(plan, batch, 0, 1)[0])
-            self._words.begin_call(0, None)
-            for posts, awaits_all in ((True, True), (True, False), (False, False)):
-                self._words.finish_call(posts=posts, awaits_all=awaits_all)
-            self._words.finish_call(posts=True, awaits_all=True, tokens=plan.num_tokens_per_expert)
-            self._words.check_call()
-            plan = plans[0]
-            for batch in calls:
-                self._push_rows(plan, batch)
-                self._take(plan, batch, 0, 1)
-            row_weights = torch.zeros(1, device=self._device) if spec.reduce == "rank" else None
-            for given in (None, row_weights):
-                self._push_outputs(plan, wide, (weights[:, :1],), given)
-            for given in (None, None if spec.reduce == "rank" else weights):
-                for bias in (None, wide, wide.float()):
-                    self._sum_rows(plan, given, bias, 0)
-                    if self.fused is not None:
-                        self.fused.warm_up_sums(plan, given, bias)
-            self._training.warm_up()
+                at = At(self._streams.enter(), self._on.next_call())
+                self.fused.begin_combine(combine.word, at)
+                self.fused.combine(combine, plan, wide, given, bias, at, begins=True)
+        extra = torch.zeros(1, 1, dtype=torch.float32, device=device)
+        started = Call(0, Word(Kind.COMBINE, 0, PUSHED), at_once=False)
+        for y in (wide, None):
+            self._return(started, plan, y, None, None, (), sums=True)
+            for given in (None, row_weights if spec.reduce == "rank" else None):
+                self._return(started, plan, y, given, None, (extra,), sums=True)
+        self._return(started, plan, None, None, None, (extra,), sums=False)
+        self._fill(self._planner.blank(1, 0), picks, plan.counts)
+        self._training.warm_up()
         self.synchronize()
 
-    def _push(self, plan: DevicePlan, batch: Batch) -> None:
-        """Rows alone, by kernels or by copies of whole blocks."""
-        if self.launch.mover == "copy":
-            self._push_blocks(plan, batch)
-            return
-        way, x = self._way(plan, batch), batch.x
-        if isinstance(x, Tensor) and self._is_narrow and not batch.unquantized:
-            self._kernels.push_cast(rowwise(x, self._on), way.table, staged=way.is_staged)
-            return
-        data, scale = x if isinstance(x, Quantized) else (x, None)
-        self._kernels.push_rows(rowwise(data, self._on), way.table, way.region, row_bytes=way.row_bytes)
-        if scale is not None and self._scale_kernels is not None and not way.is_staged:
-            self._scale_kernels.push_scales(scale, way.table)
-        elif scale is not None:
-            scale, region = rowwise(scale, self._on), way.region if way.is_staged else "scale"
-            self._kernels.push_rows(scale, way.table, region, offset=way.scale_offset, row_bytes=way.row_bytes)
-
-    def _way(self, plan: DevicePlan, batch: Batch) -> _Way:
-        """By which table rows go, and where they land."""
-        region, spec = self._arena.region_of_rows(unquantized=batch.unquantized), self._arena.spec
-        if self.launch.expand == "receiver" and region == "data":
-            assert plan.pairs is not None
-            out_bytes = spec.hidden * spec.combine_dtype.itemsize
-            offset = spec.hidden * spec.wire.dtype.itemsize
-            return _Way(plan.pairs, "outputs", is_staged=True, row_bytes=out_bytes, scale_offset=offset)
-        return _Way(plan.rows, region, is_staged=False, row_bytes=None, scale_offset=0)
-
-    def _push_blocks(self, plan: DevicePlan, batch: Batch) -> None:
-        """Packs rows in this rank's sending order, and copies the block of each peer as a whole.
-
-        Blocks of scales that arrive column-major have gaps there, and so are copied by a kernel of torch's.
-        """
-        spec, rank, region = (
-            self._arena.spec,
-            self._transport.rank,
-            self._arena.region_of_rows(unquantized=batch.unquantized),
-        )
-        x = batch.x
-        if isinstance(x, Tensor) and isinstance(spec.wire, Fp8) and not batch.unquantized:
-            with self._on_stream():
-                x = spec.wire.quantize(x)
-        parts = [(x.data, region), (x.scale, "scale")] if isinstance(x, Quantized) else [(x, region)]
-        with self._on_stream():  # the host waits for the words
-            seen = self._on.call[: self._transport.num_ranks].tolist()
-            counts = plan.counts[:, spec.num_experts :].cpu()  # [P, P] rows
-        if self._consent.failure() is not None or not bool(counts.any()):
-            return
-        starts = counts.cumsum(1)[rank] - counts[rank]
-        there = (counts.cumsum(0) - counts)[rank]
-        for rows, name in parts:
-            packed = self._pack(rows, plan.rows, num_rows=int(counts[rank].sum()))
-            for step in range(self._transport.num_ranks):
-                peer = (rank + 1 + step) % self._transport.num_ranks
-                num_rows, first = int(counts[rank, peer]), int(starts[peer])
-                if num_rows:
-                    slot = self._arena.view(self._transport.views[peer], name)[Word.of(seen[peer]).slot]
-                    source, at = packed[first : first + num_rows], int(there[peer])
-                    if name == "scale":
-                        source = as_integers(source)
-                        target = as_integers(self._arena.scales.of_block(slot, slice(at, at + num_rows)))
-                    else:
-                        source, target = source.view(torch.uint8), slot[at : at + num_rows].view(torch.uint8)
-                    target.copy_(source, non_blocking=True)
-
-    def _pack(self, rows: Tensor, table: Table, *, num_rows: int) -> Tensor:
-        packed = self._ours(num_rows, *rows.shape[1:], dtype=rows.dtype)
-        self._kernels.pack_rows(rowwise(rows, self._on), table, packed)
-        return packed
-
-    def _metadata_of(
-        self, plan: DevicePlan, batch: Batch, slot: int, num_rows: int
-    ) -> tuple[DevicePlan, Callable[[], Metadata]]:
-        """The small things of a slot, and the plan with what it keeps of them; of whole calls when asked for."""
-        if plan.is_fused and plan.src_idx is None and not batch.extras:
-            is_captured = torch.cuda.is_current_stream_capturing()
-
-            def read() -> Metadata:
-                if torch.cuda.is_current_stream_capturing() != is_captured:
-                    raise ConfigError(
-                        "what came with these rows is read when it is asked for: of a dispatch in a CUDA graph ask "
-                        "within the capture, of any other outside of it"
-                    )
-                self._on.enter()
-                return self._unpack(plan, batch, slot, num_rows)[1]
-
-            return plan, read
-        weights: Tensor | None = None
-        extras: tuple[Tensor, ...] = ()
-        if _has_metadata(plan, batch):
-            plan, small = self._unpack(plan, batch, slot, num_rows)
-            weights, extras = small.weights, small.extras
-        assert plan.src_idx is not None
-        src_idx = self._up_to(plan.src_idx, num_rows)
-        topk_idx = None if plan.local_idx is None else self._up_to(plan.local_idx, num_rows)
-        small = Metadata(src_idx=src_idx, topk_idx=topk_idx, weights=weights, extras=extras)
-        return plan, lambda: small
-
-    def _unpack(self, plan: DevicePlan, batch: Batch, slot: int, num_rows: int) -> tuple[DevicePlan, Metadata]:
-        """The small things out of the records, and the plan with sources and ids."""
-        spec = self._arena.spec
-        per_row = () if spec.layout.per_pick else (spec.num_topk,)
-        src_idx = self._empty(num_rows, dtype=torch.int32)
-        local_idx = self._empty(num_rows, spec.num_topk, dtype=torch.int32) if per_row else None
-        weights = None if batch.weights is None else self._empty(num_rows, *per_row, dtype=torch.float32)
-        extras = tuple(self._empty(num_rows, *extra.shape[1:], dtype=extra.dtype) for extra in batch.extras)
-        self._kernels.unpack_metadata(slot, plan, src_idx, local_idx, weights)
-        at, record = self._arena.extras_offset, self._on.view("metadata", slot)[:num_rows]
-        for extra in extras:
-            raw = _raw(extra)
-            with self._on_stream():
-                part = record[:, at : at + raw.shape[1]]
-                raw.copy_(part.masked_fill(plan.rows.src_rows[:num_rows, None] < 0, 0))
-            at += raw.shape[1]
-        small = Metadata(src_idx=src_idx, topk_idx=local_idx, weights=weights, extras=extras)
-        return replace(plan, src_idx=src_idx, local_idx=local_idx), small
-
-    def _up_to(self, rows: Tensor, num_rows: int) -> Tensor:
-        """As many rows as are asked for; where a plan knows of fewer, the rest are none."""
-        if rows.shape[0] >= num_rows:
-            return rows[:num_rows]
-        more = rows.new_full((num_rows - rows.shape[0], *rows.shape[1:]), -1)
-        return torch.cat([rows, more])
-
-    def _packed(self, extras: Sequence[Tensor], num_bytes: int) -> Tensor:
-        """Extras ``[n, ...]`` side by side, int32 ``[n, words]``, zeros behind them."""
-        with self._on_stream():
-            raw = torch.cat([_raw(extra.contiguous()) for extra in extras], dim=1)
-            packed = torch.zeros(raw.shape[0], num_bytes, dtype=torch.uint8, device=self._device)
-            packed[:, : raw.shape[1]].copy_(raw)
-            return packed.view(torch.int32)
-
-    def _ours(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Memory for our stream alone."""
-        with self._on_stream():
-            return self._empty(*shape, dtype=dtype)
-
-    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return self._on.empty(*shape, dtype=dtype)
-
-
-class _Way(NamedTuple):
-    table: Table
-    region: str
-    is_staged: bool
-    """Whether rows are copied from there to where they belong."""
-    row_bytes: int | None
-    """Between rows there; None: those of a row."""
-    scale_offset: int
-    """Of a row's scales behind its first byte, where they land with it."""
+    def _warm_up_dispatch(self, batch: Batch, picks: Tensor) -> None:
+        """A batch sent in every way: fresh, on a plan, on one that was made again; waited for at once, or started."""
+        for at_once in (True, False):
+            call = Call(0, Word(Kind.DISPATCH, 0), at_once=at_once)
+            if self.fused is not None and not batch.unquantized:
+                made, at = self._planner.blank(1, 0), At(self._streams.enter(), self._on.next_call())
+                self.fused.dispatch(call, made, batch, picks, at, begins=True, awaits=at_once)
+                if self._zero_gaps is not None:
+                    self._zero_gaps(0, at.stream, made.memory, at.room, made.num_tokens, self._on.rank)
+        plan = self._send(call, batch, picks)
+        self._send(call, batch, plan)
+        known = plan.changed(src_idx=picks[0, :0].int(), local_idx=None)
+        self._send(call, batch._replace(weights=None), known)
+        for given in (None, batch.weights):
+            self._reader.read(plan, batch._replace(weights=given), 0, 1, self._streams.enter())
 
 
 class Parts(NamedTuple):
@@ -574,25 +528,17 @@ def connect(
         ranks_here=transport.ranks_here,
         can_launch_early=can_launch_early,
     )
-    launcher = Launcher(arena, transport, config, timeout_s=timeout_s)
+    has_pairs = arena.spec.ranks_sum_picks or config.expand == "receiver"
+    state = DeviceState(arena, transport, timeout_s=timeout_s, has_pairs=has_pairs)
+    launcher = Launcher(state, CallStreams(transport.device), config)
     consent = DeviceConsent(transport, launcher, ring=arena.ring, num_experts=arena.spec.num_experts)
     backend = CudaBackend(arena, transport, launcher, consent, buffer_id=buffer_id)
-    with launcher.all_void():
+    with state.all_void():
         if config.mover == "kernel":  # else the host asks what kernels have found
             with launcher.compiling():
                 backend.warm_up()
         backend.warm_up()
     return Parts(backend, consent)
-
-
-def _of_device(plan: Plan) -> DevicePlan:
-    assert isinstance(plan, DevicePlan), "the plan of another backend"
-    return plan
-
-
-def _has_metadata(plan: DevicePlan, batch: Batch) -> bool:
-    """Whether something travels beside rows: what a plan does not know yet, or what changes from call to call."""
-    return plan.src_idx is None or batch.weights is not None or bool(batch.extras)
 
 
 def _raw(extra: Tensor) -> Tensor:

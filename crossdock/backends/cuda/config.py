@@ -112,6 +112,10 @@ class LaunchConfig:
         """Whether kernels must leave SMs free."""
         return self.num_sms < self.visible_sms
 
+    def using(self, num_sms: int | None) -> LaunchConfig:
+        """The same with another number of SMs, as far as there are so many; None: the same."""
+        return self if num_sms is None else replace(self, num_sms=min(num_sms, self.visible_sms))
+
     def rows(self, row_bytes: int, *, is_counted: bool) -> Shape:
         """For kernels that copy rows.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
+from typing import Protocol
 
 import torch
 
-from crossdock.backends.base import Event
-from crossdock.backends.cuda.kernels import sync
+from crossdock.backends.cuda.kernels import calls, sync
 from crossdock.backends.cuda.kernels.calls import (
     ARRIVE,
     BEGUN,
@@ -24,7 +24,6 @@ from crossdock.backends.cuda.kernels.calls import (
 )
 from crossdock.backends.cuda.launch import Launcher
 from crossdock.backends.cuda.plan import DevicePlan
-from crossdock.backends.cuda.words import WordKernels
 from crossdock.consent import (
     CALL_MASK,
     KIND_SHIFT,
@@ -54,6 +53,13 @@ _REASON_S = 1.0
 """How long a host looks for the reason of a peer whose word says that it refuses its own call."""
 
 
+class Passing(Protocol):
+    """What the host may wait for."""
+
+    def query(self) -> bool:
+        """Whether it has passed."""
+
+
 class DeviceConsent(Consent):
     """Consent whose words are posted and awaited by one-program kernels; ``state`` on the device counts the calls.
 
@@ -63,11 +69,13 @@ class DeviceConsent(Consent):
 
     def __init__(self, transport: DeviceTransport, launcher: Launcher, *, ring: int, num_experts: int) -> None:
         self._num_experts = num_experts
-        self._on = launcher
-        self._failure = launcher.host_failure.numpy()  # to be looked at before each call
-        self._kernels = WordKernels(launcher)
+        self._on = launcher.state
+        self._streams = launcher.streams
+        self._failure = self._on.host_failure.numpy()  # to be looked at before each call
+        self._exchange = launcher.bind(calls.exchange_words, 1, self._on.calls[0], self._on.own, num_warps=1)
         self._transport = transport
-        self._told: deque[DevicePlan] = deque(maxlen=_NUM_PICKS)
+        self.recent_plans: deque[DevicePlan] = deque(maxlen=_NUM_PICKS)
+        """Of fresh dispatches, to say what is wrong with their picks if the device refuses them."""
         super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=ring)
 
     def start_from(self, sequence: int) -> None:
@@ -83,7 +91,7 @@ class DeviceConsent(Consent):
     @property
     def is_in_step(self) -> bool:
         """See Consent. A failure that the device has found is in host memory."""
-        return self._is_open and self.taken is None and self._failure[0] == sync.OK.value
+        return self.is_open and self.taken is None and self._failure[0] == sync.OK.value
 
     def mask(self, ranks: Sequence[int]) -> None:
         """See Consent."""
@@ -95,19 +103,19 @@ class DeviceConsent(Consent):
         return False
 
     def exchange_words(self, num_trips: int) -> None:
-        """See Consent. Issued on the stream of calls, whose numbers go on on the device alone, as in a graph."""
-        self._on.enter()
-        self._kernels.exchange_words(Word(Kind.COMBINE, 0).payload(), num_trips)
+        """See Consent. Issued behind the calls before, whose numbers go on on the device alone, as in a graph."""
+        payload = Word(Kind.COMBINE, 0).payload()
+        self._exchange(0, self._streams.enter(), payload, self._on.rank, self._on.max_polls, num_trips)
 
     def settle(self) -> None:
         """See Consent."""
-        for stream in self._on.streams:
+        for stream in self._streams.all:
             event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
             for num_polls, _ in enumerate(self.until(event, "do its part of the last call")):
                 self._transport.idle(num_polls)
 
-    def until(self, event: Event, what: str) -> Generator[Missing, None, None]:
+    def until(self, event: Passing, what: str) -> Generator[Missing, None, None]:
         """Done when the event has passed: on the device everything has its deadline.
 
         Raises:
@@ -126,11 +134,6 @@ class DeviceConsent(Consent):
                         raise PeerTimeout(peer, f"rank {peer} did not {what} and is gone: its process ended, or its "
                                           f"buffer was dropped; the call is void")  # fmt: skip
             yield Missing((), what)
-
-    def remembers(self, plan: DevicePlan) -> None:
-        """A fresh dispatch, to say what is wrong with its picks if the device refuses them."""
-        if plan.host_counts is None or not plan.host_counts.is_captured:
-            self._told.append(plan)
 
     def failure(self) -> CrossdockError | None:
         """What the device has found, from the record that it left in host memory.
@@ -159,18 +162,18 @@ class DeviceConsent(Consent):
         """
         if torch.cuda.is_current_stream_capturing():
             return
-        if not self._on.is_idle:
+        if not self._streams.is_idle:
             current = self._state()[CURRENT.value]
             flag = Flag(epoch=self.num_ended, first_void=current & CALL_MASK, num_more=0)
             self._mailbox.post(self.rank, "aborts", 0, flag.packed())
-        self._on.synchronize()
-        self._told.clear()
+        self._streams.synchronize()
+        self.recent_plans.clear()
         super().fail(error, first_void=self._first_void())
         self._restart()
 
     def leave(self) -> None:
         """See Consent. A flag ends the waits of peers for calls that this rank does not take part in."""
-        if self._is_open and self.failure() is None:
+        if self.is_open and self.failure() is None:
             flag = Flag(epoch=self.num_ended, first_void=self._first_void(), num_more=0)
             self._raise_flag(flag, REASON_HEADER.pack(self.rank, False) + b"it has closed its buffer")
         super().leave()
@@ -185,7 +188,9 @@ class DeviceConsent(Consent):
         return PeerFailed(peer, "its topk_idx has a value that is no expert, or one expert twice")
 
     def _own_refusal(self) -> ConfigError:
-        for plan in self._told:
+        for plan in self.recent_plans:
+            if plan.host_counts is not None and plan.host_counts.is_captured:
+                continue  # a graph's: what lies there now is of another replay
             try:
                 check_picks(plan.topk_idx.cpu(), num_experts=self._num_experts)
             except ConfigError as error:
@@ -240,6 +245,6 @@ class DeviceConsent(Consent):
             self._on.state[: len(state)].copy_(torch.tensor(state))
             self._on.calls.zero_()
             self._on.failure.zero_()
-            self._on.refused.zero_()
+            self._on.flags.zero_()
         self._transport.stream.synchronize()
         self._on.host_failure.zero_()

@@ -5,369 +5,265 @@ Letters: T tokens here, K top-k, H hidden, P ranks.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from crossdock.arena import Arena
 from crossdock.backends.base import Batch, Call
-from crossdock.backends.cuda.config import power_of_two
-from crossdock.backends.cuda.consent import DeviceConsent
+from crossdock.backends.cuda.config import LaunchConfig, power_of_two
 from crossdock.backends.cuda.kernels import fused as kernels
-from crossdock.backends.cuda.launch import Launcher, Prepared, kind_of
+from crossdock.backends.cuda.kernels.groups import FLOAT32, WORDS, Fused, Shares, Strides, Summed, as_constants
+from crossdock.backends.cuda.launch import Kinds, Launch, Launcher
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
-from crossdock.backends.cuda.rows import as_words, rowwise
-from crossdock.backends.cuda.scales import constants
-from crossdock.consent import Kind, Missing, Steps, Word
-from crossdock.plan import Plan
-from crossdock.scales import as_integers
+from crossdock.backends.cuda.scales import as_kernels_take, dtype_of, places_of
+from crossdock.consent import Word
 from crossdock.spec import Spec
-from crossdock.wire import Fp8, Quantized
+from crossdock.wire import Fp8
 
 _PATIENCE = 32
 """Polls, some 10 us, after which a call that is only started leaves its rows to ``wait()``."""
-_LEFT = Missing((), "finish", has_sent=True)
-"""What a call that has been started leaves to ``wait()``."""
-_NO_WORD = Word(Kind.DISPATCH, 0)
+_BEGINS, _AWAITS, _TELLS, _WEIGHTS = (
+    step.value for step in (kernels.BEGINS, kernels.AWAITS, kernels.TELLS, kernels.WEIGHTS)
+)
 
 
-class _Sent(NamedTuple):
-    """What a dispatch sends, as its kernel takes it."""
+class At(NamedTuple):
+    """Where a call's kernels run, and the room for what they keep of it."""
 
-    values: Tensor
-    """Values to be cast, or ``rows``."""
-    rows: Tensor
-    """Words."""
-    scale: Tensor | None
-    weights: Tensor | None
-    """Bits of float32."""
-    is_cast: bool
+    stream: int
+    room: Tensor
+
+
+class _Rows(NamedTuple):
+    """Room for rows that are cast: words ``[M, ROW]``, and scales, bytes where these are exponents."""
+
+    data: Tensor
+    scale: Tensor
 
 
 class FusedCalls:
     """The calls of a buffer whose ``LaunchConfig`` says ``is_fused``, each one kernel."""
 
-    def __init__(self, arena: Arena, launcher: Launcher, planner: Planner, consent: DeviceConsent) -> None:
-        self._arena = arena
-        self._spec = arena.spec
-        self._on = launcher
-        self._default = launcher.config
+    def __init__(self, launcher: Launcher, planner: Planner) -> None:
+        self._launcher = launcher
+        self._on = on = launcher.state
+        self._spec = spec = on.arena.spec
         self._planner = planner
-        self._consent = consent
-        spec, device = self._spec, launcher.device
-        self._go, self._ticket, self._refused = torch.zeros(3, 1, dtype=torch.int32, device=device).unbind()
-        self._nths = torch.zeros(spec.max_tokens, spec.num_topk, dtype=torch.int32, device=device)
-        self._to_rows, self._to_scales = torch.zeros(2, *self._nths.shape, dtype=torch.int64, device=device).unbind()
-        rooms = (launcher.config.most_programs(spec.num_topk), spec.num_experts)
-        self._scratch_counts = torch.zeros(rooms, dtype=torch.int32, device=device)
-        self._column_major = arena.scales.column_major
-        self._cast = _cast_rows(spec, spec.wire, device) if isinstance(spec.wire, Fp8) else None
-        self._dispatches: dict[Any, Prepared] = {}
-        self._sums: dict[Any, Prepared] = {}
-        """What has been prepared, by what may differ between calls."""
-        self._returned, self._returned_slot_bytes = self._region("returned")
-        self._at_peers = constants(arena.scales)
-        self._blocks = launcher.blocks_of_rows()
-        self._of_all = (
-            launcher.segments,
-            launcher.state,
-            launcher.failure,
-            launcher.host_failure,
-            launcher.rank,
+        self._arrivals = on.arrivals("data")
+        self._cast = _cast_rows(spec, spec.wire, on.device) if isinstance(spec.wire, Fp8) else None
+        per_pick = (spec.max_tokens, spec.num_topk)
+        self._nths = torch.zeros(per_pick, dtype=torch.int32, device=on.device)
+        to_rows, to_scales = torch.zeros(2, *per_pick, dtype=torch.int64, device=on.device).unbind()
+        programs = launcher.config.most_programs(spec.num_topk)
+        self._shares = Shares(
+            send_starts=on.scratch.send_starts,
+            nths=self._nths,
+            to_rows=to_rows,
+            to_scales=to_scales,
+            counts=torch.zeros(programs, spec.num_experts, dtype=torch.int32, device=on.device),
+            rows=self._nths if self._cast is None else self._cast.data,
+            scales=self._nths if self._cast is None else self._cast.scale,
         )
-        """What the kernels of whole calls begin with."""
-        self._boxes = tuple(arena[name].offset for name in ("words", "arrived", "aborts", "counts"))
-        self._lands = tuple(
-            at
-            for name in ("data", "scale", "metadata")
-            for at in (self._region(name) if name in arena.regions else (0, 0))
-        )
+        self._dispatches: Kinds[Launch] = Kinds()
+        self._sums: Kinds[Launch] = Kinds()
+        self._begin_combine = launcher.bind(kernels.begin_combine, 1, on.own, num_warps=1)
 
-    def _region(self, name: str) -> tuple[int, int]:
-        """Where a region begins, and how large its slots are."""
-        return self._arena[name].offset, self._on.slot_bytes(name)
-
-    def takes_dispatch(self, batch: Batch, routing: Plan | Tensor) -> bool:
-        """See FusedCalls. Fresh ones, of what has room in a record as it is."""
-        return isinstance(routing, Tensor) and not batch.unquantized and not batch.extras
-
-    def dispatch(self, call: Call, batch: Batch, topk_idx: Tensor) -> Steps[DevicePlan]:
-        """From picks to rows in place: the plan, once its rows are here.
-
-        A call that is only started yields after rows have been sent, or when a peer is late.
-        """
-        if call.at_once and not call.is_first:  # its kernel waits for peers
-            yield Missing((), "come to its turn")
-        yield from self._consent.opening(call.sequence)
-        self._on.enter()
-        self._on.use_sms(call.num_sms, self._default)
-        plan, room = self._planner.blank(topk_idx.shape[0], stamp=call.sequence), self._on.next_call()
-        self._consent.remembers(plan)
-        self._send_rows(plan, call.word, batch, topk_idx, room, begins=True, awaits=call.at_once)
-        if not call.at_once:
-            yield _LEFT
-            self._on.enter()
-            self._send_rows(plan, call.word, batch, plan.topk_idx, room, begins=False, awaits=True)
-        self._planner.placed(plan, call.sequence, call.row_count)
-        return plan
-
-    def combine(self, call: Call, plan: DevicePlan, weights: Tensor | None, bias: Tensor | None) -> Steps[Tensor]:
-        """The sums of outputs that lie where they were written. One that is only started yields after the word."""
-        if call.at_once and not call.is_first:  # its kernel waits for peers
-            yield Missing((), "come to its turn")
-        yield from self._consent.opening(call.sequence)
-        self._on.enter()
-        self._on.use_sms(call.num_sms, self._default)
-        room = self._on.next_call()
-        if not call.at_once:
-            self._give_word(call.word, room)
-            yield _LEFT
-            self._on.enter()
-        weights, bias = (None if given is None else self._on.dense(given) for given in (weights, bias))
-        out = self._on.empty(plan.num_tokens, self._spec.hidden, dtype=self._spec.combine_dtype)
-        self._sum_rows(out, plan, call.word, weights, bias, room, begins=call.at_once)
-        return out
-
-    def _give_word(self, word: Word, call: Tensor) -> None:
-        """This rank's word for a call that another kernel goes on with."""
-        self._on.launch(
-            kernels.begin_combine,
-            (1,),
-            self._on.segments,
-            self._on.state,
-            call,
-            word.payload(),
-            self._on.rank,
-            self._arena["words"].offset,
-            P=self._on.num_ranks,
-            RING=self._arena.ring,
-            given=(word.payload() < 2**31,),
-            num_warps=1,
-        )
-
-    def _send_rows(
+    def dispatch(
         self,
+        call: Call,
         plan: DevicePlan,
-        word: Word,
         batch: Batch,
         topk_idx: Tensor,
-        call: Tensor,
+        at: At,
         *,
         begins: bool,
         awaits: bool,
     ) -> None:
-        on, sent, payload = self._on, self._as_words(batch), word.payload()
-        values, rows, scale, weights, is_cast = sent
-        given = (
-            *map(kind_of, (topk_idx, weights, values, scale)),
-            values.stride(0),
-            None if scale is None else scale.stride(0),
-            payload < 2**31,
+        """From picks to rows in place; without ``begins`` or ``awaits`` the second or the first half of it."""
+        x, weights = batch.x, batch.weights
+        data, scale = (x, None) if isinstance(x, Tensor) else as_kernels_take(x)
+        if data.stride(1) != 1 and data.shape[1] != 1:
+            data = data.contiguous()
+        if scale is not None and scale.stride(1) != 1 and scale.shape[1] != 1:
+            scale = scale.contiguous()
+        key = (
+            data.dtype,
+            data.stride(0),
+            data.data_ptr() & 15,
+            None if scale is None else (scale.stride(0), scale.data_ptr() & 15),
+            topk_idx.data_ptr() & 15,
+            None if weights is None else weights.data_ptr() & 15,
+            call.num_sms,
         )
-        key = (plan.num_tokens, on.config.num_sms, begins, awaits, is_cast, *given)
-        if (launch := self._dispatches.get(key)) is None:
-            launch = self._prepared_dispatch(plan.num_tokens, sent, given, begins=begins, awaits=awaits)
-            self._dispatches[key] = launch
-        assert plan.host_counts is not None
-        assert plan.room is not None
-        on.run(
-            launch,
-            call,
-            payload,
-            on.max_polls,
-            plan.host_counts.row,
-            *(plan.room.addresses() if launch.is_compiled else plan.room.tensors()),
+        launch = self._dispatches.get(key)
+        if launch is None:
+            launch = self._dispatches.keep(key, self._bind_dispatch(data, scale, self._config(call)))
+        steps = begins * _BEGINS | awaits * _AWAITS | (call.row_count == "exact") * _TELLS
+        host_counts = plan.host_counts
+        launch(
+            plan.num_tokens,
+            at.stream,
             topk_idx,
-            self._nths if weights is None else weights,
-            values,
-            rows,
-            rows if scale is None else scale,
+            self._nths if weights is None else weights.view(torch.int32),
+            data,
+            self._nths if scale is None else scale,
+            plan.memory,
+            at.room,
+            self._planner.nobody if host_counts is None else host_counts.row,
+            plan.num_tokens,
+            call.word.payload(),
+            self._on.rank,
+            self._on.max_polls if awaits else _PATIENCE,
+            steps if weights is None else steps | _WEIGHTS,
         )
 
-    def _as_words(self, batch: Batch) -> _Sent:
-        on, x = self._on, batch.x
-        weights = None if batch.weights is None else on.dense(batch.weights).view(torch.int32)
-        if isinstance(x, Quantized):
-            words, scale = as_words(rowwise(x.data, on)), rowwise(x.scale, on)
-            scale = as_integers(scale) if self._column_major else as_words(scale)
-            return _Sent(words, words, scale, weights, is_cast=False)
-        if self._cast is not None:
-            return _Sent(rowwise(x, on), self._cast.data, self._cast.scale, weights, is_cast=True)
-        words = as_words(rowwise(x, on))
-        return _Sent(words, words, None, weights, is_cast=False)
+    def begin_combine(self, word: Word, at: At) -> None:
+        """This rank's word for a combine that another kernel goes on with."""
+        self._begin_combine(0, at.stream, at.room, word.payload(), self._on.rank)
 
-    def _prepared_dispatch(
-        self, num_tokens: int, sent: _Sent, given: tuple[Any, ...], *, begins: bool, awaits: bool
-    ) -> Prepared:
-        """What dispatches of as many tokens, and of tensors of these kinds, have in common."""
-        on, arena, spec, wire = self._on, self._arena, self._spec, self._spec.wire
-        values, rows, scale, weights, is_cast = sent
-        num_scales, scale_bytes = (0, 1) if scale is None else (scale.shape[1], scale.element_size())
-        block, unit, is_exponents, is_pow2, scales_of_word = 0, 1, False, False, 1
-        group_bytes = self._at_peers["GROUP_BYTES"]
-        if is_cast:
-            assert isinstance(wire, Fp8)
-            block, unit = wire.block, wire.block // rows.element_size()
-            is_exponents = wire.scale == "ue8m0"
-            is_pow2 = is_exponents or wire.pow2
-            scales_of_word = wire.scale_dtype.itemsize // scale_bytes
-        elif scale is not None and not self._column_major:
-            group_bytes = scale_bytes
-        shape = on.config.fused_dispatch(rows.shape[1], num_tokens, spec.num_topk, unit=unit)
-        scale_piece = shape.piece // unit if is_cast else power_of_two(num_scales or 1)
-        return Prepared(
-            kernels.dispatch_rows,
-            (shape.programs,),
-            (
-                *self._of_all,
-                _PATIENCE,
-                int(begins),
-                int(awaits),
-                *self._boxes,
-                on.send_starts,
-                on.tokens,
-                spec.capacity(on.num_ranks),
-                self._go,
-                self._ticket,
-                self._refused,
-                self._nths,
-                self._to_rows,
-                self._to_scales,
-                self._scratch_counts,
-                int(weights is not None),
-                num_tokens,
-                values.stride(0),
-                rows.stride(0),
-                0 if scale is None else scale.stride(0),
-                on.rank * spec.max_tokens,
-                *self._lands,
-            ),
-            {
-                "P": on.num_ranks,
-                "RING": arena.ring,
-                **self._blocks,
-                "K": spec.num_topk,
-                "ROW": rows.shape[1],
-                "PIECE": shape.piece,
-                "PIECES": max(-(-rows.shape[1] // shape.piece), -(-num_scales // scale_piece)),
-                "ROW_BYTES": spec.hidden * wire.dtype.itemsize,
-                "BLOCK": block,
-                "SCALES": num_scales,
-                "SCALE_PIECE": scale_piece,
-                **self._at_peers | {"GROUP_BYTES": group_bytes},
-                "SCALES_OF_WORD": scales_of_word,
-                "POW2": is_pow2,
-                "EXPONENTS": is_exponents,
-                "STAGES": shape.stages(rows.element_size() * values.element_size()) if is_cast else 0,
-                "METADATA_WORDS": arena.metadata_bytes // 4,
-                "CROWDED": on.config.is_crowded,
-            },
-            {
-                "given": given,
-                "num_warps": shape.num_warps,
-                "enable_fp_fusion": not is_cast,
-                "maxnreg": shape.most_registers,
-                "early": True,
-            },
-        )
-
-    def _sum_rows(
+    def combine(
         self,
-        out: Tensor,
+        call: Call,
         plan: DevicePlan,
-        word: Word,
+        out: Tensor,
         weights: Tensor | None,
         bias: Tensor | None,
-        call: Tensor,
+        at: At,
         *,
         begins: bool,
     ) -> None:
-        rows = plan.rows
-        payload, returned = word.payload(), self._returned + word.slot * self._returned_slot_bytes
-        given = (kind_of(weights), kind_of(bias), payload < 2**31, returned < 2**31)
-        key = (plan.num_tokens, self._on.config.num_sms, begins, None if bias is None else bias.dim(), *given)
-        if (launch := self._sums.get(key)) is None:
-            launch = self._sums[key] = self._prepared_sums(plan.num_tokens, weights, bias, given, begins=begins)
-        self._on.run(
-            launch,
-            call,
-            payload,
-            self._on.max_polls,
+        """The sums ``out [T, H]`` of outputs that lie where they were written."""
+        key = (
+            None if weights is None else weights.data_ptr() & 15,
+            None if bias is None else (bias.dtype, bias.data_ptr() & 15),
+            call.num_sms,
+        )
+        launch = self._sums.get(key)
+        if launch is None:
+            launch = self._sums.keep(key, self._bind_sum(weights, bias, self._config(call)))
+        launch(
+            plan.num_tokens,
+            at.stream,
             out,
             out if bias is None else bias,
             out if weights is None else weights,
-            *(rows.address("dst_rows"), rows.address("return_rows"))
-            if launch.is_compiled
-            else (rows.dst_rows, rows.return_rows),
-            returned,
+            plan.memory,
+            at.room,
+            plan.num_tokens,
+            call.word.payload(),
+            self._on.rank,
+            self._on.max_polls,
+            _BEGINS if begins else 0,
+            0 if bias is None or bias.dim() == 1 else 1,
         )
 
-    def _prepared_sums(
-        self,
-        num_tokens: int,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        given: tuple[Any, ...],
-        *,
-        begins: bool,
-    ) -> Prepared:
-        """What combines of as many tokens, and of tensors of these kinds, have in common."""
-        on, arena, spec = self._on, self._arena, self._spec
-        value_bytes = spec.combine_dtype.itemsize
-        shape = on.config.fused_combine(spec.hidden, num_tokens, spec.num_topk, value_bytes=value_bytes)
-        return Prepared(
+    def _config(self, call: Call) -> LaunchConfig:
+        return self._launcher.config.using(call.num_sms)
+
+    def _bind_dispatch(self, data: Tensor, scale: Tensor | None, config: LaunchConfig) -> Launch:
+        """The kernel of dispatches of tensors of these kinds."""
+        on, spec, wire, layout = self._on, self._spec, self._spec.wire, self._on.arena.scales
+        size, row_bytes = data.element_size(), spec.hidden * wire.dtype.itemsize
+        is_cast = isinstance(wire, Fp8) and scale is None
+        block, unit, is_exponents, is_pow2, scales_of_word = 0, 1, False, False, 1
+        places, scale_stride, num_scales, scale_word = places_of(layout), 0, 0, 1
+        if is_cast:
+            assert isinstance(wire, Fp8)
+            assert self._cast is not None
+            word = self._cast.data.element_size()
+            block, unit = wire.block, wire.block // word
+            is_exponents = wire.scale == "ue8m0"
+            is_pow2 = is_exponents or wire.pow2
+            num_scales, scale_word = self._cast.scale.shape[1], self._cast.scale.element_size()
+            scales_of_word = wire.scale_dtype.itemsize // scale_word
+        else:
+            word = math.gcd(8, row_bytes, data.stride(0) * size, data.data_ptr() & 15)
+        if scale is not None:
+            scale_bytes = scale.element_size()
+            num_bytes = scale.shape[1] * scale_bytes
+            scale_word = scale_bytes
+            if not layout.column_major:
+                scale_word = math.gcd(8, num_bytes, scale.stride(0) * scale_bytes, scale.data_ptr() & 15)
+                places = places_of(layout, word_bytes=scale_word)
+            num_scales, scale_stride = num_bytes // scale_word, scale.stride(0) * scale_bytes // scale_word
+        num_words = row_bytes // word
+
+        def shape(num_tokens: int) -> Any:
+            return config.fused_dispatch(num_words, num_tokens, spec.num_topk, unit=unit)
+
+        one = shape(1)
+        scale_piece = one.piece // unit if is_cast else power_of_two(num_scales or 1)
+        how = Fused(
+            strides=Strides(data.stride(0) if is_cast else data.stride(0) * size // word, scale_stride, 1),
+            places=as_constants(places),
+            WORD=WORDS[word],
+            ROW=num_words,
+            PIECE=one.piece,
+            PIECES=max(-(-num_words // one.piece), -(-num_scales // scale_piece)),
+            ROW_BYTES=row_bytes,
+            BLOCK=block,
+            SCALES=num_scales,
+            SCALE_WORD=FLOAT32 if is_cast and not is_exponents else WORDS[scale_word],
+            SCALE_PIECE=scale_piece,
+            SCALES_OF_WORD=scales_of_word,
+            POW2=is_pow2,
+            EXPONENTS=is_exponents,
+            STAGES=one.stages(word * size) if is_cast else 0,
+            METADATA_WORDS=on.arena.metadata_bytes // 4,
+            CROWDED=config.is_crowded,
+        )
+        how = Fused(how.strides, how.places, *as_constants(tuple(how[2:])))
+        return self._launcher.bind(
+            kernels.dispatch_rows,
+            lambda num_tokens: shape(num_tokens).programs,
+            on.own,
+            self._arrivals,
+            self._shares,
+            how,
+            num_warps=one.num_warps,
+            enable_fp_fusion=not is_cast,
+            maxnreg=one.most_registers,
+            early=True,
+        )
+
+    def _bind_sum(self, weights: Tensor | None, bias: Tensor | None, config: LaunchConfig) -> Launch:
+        """The kernel of combines of tensors of these kinds."""
+        spec, value_bytes = self._spec, self._spec.combine_dtype.itemsize
+
+        def shape(num_tokens: int) -> Any:
+            return config.fused_combine(spec.hidden, num_tokens, spec.num_topk, value_bytes=value_bytes)
+
+        one = shape(1)
+        how = Summed(
+            J=spec.num_topk,
+            H=spec.hidden,
+            PIECE=one.piece,
+            OF_PAIRS=False,
+            HAS_WEIGHTS=weights is not None,
+            HAS_BIAS=bias is not None,
+            EXTRA_BYTES=0,
+        )
+        return self._launcher.bind(
             kernels.combine_rows,
-            (shape.programs,),
-            (
-                *self._of_all,
-                int(begins),
-                *self._boxes[:3],
-                self._go,
-                self._ticket,
-                num_tokens,
-                arena["outputs"].offset,
-                on.slot_bytes("outputs"),
-                int(bias is not None and bias.dim() == 2),
-            ),
-            {
-                "P": on.num_ranks,
-                "RING": arena.ring,
-                "J": spec.num_topk,
-                "H": spec.hidden,
-                "PIECE": shape.piece,
-                "HAS_WEIGHTS": weights is not None,
-                "HAS_BIAS": bias is not None,
-            },
-            {
-                "given": given,
-                "num_warps": shape.num_warps,
-                "maxnreg": shape.most_registers,
-                "enable_fp_fusion": False,
-                "early": True,
-            },
+            lambda num_tokens: shape(num_tokens).programs,
+            self._on.own,
+            self._on.returns,
+            as_constants(how),
+            num_warps=one.num_warps,
+            maxnreg=one.most_registers,
+            enable_fp_fusion=False,
+            early=True,
         )
 
-    def warm_up(self, batch: Batch, picks: Tensor) -> DevicePlan:
-        """Launches all that a dispatch may launch; only while calls are void."""
-        plan, call = self._planner.blank(picks.shape[0], stamp=0), self._on.next_call()
-        self._send_rows(plan, _NO_WORD, batch, picks, call, begins=True, awaits=True)
-        return plan
 
-    def warm_up_sums(self, plan: Plan, weights: Tensor | None, bias: Tensor | None) -> None:
-        """Launches all that a combine may launch; only while calls are void."""
-        assert isinstance(plan, DevicePlan)
-        call = self._on.next_call()
-        self._give_word(_NO_WORD, call)
-        out = self._on.empty(plan.num_tokens, self._spec.hidden, dtype=self._spec.combine_dtype)
-        self._sum_rows(out, plan, _NO_WORD, weights, bias, call, begins=True)
-
-
-def _cast_rows(spec: Spec, wire: Fp8, device: torch.device) -> Quantized:
-    """Room for this rank's rows as they travel: words ``[M, ROW]``, and scales, bytes where these are exponents."""
+def _cast_rows(spec: Spec, wire: Fp8, device: torch.device) -> _Rows:
+    """Room for this rank's rows as they travel."""
     data = torch.zeros(spec.max_tokens, spec.hidden, dtype=torch.uint8, device=device)
     num_scales, dtype = spec.hidden // wire.block, torch.float32
     if wire.scale == "ue8m0":
         num_scales, dtype = wire.num_scales(spec.hidden) * wire.scale_dtype.itemsize, torch.uint8
-    return Quantized(as_words(data, wire.block), torch.zeros(spec.max_tokens, num_scales, dtype=dtype, device=device))
+    words = data.view(dtype_of(math.gcd(8, spec.hidden, wire.block)))
+    return _Rows(words, torch.zeros(spec.max_tokens, num_scales, dtype=dtype, device=device))

@@ -1,15 +1,15 @@
-"""Where rows go, as tables on the device.
+"""Plans on the device: all tables of one lie in one allocation, and are cut out of it when somebody asks.
 
-Letters: T tokens here, J rows of a token, K top-k, R rows, C rows of a receive slot, P ranks, N segments.
+Letters: T tokens here, J rows of a token, K top-k, R rows, C rows of a receive slot, L local experts, P ranks, N
+segments, W counts, M max_tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,114 +17,123 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
+from crossdock.arena import Arena
+from crossdock.backends.cuda.kernels.groups import Places
+from crossdock.backends.cuda.kernels.plan import HOST_STAMP, SCALARS
 from crossdock.plan import Plan
 
-Made = TypeVar("Made", bound="_Cut")
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Of tables, by name: their shapes and types."""
 _ALIGNED_BYTES = 128
-"""Tables in one allocation begin at whole cache lines."""
+"""Tables of fixed size begin at whole cache lines."""
 
 
 class Part(NamedTuple):
-    """A tensor in an allocation: its first byte, its bytes, its shape and type."""
+    """A tensor in an allocation: its first byte, its shape and type."""
 
     first: int
-    num_bytes: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-
-class Room:
-    """All tables of a plan in one allocation: addresses for kernels at once, and tensors when somebody asks."""
-
-    def __init__(self, memory: Int32[Tensor, "words"], parts: Mapping[str, Part]) -> None:
-        self._memory = memory
-        self.parts = parts
-
-    @staticmethod
-    def divided(tables: Shapes) -> tuple[int, dict[str, Part]]:
-        """Bytes of a room for tables of such shapes and types, and where each lies."""
-        parts, end = {}, 0
-        for name, (shape, dtype) in tables.items():
-            parts[name] = Part(end, math.prod(shape) * dtype.itemsize, shape, dtype)
-            end += -(-parts[name].num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
-        return end, parts
-
-    def addresses(self) -> list[int]:
-        """Where each of the tables begins, in their order."""
-        begin = self._memory.data_ptr()
-        return [begin + part.first for part in self.parts.values()]
-
-    def address(self, name: str) -> int:
-        """Where one of the tables begins."""
-        return self._memory.data_ptr() + self.parts[name].first
-
-    def tensors(self) -> list[Tensor]:
-        """All tables, in their order."""
-        return [self.tensor(name) for name in self.parts]
-
-    def tensor(self, name: str) -> Tensor:
-        """One of the tables."""
-        part = self.parts[name]
-        words = self._memory[part.first // 4 : (part.first + part.num_bytes) // 4]
-        return words.view(part.dtype).view(part.shape)
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of it."""
+        num: int = math.prod(self.shape)
+        return num * self.dtype.itemsize
 
 
-class _Cut:
-    """What may have its tables in a room: each is cut out of it when somebody first asks for it."""
+@dataclass(frozen=True, kw_only=True)
+class PlanShape:
+    """How the memory of a buffer's plans is divided, as ``kernels.tables`` reads it."""
 
-    room: Room | None = None
+    places: Places
+    """Where tables of fixed size begin."""
+    end: int
+    """Where those of T tokens begin."""
+    fixed: dict[str, Part]
+    """These tables, by name."""
+    num_columns: int
+    """Rows of a token, at most."""
+    num_pairs: int
+    """Pairs of a token, at most; 0 where plans have none."""
+    num_topk: int
+    num_counts: int
 
     @classmethod
-    def of(cls: type[Made], room: Room, **fields: Any) -> Made:
-        """One with such fields, whose tables are in the room."""
-        made = cls.__new__(cls)
-        made.__dict__.update(fields, room=room)
-        return made
+    def of(cls, arena: Arena, *, num_pairs: int) -> PlanShape:
+        """The same for all plans of a buffer."""
+        spec, num_ranks = arena.spec, arena.topology.num_ranks
+        num_local, num_counts = spec.num_local_experts(num_ranks), spec.num_counts(arena.topology)
+        num_segments = num_local if spec.layout.per_pick else 1
+        partial_rows = (num_ranks * spec.max_tokens if num_pairs else 0, spec.num_topk)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "counts": ((num_ranks, num_counts), torch.int64),
+            "scalars": ((SCALARS.value,), torch.int32),
+            "num_tokens_per_expert": ((num_local,), torch.int32),
+            "segment_starts": ((num_segments + 1,), torch.int32),
+            "incoming": ((3, num_segments * num_ranks), torch.int32),
+            "pair_incoming": ((3, num_ranks if num_pairs else 0), torch.int32),
+            "partial_rows": (partial_rows, torch.int32),
+        }
+        fixed, end = {}, 0
+        for name, (shape, dtype) in shapes.items():
+            fixed[name] = Part(end, shape, dtype)
+            end += -(-fixed[name].num_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        return cls(
+            places=Places(*(part.first for part in fixed.values()), end),  # type: ignore[call-arg]
+            end=end,
+            fixed=fixed,
+            num_columns=spec.num_topk if spec.layout.per_pick else min(spec.num_topk, num_ranks),
+            num_pairs=num_pairs,
+            num_topk=spec.num_topk,
+            num_counts=num_counts,
+        )
 
-    def address(self, name: str) -> int:
-        """Where a table begins."""
-        address: int = getattr(self, name).data_ptr() if self.room is None else self.room.address(name)
-        return address
+    def num_words(self, num_tokens: int) -> int:
+        """Words of 4 bytes of a plan of so many tokens."""
+        num_bytes = 8 * self.num_topk + 12 * (self.num_columns + self.num_pairs)
+        return (self.end + num_tokens * num_bytes) // 4
 
-    if not TYPE_CHECKING:
+    def part(self, name: str, num_tokens: int) -> Part:
+        """Where one of the tables lies in a plan of so many tokens.
 
-        def __getattr__(self, name: str) -> Any:
-            if self.room is None or name not in self.room.parts:
-                raise AttributeError(f"{type(self).__name__} has no {name!r}")
-            table = self.__dict__[name] = self.room.tensor(name)
-            return table
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Table(_Cut):
-    """One flat exchange: where this rank's rows go, and where the rows that come here are from.
-
-    Places and src_rows are ``rank << 32 | row``; -1: none.
-    """
-
-    dst_rows: Int64[Tensor, "T J"]
-    """The row at its receiver of each of a token's rows, in the order in which they are summed."""
-    return_rows: Int32[Tensor, "T J"]
-    """The row's place in this rank's sending order."""
-    incoming: Int32[Tensor, "3 blocks"]
-    """Of each block that comes here: first row, rows, place of the first in its sender's order."""
-    num_slots: int
-    """C"""
-
-    @cached_property
-    def src_rows(self) -> Int64[Tensor, "C"]:
-        """Of each row here: its sender, and its place in the sender's order. Allocated when first asked for.
-
-        A call as a whole has no need of it, and it is larger than all the rest.
+        Raises:
+            KeyError: there is none of that name.
         """
-        return self.incoming.new_empty(self.num_slots, dtype=torch.int64)
+        if name in self.fixed:
+            return self.fixed[name]
+        num_columns, num_pairs = self.num_columns, self.num_pairs
+        first = self.end
+        for other, width, dtype in (
+            ("dst_rows", num_columns, torch.int64),
+            ("topk_idx", self.num_topk, torch.int64),
+            ("pair_dst_rows", num_pairs, torch.int64),
+            ("return_rows", num_columns, torch.int32),
+            ("pair_return_rows", num_pairs, torch.int32),
+        ):
+            part = Part(first, (num_tokens, width), dtype)
+            if name == other:
+                return part
+            first += part.num_bytes
+        raise KeyError(name)
 
-    @property
-    def has_src_rows(self) -> bool:
-        """Whether anybody has asked for these."""
-        return "src_rows" in self.__dict__
+
+_LOOKS = 1024
+"""Looks at host memory for one at the device, which takes microseconds."""
+
+
+class HostStamp:
+    """Whether the host counts of a dispatch are there: the kernel that writes them stamps them last."""
+
+    def __init__(self, told: npt.NDArray[np.int64], is_done: Callable[[], bool]) -> None:
+        self._told = told
+        self._is_done = is_done
+        self._num_looks = 0
+
+    def query(self) -> bool:
+        """Whether they are there; now and then looks whether the device is done, which raises what went wrong there."""
+        self._num_looks += 1
+        if self._told[HOST_STAMP.value]:
+            return True
+        return self._num_looks % _LOOKS == 0 and self._is_done()
 
 
 @dataclass(eq=False)
@@ -135,34 +144,58 @@ class HostCounts:
     """In host memory; see ``kernels.plan``."""
     told: npt.NDArray[np.int64]
     """The same memory, to be read: that takes a tenth of the time of asking the tensor."""
-    event: torch.cuda.Event
-    """When it is there."""
     is_captured: bool
-    """Whether a graph writes it, at each replay; then the event says nothing."""
+    """Whether a graph writes it, at each replay."""
+    number: int = 0
+    """Of the dispatch whose host counts these are now, among those that had any."""
     stamp: int = 0
     """That of the plan whose host counts these are now."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class DevicePlan(_Cut, Plan):
-    """A plan whose rows are moved by kernels."""
+class DevicePlan(Plan):
+    """A plan whose rows are moved by kernels, and whose tables lie in ``memory``. Made by ``of``."""
 
-    rows: Table
-    pairs: Table | None
-    """(token, rank) pairs, where rows are summed, or copied, at the ranks that they came to."""
-    scalars: Int32[Tensor, "3"]
-    """What only the device has to know; see ``kernels.plan``."""
+    memory: Int32[Tensor, "words"]
+    shape: PlanShape
     host_counts: HostCounts | None
     """None when the host knows already."""
     src_idx: Int32[Tensor, "R"] | None = None
-    """Filled on arrival, for later dispatches on this plan."""
+    """Of plans that were made again: then nothing has to travel beside rows."""
     local_idx: Int32[Tensor, "R K"] | None = None
-    is_fused: bool = False
-    """Whether its dispatch was done as a whole: then src_rows and sources are looked for when somebody asks."""
-    sums_pairs: bool = False
-    """Whether ranks sum a token's rows, and one goes back."""
 
-    @property
-    def back(self) -> Table:
-        """The way back of what is summed at its owner."""
-        return self.pairs if self.sums_pairs and self.pairs is not None else self.rows
+    @classmethod
+    def of(cls, **fields: Any) -> DevicePlan:
+        """One with such fields; tables among them stand for those in memory."""
+        plan = cls.__new__(cls)
+        plan.__dict__.update(fields)
+        return plan
+
+    def changed(self, **fields: Any) -> DevicePlan:
+        """The same with other fields."""
+        return DevicePlan.of(**(self.__dict__ | fields))
+
+    def table(self, name: str) -> Tensor:
+        """One of the tables in memory, by its name; see ``kernels.tables``."""
+        part = self.shape.part(name, self.num_tokens)
+        words = self.memory[part.first // 4 : (part.first + part.num_bytes) // 4]
+        return words.view(part.dtype).view(part.shape)
+
+    if not TYPE_CHECKING:
+
+        @property
+        def partial_rows(self) -> Tensor | None:
+            """See Plan."""
+            if "partial_rows" not in self.__dict__:
+                self.__dict__["partial_rows"] = self.table("partial_rows") if self.shape.num_pairs else None
+            return self.__dict__["partial_rows"]
+
+        def __getattr__(self, name: str) -> Any:
+            """A table is cut out when it is first asked for."""
+            if name.startswith("__") or name == "shape":
+                raise AttributeError(name)
+            try:
+                table = self.__dict__[name] = self.table(name)
+            except KeyError:
+                raise AttributeError(f"{type(self).__name__} has no {name!r}") from None
+            return table

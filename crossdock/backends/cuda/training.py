@@ -5,6 +5,7 @@ Letters: R rows (of all segments), L local experts, C capacity, H hidden, G scal
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from crossdock.backends.cuda.config import PROGRAMS_PER_SM, power_of_two
 from crossdock.backends.cuda.kernels import gradients, own
-from crossdock.backends.cuda.launch import Launcher, kind_of
-from crossdock.backends.cuda.rows import as_words
+from crossdock.backends.cuda.launch import Kinds, Launch, Launcher, kind_of
+from crossdock.backends.cuda.scales import dtype_of
 from crossdock.scales import as_integers
 from crossdock.wire import Fp8, Quantized
 
@@ -27,8 +28,10 @@ class TrainingKernels:
     """Wide kernels that touch no peer's memory and wait for nobody."""
 
     def __init__(self, launcher: Launcher) -> None:
-        self._on = launcher
-        self._spec = launcher.arena.spec
+        self._launcher = launcher
+        self._on = launcher.state
+        self._spec = launcher.state.arena.spec
+        self._launches: Kinds[Launch] = Kinds()
         self._programs = launcher.config.visible_sms * PROGRAMS_PER_SM
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
@@ -43,18 +46,18 @@ class TrainingKernels:
             return rows.clone(memory_format=torch.contiguous_format)
         out = self._on.empty(*rows.shape, dtype=rows.dtype)
         if out.numel():
-            words, source = as_words(out.view(-1, rows.shape[-1])), as_words(rows.reshape(-1, rows.shape[-1]))
-            if source.dtype != words.dtype:
-                words = words.view(torch.uint8).view(source.dtype)
+            source = rows.reshape(-1, rows.shape[-1])
+            size = rows.element_size()
+            word = math.gcd(8, source.shape[1] * size, source.stride(0) * size, source.data_ptr() & 15)
+            words, source = (given.view(dtype_of(word)) for given in (out.view(-1, rows.shape[-1]), source))
             num_words = words.shape[1]
-            piece = min(power_of_two(num_words), 4096 // words.element_size())
+            piece = min(power_of_two(num_words), 4096 // word)
             self._launch(
                 own.copy_rows,
                 words.shape[0] * -(-num_words // piece),
                 (words, source, src_idx.reshape(-1), words.shape[0]),
                 {"ROW": num_words, "PIECE": piece},
-                given=(*kind_of(source), kind_of(src_idx)),
-                num_warps=max(1, piece * words.element_size() // 1024),
+                num_warps=max(1, piece * word // 1024),
             )
         return out
 
@@ -71,7 +74,6 @@ class TrainingKernels:
                 grad_weights.numel(),
                 (grad_y, grad_weights, grads, y, weights, src_idx, grad_weights.numel()),
                 {"H": hidden, "PIECE": piece},
-                given=tuple(map(kind_of, (grads, y, weights, src_idx))),
                 num_warps=max(1, piece // _VALUES_OF_WARP),
             )
         return grad_y, grad_weights
@@ -105,17 +107,22 @@ class TrainingKernels:
             num_rows * -(-num_groups // groups),
             (out, data, memory, data if src_idx is None else src_idx, num_rows),
             {"H": hidden, "BLOCK": wire.block, **sizes},
-            given=tuple(map(kind_of, (out, data, memory, src_idx))),
             num_warps=max(1, min(16, groups * power_of_two(wire.block) // _VALUES_OF_WARP)),
         )
 
     def _launch(
-        self, kernel: Any, num_items: int, args: tuple[Any, ...], sizes: dict[str, Any], **options: Any
+        self, kernel: Any, num_items: int, args: tuple[Any, ...], sizes: dict[str, Any], num_warps: int
     ) -> None:
         """On the caller's stream: what it has issued comes before, and what it issues, behind."""
-        with self._on.on_current_stream():
-            grid = (min(num_items, self._programs),)
-            self._on.launch(kernel, grid, *args, **sizes, **options, enable_fp_fusion=False)
+        kinds = tuple(kind_of(arg) if isinstance(arg, Tensor) else None for arg in args)
+        key = (kernel.fn.__name__, *sizes.values(), *((kind[0], kind[2]) for kind in kinds if kind))
+        launch = self._launches.get(key)
+        if launch is None:
+            made = self._launcher.bind(
+                kernel, lambda items: min(items, self._programs), num_warps=num_warps, enable_fp_fusion=False, **sizes
+            )
+            launch = self._launches.keep(key, made)
+        launch(num_items, self._launcher.streams.current(), *args)
 
 
 def _strided(scale: Tensor, *, is_exponents: bool) -> tuple[Tensor, dict[str, int]]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
-from crossdock.backends.cuda.kernels.plan import ROW_BITS, ROW_MASK
-from crossdock.backends.cuda.kernels.rows import as_int64
+from crossdock.backends.cuda.kernels.calls import end_call, is_ok, slot_of
+from crossdock.backends.cuda.kernels.metadata import as_int64, pointers, region_at
+from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.rows import push_beside
 from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
+from crossdock.backends.cuda.kernels.tables import tables_of
 
 E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
@@ -97,68 +99,66 @@ def cast_blocks(given, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
     return data, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8) if EXPONENTS else scale
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def push_cast(
-    x,
-    dst_rows,
-    segments,
-    call,
-    state,
-    num_tokens,
-    stride,
-    data_region,
-    data_slot_bytes,
-    scale_region,
-    scale_slot_bytes,
-    J: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DATA_BYTES: tl.constexpr,
-    SEGMENT_ROWS: tl.constexpr,
-    SEGMENT_BYTES: tl.constexpr,
-    SCALE_BYTES: tl.constexpr,
-    GROUP_BYTES: tl.constexpr,
-    WORD: tl.constexpr,
-    SCALES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    POW2: tl.constexpr,
-    EXPONENTS: tl.constexpr,
-):
-    """Casts each row ``x [T, H]`` and writes data and scales to all its places, in the slots that the peers named.
+@triton.jit
+def cast_rows(x, stride, call, dst_rows, num_tokens, segments, arrivals, cast, places):
+    """A program's share of rows ``x [T, H]``: cast, data and scales written to all places of each row; see ``Cast``.
 
-    Args:
-        BLOCK: values per scale.
-        DATA_BYTES, SCALE_BYTES: between rows there; for SEGMENT_ROWS, SEGMENT_BYTES see ``scale_offset``.
-        GROUP_BYTES: between the scales of a row there, of which WORD lie side by side.
-        SCALES: scales of a row there, padding included.
-        GROUPS: blocks of one piece, a power of two.
-        POW2: round scales up to powers of two; EXPONENTS: store their biased exponents.
+    Constants of ``Cast``: J, STAGED as in ``Copied``; BLOCK: values per scale; ROW_BYTES: between rows there; SCALES:
+    scales of a row there, padding included, of which WORD lie side by side; GROUPS: blocks of a piece, a power of two;
+    POW2: round scales up to powers of two; EXPONENTS: store their biased exponents.
     """
+    H: tl.constexpr = cast.H
+    BLOCK: tl.constexpr = cast.BLOCK
+    SCALES: tl.constexpr = cast.SCALES
+    GROUPS: tl.constexpr = cast.GROUPS
+    J: tl.constexpr = cast.J
     G: tl.constexpr = H // BLOCK
     PIECES: tl.constexpr = (SCALES + GROUPS - 1) // GROUPS
-    SCALE_TYPE: tl.constexpr = tl.uint8 if EXPONENTS else tl.float32
-    SCALE_SIZE: tl.constexpr = 1 if EXPONENTS else 4
+    SCALE_TYPE: tl.constexpr = tl.uint8 if cast.EXPONENTS else tl.float32
+    SCALE_SIZE: tl.constexpr = 1 if cast.EXPONENTS else 4
     within = tl.arange(0, triton.next_power_of_2(BLOCK))
-    if is_ok(state):
-        for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
-            token = i // PIECES
-            group = i % PIECES * GROUPS + tl.arange(0, GROUPS)
-            at = group[:, None] * BLOCK + within[None, :]
-            is_value = (group < G)[:, None] & (within < BLOCK)[None, :]
-            value = tl.load(x + as_int64(token) * stride + at, mask=is_value, other=0.0)
-            data, stored = cast_blocks(value, POW2, EXPONENTS)
-            stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
-            behind = group_offset(group, GROUP_BYTES, WORD, SCALE_SIZE)
-            for j in tl.static_range(J):  # without branches, as push_rows
-                dst_row = tl.load(dst_rows + token * J + j)
-                peer, row = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0), dst_row & ROW_MASK
-                slot, base = slot_of(call, peer), tl.load(segments + peer)
-                there = base + data_region + slot * data_slot_bytes + row * DATA_BYTES
-                there = there.to(tl.pointer_type(tl.uint8), bitcast=True)
-                if DATA_BYTES % 16 == 0:
-                    there = tl.multiple_of(there, 16)
-                tl.store(there + at, data, mask=is_value & (dst_row >= 0))
-                scales = base + scale_region + slot * scale_slot_bytes
-                scales += scale_offset(row, SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES)
-                scales = scales.to(tl.pointer_type(SCALE_TYPE), bitcast=True)
-                tl.store(scales + behind, stored, mask=(group < SCALES) & (dst_row >= 0))
+    for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
+        token = i // PIECES
+        group = i % PIECES * GROUPS + tl.arange(0, GROUPS)
+        at = group[:, None] * BLOCK + within[None, :]
+        is_value = (group < G)[:, None] & (within < BLOCK)[None, :]
+        value = tl.load(x + as_int64(token) * stride + at, mask=is_value, other=0.0)
+        data, stored = cast_blocks(value, cast.POW2, cast.EXPONENTS)
+        stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
+        behind = group_offset(group, places.GROUP_BYTES, cast.WORD, SCALE_SIZE)
+        for j in tl.static_range(J):  # without branches, as ``copy_words``
+            dst_row = tl.load(dst_rows + token * J + j)
+            peer, row = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0), dst_row & ROW_MASK
+            slot, base = slot_of(call, peer), tl.load(segments + peer)
+            there = pointers(region_at(base, arrivals.rows, slot) + row * cast.ROW_BYTES, tl.uint8)
+            if cast.ROW_BYTES % 16 == 0:
+                there = tl.multiple_of(there, 16)
+            tl.store(there + at, data, mask=is_value & (dst_row >= 0))
+            to_scales = region_at(base, arrivals.scales, slot)
+            to_scales += scale_offset(row, places.SEGMENT_ROWS, places.SEGMENT_BYTES, places.ROW_BYTES)
+            tl.store(pointers(to_scales, SCALE_TYPE) + behind, stored, mask=(group < SCALES) & (dst_row >= 0))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "rank", "max_polls", "carries"])
+def push_cast(
+    x,
+    plan,
+    call,
+    num_tokens,
+    rank,
+    max_polls: tl.int64,
+    carries,
+    weights,
+    extras,
+    stride,
+    own,
+    arrivals,
+    how,
+):
+    """Casts each row ``x [T, H]`` and writes data and scales to all its places; otherwise as ``rows.push_rows``."""
+    tables = tables_of(plan, num_tokens, own.sizes)
+    if is_ok(own.state):
+        dst_rows = tables.pair_dst_rows if how.cast.STAGED else tables.dst_rows
+        cast_rows(x, stride, call, dst_rows, num_tokens, own.segments, arrivals, how.cast, how.places)
+        push_beside(call, tables, num_tokens, rank, carries, weights, extras, own, arrivals, how.beside)
+    end_call(own, call, tables.tokens, rank, max_polls, how.ends)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossdock.backends.cuda.kernels.rows import as_int64
+from crossdock.backends.cuda.kernels.metadata import as_int64
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.cast import E4M3_NAN
-from crossdock.backends.cuda.kernels.rows import as_int64
+from crossdock.backends.cuda.kernels.metadata import as_int64
 from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
 
 E4M3_SHIFT = tl.constexpr(23 - 3)

@@ -11,164 +11,192 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
-from crossdock.backends.cuda.kernels.plan import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.calls import end_call, is_ok, slot_of
+from crossdock.backends.cuda.kernels.metadata import (
+    as_int64,
+    pointers,
+    push_metadata,
+    region_at,
+    row_at,
+    zero_gaps,
+)
+from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.plan import NUM_PAIRS, NUM_ROWS
+from crossdock.backends.cuda.kernels.scales import copy_scales, expand_scales
+from crossdock.backends.cuda.kernels.tables import tables_of
 
 
 @triton.jit
-def as_int64(index):
-    """An index as int64, so that its product with a row's size does not wrap around."""
-    return tl.zeros([], tl.int64) + index
-
-
-@triton.jit
-def row_at(address, row, like, ROW_BYTES: tl.constexpr):
-    """A pointer of the type of ``like`` to a row behind an address (int64, a multiple of 16 bytes)."""
-    at = (address + row.to(tl.int64) * ROW_BYTES).to(like.dtype, bitcast=True)
-    if ROW_BYTES % 16 == 0:  # of an address from a table the compiler does not know
-        at = tl.multiple_of(at, 16)
-    return at
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def push_rows(
-    x,
-    dst_rows,
-    segments,
-    call,
-    state,
-    num_tokens,
-    stride,
-    region,
-    slot_bytes,
-    J: tl.constexpr,
-    ROW: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    PIECE: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """Writes each row ``x [T, ROW]`` to all its places, in the slot that each peer named.
+def copy_words(x, stride, call, dst_rows, num_tokens, segments, region, rows):
+    """A program's share of the words of rows ``x [T, ROW]``: to all places of each row, in the slots that peers named.
 
     Without branches, so that the addresses of all places are on their way at once.
 
     Args:
         stride: words between rows of x.
-        region, slot_bytes: where in a segment the rows of slot 0 begin, and bytes of a slot.
-        ROW_BYTES: between rows there; at least those of ROW words.
-        TOKENS: whose pieces a program moves at a time.
     """
+    ROW: tl.constexpr = rows.ROW
+    PIECE: tl.constexpr = rows.PIECE
+    TOKENS: tl.constexpr = rows.TOKENS
+    J: tl.constexpr = rows.J
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
-    if is_ok(state):
-        for i in range(tl.program_id(0), (num_tokens + TOKENS - 1) // TOKENS * PIECES, tl.num_programs(0)):
-            token = i // PIECES * TOKENS + tl.arange(0, TOKENS)
-            at = i % PIECES * PIECE + tl.arange(0, PIECE)
-            is_word = (token < num_tokens)[:, None] & (at < ROW)[None, :]
-            row = tl.load(x + token.to(tl.int64)[:, None] * stride + at[None, :], mask=is_word)
-            for j in tl.static_range(J):
-                dst_row = tl.load(dst_rows + token * J + j, mask=token < num_tokens, other=-1)
-                peer = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0)
-                there = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
-                there = row_at(there, dst_row & ROW_MASK, x, ROW_BYTES)[:, None]
-                tl.store(there + at[None, :], row, mask=is_word & (dst_row >= 0)[:, None])
+    for i in range(tl.program_id(0), (num_tokens + TOKENS - 1) // TOKENS * PIECES, tl.num_programs(0)):
+        token = i // PIECES * TOKENS + tl.arange(0, TOKENS)
+        at = i % PIECES * PIECE + tl.arange(0, PIECE)
+        is_word = (token < num_tokens)[:, None] & (at < ROW)[None, :]
+        row = tl.load(x + token.to(tl.int64)[:, None] * stride + at[None, :], mask=is_word)
+        for j in tl.static_range(J):
+            dst_row = tl.load(dst_rows + token * J + j, mask=token < num_tokens, other=-1)
+            peer = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0)
+            there = region_at(tl.load(segments + peer), region, slot_of(call, peer))
+            there = row_at(there, dst_row & ROW_MASK, x, rows.ROW_BYTES)[:, None]
+            tl.store(there + at[None, :], row, mask=is_word & (dst_row >= 0)[:, None])
+
+
+@triton.jit
+def push_beside(call, tables, num_tokens, rank, carries, weights, extras, own, arrivals, beside):
+    """A program's share of what else a dispatch on a plan sends: metadata, where it sends any, and zeros in gaps."""
+    if beside.TOKENS > 0:
+        TOKENS: tl.constexpr = beside.TOKENS
+        push_metadata(
+            call, tables, tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS, carries, weights, extras,
+            rank * own.max_tokens, own.segments, arrivals, own.sizes, beside, TOKENS,
+        )  # fmt: skip
+    zero_gaps(call, tables, rank, own.segments, arrivals, own.sizes, beside)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "rank", "max_polls", "carries"])
+def push_rows(
+    x,
+    scale,
+    plan,
+    call,
+    num_tokens,
+    rank,
+    max_polls: tl.int64,
+    carries,
+    weights,
+    extras,
+    strides,
+    own,
+    arrivals,
+    how,
+):
+    """Writes each row ``x [T, ROW]``, and its scales ``[T, SCALES]``, to all its places; see ``copy_words``.
+
+    Each program has its share of rows, then of scales, then of what is beside them. The last one ends the call.
+    """
+    tables = tables_of(plan, num_tokens, own.sizes)
+    if is_ok(own.state):
+        dst_rows = tables.pair_dst_rows if how.rows.STAGED else tables.dst_rows
+        words = x.to(tl.pointer_type(how.rows.WORD), bitcast=True)
+        copy_words(words, strides.rows, call, dst_rows, num_tokens, own.segments, arrivals.rows, how.rows)
+        if how.scales.SCALES > 0:
+            copy_scales(
+                scale, strides, call, dst_rows, num_tokens, own.segments, arrivals.scales, how.rows.J, how.scales,
+                how.places,
+            )  # fmt: skip
+        push_beside(call, tables, num_tokens, rank, carries, weights, extras, own, arrivals, how.beside)
+    end_call(own, call, tables.tokens, rank, max_polls, how.ends)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "rank", "carries"])
+def send_beside(plan, call, num_tokens, rank, carries, weights, extras, own, arrivals, beside):
+    """What travels beside rows that are copied without a kernel, of a dispatch on a plan; see ``push_beside``."""
+    if is_ok(own.state):
+        tables = tables_of(plan, num_tokens, own.sizes)
+        push_beside(call, tables, num_tokens, rank, carries, weights, extras, own, arrivals, beside)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def pack_rows(
-    x,
-    dst_rows,
-    return_rows,
-    packed,
-    state,
-    num_tokens,
-    stride,
-    J: tl.constexpr,
-    ROW: tl.constexpr,
-    PIECE: tl.constexpr,
-):
+def pack_rows(x, packed, plan, num_tokens, strides, own, rows):
     """Copies each row ``x [T, ROW]`` to its places in the order in which this rank sends, ``packed [Q, ROW]``."""
+    ROW: tl.constexpr = rows.ROW
+    PIECE: tl.constexpr = rows.PIECE
+    J: tl.constexpr = rows.J
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
-    if is_ok(state):
+    tables = tables_of(plan, num_tokens, own.sizes)
+    x, packed = x.to(tl.pointer_type(rows.WORD), bitcast=True), packed.to(tl.pointer_type(rows.WORD), bitcast=True)
+    if is_ok(own.state):
         for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
             token = i // PIECES
             at = i % PIECES * PIECE + tl.arange(0, PIECE)
-            row = tl.load(x + as_int64(token) * stride + at, mask=at < ROW)
+            row = tl.load(x + as_int64(token) * strides.rows + at, mask=at < ROW)
             for j in tl.static_range(J):
-                if tl.load(dst_rows + token * J + j) >= 0:
-                    return_row = tl.load(return_rows + token * J + j).to(tl.int64)
+                if tl.load(tables.dst_rows + token * J + j) >= 0:
+                    return_row = tl.load(tables.return_rows + token * J + j).to(tl.int64)
                     tl.store(packed + return_row * ROW + at, row, mask=at < ROW)
 
 
-@triton.jit
-def return_rows_to(
-    y,
-    src_rows,
-    scalars,
-    segments,
-    call,
-    state,
-    stride,
-    region,
-    slot_bytes,
-    NUM: tl.constexpr,
-    ROW: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    PIECE: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["num_tokens", "rank", "max_polls"])
+def return_rows_to(y, plan, call, num_tokens, rank, max_polls: tl.int64, stride, own, returns, scratch, how):
     """Writes each row of ``y [R, ROW]`` that came from somewhere back there, into the slot that the peer named.
 
-    Args:
-        NUM: which of the scalars is R.
+    Behind ``begin_return``, which has found out where rows are from. The last program ends the call.
     """
+    ROW: tl.constexpr = how.ROW
+    PIECE: tl.constexpr = how.PIECE
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
-    if is_ok(state):
-        for i in range(tl.program_id(0), tl.load(scalars + NUM) * PIECES, tl.num_programs(0)):
-            src_row = tl.load(src_rows + i // PIECES)
+    tables = tables_of(plan, num_tokens, own.sizes)
+    words = y.to(tl.pointer_type(how.WORD), bitcast=True)
+    if is_ok(own.state):
+        for i in range(tl.program_id(0), tl.load(tables.scalars + NUM_ROWS) * PIECES, tl.num_programs(0)):
+            src_row = tl.load(scratch.src_rows + i // PIECES)
             if src_row >= 0:
                 at = i % PIECES * PIECE + tl.arange(0, PIECE)
-                row = tl.load(y + as_int64(i // PIECES) * stride + at, mask=at < ROW)
+                row = tl.load(words + as_int64(i // PIECES) * stride + at, mask=at < ROW)
                 peer = src_row >> ROW_BITS
-                there = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
-                tl.store(row_at(there, src_row & ROW_MASK, y, ROW_BYTES) + at, row, mask=at < ROW)
+                there = region_at(tl.load(own.segments + peer), returns.returned, slot_of(call, peer))
+                tl.store(row_at(there, src_row & ROW_MASK, words, how.ROW_BYTES) + at, row, mask=at < ROW)
+    end_call(own, call, tables.tokens, rank, max_polls, how.ends)
 
 
-@triton.jit
-def expand_rows(
-    staged,
-    rows,
-    partial_rows,
-    scalars,
-    state,
-    staged_stride,
-    NUM: tl.constexpr,
-    K: tl.constexpr,
-    ROW: tl.constexpr,
-    PIECE: tl.constexpr,
-):
-    """Copies each staged row, one for all picks of its token here, to the places of those picks in ``rows [R, ROW]``.
+@triton.jit(do_not_specialize=["num_tokens", "rank"])
+def expand_rows(plan, call, num_tokens, rank, own, staged, arrivals, how):
+    """Copies each staged row, one for all picks of its token here, to the places of those picks; and its scales.
+
+    Behind the end of the call's wait. Which rows are a token's has come with them, and is kept in the plan first.
 
     Args:
-        staged_stride: words between staged rows.
-        partial_rows: int32 ``[pairs, K]``, dst_rows, -1 for picks of other ranks.
+        staged, arrivals: where rows and their scales are staged, and where they belong.
     """
+    K: tl.constexpr = own.sizes.K
+    ROW: tl.constexpr = how.rows.ROW
+    PIECE: tl.constexpr = how.rows.PIECE
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
-    if is_ok(state):
-        for i in range(tl.program_id(0), tl.load(scalars + NUM) * PIECES, tl.num_programs(0)):
-            pair = i // PIECES
-            at = i % PIECES * PIECE + tl.arange(0, PIECE)
-            row = tl.load(staged + as_int64(pair) * staged_stride + at, mask=at < ROW)
-            for k in tl.static_range(K):
-                there = tl.load(partial_rows + pair * K + k)
-                if there >= 0:
-                    tl.store(rows + there.to(tl.int64) * ROW + at, row, mask=at < ROW)
-
-
-@triton.jit
-def zero_gaps(rows, incoming, starts, state, P: tl.constexpr, N: tl.constexpr, ROW: tl.constexpr, PIECE: tl.constexpr):
-    """Zeroes the rows that alignment leaves behind the last row of each segment. Grid: segments, pieces of a row."""
-    segment = tl.program_id(0)
-    at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
-    last = incoming + segment * P + P - 1
-    zero = tl.zeros([PIECE], rows.dtype.element_ty)
-    if is_ok(state):
-        for i in range(tl.load(last) + tl.load(last + N * P), tl.load(starts + segment + 1)):
-            tl.store(rows + as_int64(i) * ROW + at, zero, mask=at < ROW)
+    tables = tables_of(plan, num_tokens, own.sizes)
+    if is_ok(own.state):
+        num_pairs = tl.load(tables.scalars + NUM_PAIRS)
+        segment, slot = tl.load(own.segments + rank), slot_of(call, rank)
+        came = tables.partial_rows
+        if how.KEEPS:
+            came = pointers(region_at(segment, arrivals.partial_rows, slot), tl.int32)
+            KEPT: tl.constexpr = 1024
+            for first in range(tl.program_id(0) * KEPT, num_pairs * K, tl.num_programs(0) * KEPT):
+                at = first + tl.arange(0, KEPT)
+                is_there = at < num_pairs * K
+                tl.store(tables.partial_rows + at, tl.load(came + at, mask=is_there), mask=is_there)
+        zero_gaps(call, tables, rank, own.segments, arrivals, own.sizes, how.beside)
+        if how.rows.STAGED:
+            here = pointers(region_at(segment, staged.rows, slot), how.rows.WORD)
+            rows = pointers(region_at(segment, arrivals.rows, slot), how.rows.WORD)
+            STAGED_ROW: tl.constexpr = how.STAGED_BYTES // (how.rows.ROW_BYTES // ROW)
+            for i in range(tl.program_id(0), num_pairs * PIECES, tl.num_programs(0)):
+                pair = i // PIECES
+                at = i % PIECES * PIECE + tl.arange(0, PIECE)
+                from_row = here + as_int64(pair) * STAGED_ROW
+                if how.STAGED_BYTES % 16 == 0:
+                    from_row = tl.multiple_of(from_row, 16)
+                row = tl.load(from_row + at, mask=at < ROW)
+                for k in tl.static_range(K):
+                    there = tl.load(came + pair * K + k)
+                    if there >= 0:
+                        to_row = rows + there.to(tl.int64) * ROW
+                        if how.rows.ROW_BYTES % 16 == 0:
+                            to_row = tl.multiple_of(to_row, 16)
+                        tl.store(to_row + at, row, mask=at < ROW)
+            if how.scales.SCALES > 0:
+                expand_scales(
+                    region_at(segment, staged.scales, slot), region_at(segment, arrivals.scales, slot), came, num_pairs,
+                    how.STAGED_BYTES, own.sizes, how.scales, how.places,
+                )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Scales to where ``crossdock.scales.ScaleLayout`` wants them: at peers, from staged rows, and zeros. Triton only.
+"""Scales to where ``crossdock.scales.ScaleLayout`` wants them: at peers, and from staged rows. Triton only.
 
 A scale is a word of 4 bytes, or one byte. Neighbours of a row need not be neighbours there, so words are stored one by
 one; rows are taken as many at a time as make the lanes of a program busy.
@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossdock.backends.cuda.kernels.calls import is_ok, slot_of
-from crossdock.backends.cuda.kernels.plan import ROW_BITS, ROW_MASK
+from crossdock.backends.cuda.kernels.calls import slot_of
+from crossdock.backends.cuda.kernels.metadata import pointers, region_at
+from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
 
 
 @triton.jit
@@ -44,120 +45,56 @@ def group_offset(group, GROUP_BYTES: tl.constexpr, WORD: tl.constexpr, SIZE: tl.
     return offset
 
 
-@triton.jit(do_not_specialize=["num_tokens", "row_stride", "group_stride"])
-def push_scales(
-    scale,
-    dst_rows,
-    segments,
-    call,
-    state,
-    num_tokens,
-    row_stride,
-    group_stride,
-    region,
-    slot_bytes,
-    J: tl.constexpr,
-    SCALES: tl.constexpr,
-    SIZE: tl.constexpr,
-    SEGMENT_ROWS: tl.constexpr,
-    SEGMENT_BYTES: tl.constexpr,
-    SCALE_BYTES: tl.constexpr,
-    GROUP_BYTES: tl.constexpr,
-    PIECE: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """Writes the scales ``[T, SCALES]`` of each row to all its places, in the slot that each peer named.
+@triton.jit
+def copy_scales(scale, strides, call, dst_rows, num_tokens, segments, region, J: tl.constexpr, scales, places):
+    """A program's share of the scales ``[T, SCALES]`` of rows: to all places of each, in the slots that peers named.
 
     Args:
-        row_stride, group_stride: of what is given, in words; any.
-        region, slot_bytes: where in a segment the scales of slot 0 begin, and bytes of a slot.
-        SIZE: bytes of a word.
-        SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES: see ``scale_offset``.
-        GROUP_BYTES: between the words of a row there.
-        TOKENS, PIECE: tokens, and words of each, that a program moves at a time.
+        strides: of what is given, any.
     """
+    SCALES: tl.constexpr = scales.SCALES
+    PIECE: tl.constexpr = scales.PIECE
+    TOKENS: tl.constexpr = scales.TOKENS
     PIECES: tl.constexpr = (SCALES + PIECE - 1) // PIECE
-    if is_ok(state):
-        for i in range(tl.program_id(0), (num_tokens + TOKENS - 1) // TOKENS * PIECES, tl.num_programs(0)):
-            token = i // PIECES * TOKENS + tl.arange(0, TOKENS)
-            group = (i % PIECES * PIECE + tl.arange(0, PIECE))[None, :]
-            is_scale = (token < num_tokens)[:, None] & (group < SCALES)
-            at = token.to(tl.int64)[:, None] * row_stride + group.to(tl.int64) * group_stride
-            word = tl.load(scale + at, mask=is_scale)
-            behind = group_offset(group, GROUP_BYTES, 1, SIZE)
-            for j in tl.static_range(J):  # without branches, as push_rows
-                dst_row = tl.load(dst_rows + token * J + j, mask=token < num_tokens, other=-1)
-                peer = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0)
-                there = tl.load(segments + peer) + region + slot_of(call, peer) * slot_bytes
-                there += scale_offset(dst_row & ROW_MASK, SEGMENT_ROWS, SEGMENT_BYTES, SCALE_BYTES)
-                there = there.to(scale.dtype, bitcast=True)[:, None]
-                tl.store(there + behind, word, mask=is_scale & (dst_row >= 0)[:, None])
+    scale = scale.to(tl.pointer_type(scales.WORD), bitcast=True)
+    for i in range(tl.program_id(0), (num_tokens + TOKENS - 1) // TOKENS * PIECES, tl.num_programs(0)):
+        token = i // PIECES * TOKENS + tl.arange(0, TOKENS)
+        group = (i % PIECES * PIECE + tl.arange(0, PIECE))[None, :]
+        is_scale = (token < num_tokens)[:, None] & (group < SCALES)
+        at = token.to(tl.int64)[:, None] * strides.scales + group.to(tl.int64) * strides.groups
+        word = tl.load(scale + at, mask=is_scale)
+        behind = group_offset(group, places.GROUP_BYTES, 1, scales.SIZE)
+        for j in tl.static_range(J):  # without branches, as ``copy_words``
+            dst_row = tl.load(dst_rows + token * J + j, mask=token < num_tokens, other=-1)
+            peer = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0)
+            there = region_at(tl.load(segments + peer), region, slot_of(call, peer))
+            there += scale_offset(dst_row & ROW_MASK, places.SEGMENT_ROWS, places.SEGMENT_BYTES, places.ROW_BYTES)
+            there = pointers(there, scales.WORD)[:, None]
+            tl.store(there + behind, word, mask=is_scale & (dst_row >= 0)[:, None])
 
 
 @triton.jit
-def expand_scales(
-    staged,
-    scales,
-    partial_rows,
-    scalars,
-    state,
-    staged_stride,
-    NUM: tl.constexpr,
-    K: tl.constexpr,
-    SCALES: tl.constexpr,
-    SEGMENT_ROWS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    ROW: tl.constexpr,
-    GROUP: tl.constexpr,
-    PIECE: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
-    """Copies the scales of each staged row to the places of its token's picks here.
+def expand_scales(from_address, to_address, partial_rows, num_pairs, STAGED_BYTES: tl.constexpr, sizes, scales, places):
+    """A program's share of the scales of staged rows: to the places of their tokens' picks here.
 
     Args:
-        staged: words; ``staged_stride`` of them between staged rows.
+        from_address, to_address: int64, where scales of the first staged row, and scales here begin.
         partial_rows: int32 ``[pairs, K]``, dst_rows, -1 for picks of other ranks.
-        SEGMENT, ROW, GROUP: words between segments, rows, and the words of a row in ``scales``.
-        PAIRS, PIECE: staged rows, and words of each, that a program copies at a time.
     """
+    K: tl.constexpr = sizes.K
+    SCALES: tl.constexpr = scales.SCALES
+    SIZE: tl.constexpr = scales.SIZE
+    PIECE: tl.constexpr = scales.PIECE
+    PAIRS: tl.constexpr = scales.TOKENS
     PIECES: tl.constexpr = (SCALES + PIECE - 1) // PIECE
-    if is_ok(state):
-        num_pairs = tl.load(scalars + NUM)
-        for i in range(tl.program_id(0), (num_pairs + PAIRS - 1) // PAIRS * PIECES, tl.num_programs(0)):
-            pair = i // PIECES * PAIRS + tl.arange(0, PAIRS)
-            group = (i % PIECES * PIECE + tl.arange(0, PIECE))[None, :]
-            is_scale = (pair < num_pairs)[:, None] & (group < SCALES)
-            word = tl.load(staged + pair.to(tl.int64)[:, None] * staged_stride + group, mask=is_scale)
-            behind = group.to(tl.int64) * GROUP
-            for k in tl.static_range(K):
-                row = tl.load(partial_rows + pair.to(tl.int64) * K + k, mask=pair < num_pairs, other=-1)
-                there = scales + scale_offset(row, SEGMENT_ROWS, SEGMENT, ROW)[:, None]
-                tl.store(there + behind, word, mask=is_scale & (row >= 0)[:, None])
-
-
-@triton.jit
-def zero_scale_gaps(
-    scales,
-    incoming,
-    starts,
-    state,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    SCALES: tl.constexpr,
-    GROUP: tl.constexpr,
-    PIECE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Zeroes the scales of rows that alignment leaves behind the last row of each segment, where rows lie side by side.
-
-    Grid: segments, pieces of SCALES. ROWS of them at a time; GROUP words lie between the words of a row.
-    """
-    segment = tl.program_id(0)
-    group = (tl.program_id(1) * PIECE + tl.arange(0, PIECE))[:, None]
-    last = incoming + segment * P + P - 1
-    zero = tl.zeros([PIECE, ROWS], scales.dtype.element_ty)
-    if is_ok(state):
-        end = tl.load(starts + segment + 1)
-        for first in range(tl.load(last) + tl.load(last + N * P), end, ROWS):
-            row = (first + tl.arange(0, ROWS))[None, :]
-            tl.store(scales + group.to(tl.int64) * GROUP + row, zero, mask=(group < SCALES) & (row < end))
+    staged, to_scales = pointers(from_address, scales.WORD), pointers(to_address, scales.WORD)
+    for i in range(tl.program_id(0), (num_pairs + PAIRS - 1) // PAIRS * PIECES, tl.num_programs(0)):
+        pair = i // PIECES * PAIRS + tl.arange(0, PAIRS)
+        group = (i % PIECES * PIECE + tl.arange(0, PIECE))[None, :]
+        is_scale = (pair < num_pairs)[:, None] & (group < SCALES)
+        word = tl.load(staged + pair.to(tl.int64)[:, None] * (STAGED_BYTES // SIZE) + group, mask=is_scale)
+        behind = group.to(tl.int64) * (places.GROUP_BYTES // SIZE)
+        for k in tl.static_range(K):
+            row = tl.load(partial_rows + pair.to(tl.int64) * K + k, mask=pair < num_pairs, other=-1)
+            there = scale_offset(row, places.SEGMENT_ROWS, places.SEGMENT_BYTES // SIZE, places.ROW_BYTES // SIZE)
+            tl.store((to_scales + there)[:, None] + behind, word, mask=is_scale & (row >= 0)[:, None])

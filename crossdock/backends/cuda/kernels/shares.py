@@ -10,15 +10,13 @@ Letters: T tokens here, K top-k, E experts, L local experts, P ranks, H hidden, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-from crossdock.backends.cuda.kernels.calls import slot_of
+from crossdock.backends.cuda.kernels.calls import GO_FLAG, REFUSED, slot_of
 from crossdock.backends.cuda.kernels.cast import cast_blocks
-from crossdock.backends.cuda.kernels.plan import ROW_BITS, has_bad_picks, nth_of_key, picks_at
-from crossdock.backends.cuda.kernels.rows import as_int64
+from crossdock.backends.cuda.kernels.metadata import as_int64, pointers, region_at
+from crossdock.backends.cuda.kernels.picks import ROW_BITS, has_bad_picks, nth_of_key, picks_at
 from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
 from crossdock.backends.cuda.kernels.sync import GO, NOTHING, await_go
 
@@ -28,71 +26,6 @@ _PLACED = tl.constexpr(32)
 """Picks for which a program works out places at a time, or those of one token."""
 _AT_ONCE = tl.constexpr(8)
 """Copies of a piece whose addresses a program has at a time."""
-
-
-class Given(NamedTuple):
-    """What is sent: see ``dispatch_rows``."""
-
-    num_tokens: tl.tensor
-    topk_idx: tl.tensor
-    weights: tl.tensor
-    has_weights: tl.tensor
-    x: tl.tensor
-    x_stride: tl.tensor
-    rows: tl.tensor
-    stride: tl.tensor
-    scales: tl.tensor
-    scale_stride: tl.tensor
-    source: tl.tensor
-
-
-class Tables(NamedTuple):
-    """Where rows go: what the coordinator works out, the plan's, and scratch of shares. See ``dispatch_rows``."""
-
-    send_starts: tl.tensor
-    dst_rows: tl.tensor
-    return_rows: tl.tensor
-    picks: tl.tensor
-    nths: tl.tensor
-    to_rows: tl.tensor
-    to_scales: tl.tensor
-    scratch_counts: tl.tensor
-
-
-class Regions(NamedTuple):
-    """Where in each peer's segment rows, scales and metadata land: regions, and bytes of their slots."""
-
-    data: tl.tensor
-    data_slot_bytes: tl.tensor
-    scale: tl.tensor
-    scale_slot_bytes: tl.tensor
-    metadata: tl.tensor
-    metadata_slot_bytes: tl.tensor
-
-
-class Sizes(NamedTuple):
-    """Constants of a dispatch: see ``dispatch_rows``."""
-
-    E: tl.constexpr
-    L: tl.constexpr
-    K: tl.constexpr
-    ROW: tl.constexpr
-    PIECE: tl.constexpr
-    PIECES: tl.constexpr
-    ROW_BYTES: tl.constexpr
-    BLOCK: tl.constexpr
-    SCALES: tl.constexpr
-    SCALE_PIECE: tl.constexpr
-    SEGMENT_ROWS: tl.constexpr
-    SEGMENT_BYTES: tl.constexpr
-    SCALE_BYTES: tl.constexpr
-    GROUP_BYTES: tl.constexpr
-    SCALES_OF_WORD: tl.constexpr
-    POW2: tl.constexpr
-    EXPONENTS: tl.constexpr
-    STAGES: tl.constexpr
-    METADATA_WORDS: tl.constexpr
-    CROWDED: tl.constexpr
 
 
 @triton.jit
@@ -109,35 +42,35 @@ def count_picks(topk_idx, num_picks, E: tl.constexpr):
 
 
 @triton.jit
-def cast_share(given, first_piece, last_piece, sizes):
+def cast_share(given, first_piece, last_piece, how):
     """Casts pieces of rows, each of so many blocks, to where the program's copies begin: bytes, and their scales.
 
     Loads run STAGES - 1 pieces ahead: one in flight is less than it takes to read at full speed.
     """
-    BLOCK: tl.constexpr = sizes.BLOCK
-    H: tl.constexpr = sizes.ROW_BYTES
+    BLOCK: tl.constexpr = how.BLOCK
+    H: tl.constexpr = how.ROW_BYTES
     within = tl.arange(0, triton.next_power_of_2(BLOCK))
     data, scales = given.rows.to(tl.pointer_type(tl.uint8), bitcast=True), given.scales
-    for i in tl.range(first_piece, last_piece, num_stages=sizes.STAGES):
-        token, block = i // sizes.PIECES, i % sizes.PIECES * sizes.SCALE_PIECE + tl.arange(0, sizes.SCALE_PIECE)
+    for i in tl.range(first_piece, last_piece, num_stages=how.STAGES):
+        token, block = i // how.PIECES, i % how.PIECES * how.SCALE_PIECE + tl.arange(0, how.SCALE_PIECE)
         at = block[:, None] * BLOCK + within[None, :]
         is_value = (block < H // BLOCK)[:, None] & (within < BLOCK)[None, :]
         value = tl.load(given.x + as_int64(token) * given.x_stride + at, mask=is_value, other=0.0)
-        bytes_of, scale = cast_blocks(value, sizes.POW2, sizes.EXPONENTS)
+        bytes_of, scale = cast_blocks(value, how.POW2, how.EXPONENTS)
         tl.store(data + token * H + at, bytes_of, mask=is_value)
         scale = tl.where(block < H // BLOCK, scale, 0).to(scales.dtype.element_ty)
-        tl.store(scales + token * sizes.SCALES + block, scale, mask=block < sizes.SCALES)
+        tl.store(scales + token * how.SCALES + block, scale, mask=block < how.SCALES)
 
 
 @triton.jit
-def count_share(given, tables, refused, room, first_token, last_token, sizes):
+def count_share(given, tables, shares, flags, room, first_token, last_token, sizes):
     """Of each pick of some tokens, how many of all that come before are of its expert; and keeps the picks.
 
     Args:
-        refused: becomes 1 where a pick is not allowed.
+        flags: REFUSED becomes 1 where a pick is not allowed.
         room: int32 ``[E]`` of the program's own, in which it counts: in registers that takes hundreds of instructions.
     """
-    E: tl.constexpr = sizes.E
+    E: tl.constexpr = sizes.L * sizes.P
     K: tl.constexpr = sizes.K
     KP: tl.constexpr = triton.next_power_of_2(K)
     PLACED: tl.constexpr = max(KP, _PLACED)
@@ -160,10 +93,10 @@ def count_share(given, tables, refused, room, first_token, last_token, sizes):
         is_pick = (expert >= 0) & (expert < E)
         nth = nth_of_key(expert, is_pick, E)
         if has_bad_picks(expert, E, PLACED // KP):
-            tl.store(refused, 1)
+            tl.store(flags + REFUSED, 1)
         tl.debug_barrier()  # all are counted
         before = tl.atomic_add(room + expert, tl.zeros_like(expert), mask=is_pick, sem="relaxed", scope="gpu")
-        tl.store(tables.nths + at, nth + tl.where(is_pick, before, 0), mask=is_here)
+        tl.store(shares.nths + at, nth + tl.where(is_pick, before, 0), mask=is_here)
 
 
 @triton.jit
@@ -172,19 +105,22 @@ def address_share(
     call,
     given,
     tables,
-    regions,
+    shares,
+    arrivals,
     first_token,
     last_token,
     first_owned,
     goes,
     sizes,
+    places,
+    how,
 ):
     """Works out where the rows of some tokens go: their addresses, for all warps of the program to see.
 
     Of the tokens from ``first_owned`` on, whose first piece is the program's, it also writes places, return_rows and
     metadata.
     """
-    E: tl.constexpr = sizes.E
+    E: tl.constexpr = sizes.L * sizes.P
     K: tl.constexpr = sizes.K
     KP: tl.constexpr = triton.next_power_of_2(K)
     PLACED: tl.constexpr = max(KP, _PLACED)
@@ -194,29 +130,24 @@ def address_share(
         at = token * K + i % KP
         is_here = (at < last_token * K) & (i % KP < K)
         expert = picks_at(tables.picks + at, is_here)
-        nth = tl.load(tables.nths + at, mask=is_here, other=0)
+        nth = tl.load(shares.nths + at, mask=is_here, other=0)
         is_row = (expert >= 0) & (expert < E) & goes
-        row = tl.load(tables.send_starts + expert, mask=is_row, other=0) + nth
-        return_row = tl.load(tables.send_starts + E + expert, mask=is_row, other=0) + nth
+        row = tl.load(shares.send_starts + expert, mask=is_row, other=0) + nth
+        return_row = tl.load(shares.send_starts + E + expert, mask=is_row, other=0) + nth
         peer = tl.where(is_row, expert // sizes.L, 0)
         segment, slot = tl.load(segments + peer), slot_of(call, peer)
-        to_row = segment + regions.data + slot * regions.data_slot_bytes + row.to(tl.int64) * sizes.ROW_BYTES
-        tl.store(tables.to_rows + at, tl.where(is_row, to_row, 0), mask=is_here)
-        if sizes.SCALES > 0:
-            to_scale = segment + regions.scale + slot * regions.scale_slot_bytes
-            to_scale += scale_offset(row, sizes.SEGMENT_ROWS, sizes.SEGMENT_BYTES, sizes.SCALE_BYTES)
-            tl.store(tables.to_scales + at, to_scale, mask=is_here)
+        to_row = region_at(segment, arrivals.rows, slot) + row.to(tl.int64) * how.ROW_BYTES
+        tl.store(shares.to_rows + at, tl.where(is_row, to_row, 0), mask=is_here)
+        if how.SCALES > 0:
+            to_scale = region_at(segment, arrivals.scales, slot)
+            to_scale += scale_offset(row, places.SEGMENT_ROWS, places.SEGMENT_BYTES, places.ROW_BYTES)
+            tl.store(shares.to_scales + at, to_scale, mask=is_here)
         owns = is_here & (token >= first_owned)
         dst_row = (peer.to(tl.int64) << ROW_BITS) | row
         tl.store(tables.dst_rows + at, tl.where(is_row, dst_row, -1), mask=owns)
         tl.store(tables.return_rows + at, tl.where(is_row, return_row, -1), mask=owns)
-        to_metadata = (
-            segment
-            + regions.metadata
-            + slot * regions.metadata_slot_bytes
-            + row.to(tl.int64) * (4 * sizes.METADATA_WORDS)
-        )
-        to_metadata = to_metadata.to(tl.pointer_type(tl.int32), bitcast=True)
+        to_metadata = region_at(segment, arrivals.metadata, slot) + row.to(tl.int64) * (4 * how.METADATA_WORDS)
+        to_metadata = pointers(to_metadata, tl.int32)
         tl.store(to_metadata, given.source + token, mask=owns & is_row)
         if given.has_weights != 0:
             weight = tl.load(given.weights + at, mask=is_here, other=0)
@@ -225,44 +156,43 @@ def address_share(
 
 
 @triton.jit
-def load_piece(given, i, last_piece, sizes):
+def load_piece(given, i, last_piece, how):
     """A piece of a row, ``[next_power_of_2(PIECE)]`` words; 0 where there is none."""
-    lane = tl.arange(0, triton.next_power_of_2(sizes.PIECE))
-    at = i % sizes.PIECES * sizes.PIECE + lane
-    is_there = (lane < sizes.PIECE) & (at < sizes.ROW) & (i < last_piece)
-    return tl.load(given.rows + as_int64(i // sizes.PIECES) * given.stride + at, mask=is_there, other=0)
+    lane = tl.arange(0, triton.next_power_of_2(how.PIECE))
+    at = i % how.PIECES * how.PIECE + lane
+    is_there = (lane < how.PIECE) & (at < how.ROW) & (i < last_piece)
+    return tl.load(given.rows + as_int64(i // how.PIECES) * given.stride + at, mask=is_there, other=0)
 
 
 @triton.jit
-def push_share(given, tables, values, first_piece, last_piece, sizes):
+def push_share(given, shares, values, first_piece, last_piece, K: tl.constexpr, places, how):
     """Writes pieces of rows, the first of which is loaded, and their part of the scales, to where the rows go."""
     rows, scales = given.rows, given.scales
-    K: tl.constexpr = sizes.K
-    SCALES: tl.constexpr = sizes.SCALES
+    SCALES: tl.constexpr = how.SCALES
     SCALE_SIZE: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
-    POLICY: tl.constexpr = "evict_first" if sizes.CROWDED else ""
-    lane = tl.arange(0, triton.next_power_of_2(sizes.PIECE))
+    POLICY: tl.constexpr = "evict_first" if how.CROWDED else ""
+    lane = tl.arange(0, triton.next_power_of_2(how.PIECE))
     for i in range(first_piece, last_piece):
-        token, piece = i // sizes.PIECES, i % sizes.PIECES
-        word = piece * sizes.PIECE + lane
-        is_word = (lane < sizes.PIECE) & (word < sizes.ROW)
-        group = piece * sizes.SCALE_PIECE + tl.arange(0, sizes.SCALE_PIECE)
-        behind = group_offset(group, sizes.GROUP_BYTES, sizes.SCALES_OF_WORD, SCALE_SIZE)
+        token, piece = i // how.PIECES, i % how.PIECES
+        word = piece * how.PIECE + lane
+        is_word = (lane < how.PIECE) & (word < how.ROW)
+        group = piece * how.SCALE_PIECE + tl.arange(0, how.SCALE_PIECE)
+        behind = group_offset(group, places.GROUP_BYTES, how.SCALES_OF_WORD, SCALE_SIZE)
         if SCALES > 0:
             scale = tl.load(scales + as_int64(token) * given.scale_stride + group, mask=group < SCALES)
         now = values
-        values = load_piece(given, i + 1, last_piece, sizes)
+        values = load_piece(given, i + 1, last_piece, how)
         for first in tl.static_range(0, K, _AT_ONCE):
             there = ()  # all addresses before the first store, behind which each would wait for its own
             scales_there = ()
             for k in tl.static_range(first, min(first + _AT_ONCE, K)):
-                to_row = tl.load(tables.to_rows + token * K + k)
+                to_row = tl.load(shares.to_rows + token * K + k)
                 there = there + (to_row,)  # noqa: RUF005 - Triton's compiler knows no unpacking
                 if SCALES > 0:
-                    scales_there = scales_there + (tl.load(tables.to_scales + token * K + k),)  # noqa: RUF005
+                    scales_there = scales_there + (tl.load(shares.to_scales + token * K + k),)  # noqa: RUF005
             for k in tl.static_range(K - first if first + _AT_ONCE > K else _AT_ONCE):
                 to_row = there[k].to(rows.dtype, bitcast=True)
-                if sizes.ROW_BYTES % 16 == 0:
+                if how.ROW_BYTES % 16 == 0:
                     to_row = tl.multiple_of(to_row, 16)
                 tl.store(to_row + word, now, mask=is_word & (there[k] != 0), eviction_policy=POLICY)
                 if SCALES > 0:
@@ -271,28 +201,29 @@ def push_share(given, tables, values, first_piece, last_piece, sizes):
 
 
 @triton.jit
-def send_share(segments, call, go, refused, begins, given, tables, regions, sizes):
+def send_share(own, call, begins, given, tables, shares, arrivals, places, how):
     """A program's share of the rows: pieces one after another, of a few tokens. See ``dispatch_rows``."""
     program, num_programs = tl.program_id(0) - 1, tl.num_programs(0) - 1
-    num_pieces = given.num_tokens * sizes.PIECES
+    num_pieces = given.num_tokens * how.PIECES
     first_piece, last_piece = program * num_pieces // num_programs, (program + 1) * num_pieces // num_programs
-    first_token, last_token = first_piece // sizes.PIECES, (last_piece + sizes.PIECES - 1) // sizes.PIECES
+    first_token, last_token = first_piece // how.PIECES, (last_piece + how.PIECES - 1) // how.PIECES
     decided = tl.full([], 0, tl.int32)
     if begins == 0:  # most often all has been sent
-        decided = await_go(go)
+        decided = await_go(own.flags + GO_FLAG)
     if decided != NOTHING:
-        room = tables.scratch_counts + program * sizes.E
-        count_share(given, tables, refused, room, first_token, last_token, sizes)
-        if sizes.BLOCK > 0:
-            cast_share(given, first_piece, last_piece, sizes)
+        room = shares.counts + program * (own.sizes.L * own.sizes.P)
+        count_share(given, tables, shares, own.flags, room, first_token, last_token, own.sizes)
+        if how.BLOCK > 0:
+            cast_share(given, first_piece, last_piece, how)
         tl.debug_barrier()  # what the program has kept is there for all its warps
-        values = load_piece(given, first_piece, last_piece, sizes)
+        values = load_piece(given, first_piece, last_piece, how)
         if begins != 0:
-            decided = await_go(go)
+            decided = await_go(own.flags + GO_FLAG)
         if decided != NOTHING:
-            first_owned = (first_piece + sizes.PIECES - 1) // sizes.PIECES
+            first_owned = (first_piece + how.PIECES - 1) // how.PIECES
             address_share(
-                segments, call, given, tables, regions, first_token, last_token, first_owned, decided == GO, sizes
-            )
+                own.segments, call, given, tables, shares, arrivals, first_token, last_token, first_owned,
+                decided == GO, own.sizes, places, how,
+            )  # fmt: skip
             if decided == GO:
-                push_share(given, tables, values, first_piece, last_piece, sizes)
+                push_share(given, shares, values, first_piece, last_piece, own.sizes.K, places, how)

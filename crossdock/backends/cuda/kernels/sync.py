@@ -241,6 +241,13 @@ def write_failure(failure, status, peer, phase, expected, seen):
 
 
 @triton.jit
+def release_to_host(word, value):
+    """Writes a word that the host polls in its memory: all that this program has stored before is there with it."""
+    complete_stores()
+    tl.atomic_xchg(word, value, sem="release", scope="sys")
+
+
+@triton.jit
 def await_kernels_before():
     """Returns when the kernels before this one are done, and all that they stored is visible.
 

@@ -1,0 +1,141 @@
+"""What a rank's kernels share: its words, counters and flags on the device, scratch, and where regions lie.
+
+Letters: L local experts, P ranks, W counts, B blocks of rows, C rows of a receive slot, M max_tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from crossdock.arena import Arena
+from crossdock.backends.cuda.config import counts_at_once
+from crossdock.backends.cuda.kernels import calls
+from crossdock.backends.cuda.kernels.groups import Arrivals, Boxes, Own, Region, Returns, Scratch, Sizes, as_constants
+from crossdock.backends.cuda.kernels.sync import ABORTED, FAILURE_WORDS, OK
+from crossdock.backends.cuda.plan import PlanShape
+from crossdock.layout import Expanded, Padded
+from crossdock.transport.device import DeviceTransport
+
+_POLL_S = 0.3e-6
+"""A poll of words takes at least that long, on an H200 with 2 to 8 ranks on it."""
+PICKS_AT_ONCE = 512
+"""Picks that a program counts at a time."""
+
+
+class DeviceState:
+    """The memory that kernels of a rank share, and the groups in which they are given it.
+
+    Args:
+        has_pairs: whether plans say which rows of a rank are of one token.
+    """
+
+    def __init__(self, arena: Arena, transport: DeviceTransport, *, timeout_s: float, has_pairs: bool) -> None:
+        spec = arena.spec
+        self.arena = arena
+        self.device = transport.device
+        self.rank, self.num_ranks = transport.rank, transport.num_ranks
+        self.num_local = spec.num_local_experts(self.num_ranks)
+        self.timeout_s = timeout_s
+        self.max_polls = max(1, int(timeout_s / _POLL_S))
+        num_state = calls.STATE_WORDS.value
+        self.state = self._zeros(num_state + self.num_ranks, torch.int64)
+        self.waits_ns = self.state[num_state:]
+        """``[P]``, how long kernels have waited for each rank."""
+        self.failure = self._zeros(FAILURE_WORDS.value, torch.int64)
+        self.host_failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, pin_memory=True)
+        """The failure of the call that has failed, in host memory; zero while none has."""
+        self.flags = self._zeros(calls.FLAGS.value, torch.int32)
+        self.tokens = self._zeros(self.num_local, torch.int64)
+        """``[L]``, picks of each local expert in all calls."""
+        call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
+        self.calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device)
+        self.next_call = itertools.cycle(self.calls.unbind()).__next__
+        """Room for what kernels keep of the next call; as many calls may be in flight as there are slots."""
+        self._regions = {name: arena.view(transport.segment, name) for name in arena.regions}
+        self.num_pairs = min(spec.num_topk, self.num_ranks) if has_pairs else 0
+        """Pairs of a token, at most."""
+        self.plan_shape = PlanShape.of(arena, num_pairs=self.num_pairs)
+        self.num_chunk_tokens = min(128, PICKS_AT_ONCE // (1 << (spec.num_topk - 1).bit_length()) or 1)
+        """Tokens whose picks a program counts."""
+        boxes = Boxes(*(arena[name].offset for name in ("words", "arrived", "aborts", "counts")))
+        self.own = Own(
+            segments=transport.segments,
+            state=self.state,
+            failure=self.failure,
+            host_failure=self.host_failure,
+            flags=self.flags,
+            all_tokens=self.tokens,
+            capacity=spec.capacity(self.num_ranks),
+            max_tokens=spec.max_tokens,
+            boxes=boxes,
+            sizes=self._sizes(),
+        )
+        self.scratch = self._scratch()
+        self.returns = Returns(self.region("outputs"), self.region("returned"), self.region("returned_extras"))
+        torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
+
+    @contextmanager
+    def all_void(self) -> Iterator[None]:
+        """Calls within are void: their kernels touch no peer's memory, and wait for nobody."""
+        self.state[calls.STATUS.value] = ABORTED.value
+        yield
+        self.state[calls.STATUS.value] = OK.value
+        torch.cuda.synchronize(self.device)
+
+    def region(self, name: str, *, offset: int = 0) -> Region:
+        """Where a region begins (``offset`` bytes behind), and how large its slots are; zeros where there is none."""
+        if name not in self._regions:
+            return Region(0, 0)
+        view = self._regions[name]
+        return Region(self.arena[name].offset + offset, view.nbytes // view.shape[0])
+
+    def arrivals(self, rows: str, *, scales: str = "scale", scale_offset: int = 0) -> Arrivals:
+        """Where dispatched rows land, if they land in that region; their scales, in that one."""
+        scales_at = self.region(scales, offset=scale_offset)
+        return Arrivals(self.region(rows), scales_at, self.region("metadata"), self.region("partial_rows"))
+
+    def view(self, name: str, slot: int) -> Tensor:
+        """A slot of a region of this rank's own segment."""
+        return self._regions[name][slot]
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory that belongs to the caller's current stream."""
+        return self.state.new_empty(shape, dtype=dtype)
+
+    def _zeros(self, num: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(num, dtype=dtype, device=self.device)
+
+    def _sizes(self) -> Sizes:
+        spec = self.arena.spec
+        layout, by_rank = spec.layout, not spec.layout.per_pick
+        alignment = layout.alignment if isinstance(layout, Expanded) else 0 if isinstance(layout, Padded) else 1
+        sizes = Sizes(
+            P=self.num_ranks,
+            RING=self.arena.ring,
+            L=self.num_local,
+            K=spec.num_topk,
+            J=self.plan_shape.num_columns,
+            PAIRS=self.num_pairs,
+            BY_RANK=by_rank,
+            RANK_ORDER=spec.reduce == "rank",
+            ALIGNMENT=alignment,
+            AT_ONCE=counts_at_once(self.num_ranks, self.plan_shape.num_counts),
+            TABLES=self.plan_shape.places,
+        )
+        return as_constants(sizes)
+
+    def _scratch(self) -> Scratch:
+        spec = self.arena.spec
+        num_chunks = -(-spec.max_tokens // self.num_chunk_tokens)
+        num_pairs = self.num_ranks * spec.max_tokens if self.num_pairs else 0
+        return Scratch(
+            sums=self._zeros(num_chunks * self.plan_shape.num_counts, torch.int32),
+            send_starts=self._zeros(2 * (spec.num_experts + self.num_ranks), torch.int32),
+            src_rows=self._zeros(spec.num_slot_rows(self.num_ranks), torch.int64),
+            pair_src_rows=self._zeros(max(1, num_pairs), torch.int64),
+        )

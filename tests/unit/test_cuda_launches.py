@@ -1,0 +1,227 @@
+"""What a call costs before its kernels run: launches, operations of torch, and calls of Python functions; all counted.
+
+On a machine without a GPU: launches do nothing, see ``tests/compiled.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import multiprocessing
+import pkgutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels are written in Triton: pip install triton")
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+import crossdock
+from crossdock import Bf16, Compact, Expanded, Fp8, Padded, Spec
+from crossdock.backends.cuda import calls as cuda_calls
+from crossdock.backends.cuda import kernels
+from tests.compiled import lone_buffer
+
+MOST_PARAMETERS = 16
+VIEWS = {"view", "_unsafe_view", "as_strided", "slice", "select", "alias", "detach", "expand", "unsqueeze", "t",
+         "transpose", "permute", "_reshape_alias", "split", "empty", "new_empty", "new_zeros"}  # fmt: skip
+"""What launches nothing: views, and memory without contents (which is zeroed here alone)."""
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "compact": ({"layout": Compact(), "wire": Bf16(), "reduce": "rank"}, {}),
+    "compact, sums by token": ({"layout": Compact(), "wire": Fp8()}, {}),
+    "compact, few SMs": ({"layout": Compact(), "wire": Fp8()}, {"num_sms": 1}),
+    "expanded": ({"layout": Expanded(alignment=8), "wire": Fp8(scale="ue8m0", packed=True)}, {"expand": "sender"}),
+    "expanded, sums by rank": ({"layout": Expanded(), "wire": Bf16(), "reduce": "rank"}, {"expand": "sender"}),
+    "expanded at the receiver": (
+        {"layout": Expanded(alignment=8), "wire": Fp8(column_major=True), "reduce": "rank"},
+        {"expand": "receiver"},
+    ),
+    "padded": ({"layout": Padded(), "wire": Fp8(column_major=True)}, {"expand": "sender"}),
+    "padded at the receiver": ({"layout": Padded(), "wire": Bf16()}, {"expand": "receiver"}),
+}
+cases = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Any]:
+    """A process of its own: torch.cuda is replaced there."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
+
+
+class _Operations(TorchDispatchMode):
+    """Notes what torch is asked for, but for what launches nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name not in VIEWS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _spec(case: str, **options: Any) -> tuple[Spec, dict[str, Any]]:
+    spec, launch_options = CASES[case]
+    given = {"num_experts": 16, "num_topk": 4, "hidden": 256, "max_tokens": 2048, "extra_bytes": 8} | options
+    return Spec(**given, **spec), launch_options
+
+
+def _verbs(buffer: Any, spec: Spec, num_tokens: int) -> dict[str, Callable[[], Any]]:
+    """Each call that is counted, of so many tokens."""
+    wide = torch.zeros(num_tokens, spec.hidden, dtype=spec.combine_dtype)
+    topk_idx = torch.full((num_tokens, spec.num_topk), -1)
+    weights = torch.zeros(num_tokens, spec.num_topk)
+    plan = buffer.dispatch(wide, topk_idx, rows="capacity").plan
+    recv = buffer.dispatch(wide, plan, rows="capacity")
+    rows = recv.src_idx.shape
+    y, at_rows = torch.zeros(*rows, spec.hidden, dtype=spec.combine_dtype), torch.zeros(rows)
+    given = at_rows if spec.reduce == "rank" else weights
+    bias = torch.zeros(spec.hidden)
+
+    def outputs() -> torch.Tensor:
+        return buffer.dispatch(wide, plan, rows="capacity").output_rows()
+
+    quantized = spec.wire.quantize(wide) if isinstance(spec.wire, Fp8) else wide
+    return {
+        "fresh": lambda: buffer.dispatch(wide, topk_idx, rows="capacity"),
+        "fresh, exact": lambda: buffer.dispatch(wide, topk_idx, rows="exact"),
+        "fresh, quantised": lambda: buffer.dispatch(quantized, topk_idx, weights=weights, rows="capacity"),
+        "fresh, unquantized": lambda: buffer.dispatch(wide, topk_idx, unquantized=True, rows="capacity"),
+        "cached": lambda: buffer.dispatch(wide, plan, rows="capacity"),
+        "cached, quantised": lambda: buffer.dispatch(quantized, plan, weights=weights, rows="capacity"),
+        "pulled": lambda: buffer.combine(outputs(), plan),
+        "pulled, bias": lambda: buffer.combine(outputs(), plan, bias=bias),
+        "pushed": lambda: buffer.combine(y, plan),
+        "pushed, weights, bias": lambda: buffer.combine(y, plan, weights=given, bias=bias),
+        "pushed, extras": lambda: buffer.combine(y, plan, extras=[at_rows]),
+        "pulled, extras": lambda: buffer.combine(outputs(), plan, extras=[at_rows]),
+        "extras": lambda: buffer.return_extras(plan, [at_rows]),
+    }  # fmt: skip
+
+
+def _costs(case: str, **options: Any) -> dict[str, tuple[list[str], list[str]]]:
+    """Launches and operations of torch of each call, in a warm buffer, for another number of tokens each time."""
+    spec, launch_options = _spec(case, **options)
+    costs = {}
+    torch.use_deterministic_algorithms(False)
+    with lone_buffer(spec, 1, **launch_options) as (buffer, watch):
+        for num_tokens in (spec.max_tokens, 5, 1, 0, 7):
+            for name, call in _verbs(buffer, spec, num_tokens).items():
+                del watch.launched[:]
+                with _Operations() as operations:
+                    call()
+                costs[name] = [*watch.launched], operations.names
+    return costs
+
+
+def _num_launches(case: str, verb: str) -> int:
+    """Launches that a call may take, with those of torch."""
+    at_receiver, by_rank = "at the receiver" in case, "sums by rank" in case
+    has_pairs = at_receiver or by_rank
+    kind = verb.split(",", maxsplit=1)[0]
+    if kind == "fresh":
+        return 3 + has_pairs
+    if kind == "cached":
+        return 2 + at_receiver
+    if kind == "pulled":
+        return 2 + at_receiver + 2 + verb.endswith("extras")
+    if kind == "pushed":
+        return 3 + verb.endswith("extras")
+    return 3
+
+
+@cases
+def test_a_call_is_few_launches_and_no_operation_of_torch(case, pool):
+    spec = _spec(case)[0]
+    for verb, (launched, operations) in pool.apply(_costs, (case,)).items():
+        assert operations == [], (verb, operations)
+        most = _num_launches(case, verb)
+        if spec.reduce == "rank" and spec.layout.per_pick and verb.startswith("pulled"):
+            most += 1  # outputs that are summed first are pushed, wherever they lie
+        assert len(launched) <= most, (verb, launched)
+
+
+def test_a_call_of_few_tokens_is_one_launch(pool):
+    costs = pool.apply(_costs, ("padded",), {"max_tokens": 64})
+    for verb in ("fresh", "fresh, exact", "fresh, quantised"):
+        assert costs[verb] == (["dispatch_rows"], []), verb
+    for verb in ("pulled", "pulled, bias"):
+        assert costs[verb][0][-1:] == ["combine_rows"], verb
+        assert costs[verb] == (["begin_call", *costs[verb][0][1:-1], "combine_rows"], []), verb
+
+
+def _launched() -> Iterator[JITFunction[Any]]:
+    """Kernels that are launched: those whose names are bound somewhere behind ``kernels``."""
+    home = importlib.import_module("crossdock.backends.cuda").__path__
+    names = set()
+    for module in pkgutil.iter_modules(home):
+        source = inspect.getsource(importlib.import_module(f"crossdock.backends.cuda.{module.name}"))
+        names |= {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    for module in pkgutil.iter_modules(kernels.__path__):
+        for value in vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).values():
+            if isinstance(value, JITFunction) and value.fn.__name__ in names:
+                yield value
+
+
+def test_kernels_take_few_parameters_beside_constants():
+    launched = {kernel.fn.__name__: kernel for kernel in _launched()}
+    assert {"push_rows", "dispatch_rows", "begin_dispatch", "finish_call", "copy_rows"} <= launched.keys()
+    for name, kernel in launched.items():
+        assert sum(not param.is_constexpr for param in kernel.params) <= MOST_PARAMETERS, name
+
+
+def _python_calls(case: str, verbs: tuple[str, ...], **options: Any) -> dict[str, Counter[str]]:
+    """Functions of Python that the backend's part of a warm call calls, from its verb down, but for the launcher."""
+    spec, launch_options = _spec(case, **options)
+    home, verbs_in = crossdock.__path__[0], cuda_calls.__file__
+    seen: dict[str, Counter[str]] = {}
+    torch.use_deterministic_algorithms(False)
+    with lone_buffer(spec, 1, **launch_options) as (buffer, _):
+        verbs_of = _verbs(buffer, spec, 5)
+        for name in verbs:
+            calls: Counter[str] = Counter()
+
+            def note(frame: Any, event: str, _: Any, calls: Counter[str] = calls) -> None:
+                code = frame.f_code
+                if event != "call" or not code.co_filename.startswith(home):
+                    return
+                is_asked = code.co_name in ("overflows", "check_capture")  # by Buffer, before the call
+                is_of_c = code.co_name == "_current_stream"  # where there is CUDA
+                while frame is not None and frame.f_code.co_filename != verbs_in:
+                    frame = frame.f_back
+                if frame is not None and not is_asked and not is_of_c:
+                    calls[code.co_qualname if sys.version_info >= (3, 11) else code.co_name] += 1
+
+            for _ in range(3):
+                verbs_of[name]()
+            sys.setprofile(note)
+            verbs_of[name]()
+            sys.setprofile(None)
+            seen[name] = calls
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "verb", "most"),
+    [
+        ("compact", {}, "fresh", 15),
+        ("compact", {}, "cached", 10),
+        ("compact", {}, "pushed", 10),
+        ("padded", {"max_tokens": 64}, "fresh", 10),
+    ],
+)
+def test_the_backends_part_of_a_warm_call_is_few_calls_of_python(case, options, verb, most, pool):
+    calls = pool.apply(_python_calls, (case, (verb,)), options)[verb]
+    assert calls.total() <= most, calls
+    assert calls.total() > 3
