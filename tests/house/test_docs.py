@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import crossdock
 from tests.house.pages import NOT_RUN, ROOT, SHOWN, blocks_of, commands_of, printed_by, printed_by_page, program_of
 
 NOT_PROGRAMS = {
@@ -63,6 +64,14 @@ def test_links_lead_somewhere(page):
         *re.findall(r"^```\{include\} (.+)$", text, re.MULTILINE),
     ]:
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.rst"))
+    names = {*crossdock.__all__, *crossdock.nn.__all__} - {"__version__", "autograd"}
+    assert [
+        name for name in sorted(names) if not re.search(rf"^\.\. auto\w+:: (\S+\.)?{name}$", shown, re.MULTILINE)
+    ] == []
 
 
 def test_figures_are_those_that_their_program_draws():

@@ -224,3 +224,16 @@ def test_what_cuda_needs_is_said_in_turn():
     assert missing_on("cuda:0", count=1, has_triton=False) == (
         "device=cuda:0 needs Triton 3.6 or newer, which is not installed; pip install triton"
     )
+
+
+@pytest.mark.parametrize(
+    ("found", "is_enough"), [("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True), ("4.0", True)]
+)
+def test_a_triton_that_is_too_old_is_refused(found, is_enough):
+    with (
+        mock.patch.object(connect.importlib.util, "find_spec", return_value="triton"),
+        mock.patch.object(connect.importlib.metadata, "version", return_value=found),
+    ):
+        said = connect.triton_problem()
+    wanted = f"Triton 3.6 or newer, and {found} is installed; pip install --upgrade triton"
+    assert said == (None if is_enough else wanted)

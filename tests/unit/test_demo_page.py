@@ -1,9 +1,11 @@
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from crossdock.cli.demo.estimate import STAGES, START, Estimate, expected
 from crossdock.cli.demo.generate import generate_plainly, prompts_of
 from crossdock.cli.demo.model import Shape
 from crossdock.cli.demo.outcome import Outcome, Sample, spent
@@ -105,3 +107,32 @@ def test_another_byte_is_an_error():
     written[1, 9] ^= 1
     with pytest.raises(Disagreement, match="after 'while x:"):
         compare_written(job, values, torch.as_tensor(written))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def tick(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_what_is_left_counts_down_also_when_nobody_says_anything():
+    clock = Clock()
+    estimate = Estimate(expected(num_ranks=4, num_steps=100, num_replayed=10, num_cores=2), clock=clock)
+    whole = estimate.left_s()
+    estimate.begin(START)
+    seen = [(estimate.left_s(), estimate.share(), clock.tick()) for _ in range(5)]
+    assert whole >= seen[0][0]
+    for earlier, later in itertools.pairwise(seen):
+        assert later[0] == pytest.approx(earlier[0] - 1)
+        assert later[1] > earlier[1]
+    for stage in STAGES[2:]:
+        estimate.begin(stage)
+        assert estimate.left_s() > 0
+        clock.tick()
+    clock.now = 1000.0
+    assert (estimate.left_s(), estimate.share()) == (0, 1)

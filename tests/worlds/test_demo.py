@@ -11,6 +11,7 @@ import time
 import pytest
 
 from crossdock.cli import demo, main
+from crossdock.cli.demo.estimate import STAGES
 
 pytest.importorskip("rich")
 pytest.importorskip("plotly")
@@ -56,10 +57,13 @@ def test_compares_every_step_that_it_made(ran):
         assert float(difference) <= 1e-5
 
 
-def test_shows_progress_and_no_noise(ran):
+def test_shows_progress_from_the_first_stage_and_no_noise(ran):
     lines = ran.stderr.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [f"step {step} of {STEPS}" for step in (1, 2, 3)]
-    assert all("tokens/s" in line and "% in dispatch and combine" in line for line in lines)
+    steps = [f"step {step} of {STEPS}" for step in (1, 2, 3)]
+    begun = list(STAGES)
+    assert [re.split("[:;]", line)[0] for line in lines] == [*begun[:3], *steps, *begun[3:]]
+    assert all(re.search(r"; about [0-9 min]+ s left$", line) for line in lines)
+    assert sum("tokens/s" in line and "% in dispatch and combine" in line for line in lines) == STEPS
 
 
 @pytest.mark.usefixtures("ran")

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from crossdock._env import num_cores
+from crossdock.cli.demo import estimate
 from crossdock.cli.demo.generate import prompts_of
 from crossdock.cli.demo.model import Shape
 from crossdock.cli.demo.outcome import Outcome, Sample
@@ -67,15 +69,22 @@ def run(args: argparse.Namespace) -> None:
     from crossdock.cli.demo import page, screen  # noqa: PLC0415 - they import rich, plotly and jinja2, which are extras
 
     shape, recipe = make_shape(args.ranks), make_recipe(args.steps, args.seed)
-    text = standard_library()
-    job = make_job(text, shape, recipe, num_ranks=args.ranks)
-    report, trace = (open_for_writing(args.out, name) for name in ("report.html", "trace.json"))
-    device = choose_device(args.device)
-    with screen.training_bar(args.steps) as show, gpus_for(device, args.ranks) as gpus:
-        runs = run_world(run_rank, job, num_ranks=args.ranks, on_progress=show, gpus=gpus)
-    with screen.busy("repeating the first steps in one process"):
-        compared = compare_losses(runs[0].losses, replay(job, min(args.steps, _REPLAYED), device))
-    with screen.busy("writing the same text in one process"):
+    num_replayed = min(args.steps, _REPLAYED)
+    expected_s = estimate.expected(
+        num_ranks=args.ranks, num_steps=args.steps, num_replayed=num_replayed, num_cores=num_cores()
+    )
+    with screen.progress(estimate.Estimate(expected_s), args.steps) as show:
+        show(estimate.READ)
+        text = standard_library()
+        job = make_job(text, shape, recipe, num_ranks=args.ranks)
+        report, trace = (open_for_writing(args.out, name) for name in ("report.html", "trace.json"))
+        device = choose_device(args.device)
+        show(estimate.START)
+        with gpus_for(device, args.ranks) as gpus:
+            runs = run_world(run_rank, job, num_ranks=args.ranks, on_progress=show, gpus=gpus)
+        show(estimate.REPEAT)
+        compared = compare_losses(runs[0].losses, replay(job, num_replayed, device))
+        show(estimate.WRITE_AGAIN)
         values = whole([{name: torch.from_numpy(value) for name, value in rank.values.items()} for rank in runs])
         written = torch.from_numpy(np.concatenate([rank.written for rank in runs]))
         num_written = compare_written(job, values, written, device)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crossdock.buffer import Buffer
+from crossdock.cli.demo.estimate import HOLD_OUT, TRAIN, WRITE
 from crossdock.cli.demo.generate import MicroBatch, draw_noise, generate
 from crossdock.cli.demo.model import Shape, Transformer
 from crossdock.cli.demo.parameters import initial_values, share
@@ -80,14 +81,17 @@ def run_rank(member: Member, job: Job) -> RankRun:
             for gate, of_layer in zip(gates, counts[-1], strict=True):
                 gate.balance(of_layer.sum(0), rate)
 
+        member.tell(TRAIN)
         progress = Progress(watch, num_tokens=job.recipe.num_sequences * shape.context)
         for loss in train(
             model, torch.from_numpy(job.train_text), job.recipe, ranks=ranks, watch=watch, balance=balance
         ):
             losses.append(loss)
-            member.tell(len(losses), loss, *progress.look())
+            member.tell(TRAIN, len(losses), loss, *progress.look())
         spans = list(watch.spans)
+        member.tell(HOLD_OUT)
         held_out = held_out_loss(model, torch.from_numpy(job.held_out_text), ranks=ranks, at_once=at_once)
+    member.tell(WRITE)
     prompts = torch.from_numpy(job.prompts)
     own = [whole.chunk(member.num_ranks)[member.rank].to(device) for whole in (prompts, job.noise())]
     parts = (part.chunk(MICRO_BATCHES) for part in own)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from crossdock.cli.demo.estimate import Estimate
 from crossdock.cli.demo.outcome import Outcome
 from crossdock.cli.demo.replay import TOLERANCE, Compared
 
@@ -20,48 +22,81 @@ _WIDTH = 100
 _LINES = 10
 """Progress lines where there is no terminal."""
 
-Show = Callable[[int, float, float, float], None]
-"""``show(steps done, loss, tokens per second, share of time in dispatch and combine)``."""
+Show = Callable[..., None]
+"""``show(stage)``; in training ``show(stage, steps done, loss, tokens per second, share of dispatch and combine)``."""
+
+
+class _Left(ProgressColumn):
+    """Drawn again and again, so that it counts down also while nobody says how far they are."""
+
+    def __init__(self, estimate: Estimate) -> None:
+        super().__init__()
+        self._estimate = estimate
+
+    def render(self, task: Task) -> Text:
+        task.completed = self._estimate.share()
+        return Text(f"about {_seconds(self._estimate.left_s())} left", style="cyan")
 
 
 @contextmanager
-def training_bar(num_steps: int) -> Iterator[Show]:
-    """Progress of training on stderr: a bar that goes when the block ends, or some lines where it is no terminal."""
+def progress(estimate: Estimate, num_steps: int) -> Iterator[Show]:
+    """Progress on stderr from the first moment: a bar that goes when the block ends; lines where it is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda *progress: _show_line(num_steps, *progress)
+        yield _Lines(estimate, num_steps).show
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, expand=True) as progress:
-        task = progress.add_task("starting the ranks", total=None, figures="")
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), _Left(estimate))
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
+        task = bar.add_task(estimate.stage, total=1.0)
 
-        def show(step: int, loss: float, tokens_per_s: float, moving: float) -> None:
-            # Short, so that all of it fits into 80 columns.
-            figures = f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {moving:.0%} dispatch + combine"
-            progress.update(task, description="", completed=step, total=num_steps, figures=figures)
+        def show(stage: str, step: int = 0, *figures: float) -> None:
+            estimate.begin(stage)
+            if figures:
+                estimate.reach(step / num_steps)
+                loss, tokens_per_s, moving = figures
+                # Short, so that bar and all fit into 80 columns.
+                stage = f"{step}/{num_steps} loss {loss:.3f}, {tokens_per_s:,.0f} tok/s, {moving:.0%} moving"
+            bar.update(task, description=stage)
 
         yield show
 
 
-@contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Says on stderr what is being done, as long as it is; nothing where that is no terminal."""
-    console = Console(stderr=True)
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        progress.add_task(what, total=None)
-        yield
+class _Lines:
+    """A line when a stage begins, and some while it trains."""
+
+    def __init__(self, estimate: Estimate, num_steps: int) -> None:
+        self._estimate, self._num_steps = estimate, num_steps
+        self._console = Console(stderr=True, width=_WIDTH)
+        self._shown: str | None = None
+
+    def show(self, stage: str, step: int = 0, *figures: float) -> None:
+        self._estimate.begin(stage)
+        if figures:
+            self._estimate.reach(step / self._num_steps)
+            if step == self._num_steps or step % max(1, self._num_steps // _LINES) == 0:
+                loss, tokens_per_s, moving = figures
+                self._print(
+                    f"step {step} of {self._num_steps}: loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {moving:.0%} in "
+                    f"dispatch and combine"
+                )
+        elif stage != self._shown:
+            self._print(stage)
+        self._shown = stage
+
+    def _print(self, what: str) -> None:
+        self._console.print(f"{what}; about {_seconds(self._estimate.left_s())} left", highlight=False, soft_wrap=True)
+
+
+def _seconds(seconds: float) -> str:
+    """A guess is not shown to the second.
+
+    >>> [_seconds(value) for value in (3.2, 47.1, 130.0)]
+    ['4 s', '50 s', '2 min 10 s']
+    """
+    if seconds < 10:
+        return f"{math.ceil(seconds)} s"
+    tens = 10 * math.ceil(seconds / 10)
+    return f"{tens} s" if tens < 120 else f"{tens // 60} min {tens % 60} s"
 
 
 def print_outcome(outcome: Outcome, paths: Sequence[tuple[str, Path]]) -> None:
@@ -104,12 +139,3 @@ def _agreement(compared: Sequence[Compared]) -> Table:
     for pair in compared:
         table.add_row(str(pair.step), f"{pair.loss:.7f}", f"{pair.plain_loss:.7f}", f"{pair.relative:.1e}")
     return table
-
-
-def _show_line(num_steps: int, step: int, loss: float, tokens_per_s: float, moving: float) -> None:
-    if step == num_steps or step % max(1, num_steps // _LINES) == 0:
-        Console(stderr=True, width=_WIDTH).print(
-            f"step {step} of {num_steps}: loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, "
-            f"{moving:.0%} in dispatch and combine",
-            highlight=False,
-        )

@@ -17,7 +17,7 @@ from crossdock.buffer import Buffer
 from crossdock.cli.doctor import links
 from crossdock.cli.doctor.facts import Links, RankFacts, RoundTrip
 from crossdock.cli.doctor.host import namespaces
-from crossdock.connect import cuda_problem, triton_problem
+from crossdock.connect import cuda_problem
 from crossdock.errors import ConfigError, CrossdockError
 from crossdock.layout import Compact
 from crossdock.spec import Spec
@@ -44,12 +44,13 @@ def check_together(on_progress: Callable[[str], None]) -> tuple[list[RankFacts],
     with _process_group(device) as backend:
         group = ProcessGroup(None)
         everybody = group.all_gather(_facts_of(group.rank, device))
-        on_gpus = all(facts.device.startswith("cuda") for facts in everybody)
+        on_gpus = all(group.all_gather(device.type == "cuda"))
+        has_kernels = all(group.all_gather(cuda_problem(device) is None))
         trips = [_try(on_progress, "gloo", lambda: _messages("gloo", torch.device("cpu")))]
         if on_gpus and "nccl" in backend:
             trips.append(_try(on_progress, "nccl", lambda: _messages("nccl", device)))
         trips.append(_try(on_progress, "shared memory", _shared_memory))
-        if on_gpus and cuda_problem(device) is None and triton_problem() is None:
+        if on_gpus and has_kernels:
             trips.append(_try(on_progress, "kernels on GPUs", lambda: _kernels(device)))
     return everybody, disagreements(everybody), trips
 
