@@ -16,8 +16,8 @@ The others are collective: all ranks make them in the same order, whatever comes
 leave one out or move it past another, which it would decide by the shapes that one rank has. So each takes ``after``,
 which the one before it gave as ``done``: one element, without a meaning, on which compilers see that it depends.
 
-- Forward, ``autograd.dispatch`` and ``combine`` hand it on in ``Buffer.order``, which all buffers of a device share. The
-  last one outlives a graph, so that none is left out.
+- Forward, ``autograd.dispatch`` and ``combine`` hand it on in ``Buffer.order``, which all buffers of a device share.
+  The last one outlives a graph, so that none is left out.
 - In backward graphs ``_after`` hands it on while AOTAutograd traces one. There the ops have an ordered effect too, so
   that none is left out. (Alone it would not do: inductor, in torch 2.13, loses the order of effects where it reorders
   for memory. And ``dispatch`` may have none: inductor knows no unbacked sizes that come with an effect, or a mutation.)
