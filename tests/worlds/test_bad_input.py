@@ -399,7 +399,7 @@ def test_the_group_of_nobody_is_refused():
         Buffer(None, SPEC)
 
 
-def in_a_group_of_others(group):
+def in_a_group_of_others(_group):
     """A group that rank 0 is in alone, as both ranks make it."""
     alone = dist.new_group([0])
     texts = []
