@@ -104,18 +104,20 @@ def dispatch(
     """
     if isinstance(routing, Plan):
         raise ConfigError("routing is the plan of a plain dispatch; pass topk_idx, or recv.plan of autograd.dispatch")
+    order = buffer.order
     if isinstance(routing, SavedPlan):
         mode = routing.rows
-        x_rows, row_weights, link = ops.send(
-            x, weights, _ANCHOR, routing.tensors(), buffer.handle, mode, unquantized=False
+        x_rows, row_weights, link, done = ops.send(
+            x, weights, _ANCHOR, routing.tensors(), buffer.handle, mode, False, order.last
         )
         plan = routing._replace(link=link)
     else:
         mode = rows or ("capacity" if isinstance(buffer.spec.layout, Padded) else "exact")
-        x_rows, row_weights, link, topk_idx, counts, partial_rows, src_idx, local_idx = ops.dispatch(
-            x, routing, weights, _ANCHOR, buffer.handle, mode
+        x_rows, row_weights, link, topk_idx, counts, partial_rows, src_idx, local_idx, done = ops.dispatch(
+            x, routing, weights, _ANCHOR, buffer.handle, mode, order.last
         )
         plan = SavedPlan(topk_idx, counts, partial_rows, src_idx, local_idx, link, mode)
+    order.last = done
     num_tokens = _num_tokens_per_expert(buffer, plan.counts)
     return Dispatched(
         x=x_rows,
@@ -165,7 +167,10 @@ def combine(
         link = None if y.requires_grad else plan.link  # else a plan would tie the graphs of all steps that use it
     else:
         raise ConfigError(f"plan is a {type(plan).__name__}; pass recv or recv.plan of an autograd.dispatch")
-    out: Tensor = ops.combine(y, weights, bias, link, plan.tensors(), buffer.handle, plan.rows)
+    out: Tensor
+    out, buffer.order.last = ops.combine(
+        y, weights, bias, link, plan.tensors(), buffer.handle, plan.rows, buffer.order.last
+    )
     return out
 
 

@@ -5,6 +5,7 @@ Letters: E experts, L local experts, P ranks.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -31,6 +32,19 @@ from crossdock.transport.base import ProcessGroup
 from crossdock.transport.inproc import ThreadGroup
 
 Self = TypeVar("Self", bound="Connection")
+
+
+class Order:
+    """What the last op of ``crossdock.ops`` gave, for the next one to take, so that compilers keep their order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.last = torch.zeros(1, dtype=torch.int64, device=device)
+
+
+@functools.cache
+def _order(device: torch.device) -> Order:
+    """One for all buffers of a device: calls of different buffers have one order too."""
+    return Order(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +101,7 @@ class Connection:
         self._memo = PlanMemo(spec)
         self._kinds = CallKinds()
         self._is_closed = False
+        self.order = _order(self.device)
         self.masked: tuple[int, ...] = ()
         """The ranks that ``mask`` has left out, in order."""
 

@@ -48,7 +48,7 @@ def check_device(device: torch.device, tensors: Mapping[str, object]) -> None:
             continue
         elif isinstance(given, Quantized):
             check_device(device, {f"{name}.data": given.data, f"{name}.scale": given.scale})
-        elif isinstance(given, Sequence):
+        elif isinstance(given, Sequence) and not isinstance(given, str):  # whose parts are strings again
             check_device(device, {f"{name}[{i}]": part for i, part in enumerate(given)})
 
 

@@ -12,7 +12,17 @@ An op takes and gives tensors, numbers and strings. So a buffer is its handle, a
     return_weights   gradients of weights alone
     weigh_gradients  of rows and of their weights, where they are; local
 
-The others are collective. To keep what they gave when activations are recomputed, and so not to repeat them, save
+The others are collective: all ranks make them in the same order, whatever comes of their results, and no compiler may
+leave one out or move it past another, which it would decide by the shapes that one rank has. So each takes ``after``,
+which the one before it gave as ``done``: one element, without a meaning, on which compilers see that it depends.
+
+- Forward, ``autograd.dispatch`` and ``combine`` hand it on in ``Buffer.order``, which all buffers of a device share.
+  The last one outlives a graph, so that none is left out.
+- In backward graphs ``_after`` hands it on while AOTAutograd traces one. There the ops have an ordered effect too, so
+  that none is left out. (Alone it would not do: inductor, in torch 2.13, loses the order of effects where it reorders
+  for memory. And ``dispatch`` may have none: inductor knows no unbacked sizes that come with an effect, or a mutation.)
+
+To keep what they gave when activations are recomputed, and so not to repeat them, save
 ``torch.ops.crossdock.dispatch.default`` and ``combine.default`` in the checkpoint's policy. Tensors that a call does
 not have are empty.
 """
@@ -22,9 +32,11 @@ not have are empty.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from crossdock.backends.base import PlanTensors, RowCount
 from crossdock.buffer import Buffer
@@ -42,11 +54,22 @@ _IN_BACKWARD = (
 )
 
 
+_traced: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+"""What the last call of each backward graph gives that is being traced, by the mode that functionalizes it: the second
+state of this library's modules beside buffers by handle, as gradient formulas are told nothing of each other."""
+
+
 @torch.library.custom_op("crossdock::dispatch", mutates_args=())
 def dispatch(
-    x: Tensor, topk_idx: Tensor, weights: Tensor | None, anchor: Tensor | None, buffer: str, rows: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows x [T, H], topk_idx [T, K], weights [T, K] -> rows, their weights, link, and the plan's five tensors."""
+    x: Tensor,
+    topk_idx: Tensor,
+    weights: Tensor | None,
+    anchor: Tensor | None,
+    buffer: str,
+    rows: str,
+    after: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows x [T, H], topk_idx [T, K], weights [T, K] -> rows, their weights, link, the plan's five tensors, done."""
     owner = Buffer.of(buffer)
     with torch.no_grad():
         recv = owner.dispatch(x, topk_idx, weights=weights, rows=cast("RowCount", rows))
@@ -62,13 +85,19 @@ def dispatch(
             local_idx=_no_ids(x, num_topk) if recv.topk_idx is None else recv.topk_idx,
         )
         owner.keep_plan(plan, saved)
-        return (*_own_rows(owner, recv, rows), *saved)
+        return (*_own_rows(owner, recv, rows), *saved, _done(x))
 
 
 @dispatch.register_fake
 def _(
-    x: Tensor, topk_idx: Tensor, weights: Tensor | None, anchor: Tensor | None, buffer: str, rows: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    topk_idx: Tensor,
+    weights: Tensor | None,
+    anchor: Tensor | None,
+    buffer: str,
+    rows: str,
+    after: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     owner = Buffer.of(buffer)
     spec, num_ranks = owner.spec, owner.topology.num_ranks
     ctx = torch.library.get_ctx()
@@ -89,11 +118,12 @@ def _(
         x.new_empty(num_pairs, spec.num_topk, dtype=ids),
         x.new_empty(*lead, dtype=ids),
         x.new_empty(*local_lead, spec.num_topk, dtype=ids),
+        x.new_empty(1, dtype=torch.int64),
     )
 
 
 @torch.library.custom_op("crossdock::send", mutates_args=())
-def send(
+def send(  # noqa: PLR0913, PLR0917 - an op's arguments
     x: Tensor,
     weights: Tensor | None,
     anchor: Tensor | None,
@@ -101,18 +131,19 @@ def send(
     buffer: str,
     rows: str,
     unquantized: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows x [T, H], weights [T, K] along a plan -> rows, their weights, link; see ``Buffer.dispatch``."""
+    after: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows x [T, H], weights [T, K] along a plan -> rows, their weights, link, done; see ``Buffer.dispatch``."""
     owner = Buffer.of(buffer)
     with torch.no_grad(), _hint_in_backward(unquantized):
         recv = owner.dispatch(
             x, _plan(owner, plan), weights=weights, rows=cast("RowCount", rows), unquantized=unquantized
         )
-        return _own_rows(owner, recv, rows)
+        return (*_own_rows(owner, recv, rows), _done(x))
 
 
 @send.register_fake
-def _(
+def _(  # noqa: PLR0913, PLR0917 - an op's arguments
     x: Tensor,
     weights: Tensor | None,
     anchor: Tensor | None,
@@ -120,17 +151,19 @@ def _(
     buffer: str,
     rows: str,
     unquantized: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    after: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec, lead = Buffer.of(buffer).spec, plan[3].shape
     return (
         x.new_empty(*lead, spec.hidden, dtype=_row_dtype(spec, unquantized=unquantized)),
         _empty_weights(spec, x, lead, weights),
         x.new_empty(0, dtype=torch.float32),
+        x.new_empty(1, dtype=torch.int64),
     )
 
 
 @torch.library.custom_op("crossdock::combine", mutates_args=())
-def combine(
+def combine(  # noqa: PLR0913, PLR0917 - an op's arguments
     y: Tensor,
     weights: Tensor | None,
     bias: Tensor | None,
@@ -138,15 +171,16 @@ def combine(
     plan: Sequence[Tensor],
     buffer: str,
     rows: str,
-) -> Tensor:
-    """Outputs where rows came -> [T, H], as ``Buffer.combine``."""
+    after: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs where rows came -> [T, H], as ``Buffer.combine``, and done."""
     owner = Buffer.of(buffer)
     with torch.no_grad():
-        return owner.combine(y, _plan(owner, plan), weights=weights, bias=bias)
+        return owner.combine(y, _plan(owner, plan), weights=weights, bias=bias), _done(y)
 
 
 @combine.register_fake
-def _(
+def _(  # noqa: PLR0913, PLR0917 - an op's arguments
     y: Tensor,
     weights: Tensor | None,
     bias: Tensor | None,
@@ -154,45 +188,55 @@ def _(
     plan: Sequence[Tensor],
     buffer: str,
     rows: str,
-) -> Tensor:
+    after: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     spec = Buffer.of(buffer).spec
-    return y.new_empty(plan[0].shape[0], spec.hidden, dtype=spec.combine_dtype)
+    out = y.new_empty(plan[0].shape[0], spec.hidden, dtype=spec.combine_dtype)
+    return out, y.new_empty(1, dtype=torch.int64)
 
 
 @torch.library.custom_op("crossdock::bring", mutates_args=())
-def bring(y: Tensor, row_weights: Tensor | None, plan: Sequence[Tensor], buffer: str) -> tuple[Tensor, Tensor]:
-    """Gradients of rows and of their weights -> of tokens [T, H] and of weights [T, K]."""
+def bring(
+    y: Tensor, row_weights: Tensor | None, plan: Sequence[Tensor], buffer: str, after: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows and of their weights -> of tokens [T, H] and of weights [T, K], done."""
     owner = Buffer.of(buffer)
     saved = _plan(owner, plan)
     with torch.no_grad(), _hint_in_backward(True):
         if row_weights is None:
-            return owner.combine(y, saved), y.new_empty(0, dtype=torch.float32)
+            return owner.combine(y, saved), y.new_empty(0, dtype=torch.float32), _done(y)
         out, (weights,) = owner.combine(y, saved, extras=(row_weights,))
-    return out, weights
+    return out, weights, _done(y)
 
 
 @bring.register_fake
-def _(y: Tensor, row_weights: Tensor | None, plan: Sequence[Tensor], buffer: str) -> tuple[Tensor, Tensor]:
+def _(
+    y: Tensor, row_weights: Tensor | None, plan: Sequence[Tensor], buffer: str, after: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     spec, num_tokens = Buffer.of(buffer).spec, plan[0].shape[0]
     shape = (0,) if row_weights is None else (num_tokens, spec.num_topk)
     return (
         y.new_empty(num_tokens, spec.hidden, dtype=spec.combine_dtype),
         y.new_empty(*shape, dtype=torch.float32),
+        y.new_empty(1, dtype=torch.int64),
     )
 
 
 @torch.library.custom_op("crossdock::return_weights", mutates_args=())
-def return_weights(row_weights: Tensor, plan: Sequence[Tensor], buffer: str) -> Tensor:
-    """Gradients of weights where rows came, one per row or [R, K] -> [T, K]."""
+def return_weights(
+    row_weights: Tensor, plan: Sequence[Tensor], buffer: str, after: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weights where rows came, one per row or [R, K] -> [T, K], done."""
     owner = Buffer.of(buffer)
     with torch.no_grad(), _hint_in_backward(True):
         (weights,) = owner.return_extras(_plan(owner, plan), (row_weights,))
-    return weights
+    return weights, _done(row_weights)
 
 
 @return_weights.register_fake
-def _(row_weights: Tensor, plan: Sequence[Tensor], buffer: str) -> Tensor:
-    return row_weights.new_empty(plan[0].shape[0], Buffer.of(buffer).spec.num_topk)
+def _(row_weights: Tensor, plan: Sequence[Tensor], buffer: str, after: Tensor | None) -> tuple[Tensor, Tensor]:
+    weights = row_weights.new_empty(plan[0].shape[0], Buffer.of(buffer).spec.num_topk)
+    return weights, row_weights.new_empty(1, dtype=torch.int64)
 
 
 @torch.library.custom_op("crossdock::weigh_gradients", mutates_args=())
@@ -213,13 +257,13 @@ def _keep_plan(ctx: Any, plan: Sequence[Tensor], buffer: str, rows: str, *more: 
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, weights, _, buffer, rows = inputs
-    _keep_plan(ctx, output[3:], buffer, rows)
+    x, _, weights, _, buffer, rows, _ = inputs
+    _keep_plan(ctx, output[3:8], buffer, rows)
     ctx.dtype, ctx.has_weights = x.dtype, weights is not None
 
 
 def _setup_send(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weights, _, plan, buffer, rows, _ = inputs
+    x, weights, _, plan, buffer, rows, _, _ = inputs
     _keep_plan(ctx, plan, buffer, rows)
     ctx.dtype, ctx.has_weights = x.dtype, weights is not None
 
@@ -232,35 +276,39 @@ def _bring_back(ctx: Any, grad_rows: Tensor, grad_row_weights: Tensor) -> tuple[
         row_weights = grad_row_weights
         if not spec.layout.per_pick:
             row_weights = row_weights.masked_fill(plan[4] < 0, 0.0)  # of another rank's pick, a constant here
-    grad_x, grad_weights = bring(grad_rows.to(spec.combine_dtype), row_weights, plan, ctx.buffer)
+    *grads, done = bring(grad_rows.to(spec.combine_dtype), row_weights, plan, ctx.buffer, _after())
+    _hand_on(done)
+    grad_x, grad_weights = grads
     return grad_x.to(ctx.dtype), grad_weights if ctx.has_weights else None
 
 
 def _dispatch_backward(ctx: Any, grad_rows: Tensor, grad_row_weights: Tensor, *_: Any) -> tuple[Any, ...]:
     grad_x, grad_weights = _bring_back(ctx, grad_rows, grad_row_weights)
-    return grad_x, None, grad_weights, None, None, None
+    return grad_x, None, grad_weights, None, None, None, None
 
 
 def _send_backward(ctx: Any, grad_rows: Tensor, grad_row_weights: Tensor, *_: Any) -> tuple[Any, ...]:
     grad_x, grad_weights = _bring_back(ctx, grad_rows, grad_row_weights)
-    return grad_x, grad_weights, None, [None] * 5, None, None, None
+    return grad_x, grad_weights, None, [None] * 5, None, None, None, None
 
 
-def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, weights, bias, link, plan, buffer, rows = inputs
+def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    y, weights, bias, link, plan, buffer, rows, _ = inputs
     _keep_plan(ctx, plan, buffer, rows, weights, None if weights is None else y)
     ctx.dtype = y.dtype
     ctx.bias = None if bias is None else (bias.dtype, bias.dim())
     ctx.has_link = link is not None
 
 
-def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _combine_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     """With g the gradient of the row's sum and w its weight: of y, w * g; of w, g . y. Where no row is, 0."""
     *plan, weights, y = ctx.saved_tensors
     _, _, _, src_idx, local_idx = plan
     spec = Buffer.of(ctx.buffer).spec
     of_picks = weights if spec.reduce == "token" else None
-    g, row_weights, _ = send(grad.to(spec.combine_dtype), of_picks, None, plan, ctx.buffer, ctx.rows, True)
+    wide = grad.to(spec.combine_dtype)
+    g, row_weights, _, done = send(wide, of_picks, None, plan, ctx.buffer, ctx.rows, True, _after())
+    _hand_on(done)
     grad_y, grad_weights = g, None
     if weights is not None:
         w = row_weights if spec.reduce == "token" else weights
@@ -270,18 +318,43 @@ def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if spec.reduce == "token":
             if not spec.layout.per_pick:
                 grad_weights = grad_weights.unsqueeze(-1).masked_fill(local_idx < 0, 0.0)
-            grad_weights = return_weights(grad_weights, plan, ctx.buffer)
+            grad_weights, done = return_weights(grad_weights, plan, ctx.buffer, _after())
+            _hand_on(done)
     grad_bias = None
     if ctx.bias is not None:
         dtype, num_dims = ctx.bias
         grad_bias = (grad if num_dims == 2 else grad.sum(dim=0)).to(dtype)
     grad_link = _nothing(grad) if ctx.has_link else None
-    return grad_y.to(ctx.dtype), grad_weights, grad_bias, grad_link, [None] * 5, None, None
+    return grad_y.to(ctx.dtype), grad_weights, grad_bias, grad_link, [None] * 5, None, None, None
 
 
 dispatch.register_autograd(_dispatch_backward, setup_context=_setup_dispatch)
 send.register_autograd(_send_backward, setup_context=_setup_send)
 combine.register_autograd(_combine_backward, setup_context=_setup_combine)
+for _op in (send, bring, return_weights):
+    _register_effectful_op(_op._opoverload, _EffectType.ORDERED)  # noqa: SLF001 - there is no public way to say so
+
+
+def _after() -> Tensor | None:
+    """What the call before gave in the backward graph that is being traced; None where the host makes the calls."""
+    mode = _functional_mode()
+    return None if mode is None else _traced.get(mode)
+
+
+def _hand_on(done: Tensor) -> None:
+    """For the next call in that graph."""
+    if (mode := _functional_mode()) is not None:
+        _traced[mode] = done
+
+
+def _functional_mode() -> Any:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)  # noqa: SLF001
+
+
+def _done(like: Tensor) -> Tensor:
+    """One element, of no inference mode: a graph that trains may be given it next."""
+    with torch.inference_mode(mode=False):
+        return torch.empty(1, dtype=torch.int64, device=like.device)
 
 
 def _plan(owner: Buffer, tensors: Sequence[Tensor]) -> Plan:

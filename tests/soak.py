@@ -48,14 +48,33 @@ from crossdock import (
     Quantized,
     Received,
     Spec,
+    TransportError,
     run_local,
 )
 from tests.gpu import late
 from tests.gpu.ranks import own_stream, take_all, take_share
+from tests.interrupter import Interrupter
 from tests.soak_batch import EXTRA_BYTES, Batch
 
-TROUBLES = ("bad dispatch", "bad combine", "abort", "abort in flight", "abort overlapped", "mismatch", "bad picks")
-REASONS = ("hidden=", "outputs go home", "had enough", "the same on all ranks", "topk_idx")
+LOST_COUNT = ("leave out", "repeat", "interrupt")
+"""After these ranks are a call or a failure apart, and find back."""
+TROUBLES = (
+    "bad dispatch",
+    "bad combine",
+    "abort",
+    "abort in flight",
+    "abort overlapped",
+    "mismatch",
+    "bad picks",
+    "restart",
+    *LOST_COUNT,
+)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What a rank may have as its default."""
+TIGHT_S = 0.2
+"""How long calls wait while ranks have lost count; then they do no longer than ``RELAXED_S``."""
+RELAXED_S = 10
+REASONS = ("hidden=", "outputs go home", "had enough", "the same on all ranks", "topk_idx", "restart()")
 """What the ranks that cause trouble say."""
 
 
@@ -117,7 +136,14 @@ def make_round(
     def chance(probability: float) -> bool:
         return bool(rng.random() < probability)
 
-    trouble = str(rng.choice(troubles)) if chance(0.15) and troubles and num_ranks > 1 else None
+    lost_count = [trouble for trouble in troubles if trouble in LOST_COUNT]
+    quick = [trouble for trouble in troubles if trouble not in LOST_COUNT]
+    trouble = None
+    if num_ranks > 1:
+        if chance(0.15) and quick:
+            trouble = str(rng.choice(quick))
+        elif chance(0.005) and lost_count:  # it takes some tenths of a second
+            trouble = str(rng.choice(lost_count))
     return Round(
         number=number,
         spec=int(rng.integers(num_specs)),
@@ -157,8 +183,11 @@ class Player:
             for i, spec in enumerate(self.specs)
         ]
         self.rank, self.num_ranks, self._seed = self.buffers[0].rank, options.ranks, options.seed
-        self._troubles = tuple(trouble for trouble in TROUBLES if trouble not in options.without)
-        self._device = device
+        # How long kernels wait is fixed when a buffer is made.
+        without = (*options.without, *(LOST_COUNT if self._has_kernels else ()))
+        self._troubles = tuple(trouble for trouble in TROUBLES if trouble not in without)
+        self._device, self._group = device, group
+        self._has_processes = not options.threads and options.device == "cpu"
         self._kept: dict[int, tuple[Received, Tensor]] = {}
         """By spec: rows of an earlier round, and a copy."""
 
@@ -169,9 +198,24 @@ class Player:
         self._naps = np.random.default_rng([self._seed, number, self.rank, 1])
         spec, self.buffer = self.specs[self.round.spec], self.buffers[self.round.spec]
         batch = Batch(rng, spec, self.num_ranks)
+        if self._has_processes and self._naps.random() < 0.2:
+            torch.set_default_dtype(DTYPES[self._naps.integers(len(DTYPES))])
+        try:
+            self._play(rng, spec, batch)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        if self._has_processes and self._naps.random() < 0.001:
+            self._fork()
+
+    def _play(self, rng: np.random.Generator, spec: Spec, batch: Batch) -> None:
         needs_two_slots = self.round.trouble == "abort overlapped"
         if self.round.trouble is not None and batch.routes.fits and not (needs_two_slots and spec.num_slots == 1):
-            self._get_into_trouble(batch)
+            if self.round.trouble in LOST_COUNT:
+                self._lose_count(batch)
+            elif self.round.trouble == "restart":
+                self._restart(batch)
+            else:
+                self._get_into_trouble(batch)
             self._check_kept()
             if self.round.resets[self.rank]:
                 self.buffer.reset()
@@ -239,6 +283,75 @@ class Player:
             self._nap()
         for batch, pending in combines[:: 1 - 2 * (self.round.number % 2)]:
             self._check_combined(batch, pending.wait())
+
+    def _lose_count(self, batch: Batch) -> None:
+        """One rank makes another number of calls than the others, and all find back, step by step."""
+        queue, patience = self.buffer._queue, self.buffer._queue._timeout_s
+        queue._timeout_s = TIGHT_S
+        steps = [batch.tokens() for _ in range(7)]
+        self._meet()
+        if self.rank != self.round.culprit:
+            self._attempt(batch, steps[0])
+        elif self.round.trouble == "repeat":
+            for _ in range(2):
+                self._attempt(batch, steps[0])
+        elif self.round.trouble == "interrupt":
+            again = int(self._naps.choice([0, 3, 20]))
+            with contextlib.suppress(KeyboardInterrupt), Interrupter(int(self._naps.integers(1, 400)), again):
+                self._attempt(batch, steps[0])
+        self._meet()
+        for tokens in steps[1:]:
+            is_right = self._meet(self._attempt(batch, tokens))
+            if all(is_right):
+                break
+            queue._timeout_s = RELAXED_S
+        else:
+            raise Wrong(f"ranks have not found back: {is_right}")
+        queue._timeout_s = patience
+
+    def _restart(self, batch: Batch) -> None:
+        """One rank begins again, in a call or without one; the others are told, and come to it."""
+        tokens = batch.tokens()
+        if self.rank != self.round.culprit:
+            with _expect(PeerFailed):
+                recv = self._dispatch(batch, tokens).wait()
+                self._combine(batch, recv).wait()
+                self._surface()
+        elif self._naps.random() < 0.5:
+            self._dispatch(batch, tokens)
+        self.buffer.restart()
+
+    def _attempt(self, batch: Batch, tokens: Tensor) -> bool:
+        """Whether a dispatch and its combine gave what they mean; False: a peer was missed, or gave up."""
+        try:
+            recv = self._dispatch(batch, tokens).wait()
+            self._check_received(batch, tokens, recv)
+            self._check_combined(batch, self._combine(batch, recv).wait())
+        except TransportError:
+            return False
+        return True
+
+    def _meet(self, value: Any = None) -> list[Any]:
+        """All ranks have come here, not through a buffer; what they have brought."""
+        if self._group is not None:
+            return self._group.all_gather(value)
+        values = [None] * self.num_ranks
+        dist.all_gather_object(values, value)
+        return values
+
+    def _fork(self) -> None:
+        """A child, which has no part in the buffers, and ends."""
+        child = os.fork()
+        if not child:
+            try:
+                self.buffer.check()
+            except ConfigError as error:
+                for buffer in self.buffers:
+                    buffer.__exit__(SystemExit, SystemExit(), None)
+                os._exit(0 if "forked" in str(error) else 2)
+            os._exit(1)
+        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            raise Wrong(f"a forked child ended with {code}")
 
     def _get_into_trouble(self, batch: Batch) -> None:
         tokens, trouble = batch.tokens(), self.round.trouble

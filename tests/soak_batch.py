@@ -180,7 +180,7 @@ class Batch:
         if self.spec.reduce == "rank":
             weights = self.row_weights[ranks[:, k], rows[:, k]]
         elif isinstance(self.spec.layout, Compact):
-            weights = torch.zeros(self.spec.max_tokens)
+            weights = torch.zeros(self.spec.max_tokens, dtype=torch.float32)
             for other in range(self.spec.num_topk):
                 is_same = torch.from_numpy(ranks[:, other] == ranks[:, k])
                 weights = torch.where(is_same, weights + self.weights[rank, :, other], weights)
@@ -193,7 +193,7 @@ class _Sum:
     """Sums of M tokens, each begun with its first term."""
 
     def __init__(self, spec: Spec) -> None:
-        self.value = torch.zeros(spec.max_tokens, spec.hidden)
+        self.value = torch.zeros(spec.max_tokens, spec.hidden, dtype=torch.float32)
         self.has_any = np.zeros(spec.max_tokens, dtype=bool)
 
     def add(self, term: Tensor, counts: np.ndarray) -> None:

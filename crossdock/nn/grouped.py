@@ -3,9 +3,10 @@
 Letters: R rows, L local experts, C capacity per expert, H values in, N values out.
 """
 
-from __future__ import annotations
+# no "from __future__ import annotations": torch.library reads the types of the arguments as they are
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ _NATIVE_DTYPES = {"cpu": (torch.bfloat16, torch.float16, torch.float32), "cuda":
 _NATIVE_CAPABILITY = (9, 0)
 """The oldest GPU with that kernel."""
 _TRACED_DTYPES = (torch.bfloat16,)
-"""torch.compile's view of that function, in torch 2.13, knows no other; a loop breaks the graph."""
+"""torch.compile's view of that function, in torch 2.13, knows no other; there a loop is one op, ``grouped_product``."""
 _STRIDE_BYTES = 16
 
 
@@ -51,7 +52,8 @@ def grouped_mm(
     # and 496 us in float32, 497 and 642 in bfloat16; level from 256 rows an expert on; same bits; no host sync. It
     # refuses float64, strides that are no multiple of 16 bytes, and expanded gradients, such as those of a sum.
     if _NATIVE is None or not _is_native(x, weights):
-        return _loop(x, weights, num_tokens_per_expert)
+        product = grouped_product if torch.compiler.is_compiling() else _loop
+        return product(x, weights, num_tokens_per_expert)
     ends = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
     out = _NATIVE(x.contiguous(), weights.contiguous().transpose(-2, -1), offs=ends)
     contiguous: Tensor = _ContiguousGradient.apply(out)  # type: ignore[no-untyped-call]
@@ -133,6 +135,46 @@ def _loop(x: Tensor, weights: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     segments = torch.split(x, [*counts, x.shape[0] - sum(counts)])
     products = [segments[e] @ weights[e].T for e in range(weights.shape[0])]
     return torch.cat([*products, x.new_zeros(segments[-1].shape[0], weights.shape[1])])
+
+
+@torch.library.custom_op("crossdock::grouped_product", mutates_args=())
+def grouped_product(x: Tensor, weights: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+    """`grouped_mm` by a loop over experts, as one op: compilers see no sizes that depend on counts. Local.
+
+    Traced, the loop's segments have lengths that inductor, in torch 2.13, cannot lower in a full graph.
+    """
+    return _loop(x, weights, num_tokens_per_expert)
+
+
+@grouped_product.register_fake
+def _(x: Tensor, weights: Tensor, num_tokens_per_expert: Tensor) -> Tensor:  # noqa: ARG001 - the op's own names
+    return x.new_empty(x.shape[0], weights.shape[1])
+
+
+@torch.library.custom_op("crossdock::grouped_outer", mutates_args=())
+def grouped_outer(grads: Tensor, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+    """``[L, N, H]``, the gradient of the weights: of each expert ``grads.T @ x`` over its rows. Local."""
+    ends = [0, *num_tokens_per_expert.cumsum(0).tolist()]
+    return torch.stack([grads[start:end].T @ x[start:end] for start, end in pairwise(ends)])
+
+
+@grouped_outer.register_fake
+def _(grads: Tensor, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+    return x.new_empty(num_tokens_per_expert.shape[0], grads.shape[1], x.shape[1])
+
+
+def _keep_product(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001 - torch's own names
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weights, counts = ctx.saved_tensors
+    needs_x, needs_weights, _ = ctx.needs_input_grad
+    grad_x = grouped_product(grad, weights.transpose(1, 2), counts) if needs_x else None
+    return grad_x, grouped_outer(grad, x, counts) if needs_weights else None, None
+
+
+grouped_product.register_autograd(_grouped_product_backward, setup_context=_keep_product)
 
 
 def _check(x: Tensor, weights: Tensor, num_tokens_per_expert: Tensor) -> None:

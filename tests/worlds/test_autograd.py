@@ -375,20 +375,23 @@ def check_ops(group, spec):
         x, topk_idx, weights, _ = make_inputs(buffer.rank, num_tokens=5)
         mode = "capacity" if isinstance(spec.layout, Padded) else "exact"
         ops, anchor = torch.ops.crossdock, torch.zeros(0, device=device(), requires_grad=True)
-        rows, row_weights, link, *plan = (
-            t.detach() for t in ops.dispatch(x, topk_idx, weights, anchor, buffer.handle, mode)
+        rows, row_weights, link, *plan, order = (
+            t.detach() for t in ops.dispatch(x, topk_idx, weights, anchor, buffer.handle, mode, None)
         )
         y = rows.to(spec.combine_dtype).requires_grad_()
         by_row = torch.rand(y.shape[:-1], device=device(), requires_grad=True)
         bias = torch.rand(H, device=device(), requires_grad=True)
         calls = [
-            (ops.dispatch, (x, topk_idx, weights, anchor, buffer.handle, mode)),
-            (ops.dispatch, (x, topk_idx.int(), None, anchor, buffer.handle, "capacity")),
-            (ops.send, (x, weights, anchor, plan, buffer.handle, mode, False)),
-            (ops.send, (x.detach().to(spec.combine_dtype), None, None, plan, buffer.handle, mode, True)),
-            (ops.combine, (y, weights if spec.reduce == "token" else by_row, bias, link, plan, buffer.handle, mode)),
-            (ops.bring, (y.detach(), row_weights, plan, buffer.handle)),
-            (ops.return_weights, (row_weights, plan, buffer.handle)),
+            (ops.dispatch, (x, topk_idx, weights, anchor, buffer.handle, mode, order)),
+            (ops.dispatch, (x, topk_idx.int(), None, anchor, buffer.handle, "capacity", order)),
+            (ops.send, (x, weights, anchor, plan, buffer.handle, mode, False, order)),
+            (ops.send, (x.detach().to(spec.combine_dtype), None, None, plan, buffer.handle, mode, True, order)),
+            (
+                ops.combine,
+                (y, weights if spec.reduce == "token" else by_row, bias, link, plan, buffer.handle, mode, order),
+            ),
+            (ops.bring, (y.detach(), row_weights, plan, buffer.handle, order)),
+            (ops.return_weights, (row_weights, plan, buffer.handle, order)),
         ]
         return [set(torch.library.opcheck(op.default, args).values()) for op, args in calls]
 
@@ -442,7 +445,7 @@ def mix_plans(group, spec):
     with open_buffer(group, spec) as buffer:
         x, topk_idx = torch.ones(2, H), torch.zeros(2, K, dtype=torch.int64) - 1
         plain = buffer.dispatch(x, topk_idx)
-        with pytest.raises(ConfigError, match=r"pass recv\.plan of an autograd\.dispatch"):
+        with pytest.raises(ConfigError, match=r"pass recv or recv\.plan of an autograd\.dispatch"):
             ag.combine(buffer, plain.x, plain.plan)
         with pytest.raises(ConfigError, match="routing is the plan of a plain dispatch"):
             ag.dispatch(buffer, x, plain.plan)

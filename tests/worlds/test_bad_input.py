@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import (
     Buffer,
@@ -134,6 +136,29 @@ BAD_DISPATCHES = {
         lambda a: a.buffer.dispatch(a.x, a.foreign.plan),
         ("made by another buffer", "recv.plan"),
     ),
+    "repeats of a hash": (
+        lambda a: a.buffer.dispatch(a.x, torch.tensor([[3, 3]] * T)),
+        ("topk_idx[0] picks expert 3 more than once", "hash", "put -1 in place of the repeats"),
+    ),
+    "dimensions of x": (lambda a: a.buffer.dispatch(a.x[0], topk()[:1]), ("x has shape [16]", "[tokens, hidden=16]")),
+    "tokens of topk_idx": (
+        lambda a: a.buffer.dispatch(a.x, topk()[:3]),
+        ("topk_idx has shape [3, 2]", "[tokens=4, num_topk=2]"),
+    ),
+    "dtype of unquantized rows": (
+        lambda a: a.buffer.dispatch(a.x.half(), topk(), unquantized=True),
+        ("x is float16", "unquantized=True", "x.to(torch.float32)"),
+    ),
+    "weights require grad": (
+        lambda a: a.buffer.dispatch(a.x, topk(), weights=torch.ones(T, K, requires_grad=True)),
+        ("requires grad", "crossdock.autograd"),
+    ),
+    "weights no tensor": (lambda a: a.buffer.dispatch(a.x, topk(), weights=[1.0]), ("weights is a list", "tensor")),
+    "device of extras": (
+        lambda a: a.buffer.dispatch(a.x, topk(), extras=[torch.zeros(T, device="meta")]),
+        ("extras[0] is on meta", "extras[0].cpu()"),
+    ),
+    "SMs on CPUs": (lambda a: a.buffer.dispatch(a.x, topk(), num_sms=4), ("num_sms=4", "None on CPUs")),
 }
 BAD_COMBINES = {
     "dtype of y": (
@@ -187,7 +212,54 @@ BAD_COMBINES = {
         lambda a: a.buffer.combine(a.recv.x, a.recv.plan, extras=[a.recv.x]),
         ("extras take 64 bytes per row", "extra_bytes"),
     ),
+    "hidden of y": (
+        lambda a: a.buffer.combine(a.recv.x[:, :8], a.recv.plan),
+        ("y has shape", "8]", "pass the outputs"),
+    ),
+    "device of bias": (
+        lambda a: a.buffer.combine(a.recv.x, a.recv.plan, bias=torch.zeros(H, device="meta")),
+        ("bias is on meta", "bias.cpu()"),
+    ),
+    "bias requires grad": (
+        lambda a: a.buffer.combine(a.recv.x, a.recv.plan, bias=torch.zeros(H, requires_grad=True)),
+        ("requires grad", "crossdock.autograd"),
+    ),
+    "weights no tensor": (
+        lambda a: a.buffer.combine(a.recv.x, a.recv.plan, weights=3.0),
+        ("weights is a float", "tensor"),
+    ),
+    "SMs on CPUs": (lambda a: a.buffer.combine(a.recv.x, a.recv.plan, num_sms=0), ("num_sms=0", "None on CPUs")),
 }
+BAD_RETURNS = {
+    "no extras": (lambda a: a.buffer.return_extras(a.recv.plan, []), ("extras is empty", "go home")),
+    "dtype of extras": (
+        lambda a: a.buffer.return_extras(a.recv.plan, [a.recv.x[:, 0].half()]),
+        ("extras[0] is float16", "float32"),
+    ),
+    "length of extras": (
+        lambda a: a.buffer.return_extras(a.recv.plan, [torch.zeros(a.recv.x.shape[0] + 1)]),
+        ("extras[0] has shape", "one entry per row"),
+    ),
+    "lengths of extras": (
+        lambda a: a.buffer.return_extras(a.recv.plan, [a.recv.x[:, 0].clone(), torch.zeros(99)]),
+        ("extras[1] has shape [99]", "one entry per row"),
+    ),
+    "bytes of extras": (
+        lambda a: a.buffer.return_extras(a.recv.plan, [a.recv.x]),
+        ("extras take 64 bytes per row", "extra_bytes"),
+    ),
+    "extras no tensors": (lambda a: a.buffer.return_extras(a.recv.plan, ["x"]), ("extras[0] is a str", "tensor")),
+    "device of extras": (
+        lambda a: a.buffer.return_extras(a.recv.plan, [torch.zeros(a.recv.x.shape[0], device="meta")]),
+        ("extras[0] is on meta", "extras[0].cpu()"),
+    ),
+    "another buffer's plan": (
+        lambda a: a.buffer.return_extras(a.foreign.plan, [a.recv.x[:, 0].clone()]),
+        ("made by another buffer", "recv.plan"),
+    ),
+}
+BAD = {"dispatch": BAD_DISPATCHES, "combine": BAD_COMBINES, "return_extras": BAD_RETURNS}
+"""All kinds of bad input to a call: the test is made from it, and every one is a sentence on every rank."""
 
 
 def good_round(buffer):
@@ -198,7 +270,7 @@ def good_round(buffer):
 
 def one_is_guilty(group, verb, name):
     """Good, bad, good, bad, reset, good; what was raised, and whether rows and sums were right all along."""
-    bad = (BAD_DISPATCHES if verb == "dispatch" else BAD_COMBINES)[name][0]
+    bad = BAD[verb][name][0]
     raised = []
     with Buffer(group, SPEC, timeout_s=TIMEOUT_S) as buffer, Buffer(group, SPEC, timeout_s=TIMEOUT_S) as other:
         foreign = good_round(other)[0]
@@ -218,8 +290,10 @@ def one_is_guilty(group, verb, name):
                     bad(Given(buffer, x_of(buffer.rank), recv, foreign))
                 elif verb == "dispatch":
                     buffer.dispatch(x_of(buffer.rank), topk())
-                else:
+                elif verb == "combine":
                     buffer.combine(recv.x, recv.plan)
+                else:
+                    buffer.return_extras(recv.plan, [recv.x[:, 0].clone()])
             except CrossdockError as error:
                 raised.append((error, time.monotonic() - began))
             assert torch.equal(recv.x, rows)
@@ -230,12 +304,16 @@ def one_is_guilty(group, verb, name):
     return raised
 
 
-CASES = [("dispatch", name) for name in BAD_DISPATCHES] + [("combine", name) for name in BAD_COMBINES]
+CASES = [(verb, name) for verb, table in BAD.items() for name in table]
+
+
+def test_the_table_has_forty_kinds_at_least():
+    assert len(CASES) >= 40
 
 
 @pytest.mark.parametrize(("verb", "name"), CASES, ids=[f"{verb}-{name}" for verb, name in CASES])
 def test_one_rank_is_told_what_is_wrong_and_all_go_on(world, verb, name):
-    texts = (BAD_DISPATCHES if verb == "dispatch" else BAD_COMBINES)[name][1]
+    texts = BAD[verb][name][1]
     *others, guilty = world.run(one_is_guilty, verb, name)
     assert [type(error) for error, _ in guilty] == [ConfigError] * 2
     for error, _ in guilty:
@@ -319,6 +397,28 @@ def test_a_timeout_that_is_none_is_refused_on_all(world):
 def test_the_group_of_nobody_is_refused():
     with pytest.raises(ConfigError, match=r"not initialised.*init_process_group.*run_local"):
         Buffer(None, SPEC)
+
+
+def in_a_group_of_others(_group):
+    """A group that rank 0 is in alone, as both ranks make it."""
+    alone = dist.new_group([0])
+    texts = []
+    for given in (alone, DeviceMesh("cpu", [0], mesh_dim_names=("ep",))):
+        try:
+            with Buffer(given, SPEC, timeout_s=5) as buffer:
+                texts.append(f"made with {buffer.topology.num_ranks}")
+        except ConfigError as error:
+            texts.append(str(error))
+    return texts
+
+
+@pytest.mark.worlds("processes-2")
+def test_a_process_that_is_not_in_the_group_is_told(world):
+    member, other = world.run(in_a_group_of_others)
+    assert member == ["made with 1"] * 2
+    for text in other:
+        assert "this process, global rank 1, is not a member of" in text
+        assert "pass the group that this process belongs to" in text
 
 
 def test_a_hidden_that_the_scale_block_does_not_divide_is_refused():

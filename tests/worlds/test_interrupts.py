@@ -3,20 +3,18 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from crossdock import Buffer, ConfigError, CrossdockError, Expanded, Fp32, PeerFailed, PeerTimeout, Spec, run_local
+from tests.interrupter import Interrupter
 from tests.world import WorkerLost, meet
 
 SPEC = Spec(num_experts=6, num_topk=2, hidden=4, max_tokens=4, wire=Fp32(), layout=Expanded())
 TOPK = torch.tensor([[0, 3], [1, 2]])
-SOURCES = str(Path(__file__).parents[2] / "crossdock")
 NUM_AFTER = 4
 """Steps behind the one that was interrupted; the last two must work."""
 
@@ -24,32 +22,6 @@ NUM_AFTER = 4
 def step(buffer, number=1.0):
     recv = buffer.dispatch(torch.full((2, 4), number), TOPK)
     return buffer.combine(recv.x.clone(), recv.plan)[:, 0].tolist()
-
-
-class Interrupter:
-    """Raises KeyboardInterrupt before the n-th line of ours that this thread runs; some lines later again, if asked."""
-
-    def __init__(self, nth, again=0):
-        self.left, self.again = nth, again
-        self.where = None
-
-    def _look(self, frame, event, _):
-        if not frame.f_code.co_filename.startswith(SOURCES):
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-                self.left, self.again = self.again, 0
-                raise KeyboardInterrupt
-        return self._look
-
-    def __enter__(self):
-        sys.settrace(self._look)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(None)
 
 
 def interrupted(group, nth, again):
