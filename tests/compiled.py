@@ -172,6 +172,8 @@ class Special:
     def of(cls, kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any], target: GPUTarget) -> Special:
         """By Triton's own rules."""
         backend = make_backend(target)
+        if target.backend == "hip":  # there is no such option; see ``Launcher.bind``
+            options = {name: value for name, value in options.items() if name not in ("maxnreg", "launch_pdl")}
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, special, more = bind(*args, **options)
         made, signature, constants, attributes = kernel._pack_args(backend, dict(more), bound, special, more)

@@ -21,7 +21,7 @@ from torch import Tensor
 from crossdock.arena import Arena
 from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, Metadata, Outcome, PlanTensors
 from crossdock.backends.cuda.config import agreed_topology, decide
-from crossdock.backends.cuda.consent import DeviceConsent
+from crossdock.backends.cuda.consent import DeviceConsent, Passing
 from crossdock.backends.cuda.copies import push_blocks
 from crossdock.backends.cuda.fused import At, FusedCalls
 from crossdock.backends.cuda.kernels import metadata as kernels
@@ -132,8 +132,11 @@ class CudaBackend:
 
     def _told(self, plan: DevicePlan) -> Steps[DevicePlan]:
         """The plan with how many rows come, once the device has told that."""
-        assert plan.host_counts is not None
-        stamp = HostStamp(plan.host_counts.told, lambda: self._streams.is_idle)
+        host_counts = plan.host_counts
+        assert host_counts is not None
+        stamp: Passing = HostStamp(host_counts.told, lambda: self._streams.is_idle)
+        if not host_counts.tells or host_counts.stamp != plan.stamp:  # of an earlier dispatch, which had no need of it
+            stamp = self._streams.event()
         yield from self._consent.until(stamp, "begin this dispatch")
         if (failure := self._consent.failure()) is not None:
             raise failure
@@ -478,6 +481,7 @@ class CudaBackend:
         self._fill(self._planner.blank(1, 0), picks, plan.counts)
         self._training.warm_up()
         self.synchronize()
+        self._consent.recent_plans.clear()
 
     def _warm_up_dispatch(self, batch: Batch, picks: Tensor) -> None:
         """A batch sent in every way: fresh, on a plan, on one that was made again; waited for at once, or started."""

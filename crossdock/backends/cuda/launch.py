@@ -116,7 +116,7 @@ class Launcher:
         """
         options: dict[str, Any] = {"num_warps": num_warps}
         options |= {} if enable_fp_fusion else {"enable_fp_fusion": False}
-        options |= {} if maxnreg is None else {"maxnreg": maxnreg}
+        options |= {} if maxnreg is None or torch.version.hip is not None else {"maxnreg": maxnreg}
         options |= {"launch_pdl": True} if early and self.config.launches_early else {}
         return Launch(self, kernel, grid, fixed, constants, options)
 

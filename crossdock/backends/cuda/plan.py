@@ -146,6 +146,8 @@ class HostCounts:
     """The same memory, to be read: that takes a tenth of the time of asking the tensor."""
     is_captured: bool
     """Whether a graph writes it, at each replay."""
+    tells: bool = False
+    """Whether the host waits for how many rows come; else it is only told of an overflow."""
     number: int = 0
     """Of the dispatch whose host counts these are now, among those that had any."""
     stamp: int = 0
@@ -160,6 +162,8 @@ class DevicePlan(Plan):
     shape: PlanShape
     host_counts: HostCounts | None
     """None when the host knows already."""
+    num_pairs: int | None = None
+    """Pairs that came here, where the host was told."""
     src_idx: Int32[Tensor, "R"] | None = None
     """Of plans that were made again: then nothing has to travel beside rows."""
     local_idx: Int32[Tensor, "R K"] | None = None
@@ -185,9 +189,10 @@ class DevicePlan(Plan):
 
         @property
         def partial_rows(self) -> Tensor | None:
-            """See Plan."""
+            """See Plan. A copy: what an operator of torch gives may not share memory."""
             if "partial_rows" not in self.__dict__:
-                self.__dict__["partial_rows"] = self.table("partial_rows") if self.shape.num_pairs else None
+                rows = self.table("partial_rows")[: self.num_pairs].clone() if self.shape.num_pairs else None
+                self.__dict__["partial_rows"] = rows
             return self.__dict__["partial_rows"]
 
         def __getattr__(self, name: str) -> Any:

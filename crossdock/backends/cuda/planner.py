@@ -137,6 +137,7 @@ class Planner:
         host_counts = plan.host_counts
         if host_counts is None or host_counts.is_captured:
             return
+        host_counts.tells = mode == "exact"
         self._num_fresh += 1
         if mode == "capacity":
             self._unread.append((self._num_fresh, sequence, host_counts))
@@ -148,7 +149,7 @@ class Planner:
     def as_remade(self, plan: DevicePlan, tensors: PlanTensors) -> DevicePlan:
         """A plan whose tables are filled, as one that was made of these tensors."""
         pairs = tensors.partial_rows if self._on.num_pairs else None
-        if pairs is not None and plan.host_counts is None and plan.stamp == REMADE:  # else they have come with the rows
+        if pairs is not None and plan.stamp == REMADE and plan.src_idx is None:  # else they have come with the rows
             plan.table("partial_rows")[: pairs.shape[0]].copy_(pairs)
         made = plan.changed(
             topk_idx=tensors.topk_idx,
@@ -172,17 +173,15 @@ class Planner:
         host_counts = plan.host_counts
         if host_counts is None:
             return plan
-        if host_counts.is_captured or host_counts.stamp == plan.stamp:
-            if (error := self.overflow_of(host_counts)) is not None:
-                raise error
+        is_its = host_counts.is_captured or host_counts.stamp == plan.stamp
+        if is_its and (error := self.overflow_of(host_counts)) is not None:
+            raise error
+        if is_its and host_counts.tells:
             num_rows, num_pairs = int(host_counts.told[HOST_ROWS.value]), int(host_counts.told[HOST_PAIRS.value])
-        else:  # so long ago that the host counts are another dispatch's by now, and were looked at before they were
+        else:  # nobody has asked for them yet, or so long ago that the host counts are another dispatch's by now
             scalars = plan.table("scalars").tolist()
             num_rows, num_pairs = scalars[NUM_ROWS.value], scalars[NUM_PAIRS.value]
-        fields: dict[str, Any] = {"num_rows": num_rows, "host_counts": None}
-        if self._on.num_pairs:
-            fields["partial_rows"] = plan.table("partial_rows")[:num_pairs]
-        made = plan.changed(**fields)
+        made = plan.changed(num_rows=num_rows, num_pairs=num_pairs, host_counts=None)
         self._plans.append(ref(made))
         return made
 

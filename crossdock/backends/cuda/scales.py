@@ -47,5 +47,6 @@ def dtype_of(num_bytes: int) -> torch.dtype:
 
 
 def as_kernels_take(x: Quantized) -> Quantized:
-    """Quantised rows whose scales have a dtype that Triton knows: exponents as bytes."""
-    return Quantized(x.data, x.scale.view(torch.uint8)) if x.scale.dtype == torch.float8_e8m0fnu else x
+    """Quantised rows as bytes, and their scales, where these are exponents: of dtypes that every target knows."""
+    scale = x.scale.view(torch.uint8) if x.scale.element_size() == 1 else x.scale
+    return Quantized(x.data.view(torch.uint8), scale)

@@ -130,7 +130,8 @@ def cast_rows(x, stride, call, dst_rows, num_tokens, segments, arrivals, cast, p
             dst_row = tl.load(dst_rows + token * J + j)
             peer, row = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0), dst_row & ROW_MASK
             slot, base = slot_of(call, peer), tl.load(segments + peer)
-            there = pointers(region_at(base, arrivals.rows, slot) + row * cast.ROW_BYTES, tl.uint8)
+            there = region_at(base, arrivals.rows, slot) + row * cast.ROW_BYTES
+            there = there.to(tl.pointer_type(tl.uint8), bitcast=True)  # here: what a function gives takes no hint
             if cast.ROW_BYTES % 16 == 0:
                 there = tl.multiple_of(there, 16)
             tl.store(there + at, data, mask=is_value & (dst_row >= 0))

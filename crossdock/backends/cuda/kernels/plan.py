@@ -46,7 +46,7 @@ HOST_NEEDED = tl.constexpr(3)
 HOST_STAMP = tl.constexpr(4)
 HOST_WORDS = tl.constexpr(6)
 """Entries of the host counts, int64, in whole multiples of 16 bytes: those scalars, and a stamp that comes last,
-1. Rows, pairs and stamp are written where the host waits for them; the worst and its need where rows do not fit."""
+1. Rows, pairs and stamp are written where the host waits for them, the other two where rows do not fit."""
 
 
 @triton.jit
