@@ -225,3 +225,52 @@ def test_the_backends_part_of_a_warm_call_is_few_calls_of_python(case, options, 
     calls = pool.apply(_python_calls, (case, (verb,)), options)[verb]
     assert calls.total() <= most, calls
     assert calls.total() > 3
+
+
+ON_CPUS_ALONE = ("_picks", "check_picks", "drop_masked", "_current_stream")
+"""What is called where tensors lie on CPUs, as they do here, or where torch has no CUDA."""
+
+
+def _calls_of_a_verb(case: str, verbs: tuple[str, ...], **options: Any) -> dict[str, Counter[str]]:
+    """Functions of ours that a whole warm call calls, from the public verb down, for tokens not seen before."""
+    spec, launch_options = _spec(case, **options)
+    home = crossdock.__path__[0]
+    seen: dict[str, Counter[str]] = {}
+    torch.use_deterministic_algorithms(False)
+    with lone_buffer(spec, 1, **launch_options) as (buffer, _):
+        for num_tokens in (5, 9, 13):
+            verbs_of = _verbs(buffer, spec, num_tokens)
+            for name in verbs:
+                calls: Counter[str] = Counter()
+
+                def note(frame: Any, event: str, _: Any, calls: Counter[str] = calls) -> None:
+                    code = frame.f_code
+                    is_ours = code.co_filename.startswith(home) or code.co_filename == "<string>"
+                    if event == "call" and is_ours and code.co_name not in ON_CPUS_ALONE:
+                        calls[f"{code.co_filename.rpartition('/')[2]}:{code.co_name}"] += 1
+
+                if num_tokens < 13:  # kinds are made, and grids of other numbers of tokens
+                    verbs_of[name]()
+                sys.setprofile(note)
+                verbs_of[name]()
+                sys.setprofile(None)
+                seen[name] = calls
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "verb", "most"),
+    [
+        ("compact", {}, "fresh", 40),
+        ("compact", {}, "cached", 38),
+        ("compact", {}, "pushed", 34),
+        ("compact", {}, "pushed, weights, bias", 36),
+        ("expanded at the receiver", {}, "fresh", 40),
+        ("padded", {"max_tokens": 64}, "fresh", 36),
+    ],
+)
+def test_a_warm_call_is_few_calls_of_python_from_the_verb_on(case, options, verb, most, pool):
+    """Whatever its numbers of tokens: a kind that is known is neither checked nor bound again."""
+    calls = pool.apply(_calls_of_a_verb, (case, (verb,)), options)[verb]
+    assert calls.total() <= most, calls
+    assert not any(name.endswith((":make", ":_vetted_dispatch", ":_vetted_combine")) for name in calls), calls

@@ -477,3 +477,15 @@ def test_a_call_asks_for_memory_once_or_never(world, layout, options):
     """A fresh dispatch for its plan, a combine for its result."""
     case = make_case(spec_of(layout, wire=Fp8(block=8), **options), [4, 3])
     assert world.run(memory_asked_for, case) == [[1, 0, 1, 1]] * 2
+
+
+@two_ranks
+@pytest.mark.parametrize(
+    "wire",
+    [Fp32(), Fp8(block=4, scale="ue8m0"), Fp8(block=4, scale="ue8m0", packed=True, column_major=True)],
+    ids=repr,
+)
+def test_a_fused_dispatch_leaves_no_gap_as_it_was(world, wire):
+    """Without extras a dispatch of few tokens is one kernel, and alignment leaves gaps that are to be zero."""
+    case = make_case(spec_of(Expanded(alignment=8), wire=wire), [3, 4])
+    check_received(case, world.run(dispatch.dispatch_plainly, case), weights=False, extras=False)
