@@ -24,7 +24,7 @@ from crossdock import (
     PeerTimeout,
     Spec,
 )
-from crossdock.backends.cuda import fused
+from crossdock.backends.cuda import fused, sends, sums
 from crossdock.backends.cuda.kernels.calls import BEGUN, PROGRESS, SENT
 from crossdock.backends.cuda.launch import Launch
 from crossdock.backends.cuda.stream import CallStreams
@@ -489,3 +489,30 @@ def test_a_fused_dispatch_leaves_no_gap_as_it_was(world, wire):
     """Without extras a dispatch of few tokens is one kernel, and alignment leaves gaps that are to be zero."""
     case = make_case(spec_of(Expanded(alignment=8), wire=wire), [3, 4])
     check_received(case, world.run(dispatch.dispatch_plainly, case), weights=False, extras=False)
+
+
+@two_ranks
+@reduces
+@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=4)], ids=repr)
+def test_wide_calls_are_ended_by_a_kernel_of_their_own(world, layout, reduce):
+    """Where there are too many programs for tickets: here, more than none."""
+    case = make_case(spec_of(layout, reduce=reduce, num_topk=2), [3, 4])
+    for rows, home in (("exact", "pulled"), ("capacity", "pushed")):
+        got = world.run(play_widely, case, rows, home)
+        check_received(case, [mine[0] for mine in got])
+        wants = oracle.combined(case.spec, case.topk, case.flat_y())
+        assert all(same_bits(out, want) for (_, out), want in zip(got, wants, strict=True))
+
+
+def play_widely(group, case, rows, home):
+    few = [mock.patch.object(module, "MOST_TICKETS", 0) for module in (sends, sums)]
+    with few[0], few[1], open_buffer(group, case.spec, debug=True) as buffer:
+        r = buffer.rank
+        recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r], rows=rows)
+        seen = observed(recv)
+        buffer.dispatch_start(case.x[r], recv.plan).wait()
+        recv = buffer.dispatch(case.x[r], recv.plan)
+        y = case.y[r] if home == "pushed" else recv.output_rows()
+        if home == "pulled":
+            y.copy_(case.y[r].view_as(y))
+        return seen, buffer.combine(y, recv.plan)

@@ -25,6 +25,7 @@ from crossdock.backends.cuda.consent import DeviceConsent, Passing
 from crossdock.backends.cuda.copies import push_blocks
 from crossdock.backends.cuda.fused import At, FusedCalls
 from crossdock.backends.cuda.kernels import metadata as kernels
+from crossdock.backends.cuda.kernels import sums as sum_kernels
 from crossdock.backends.cuda.launch import Kinds, Launch, Launcher
 from crossdock.backends.cuda.metadata import MetadataReader
 from crossdock.backends.cuda.plan import DevicePlan, HostStamp
@@ -43,6 +44,7 @@ from crossdock.transport.device import DeviceTransport
 from crossdock.wire import Fp8, Quantized
 
 _TELLS, _WEIGHTS, _EXTRAS = (given.value for given in (kernels.TELLS, kernels.WEIGHTS, kernels.EXTRAS))
+_BIAS_ROWS, _UNCHECKED = (given.value for given in (sum_kernels.BIAS_ROWS, sum_kernels.UNCHECKED))
 _TURN = Missing((), "come to its turn")
 _LEFT = Missing((), "finish", has_sent=True)
 """What a fused call that has been started leaves to ``wait()``."""
@@ -205,18 +207,21 @@ class CudaBackend:
             self._planner.placed(plan, call.sequence, call.row_count, stream)
         if not kind.pushes_beside:
             beside = (0, on.flags, on.flags)
+        max_polls = 0
         if self.launch.mover == "copy":
             if kind.push is not None:
                 kind.push(num_tokens, stream, memory, room, num_tokens, rank, *beside)
             with self._streams.context(stream):
                 push_blocks(self._send_kinds, self._transport, plan, batch, room, stream, self._consent)
         elif kind.push is not None:
-            max_polls = on.max_polls if at_once else 0
+            max_polls = (on.max_polls if at_once else 0) if num_tokens <= kind.most_tokens else -1
             if kind.is_cast:
                 kind.push(num_tokens, stream, data, memory, room, num_tokens, rank, max_polls, *beside)
             else:
                 kind.push(num_tokens, stream, data, scale, memory, room, num_tokens, rank, max_polls, *beside)
-        if not at_once or self.launch.mover == "copy":
+        if max_polls < 0:
+            kind.end(0, stream, room, rank, on.max_polls, memory)
+        elif not at_once or self.launch.mover == "copy":
             kind.finish(0, stream, room, rank, on.max_polls, memory)
         if kind.expand is not None:
             kind.expand(0, stream, memory, room, num_tokens, rank)
@@ -338,11 +343,14 @@ class CudaBackend:
                 kind.finish(0, stream, room, rank, on.max_polls, memory)
         if kind.sum is not None:
             of_picks = out if weights is None or spec.reduce == "rank" else weights
-            bias_rows = 0 if bias is None or bias.dim() == 1 else 1
+            is_wide = num_tokens > kind.most_tokens
+            ways = (0 if bias is None or bias.dim() == 1 else _BIAS_ROWS) | (_UNCHECKED if is_wide else 0)
             kind.sum(
                 num_tokens, stream, out, out if bias is None else bias, of_picks, memory, room, num_tokens, rank,
-                bias_rows, came, width,
+                ways, came, width,
             )  # fmt: skip
+            if is_wide:
+                kind.check(0, stream, room, rank)
         elif kind.gather is not None and width:
             kind.gather(num_tokens, stream, came, width, memory, room, num_tokens, rank)
         return out, self._apart(came, extras, stream) if extras else ()
@@ -479,6 +487,11 @@ class CudaBackend:
                 self._return(started, plan, y, given, None, (extra,), sums=True)
         self._return(started, plan, None, None, None, (extra,), sums=False)
         self._fill(self._planner.blank(1, 0), picks, plan.counts)
+        stream, room = self._streams.enter(), self._on.next_call()
+        for sends in self._sends.values():
+            sends.end(0, stream, room, self._on.rank, self._on.max_polls, plan.memory)
+        for sums in self._sums.values():
+            sums.check(0, stream, room, self._on.rank)
         self._training.warm_up()
         self.synchronize()
         self._consent.recent_plans.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -71,6 +72,15 @@ class Launch:
             else:
                 addresses.append(arg.data_ptr())
         self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *addresses, *self._bound)
+
+    def most_tokens(self, num_programs: int) -> int:
+        """For how many tokens it is at most so many programs."""
+        if not callable(self._grid):
+            return sys.maxsize
+        most = num_programs  # a token is a program at least, or a part of one
+        while self._grid(most) > num_programs:
+            most //= 2
+        return most
 
     def _launch_first(self, grid: int, stream: int, args: tuple[Any, ...]) -> None:
         launcher = self._launcher
@@ -148,6 +158,7 @@ class Kinds(Generic[Kind]):
         self._kinds: dict[Any, Kind] = {}
         self.get = self._kinds.get
         """The kind of a key, or None."""
+        self.values = self._kinds.values
 
     def keep(self, key: Any, kind: Kind) -> Kind:
         """From now on ``get`` gives it."""

@@ -62,6 +62,10 @@ class SendKind:
     """Whether the push casts."""
     pushes_beside: bool
     """Whether it sends what travels beside rows."""
+    most_tokens: int
+    """Whose rows a push can end by itself: more tokens are too many programs for that."""
+    end: Launch
+    """Behind a push that does not."""
 
 
 class Sent(NamedTuple):
@@ -130,6 +134,8 @@ class SendKinds:
             expand=self._bind_expand(sent, batch, config, is_fresh=is_fresh),
             is_cast=sent.is_cast and not is_copied,
             pushes_beside=has_metadata and not is_fresh,
+            most_tokens=0 if push is None else push.most_tokens(MOST_TICKETS),
+            end=self.bind_finish(ends),
         )
 
     def bind_finish(self, ends: Ends) -> Launch:
@@ -449,6 +455,10 @@ class SendKinds:
             as_constants(how),
             num_warps=shape.num_warps,
         )
+
+
+MOST_TICKETS = 2048
+"""Programs of a kernel whose last one ends the call; of more another kernel does: see ``kernels.calls.end_call``."""
 
 
 def over(shape: Shape, num_rows: int, num_pieces: int) -> int | Callable[[int], int]:

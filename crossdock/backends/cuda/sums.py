@@ -18,7 +18,7 @@ from crossdock.backends.cuda.kernels import rows as row_kernels
 from crossdock.backends.cuda.kernels import sums as sum_kernels
 from crossdock.backends.cuda.kernels.groups import WORDS, Ends, Returned, Summed, as_constants
 from crossdock.backends.cuda.launch import Launch, Launcher
-from crossdock.backends.cuda.sends import over
+from crossdock.backends.cuda.sends import MOST_TICKETS, over
 from crossdock.layout import Padded
 
 _NOBODY, _PUSHERS, _ALL = (who.value for who in (call_kernels.NOBODY, call_kernels.PUSHERS, call_kernels.ALL))
@@ -43,6 +43,10 @@ class SumKind:
     """These, without sums."""
     is_summed: bool
     """Whether this rank sums outputs before it pushes them."""
+    most_tokens: int
+    """Whose sums end the call by themselves."""
+    check: Launch
+    """Behind those that do not."""
 
     @property
     def pushes(self) -> bool:
@@ -101,14 +105,17 @@ class SumKinds:
         if y is not None:
             ends = last if extras is None else Ends(POSTS=False, AWAITS=_NOBODY, COUNTED=False)
             push = self._bind_push(y, weights if sums_here else None, config, ends)
+        summed = self._bind_sum(None if sums_here else weights, bias, config) if sums else None
         return SumKind(
             begin=self._bind_begin(config, pushes=y is not None or extras is not None),
             push=push,
             extras=None if extras is None else self._bind_extras(config, last),
             finish=self._bind_finish(Ends(POSTS=False, AWAITS=awaits, COUNTED=False)),
-            sum=self._bind_sum(None if sums_here else weights, bias, config) if sums else None,
+            sum=summed,
             gather=None if sums else self._bind_gather(),
             is_summed=self._of_pairs or (sums_here and weights is not None),
+            most_tokens=0 if summed is None else summed.most_tokens(MOST_TICKETS),
+            check=self._launcher.bind(call_kernels.check_call, 1, self._on.own, num_warps=1),
         )
 
     def _bind_begin(self, config: LaunchConfig, *, pushes: bool) -> Launch:

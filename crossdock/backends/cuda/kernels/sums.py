@@ -43,15 +43,21 @@ def weight_of(weights, picks, token, j, peer, sizes):
     return weight
 
 
-@triton.jit(do_not_specialize=["num_tokens", "rank", "bias_rows", "width"])
-def sum_rows(out, bias, weights, plan, call, num_tokens, rank, bias_rows, results, width, own, returns, how):
+BIAS_ROWS = tl.constexpr(1)
+UNCHECKED = tl.constexpr(2)
+"""How ``sum_rows`` goes about it."""
+
+
+@triton.jit(do_not_specialize=["num_tokens", "rank", "ways", "width"])
+def sum_rows(out, bias, weights, plan, call, num_tokens, rank, ways, results, width, own, returns, how):
     """``out[t] = cast(0 + w[t, 0] * row 0 + w[t, 1] * row 1 + ... + bias)``, of the rows of each token.
 
     Rows lie in the output slots of the peers that left them there, and at this rank's returned rows from those that
     pushed. The last program looks whether a peer has given up what was read.
 
     Args:
-        weights: float32 ``[T, K]``; bias: ``[T, H]`` (bias_rows 1), or ``[H]`` (0).
+        weights: float32 ``[T, K]``; bias: ``[T, H]`` (BIAS_ROWS in ``ways``), or ``[H]``.
+        ways: with UNCHECKED another kernel looks for aborts: see ``calls.end_call``.
         results, width: for extras that have come back (width 0: none), see ``returns.gather_share``.
     """
     J: tl.constexpr = how.J
@@ -84,13 +90,16 @@ def sum_rows(out, bias, weights, plan, call, num_tokens, rank, bias_rows, result
                 value = value * tl.where(is_row, weight_of(weights, tables.picks, token, j, peer, own.sizes), 0.0)
             total += value
         if how.HAS_BIAS:
-            total += tl.load(bias + as_int64(token) * bias_rows * H + at, mask=is_value, other=0.0).to(tl.float32)
+            total += tl.load(bias + as_int64(token) * (ways & BIAS_ROWS) * H + at, mask=is_value, other=0.0).to(
+                tl.float32
+            )
         tl.store(out + as_int64(token) * H + at, total.to(out.dtype.element_ty), mask=is_value)
     if width > 0:
         gather_share(call, tables, num_tokens, rank, results, width, own, returns, how.EXTRA_BYTES)
-    if is_last_program(own.flags + TICKET):  # noqa: SIM102 - every program takes a ticket
-        if is_ok(own.state):
-            look_for_abort(own, call, rank)
+    if (ways & UNCHECKED) == 0:  # noqa: SIM102 - only then a ticket is taken
+        if is_last_program(own.flags + TICKET):  # noqa: SIM102 - every program takes a ticket
+            if is_ok(own.state):
+                look_for_abort(own, call, rank)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rank", "max_polls"])
