@@ -372,7 +372,7 @@ class Consent:
     def meet(self) -> Steps[int]:
         """How many epochs count as ended once all ranks are here, and each knows that of all. Collective.
 
-        To be begun behind a failure. A rank that gives up takes back that it is here.
+        To be begun behind a failure. A rank that gives up takes back that it is here, by a negative number.
 
         Raises:
             PeerFailed: a rank has left.
@@ -381,33 +381,37 @@ class Consent:
         others = [peer for peer in self._peers if peer != self.rank]
         is_agreed = False
 
-        def proposal(peer: int) -> int:
-            """0: it is not here, or still says what it said when ranks last met."""
-            value = self._mailbox.load("restarts", PROPOSED, peer)
-            return value if value > self._last_met else 0
+        def load(index: int, peer: int) -> int:
+            return self._mailbox.load("restarts", index, peer)
 
         try:
             self._tell(PROPOSED, own)
-            while not is_agreed:
-                proposals = {peer: proposal(peer) for peer in others}
-                missing = [peer for peer in others if not proposals[peer]]
-                if not missing:
-                    target = max(own, *proposals.values()) if others else own
-                    if said != target:
+            while True:
+                heard = {peer: load(HEARD, peer) for peer in others}
+                missing = [peer for peer in others if heard[peer] != said]
+                if said and not missing:
+                    break
+                # Those that have met may propose the next time before others see the end of this. So what is said is
+                # taken back only if a peer has heard more from all, which it has not before this rank proposes again.
+                if not said or max(heard.values()) > said:
+                    proposals = {peer: load(PROPOSED, peer) for peer in others}
+                    absent = [peer for peer in others if proposals[peer] <= self._last_met]  # or as it was then
+                    target = max([own, *proposals.values()])
+                    if not absent and target != said:
                         for box in ("words", "arrived"):  # all have ended their epochs: nothing more comes of those
                             self._mailbox.forget(box)
                         said = target
                         self._tell(HEARD, target)
-                    missing = [peer for peer in others if self._mailbox.load("restarts", HEARD, peer) != target]
-                    is_agreed = not missing
-                if missing:
-                    for peer in missing:
-                        if self.has_left(peer):
-                            raise PeerFailed(peer, "it has closed its buffer")
-                    yield Missing(missing, "come to")
+                        continue
+                    missing = sorted(absent, key=lambda peer: proposals[peer] < 0) or missing  # it waited for others
+                for peer in missing:
+                    if self.has_left(peer):
+                        raise PeerFailed(peer, "it has closed its buffer")
+                yield Missing(missing, "come to")
+            is_agreed = True
         finally:
             if not is_agreed and os.getpid() == process:
-                self._tell(PROPOSED, 0)
+                self._tell(PROPOSED, -own)
         return said
 
     def begin(self, num_ended: int) -> None:

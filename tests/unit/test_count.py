@@ -254,6 +254,31 @@ def test_a_rank_in_a_call_is_told_of_a_restart_and_may_join():
         assert steps.play({}) == [None, None]
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_restarts_one_behind_the_other_meet_one_by_one(num_ranks):
+    """A rank that has met begins the next at once, and others see that before they see the end of the first."""
+    for seed in range(100):
+        rng = random.Random(seed)  # noqa: S311 (no secret)
+        world = World(rng, num_ranks)
+        left = [4] * num_ranks
+        under_way = [restart(rank) for rank in world.ocean.ranks]
+        for _ in range(5000):
+            links = [link for link, writes in world.ocean.sea.under_way.items() if writes]
+            if links and rng.random() < 0.5:
+                world.ocean.sea.deliver(*rng.choice(links), rng.randint(1, 3))
+                continue
+            rank = rng.choice(world.ocean.ranks)
+            if left[rank.rank] and rank.step() is None and under_way[rank.rank].is_done:
+                begin(rank)
+                left[rank.rank] -= 1
+                if left[rank.rank]:
+                    under_way[rank.rank] = restart(rank)
+            if not any(left):
+                break
+        assert left == [0] * num_ranks
+        assert world.play({}) == [None] * num_ranks
+
+
 def test_numbers_that_are_far_apart_meet():
     steps = World(random.Random(0), 2)  # noqa: S311
     first, _ = steps.ocean.ranks

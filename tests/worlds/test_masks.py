@@ -330,16 +330,21 @@ def test_a_rank_that_goes_while_the_others_wait_for_its_word_is_named(world):
 
 
 def come_late(group):
-    """Rank 0 calls mask() when the other has given up waiting for it; then both do."""
+    """Rank 0 calls mask() when the other has given up waiting for it; then both do.
+
+    It goes where the other is, and so may meet the other's second try with its first.
+    """
     with Buffer(group, replace(SPEC, num_experts=9), timeout_s=1) as buffer:
         if buffer.rank == 1:
             return None
         if buffer.rank == 0:
             time.sleep(2.5)
+            buffer._queue._timeout_s = TIMEOUT_S  # the machine may be slow
         error = caught(buffer.mask, 1)
-        assert not buffer.masked
-        buffer._queue._timeout_s = TIMEOUT_S  # the machine may be slow
-        buffer.mask(1)
+        assert bool(buffer.masked) == (error is None)
+        buffer._queue._timeout_s = TIMEOUT_S
+        if not buffer.masked:
+            buffer.mask(1)
         buffer.dispatch(x_of(buffer.rank), TOPK)
         return (error,)
 
@@ -350,7 +355,7 @@ def test_a_rank_that_does_not_come_to_mask_is_timed_out_and_all_try_again(world)
     assert type(waited) is PeerTimeout
     assert waited.rank == 0
     assert "rank 0 did not agree to this mask within timeout_s=1" in str(waited)
-    assert isinstance(late, (PeerFailed, PeerTimeout))
+    assert late is None or isinstance(late, (PeerFailed, PeerTimeout))
 
 
 def ask_for_nonsense(group, ranks):
