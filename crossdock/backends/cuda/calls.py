@@ -45,6 +45,8 @@ from crossdock.wire import Fp8, Quantized
 
 _TELLS, _WEIGHTS, _EXTRAS = (given.value for given in (kernels.TELLS, kernels.WEIGHTS, kernels.EXTRAS))
 _BIAS_ROWS, _UNCHECKED = (given.value for given in (sum_kernels.BIAS_ROWS, sum_kernels.UNCHECKED))
+_NAMES = {kind: f"crossdock {kind}" for kind in Kind}
+"""What calls are named in a profiler."""
 _TURN = Missing((), "come to its turn")
 _LEFT = Missing((), "finish", has_sent=True)
 """What a fused call that has been started leaves to ``wait()``."""
@@ -101,7 +103,11 @@ class CudaBackend:
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        plan = self._send(call, batch, routing)
+        torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
+        try:
+            plan = self._send(call, batch, routing)
+        finally:
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         if call.row_count == "exact" and plan.host_counts is not None:
             event = None if call.at_once else self._streams.event()
             plan = yield from self._told(plan)
@@ -117,7 +123,11 @@ class CudaBackend:
         plan, room = self._planner.blank(topk_idx.shape[0], call.sequence), self._on.next_call()
         stream = self._streams.enter()
         self._remember(plan)
-        fused.dispatch(call, plan, batch, topk_idx, At(stream, room), begins=True, awaits=call.at_once)
+        torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
+        try:
+            fused.dispatch(call, plan, batch, topk_idx, At(stream, room), begins=True, awaits=call.at_once)
+        finally:
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         event = None
         if not call.at_once:
             yield _LEFT
@@ -258,7 +268,11 @@ class CudaBackend:
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        out, results = self._return(call, plan, y, weights, bias, extras or (), sums=True)
+        torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
+        try:
+            out, results = self._return(call, plan, y, weights, bias, extras or (), sums=True)
+        finally:
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         event = None if call.at_once else self._streams.event()
         return Outcome(out if extras is None else (out, results), event)
 
@@ -277,7 +291,11 @@ class CudaBackend:
             stream = self._streams.enter()
         weights, bias = (None if given is None else self._dense(given, stream) for given in (weights, bias))
         out = self._on.state.new_empty((plan.num_tokens, self._spec.hidden), dtype=self._out_dtype)
-        fused.combine(call, plan, out, weights, bias, At(stream, room), begins=call.at_once)
+        torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
+        try:
+            fused.combine(call, plan, out, weights, bias, At(stream, room), begins=call.at_once)
+        finally:
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         return Outcome(out, None if call.at_once else self._streams.event())
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
