@@ -188,7 +188,8 @@ def test_group_limited_topk_of_no_tokens() -> None:
 @given(gates())
 def test_group_limited_topk_is_its_definition(gate: tuple[Tensor, Tensor | None, int, int, int]) -> None:
     logits, bias, num_topk, num_groups, num_topk_groups = gate
-    routing = group_limited_topk(logits, num_topk, num_groups=num_groups, num_topk_groups=num_topk_groups, bias=bias)
+    sizes = {"num_groups": num_groups, "num_topk_groups": num_topk_groups}
+    routing = group_limited_topk(logits, num_topk, bias=bias, renormalize=True, **sizes)
     scores = logits.sigmoid()
     biased = scores if bias is None else scores + bias
     expected = define_group_limited(scores, biased, num_topk, num_groups, num_topk_groups)
@@ -204,7 +205,7 @@ def test_group_limited_topk_picks_distinct_experts_of_few_groups_that_weigh_scal
     like, bias, num_topk, num_groups, num_topk_groups = gate
     logits = 4 * torch.randn(like.shape, generator=seeded(seed))
     sizes = {"num_groups": num_groups, "num_topk_groups": num_topk_groups}
-    topk_idx, topk_weights = group_limited_topk(logits, num_topk, bias=bias, scale=scale, **sizes)
+    topk_idx, topk_weights = group_limited_topk(logits, num_topk, bias=bias, scale=scale, renormalize=True, **sizes)
     for picks in topk_idx.tolist():
         assert len(set(picks)) == num_topk
         assert len({pick * num_groups // like.shape[1] for pick in picks}) <= num_topk_groups

@@ -94,7 +94,8 @@ def test_a_spec_that_cannot_be_is_refused(kwargs, says):
 
 def test_experts_are_the_same_number_on_every_rank():
     with pytest.raises(
-        ConfigError, match=r"^num_experts=250 is not divisible by num_ranks=8; pass a multiple of 8 or pad"
+        ConfigError,
+        match=r"^num_experts=250 is not divisible by num_ranks=8; pass a multiple of 8: 256, with 6 experts",
     ):
         spec_of(num_experts=250).num_local_experts(8)
 

@@ -63,8 +63,8 @@ def test_rows_are_read_and_written_in_words_of_16_bytes_and_no_local_memory(case
 def train(case):
     """What has to be compiled, behind the making of the buffer, for what training does beside the calls."""
     spec = spec_of(case)
-    with lone_buffer(spec) as buffer:
-        warm = set(buffer._backend._on._handles)
+    with lone_buffer(spec) as (buffer, watch):
+        warm = set(watch.compiled)
         for num_tokens in (64, 1):
             x = torch.zeros(num_tokens, 7168, dtype=spec.combine_dtype)
             recv = buffer.dispatch(x, torch.full((num_tokens, 8), -1), rows="capacity")
@@ -73,7 +73,7 @@ def train(case):
             again = buffer.dispatch(x, recv.plan, unquantized=True, rows="capacity")
             grads, y = buffer.own_rows(again, "capacity"), torch.zeros(*again.src_idx.shape, 7168, dtype=x.dtype)
             buffer.weigh_gradients(grads, y, torch.zeros(again.src_idx.shape), again.src_idx)
-        return sorted(str(key) for key in set(buffer._backend._on._handles) - warm)
+        return sorted(str(key) for key in watch.compiled - warm)
 
 
 @all_cases
