@@ -448,7 +448,7 @@ def do_as_old_graphs(group, spec, cases):
             refused = caught(lambda: (buffer.dispatch(x, picks, rows="capacity"), buffer.check()))
         region = buffer.arena.view(buffer._transport.segment, "data").view(torch.uint8)
         before = region.clone()
-        old = replace(old, masked=buffer.masked)
+        old = old.changed(masked=buffer.masked)
         buffer.dispatch(x, old, rows="capacity")
         out = buffer.combine(torch.ones(*old_rows(spec), spec.hidden), old)
         buffer.check()
