@@ -199,7 +199,7 @@ class Buffer(Connection):
             if self._backend.overflows:
                 self._check_overflow()
             batch = Batch(x, weights, tuple(extras), unquantized)
-            key = key_of(("dispatch", rows, unquantized, at_once, num_sms), (x, routing, weights, *extras))
+            key = key_of(("dispatch", rows, unquantized, at_once, num_sms), (x, routing, weights, *batch.extras))
             known = self._kinds.get(key) if key else None
             if known is not None and self._fits_dispatch(batch, routing):
                 kind = known
@@ -269,7 +269,8 @@ class Buffer(Connection):
                 )
         else:
             inputs.check_topk_idx(self.spec, routing, num_tokens)
-            kind.takes_picks_as_given = routing.dtype == torch.int64 and routing.is_contiguous()
+            # By strides: one token has no gaps, whatever its kind has with more.
+            kind.takes_picks_as_given = routing.dtype == torch.int64 and routing.stride() == (self.spec.num_topk, 1)
         inputs.check_weights(self.spec, weights, num_tokens)
         inputs.check_token_extras(self.spec, extras, num_tokens)
         if rows not in (None, "exact", "capacity"):
@@ -438,7 +439,8 @@ class Buffer(Connection):
         fits = fits and inputs.fits_lead(self.spec, plan, lead, self._slot_rows)
         if weights is not None:
             fits = fits and (weights.shape == lead if self._ranks_sum else weights.shape[0] == plan.num_tokens)
-        fits = fits and (bias is None or len(bias.shape) == 1 or bias.shape[0] == plan.num_tokens)
+        if bias is not None:
+            fits = fits and bias.shape in ((plan.num_tokens, self.spec.hidden), (self.spec.hidden,))
         return fits and (not extras or all(extra.shape[: len(lead)] == lead for extra in extras))
 
     def _vetted_combine(
