@@ -222,7 +222,7 @@ class Buffer(Connection):
             kind, verb, slot, PUSHED, plan, (row_count, unquantized, weights is None, _shapes(extras))
         )
         is_first = not self._queue.running
-        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, kind)
+        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms)
         steps = self._backend.dispatch(call, batch, routing)
 
         finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copy=copy, poisons=self._debug)
@@ -230,7 +230,7 @@ class Buffer(Connection):
         if not at_once:
             self._slots.fill(slot, pending)
         self._queue.drive()
-        if kind is not known:
+        if key and kind is not known:
             self._kinds.keep(key, kind)
         return pending
 
@@ -419,14 +419,14 @@ class Buffer(Connection):
             kind, Kind.COMBINE, slot, output_slot, plan, None if extras is None else _shapes(returned)
         )
         is_first = not self._queue.running
-        call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms, kind)
+        call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms)
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
         steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
         pending: Pending[Any] = self._queue.start(
             Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned)
         )
         self._queue.drive()
-        if kind is not known:
+        if key and kind is not known:
             self._kinds.keep(key, kind)
         return pending
 
@@ -500,7 +500,7 @@ class Buffer(Connection):
             raise
         kind = CallKind()
         word = self._word(kind, Kind.COMBINE, self._next_return_slot(), PUSHED, plan, ("extras", _shapes(returned)))
-        call = Call(self._consent.take(), word, is_first=not self._queue.running, kind=kind)
+        call = Call(self._consent.take(), word, is_first=not self._queue.running)
         steps = self._backend.return_extras(call, plan, returned)
         pending: Pending[tuple[Tensor, ...]] = self._queue.start(
             Kind.COMBINE, call.sequence, steps, held=(plan, returned)

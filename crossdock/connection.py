@@ -22,7 +22,7 @@ from crossdock.backends.base import LaunchOptions, Outcome
 from crossdock.connect import connect, vet
 from crossdock.consent import Steps
 from crossdock.errors import ConfigError
-from crossdock.kinds import CallKinds
+from crossdock.kinds import NUM_CALL_KINDS, CallKind, Kinds
 from crossdock.masks import drop_picks, listed
 from crossdock.memo import PlanMemo
 from crossdock.pending import CallQueue, Pending
@@ -99,7 +99,7 @@ class Connection:
         self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
         self._slots = ReceiveSlots(self.arena, self._transport.segment)
         self._memo = PlanMemo(spec)
-        self._kinds = CallKinds()
+        self._kinds: Kinds[CallKind] = Kinds(NUM_CALL_KINDS)
         self._is_closed = False
         self.order = _order(self.device)
         self.masked: tuple[int, ...] = ()

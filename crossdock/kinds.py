@@ -1,7 +1,7 @@
 """Kinds of calls: what decides how a call is checked and issued, whatever its numbers of tokens and rows.
 
-A call whose kind has succeeded before is a *prepared* one: what its kind decides is not checked again, and what the
-backend has bound for that kind is used again. Nothing of a kind says how many tokens or rows there are: a prefill
+A call whose kind has succeeded before is a *prepared* one: what its kind decides is not checked again. Backends have
+kinds of their own, of what they launch. Nothing of a kind says how many tokens or rows there are: a prefill
 brings other ones every time.
 
 Letters: T tokens here, K top-k, H hidden, R rows received.
@@ -10,7 +10,7 @@ Letters: T tokens here, K top-k, H hidden, R rows received.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,34 +20,42 @@ from crossdock.consent import Word
 from crossdock.plan import Plan
 from crossdock.wire import Quantized
 
+Kind = TypeVar("Kind")
 Key = tuple[Hashable, ...]
-_MOST = 256
-"""Kinds that a buffer keeps; the oldest goes first."""
+NUM_CALL_KINDS = 256
+"""Kinds of calls that a buffer keeps, of those that have succeeded: their calls are prepared ones."""
 
 
 class CallKind:
     """One kind of call of one buffer."""
 
-    __slots__ = ("bound", "takes_picks_as_given", "words")
+    __slots__ = ("takes_picks_as_given", "words")
 
     def __init__(self) -> None:
-        self.bound: Any = None
-        """What a backend keeps for calls of this kind: launches with everything bound that does not change."""
         self.takes_picks_as_given = False
         """Whether ``topk_idx`` is int64 without gaps, and so goes to the backend as it is."""
         self.words: dict[tuple[int, int], Word] = {}
         """This rank's words, by slot and output slot, where they say nothing of the plan."""
 
 
-class CallKinds(dict[Key, CallKind]):
-    """The kinds that a buffer has seen succeed: their calls are prepared ones."""
+class Kinds(dict[Hashable, Kind]):
+    """Kinds by what decides them, as many as there is room for: each more takes the place of the oldest.
 
-    def keep(self, key: Key | None, kind: CallKind) -> None:
-        """Remembers a kind that has succeeded, and forgets the oldest of too many; without a key nothing is kept."""
-        if key is not None:
-            if len(self) >= _MOST:
-                del self[next(iter(self))]
-            self[key] = kind
+    >>> kinds = Kinds(most=2)
+    >>> [kinds.keep(name, name.upper()) for name in ("a", "b", "c")], kinds
+    (['A', 'B', 'C'], {'b': 'B', 'c': 'C'})
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def keep(self, key: Hashable, kind: Kind) -> Kind:
+        """Remembers a kind, and gives it."""
+        if len(self) >= self._most:
+            del self[next(iter(self))]
+        self[key] = kind
+        return kind
 
 
 def key_of(options: Key, tensors: Sequence[object]) -> Key | None:

@@ -209,16 +209,15 @@ class CallQueue:
                 if target is not None:
                     patience = patience or _Patience()
                     self._wait(call, missing, patience)
-                elif call.has_sent or call is self.running[0]:
+                elif call.has_sent or call is running[0]:
                     return missing
             call = running[0] if running else None
         return None
 
-    def _newest_to_begin(self) -> Pending[Any] | None:
-        """The newest call, if none before it has anything to send; else the oldest."""
-        if len(self.running) > 1 and all(call.has_sent for call in list(self.running)[:-1]):
-            return self.running[-1]
-        return self.running[0] if self.running else None
+    def _newest_to_begin(self) -> Pending[Any]:
+        """Of several, the newest call, if none before it has anything to send; else the oldest."""
+        has_room = all(call.has_sent for call in list(self.running)[:-1])
+        return self.running[-1 if has_room else 0]
 
     def _retire(self, call: Pending[Any]) -> None:
         """Takes a call that has failed out of the queue; if its failure is also that of peers, it ends the epoch."""

@@ -43,9 +43,8 @@ class Turn:
         if not self._lock.acquire(blocking=False):
             raise ConfigError(
                 f"thread {threading.current_thread().name!r} made a call while thread {_name_of(self._holder)!r} is in "
-                f"one; "
-                f"calls have one order, the same on all ranks: let threads take turns, in that order, or give each a "
-                f"buffer of its own"
+                f"one; calls have one order, the same on all ranks: let threads take turns, in that order, or give "
+                f"each a buffer of its own"
             )
         self._holder = threading.get_ident()
         return self

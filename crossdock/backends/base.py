@@ -15,7 +15,6 @@ from torch import Tensor
 from crossdock import cost
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
-from crossdock.kinds import CallKind
 from crossdock.plan import Plan
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
@@ -131,8 +130,6 @@ class Call(NamedTuple):
     """Whether every call before it has been driven to its end."""
     num_sms: int | None = None
     """SMs for this call; None: the buffer's."""
-    kind: CallKind | None = None
-    """What is the same in calls like it; the backend keeps there what it has bound for them."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crossdock import CapacityError, Compact, ConfigError, Expanded, Fp8, Fp32, Padded, PeerFailed, Spec
-from crossdock.kinds import CallKind, CallKinds, key_of
+from crossdock.kinds import NUM_CALL_KINDS, CallKind, Kinds, key_of
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, make_case, observed, row_weights, same_bits
 from tests.world import open_buffer
@@ -266,11 +266,10 @@ def test_numbers_of_tokens_and_rows_are_no_part_of_a_kind():
 
 
 def test_as_many_kinds_are_kept_as_there_is_room_for():
-    kinds, last = CallKinds(), CallKind()
+    kinds, last = Kinds(NUM_CALL_KINDS), CallKind()
     for i in range(300):
         kinds.keep((i,), CallKind())
     kinds.keep((300,), last)
-    kinds.keep(None, CallKind())
     assert len(kinds) == 256
     assert kinds.get((300,)) is last
     assert (0,) not in kinds

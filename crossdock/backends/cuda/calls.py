@@ -26,7 +26,7 @@ from crossdock.backends.cuda.copies import push_blocks
 from crossdock.backends.cuda.fused import At, FusedCalls
 from crossdock.backends.cuda.kernels import metadata as kernels
 from crossdock.backends.cuda.kernels import sums as sum_kernels
-from crossdock.backends.cuda.launch import Kinds, Launch, Launcher
+from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher
 from crossdock.backends.cuda.metadata import MetadataReader
 from crossdock.backends.cuda.plan import DevicePlan, HostStamp
 from crossdock.backends.cuda.planner import REMADE, Planner
@@ -38,6 +38,7 @@ from crossdock.backends.cuda.sums import SumKind, SumKinds
 from crossdock.backends.cuda.training import TrainingKernels
 from crossdock.consent import PUSHED, Kind, Missing, Steps, Word
 from crossdock.errors import CapacityError, ConfigError
+from crossdock.kinds import Kinds
 from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
 from crossdock.transport.device import DeviceTransport
@@ -73,9 +74,9 @@ class CudaBackend:
         self._reader = MetadataReader(launcher)
         self._training = TrainingKernels(launcher)
         self._send_kinds, self._sum_kinds = SendKinds(launcher), SumKinds(launcher)
-        self._sends: Kinds[SendKind] = Kinds()
-        self._sums: Kinds[SumKind] = Kinds()
-        self._remakes: Kinds[tuple[Launch, Launch]] = Kinds()
+        self._sends: Kinds[SendKind] = Kinds(NUM_KINDS)
+        self._sums: Kinds[SumKind] = Kinds(NUM_KINDS)
+        self._remakes: Kinds[tuple[Launch, Launch]] = Kinds(NUM_KINDS)
         self.fused = FusedCalls(launcher, self._planner) if self.launch.is_fused else None
         self._zero_gaps = self._send_kinds.bind_gaps() if self.fused is not None else None
         """Behind a fused dispatch, where alignment leaves gaps."""
@@ -108,11 +109,10 @@ class CudaBackend:
             plan = self._send(call, batch, routing)
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+        event = None if call.at_once else self._streams.event()
         if call.row_count == "exact" and plan.host_counts is not None:
-            event = None if call.at_once else self._streams.event()
             plan = yield from self._told(plan)
-            return Outcome(self._arrived(call, plan, batch), event)
-        return Outcome(self._arrived(call, plan, batch), None if call.at_once else self._streams.event())
+        return Outcome(self._arrived(call, plan, batch), event)
 
     def _dispatch_fused(self, fused: FusedCalls, call: Call, batch: Batch, topk_idx: Tensor) -> Steps[Outcome[Arrived]]:
         """A call that is only started yields after rows have been sent, or when a peer is late."""
@@ -128,16 +128,14 @@ class CudaBackend:
             fused.dispatch(call, plan, batch, topk_idx, At(stream, room), begins=True, awaits=call.at_once)
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
-        event = None
         if not call.at_once:
             yield _LEFT
             stream = self._streams.enter()
             fused.dispatch(call, plan, batch, plan.topk_idx, At(stream, room), begins=False, awaits=True)
-            event = self._streams.event()
         self._planner.placed(plan, call.sequence, call.row_count, stream)
         if self._zero_gaps is not None:
             self._zero_gaps(0, stream, plan.memory, room, plan.num_tokens, self._on.rank)
-            event = None if call.at_once else self._streams.event()
+        event = None if call.at_once else self._streams.event()
         if call.row_count == "exact":
             plan = yield from self._told(plan)
         return Outcome(self._arrived(call, plan, batch), event)

@@ -15,11 +15,12 @@ from crossdock.backends.base import Batch, Call
 from crossdock.backends.cuda.config import LaunchConfig, power_of_two
 from crossdock.backends.cuda.kernels import fused as kernels
 from crossdock.backends.cuda.kernels.groups import FLOAT32, WORDS, Fused, Shares, Strides, Summed, as_constants
-from crossdock.backends.cuda.launch import Kinds, Launch, Launcher
+from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
 from crossdock.backends.cuda.scales import as_kernels_take, dtype_of, places_of
 from crossdock.consent import Word
+from crossdock.kinds import Kinds
 from crossdock.spec import Spec
 from crossdock.wire import Fp8
 
@@ -67,8 +68,8 @@ class FusedCalls:
             rows=self._nths if self._cast is None else self._cast.data,
             scales=self._nths if self._cast is None else self._cast.scale,
         )
-        self._dispatches: Kinds[Launch] = Kinds()
-        self._sums: Kinds[Launch] = Kinds()
+        self._dispatches: Kinds[Launch] = Kinds(NUM_KINDS)
+        self._sums: Kinds[Launch] = Kinds(NUM_KINDS)
         self._begin_combine = launcher.bind(kernels.begin_combine, 1, on.own, num_warps=1)
 
     def dispatch(

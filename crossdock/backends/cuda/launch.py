@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from crossdock.backends.cuda.config import LaunchConfig
 from crossdock.backends.cuda.state import DeviceState
 from crossdock.backends.cuda.stream import CallStreams
 
-Kind = TypeVar("Kind")
-_NUM_KINDS = 64
-"""Kinds of calls of each verb that are kept."""
+NUM_KINDS = 64
+"""Kinds of launches of each verb that are kept."""
+_NUM_GRIDS = 1024
+"""Numbers of tokens whose programs are remembered."""
 
 
 class Launch:
@@ -59,6 +60,8 @@ class Launch:
         """
         grid = self._grids.get(num_tokens)
         if grid is None:
+            if len(self._grids) >= _NUM_GRIDS:
+                self._grids.clear()
             grid = self._grids[num_tokens] = max(1, self._grid(num_tokens) if callable(self._grid) else self._grid)
         if self._run is None:
             self._launch_first(grid, stream, args)
@@ -145,27 +148,6 @@ class Launcher:
             for kernel, args, options in launches[first:] + launches[:first]:
                 if isinstance(kernel, JITFunction):  # an interpreted one is not
                     kernel.warmup(*args, grid=(1,), **options)
-
-    def dense(self, tensor: Tensor) -> Tensor:
-        """The tensor without gaps: itself, or a copy on the caller's stream."""
-        return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-class Kinds(Generic[Kind]):
-    """What was bound for calls of a kind, by all that may differ between kinds; the oldest go."""
-
-    def __init__(self) -> None:
-        self._kinds: dict[Any, Kind] = {}
-        self.get = self._kinds.get
-        """The kind of a key, or None."""
-        self.values = self._kinds.values
-
-    def keep(self, key: Any, kind: Kind) -> Kind:
-        """From now on ``get`` gives it."""
-        if len(self._kinds) >= _NUM_KINDS:
-            del self._kinds[next(iter(self._kinds))]
-        self._kinds[key] = kind
-        return kind
 
 
 def kind_of(tensor: Tensor | None) -> tuple[Any, ...] | None:

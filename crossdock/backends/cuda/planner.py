@@ -56,8 +56,9 @@ class Planner:
         self._most_plans = _FEW_PLANS
         self._nowhere = torch.tensor([[2**30], [0]], dtype=torch.int32, device=state.device)
         slot_rows = arena.spec.num_slot_rows(state.num_ranks)
-        self._num_words: dict[int, int] = {}
-        """Words of plans, by their number of tokens."""
+        num_words = state.plan_shape.num_words
+        self._fixed_words, self._token_words = num_words(0), num_words(1) - num_words(0)
+        """Words of a plan without tokens, and more for each of them."""
         self._same: dict[str, Any] = {
             "rank": state.rank,
             "buffer_id": buffer_id,
@@ -115,9 +116,7 @@ class Planner:
             host_counts = self._host_counts[number % NUM_HOST_COUNTS]
             host_counts.number, host_counts.stamp, told = number, stamp, host_counts.told
             told[HOST_NEEDED.value] = told[HOST_STAMP.value] = 0  # if that was void, nobody has looked
-        num_words = self._num_words.get(num_tokens)
-        if num_words is None:
-            num_words = self._num_words[num_tokens] = self._on.plan_shape.num_words(num_tokens)
+        num_words = self._fixed_words + num_tokens * self._token_words
         plan = DevicePlan.__new__(DevicePlan)
         plan.__dict__.update(
             self._same,

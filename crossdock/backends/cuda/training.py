@@ -13,8 +13,9 @@ from torch import Tensor
 
 from crossdock.backends.cuda.config import PROGRAMS_PER_SM, power_of_two
 from crossdock.backends.cuda.kernels import gradients, own
-from crossdock.backends.cuda.launch import Kinds, Launch, Launcher, kind_of
+from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher, kind_of
 from crossdock.backends.cuda.scales import dtype_of
+from crossdock.kinds import Kinds
 from crossdock.scales import as_integers
 from crossdock.wire import Fp8, Quantized
 
@@ -31,7 +32,7 @@ class TrainingKernels:
         self._launcher = launcher
         self._on = launcher.state
         self._spec = launcher.state.arena.spec
-        self._launches: Kinds[Launch] = Kinds()
+        self._launches: Kinds[Launch] = Kinds(NUM_KINDS)
         self._programs = launcher.config.visible_sms * PROGRAMS_PER_SM
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
