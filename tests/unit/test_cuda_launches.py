@@ -181,35 +181,45 @@ def test_kernels_take_few_parameters_beside_constants():
         assert sum(not param.is_constexpr for param in kernel.params) <= MOST_PARAMETERS, name
 
 
-def _python_calls(case: str, verbs: tuple[str, ...], **options: Any) -> dict[str, Counter[str]]:
-    """Functions of Python that the backend's part of a warm call calls, from its verb down, but for the launcher."""
+ON_CPUS_ALONE = ("_picks", "check_picks", "drop_masked", "_current_stream")
+"""What is called where tensors lie on CPUs, as they do here, or where torch has no CUDA."""
+
+
+def _python_calls(case: str, verb: str, *, backend_alone: bool, **options: Any) -> Counter[str]:
+    """Functions of ours that a warm call calls, for a number of tokens not seen before.
+
+    Args:
+        backend_alone: from the backend's verb down, without what Buffer asks it before; else from the public verb down.
+    """
     spec, launch_options = _spec(case, **options)
-    home, verbs_in = crossdock.__path__[0], cuda_calls.__file__
-    seen: dict[str, Counter[str]] = {}
+    home, backend = crossdock.__path__[0], cuda_calls.__file__
+    calls: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        is_ours = code.co_filename.startswith(home) or (code.co_filename == "<string>" and not backend_alone)
+        if (
+            event != "call"
+            or not is_ours
+            or code.co_name in (*ON_CPUS_ALONE, *(["check_capture"] if backend_alone else []))
+        ):
+            return
+        while backend_alone and frame is not None and frame.f_code.co_filename != backend:
+            frame = frame.f_back
+        if frame is not None:
+            calls[f"{code.co_filename.rpartition('/')[2]}:{code.co_name}"] += 1
+
     torch.use_deterministic_algorithms(False)
     with lone_buffer(spec, 1, **launch_options) as (buffer, _):
-        verbs_of = _verbs(buffer, spec, 5)
-        for name in verbs:
-            calls: Counter[str] = Counter()
-
-            def note(frame: Any, event: str, _: Any, calls: Counter[str] = calls) -> None:
-                code = frame.f_code
-                if event != "call" or not code.co_filename.startswith(home):
-                    return
-                is_asked = code.co_name in ("overflows", "check_capture")  # by Buffer, before the call
-                is_of_c = code.co_name == "_current_stream"  # where there is CUDA
-                while frame is not None and frame.f_code.co_filename != verbs_in:
-                    frame = frame.f_back
-                if frame is not None and not is_asked and not is_of_c:
-                    calls[code.co_qualname if sys.version_info >= (3, 11) else code.co_name] += 1
-
-            for _ in range(3):
-                verbs_of[name]()
-            sys.setprofile(note)
-            verbs_of[name]()
-            sys.setprofile(None)
-            seen[name] = calls
-    return seen
+        for num_tokens in (5, 9):  # kinds are made, and grids of other numbers of tokens
+            call = _verbs(buffer, spec, num_tokens)[verb]
+            call()
+            call()
+        call = _verbs(buffer, spec, 13)[verb]
+        sys.setprofile(note)
+        call()
+        sys.setprofile(None)
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -222,40 +232,9 @@ def _python_calls(case: str, verbs: tuple[str, ...], **options: Any) -> dict[str
     ],
 )
 def test_the_backends_part_of_a_warm_call_is_few_calls_of_python(case, options, verb, most, pool):
-    calls = pool.apply(_python_calls, (case, (verb,)), options)[verb]
+    calls = pool.apply(_python_calls, (case, verb), {"backend_alone": True} | options)
     assert calls.total() <= most, calls
     assert calls.total() > 3
-
-
-ON_CPUS_ALONE = ("_picks", "check_picks", "drop_masked", "_current_stream")
-"""What is called where tensors lie on CPUs, as they do here, or where torch has no CUDA."""
-
-
-def _calls_of_a_verb(case: str, verbs: tuple[str, ...], **options: Any) -> dict[str, Counter[str]]:
-    """Functions of ours that a whole warm call calls, from the public verb down, for tokens not seen before."""
-    spec, launch_options = _spec(case, **options)
-    home = crossdock.__path__[0]
-    seen: dict[str, Counter[str]] = {}
-    torch.use_deterministic_algorithms(False)
-    with lone_buffer(spec, 1, **launch_options) as (buffer, _):
-        for num_tokens in (5, 9, 13):
-            verbs_of = _verbs(buffer, spec, num_tokens)
-            for name in verbs:
-                calls: Counter[str] = Counter()
-
-                def note(frame: Any, event: str, _: Any, calls: Counter[str] = calls) -> None:
-                    code = frame.f_code
-                    is_ours = code.co_filename.startswith(home) or code.co_filename == "<string>"
-                    if event == "call" and is_ours and code.co_name not in ON_CPUS_ALONE:
-                        calls[f"{code.co_filename.rpartition('/')[2]}:{code.co_name}"] += 1
-
-                if num_tokens < 13:  # kinds are made, and grids of other numbers of tokens
-                    verbs_of[name]()
-                sys.setprofile(note)
-                verbs_of[name]()
-                sys.setprofile(None)
-                seen[name] = calls
-    return seen
 
 
 @pytest.mark.parametrize(
@@ -271,6 +250,6 @@ def _calls_of_a_verb(case: str, verbs: tuple[str, ...], **options: Any) -> dict[
 )
 def test_a_warm_call_is_few_calls_of_python_from_the_verb_on(case, options, verb, most, pool):
     """Whatever its numbers of tokens: a kind that is known is neither checked nor bound again."""
-    calls = pool.apply(_calls_of_a_verb, (case, (verb,)), options)[verb]
+    calls = pool.apply(_python_calls, (case, verb), {"backend_alone": False} | options)
     assert calls.total() <= most, calls
     assert not any(name.endswith((":make", ":_vetted_dispatch", ":_vetted_combine")) for name in calls), calls
