@@ -12,14 +12,13 @@ from crossdock.cli.page.charts import (
     GREEN,
     GREY,
     INK,
-    LESS_OR_MORE,
     MAX_COLUMNS,
-    MAX_LABELLED,
     ORANGE,
     PINK,
     SKY,
-    colour_bar,
     layout,
+    load_map,
+    rank_matrix,
 )
 
 PARTS = {
@@ -66,16 +65,12 @@ def load_chart(outcome: Outcome) -> go.Figure:
     per_column = -(-num_steps // MAX_COLUMNS)
     columns = [load[first : first + per_column].mean(axis=0) for first in range(0, num_steps, per_column)]
     rows = np.stack(columns, axis=-1).reshape(num_layers * num_experts, -1)
-    figure = go.Figure(layout=layout(height=90 + 5 * len(rows) if len(rows) > 50 else 340))
-    figure.add_heatmap(
-        z=np.round(rows, 3).tolist(),
-        x=[first + 1 for first in range(0, num_steps, per_column)],
+    figure = load_map(
+        rows,
+        range(0, num_steps, per_column),
+        height=90 + 5 * len(rows) if len(rows) > 50 else 340,
         customdata=_names(num_layers, num_experts, len(columns)),
         hovertemplate="%{customdata}, step %{x}: %{z:.2f}<extra></extra>",
-        zmin=0,
-        zmax=2,
-        colorscale=LESS_OR_MORE,
-        colorbar=colour_bar("load, 1 = fair share", [0, 0.5, 1, 1.5, 2], ["0", "0.5", "1", "1.5", "2+"]),
     )
     for layer in range(1, num_layers):
         figure.add_hline(y=layer * num_experts - 0.5, line={"color": INK, "width": 1})
@@ -88,25 +83,7 @@ def load_chart(outcome: Outcome) -> go.Figure:
 
 def traffic_chart(outcome: Outcome) -> go.Figure:
     """What each rank dispatched to each rank."""
-    traffic = outcome.traffic
-    is_small = len(traffic) <= MAX_LABELLED
-    figure = go.Figure(layout=layout(height=340))
-    figure.add_heatmap(
-        z=np.round(traffic, 4).tolist(),
-        texttemplate="%{z:.2f}" if is_small else None,
-        hovertemplate="from rank %{y} to rank %{x}: %{z:.3f} MB<extra></extra>",
-        zmin=0,
-        zmax=float(traffic.max()),
-        colorscale=[[0.0, "#ffffff"], [1.0, SKY]],
-        colorbar=None if is_small else colour_bar("MB per step"),
-        showscale=not is_small,
-        xgap=2,
-        ygap=2,
-    )
-    ticks = {"dtick": 1 if is_small else 4, "showgrid": False, "ticks": ""}
-    figure.update_xaxes(title="to rank", **ticks)
-    figure.update_yaxes(title="from rank", autorange="reversed", **ticks)
-    return figure
+    return rank_matrix(outcome.traffic, height=340, tick=4)
 
 
 def time_chart(outcome: Outcome) -> go.Figure:

@@ -10,13 +10,12 @@ from crossdock.cli.page.charts import (
     BLUE,
     GREY,
     INK,
-    LESS_OR_MORE,
     MAX_COLUMNS,
     MAX_LABELLED,
     ORANGE,
-    SKY,
-    colour_bar,
     layout,
+    load_map,
+    rank_matrix,
 )
 
 _NUM_NAMED = 5
@@ -58,16 +57,8 @@ def rank_chart(figures: Figures) -> go.Figure:
     per_column = -(-num_steps // MAX_COLUMNS)
     starts = range(0, num_steps, per_column)
     columns = np.stack([relative[start : start + per_column].mean(axis=0) for start in starts], axis=1)
-    figure = go.Figure(layout=layout(height=max(340, 90 + 12 * num_ranks)))
-    figure.add_heatmap(
-        z=np.round(columns, 3).tolist(),
-        x=[start + 1 for start in starts],
-        hovertemplate="rank %{y}, step %{x}: %{z:.2f}<extra></extra>",
-        zmin=0,
-        zmax=2,
-        colorscale=LESS_OR_MORE,
-        colorbar=colour_bar("load, 1 = fair share", [0, 0.5, 1, 1.5, 2], ["0", "0.5", "1", "1.5", "2+"]),
-    )
+    hover = "rank %{y}, step %{x}: %{z:.2f}<extra></extra>"
+    figure = load_map(columns, starts, height=max(340, 90 + 12 * num_ranks), hovertemplate=hover)
     figure.update_xaxes(title="step", showgrid=False)
     figure.update_yaxes(title="rank", autorange="reversed", showgrid=False, ticks="")
     return figure
@@ -76,24 +67,7 @@ def rank_chart(figures: Figures) -> go.Figure:
 def link_chart(figures: Figures) -> go.Figure:
     """MB of a step's dispatch from each rank to each other one."""
     megabytes = figures.link_bytes / 1e6
-    is_small = len(megabytes) <= MAX_LABELLED
-    figure = go.Figure(layout=layout(height=max(340, 60 + 12 * len(megabytes))))
-    figure.add_heatmap(
-        z=np.round(megabytes, 4).tolist(),
-        texttemplate="%{z:.2f}" if is_small else None,
-        hovertemplate="from rank %{y} to rank %{x}: %{z:.3f} MB<extra></extra>",
-        zmin=0,
-        zmax=max(float(megabytes.max()), 1e-9),
-        colorscale=[[0.0, "#ffffff"], [1.0, SKY]],
-        colorbar=None if is_small else colour_bar("MB per step"),
-        showscale=not is_small,
-        xgap=2,
-        ygap=2,
-    )
-    ticks = {"dtick": 1 if is_small else 8, "showgrid": False, "ticks": ""}
-    figure.update_xaxes(title="to rank", **ticks)
-    figure.update_yaxes(title="from rank", autorange="reversed", **ticks)
-    return figure
+    return rank_matrix(megabytes, height=max(340, 60 + 12 * len(megabytes)), tick=8)
 
 
 def placement_chart(figures: Figures) -> go.Figure:

@@ -5,8 +5,11 @@ Colours are of Okabe and Ito's set, which people of all kinds of colour vision t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import plotly.graph_objects as go
 
 INK, GRID = "#1f2933", "#e4e7eb"
@@ -47,3 +50,44 @@ def colour_bar(title: str, values: list[float] | None = None, names: list[str] |
     }
     bar["title"] = {"text": title, "side": "top"}
     return bar if values is None else {**bar, "tickvals": values, "ticktext": names}
+
+
+def rank_matrix(megabytes: npt.NDArray[Any], *, height: int, tick: int) -> go.Figure:
+    """What each rank sends to each rank, ``[P, P]`` in MB; of few ranks also as figures.
+
+    Args:
+        tick: ranks between two that are named, where there are many.
+    """
+    is_small = len(megabytes) <= MAX_LABELLED
+    figure = go.Figure(layout=layout(height=height))
+    figure.add_heatmap(
+        z=np.round(megabytes, 4).tolist(),
+        texttemplate="%{z:.2f}" if is_small else None,
+        hovertemplate="from rank %{y} to rank %{x}: %{z:.3f} MB<extra></extra>",
+        zmin=0,
+        zmax=max(float(megabytes.max()), 1e-9),
+        colorscale=[[0.0, "#ffffff"], [1.0, SKY]],
+        colorbar=None if is_small else colour_bar("MB per step"),
+        showscale=not is_small,
+        xgap=2,
+        ygap=2,
+    )
+    ticks = {"dtick": 1 if is_small else tick, "showgrid": False, "ticks": ""}
+    figure.update_xaxes(title="to rank", **ticks)
+    figure.update_yaxes(title="from rank", autorange="reversed", **ticks)
+    return figure
+
+
+def load_map(values: npt.NDArray[Any], first_steps: Sequence[int], *, height: int, **more: Any) -> go.Figure:
+    """Loads ``[rows, columns]`` by step, 1 a fair share; a column may be the mean of several steps, from its first."""
+    figure = go.Figure(layout=layout(height=height))
+    figure.add_heatmap(
+        z=np.round(values, 3).tolist(),
+        x=[first + 1 for first in first_steps],
+        zmin=0,
+        zmax=2,
+        colorscale=LESS_OR_MORE,
+        colorbar=colour_bar("load, 1 = fair share", [0, 0.5, 1, 1.5, 2], ["0", "0.5", "1", "1.5", "2+"]),
+        **more,
+    )
+    return figure
