@@ -130,7 +130,7 @@ class Connection:
             NotSupported: on CPUs.
         """
         self._check_open()
-        if not self._queue.is_idle:
+        if self._queue.running:
             raise ConfigError("exchange_words while calls are in flight; wait for them first")
         self._consent.exchange_words(num_trips)
 

@@ -322,11 +322,6 @@ class CallQueue:
         elif self._consent.taken is not None:
             self._fail("it was interrupted")
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether every call that was started has been driven to its end."""
-        return not self.running
-
     def has_unwaited(self, sequence: int) -> bool:
         """Whether the call of that number has been started and not waited for."""
         return any(other.sequence == sequence for other in self._unwaited)
