@@ -3,13 +3,16 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from crossdock import Buffer, ConfigError, CrossdockError, Expanded, Fp32, PeerFailed, PeerTimeout, Spec, run_local
+from crossdock.turn import Turn
 from tests.interrupter import Interrupter
 from tests.world import WorkerLost, meet
 
@@ -208,3 +211,39 @@ def test_a_second_thread_in_a_call_is_refused_and_threads_may_take_turns():
     for text in texts:
         assert "thread 'intruder' made a call while thread 'rank" in text
         assert "take turns" in text
+
+
+def leave_before_the_turn_is_given_back(buffer):
+    """A step, left by an interrupt before the first line of ``Turn.__exit__``; then this thread ends."""
+
+    def interrupt(frame, event, _):
+        if frame.f_code is Turn.__exit__.__code__ and event == "line":
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return interrupt
+
+    sys.settrace(interrupt)
+    try:
+        step(buffer)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def call_after_a_thread_that_was_interrupted(group):
+    with Buffer(group, SPEC, timeout_s=20) as buffer:
+        with ThreadPoolExecutor(1) as thread:
+            was_interrupted = thread.submit(leave_before_the_turn_is_given_back, buffer).result()
+            group.all_gather(None)
+            buffer.reset()  # both left out the combine
+            group.all_gather(None)
+            outs = [step(buffer)]  # the interrupted thread still lives
+        outs.append(step(buffer, 2.0))
+    return was_interrupted, outs
+
+
+def test_a_thread_that_was_interrupted_while_it_gave_its_turn_back_does_not_keep_it():
+    for outcome in run_local(call_after_a_thread_that_was_interrupted, 2):
+        assert outcome == (True, [[2.0, 2.0], [4.0, 4.0]])
