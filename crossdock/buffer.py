@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import zlib
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -61,6 +62,8 @@ class Buffer(Connection):
         timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``.
         debug: fill receive slots with NaN before they are used again, so that stale views show; calls in flight are
             then finished before a dispatch begins.
+        trace: a folder, in which each rank writes down what its calls do while they run, for ``crossdock trace``; None:
+            that of the variable ``CROSSDOCK_TRACE``, if it is set. Ranks may trace or not, each for itself.
 
     Raises:
         ConfigError: the ranks brought different Specs or versions, or the Spec does not fit the group; on all ranks.
@@ -89,9 +92,12 @@ class Buffer(Connection):
         mover: Literal["kernel", "copy"] = "kernel",
         timeout_s: float = 100,
         debug: bool = False,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         options = LaunchOptions(num_sms=num_sms, expand=expand, mover=mover)
-        super().__init__(group, spec, device=device, launch_options=options, timeout_s=timeout_s, debug=debug)
+        super().__init__(
+            group, spec, device=device, launch_options=options, timeout_s=timeout_s, debug=debug, trace=trace
+        )
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
         self._ranks_sum = spec.reduce == "rank"
         self._moves_blocks = mover == "copy"

@@ -73,11 +73,13 @@ def connect(
     *,
     number: int,
     timeout_s: float,
+    consent_type: type[Consent] = Consent,
 ) -> Connected:
     """Makes the parts and connects them to the peers'. Collective.
 
     Args:
         number: of the buffer, the same on all ranks and no other buffer's.
+        consent_type: of ranks whose hosts give the words.
     """
     name = f"crossdock-{number:016x}"
     if device.type == "cpu":
@@ -86,7 +88,7 @@ def connect(
             if isinstance(members, inproc.ThreadGroup)
             else shm.connect(members, arena, name=name)
         )
-        consent = Consent(host, rank=members.rank, num_ranks=members.size, ring=arena.ring)
+        consent = consent_type(host, rank=members.rank, num_ranks=members.size, ring=arena.ring)
         backend = CpuBackend(arena, host, consent, buffer_id=number)
         return Connected(transport=host, backend=backend, consent=consent, launch=None)
     raise_on_all(members, cuda_problem(device), BackendUnavailable)

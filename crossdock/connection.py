@@ -6,6 +6,7 @@ Letters: E experts, L local experts, P ranks.
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
+from crossdock._env import trace_folder
 from crossdock.agreement import agree, agree_on_masked
 from crossdock.arena import Arena
 from crossdock.backends.base import LaunchOptions, Outcome
@@ -28,6 +30,7 @@ from crossdock.memo import PlanMemo
 from crossdock.pending import CallQueue, Pending
 from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec, Topology
+from crossdock.trace import TracedConsent, TracedQueue, Tracer, open_problem
 from crossdock.transport.base import ProcessGroup
 from crossdock.transport.inproc import ThreadGroup
 
@@ -73,6 +76,7 @@ class Connection:
         launch_options: LaunchOptions,
         timeout_s: float,
         debug: bool,
+        trace: str | os.PathLike[str] | None,
     ) -> None:
         if isinstance(group, Spec):
             raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
@@ -83,7 +87,11 @@ class Connection:
             "expand": launch_options.expand,
             "mover": launch_options.mover,
         }
-        number = agree(members, spec, timeout_s, options, problem)
+        folder = trace_folder() if trace is None else trace
+        tracer = None if folder is None else Tracer(folder, members)
+        if folder is not None and problem is None:
+            problem = open_problem(folder)
+        number = agree(members if tracer is None else tracer.members, spec, timeout_s, options, problem)
         self.group = group
         self.spec = spec
         self.topology = Topology(num_ranks=members.size)
@@ -92,11 +100,15 @@ class Connection:
         self._members = members
         self._id = number
         self._debug = debug
-        parts = connect(members, self.arena, self.device, launch_options, number=number, timeout_s=timeout_s)
+        meet = connect if tracer is None else functools.partial(connect, consent_type=TracedConsent)
+        parts = meet(members, self.arena, self.device, launch_options, number=number, timeout_s=timeout_s)
         self.launch = parts.launch
         """How kernels are launched, printable; None on CPUs."""
         self._transport, self._backend, self._consent = parts.transport, parts.backend, parts.consent
-        self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
+        if tracer is None:
+            self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
+        else:
+            self._queue = tracer.queue(parts, spec, number=number, timeout_s=timeout_s)
         self._slots = ReceiveSlots(self.arena, self._transport.segment)
         self._memo = PlanMemo(spec)
         self._kinds: Kinds[CallKind] = Kinds(NUM_CALL_KINDS)
@@ -271,6 +283,8 @@ class Connection:
         with self._queue.turn:
             self._is_closed = True
             self._backend.synchronize()
+            if isinstance(self._queue, TracedQueue):
+                self._queue.end(self.stats.num_tokens_per_expert, self.stats.wait_s)
             self._consent.leave()
             self._transport.close()
 

@@ -227,6 +227,13 @@ class Backend(Protocol):
         Plans from now on have no rows of theirs, and those before are void, in graphs too.
         """
 
+    def time_rows(self) -> list[int] | None:
+        """From now on rows to each peer are timed, for a trace: the nanoseconds, added up here by peer.
+
+        None where a device moves them.
+        """
+        raise NotImplementedError
+
     def check_capture(self, *, asks_host: bool) -> None:
         """Raises ConfigError where a graph is captured of a call that asks the host."""
 

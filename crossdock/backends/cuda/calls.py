@@ -460,6 +460,9 @@ class CudaBackend:
                 "rows='capacity', or recv.plan of an earlier dispatch, with mover='kernel'"
             )
 
+    def time_rows(self) -> None:
+        """See Backend."""
+
     def synchronize(self) -> None:
         """See Backend."""
         self._streams.synchronize()
