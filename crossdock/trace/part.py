@@ -22,6 +22,7 @@ import platform
 import time
 import warnings
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -96,6 +97,17 @@ class Part:
         if self._problem is not None:
             why, self._problem = self._problem.strerror, None
             warnings.warn(f"the trace in {self._path} is not complete: {why}", RuntimeWarning, stacklevel=2)
+
+
+def write_spans(
+    folder: str | os.PathLike[str], rank: int, spans: Iterable[tuple[str, float, float]], *, num_ranks: int
+) -> None:
+    """A part of a program itself: names of what it did, from when to when in seconds of ``time.perf_counter``."""
+    header = {"buffer": "", "ranks": list(range(num_ranks)), "met": [], "is_program": True}
+    part = Part(folder, rank, header)
+    for name, began, ended in spans:
+        part.add({"is": "span", "name": name, "t": [round(began * 1e9), round(ended * 1e9)]})
+    part.close()
 
 
 class StampedGroup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from crossdock.plan import Plan
 from crossdock.received import Received
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
+
+_AT_A_TIME = 2
+"""Steps in a row that a trace shows."""
 
 
 class Span(NamedTuple):
@@ -59,11 +62,25 @@ class Watch:
         self.spans.append(Span(name, self.step, start, self.now(), waited_s))
 
 
+def steps_to_show(spans: Sequence[Span]) -> list[tuple[float, float]]:
+    """When steps in a row began and ended, at the beginning, in the middle and at the end: a trace of all is large.
+
+    >>> steps_to_show([Span("step", step, 2.0 * step, 2.0 * step + 1, 0.0) for step in range(100)])
+    [(0.0, 3.0), (100.0, 103.0), (196.0, 199.0)]
+    """
+    steps = [span for span in spans if span.name == "step"]
+    starts = sorted({0, len(steps) // 2, max(0, len(steps) - _AT_A_TIME)})
+    shown = [steps[start : start + _AT_A_TIME] for start in starts]
+    return [(first[0].start, first[-1].end) for first in shown]
+
+
 class WatchedBuffer(Buffer):
     """A buffer whose calls are spans of a watch, and which notes how many rows each new plan sends where."""
 
-    def __init__(self, group: dist.ProcessGroup | None, spec: Spec, watch: Watch, device: torch.device) -> None:
-        super().__init__(group, spec, device=device)
+    def __init__(
+        self, group: dist.ProcessGroup | None, spec: Spec, watch: Watch, device: torch.device, trace: str | None
+    ) -> None:
+        super().__init__(group, spec, device=device, trace=trace)
         self._watch = watch
         self._noted: list[Tensor] = []
 

@@ -27,10 +27,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "trace",
         help="show what all ranks did when, and who waited for whom",
-        usage="crossdock trace [-h] [--profile [RANK=]FILE.json] [FOLDER] [-- COMMAND ...]",
+        usage="crossdock trace [-h] [--between FROM TO] [--profile [RANK=]FILE.json] [FOLDER] [-- COMMAND ...]",
         description="Puts the parts that ranks have written (Buffer(trace=FOLDER), or CROSSDOCK_TRACE=FOLDER in the "
-        "environment) on one time axis: writes trace.json, for ui.perfetto.dev, and trace.html beside them, and prints a "
-        "table of who waited for whom. With a command, runs it first, all its buffers traced, and gives its exit code.",
+        "environment) on one time axis: writes trace.json, for ui.perfetto.dev, and trace.html beside them, and prints "
+        "who waited for whom. Runs a command first, if there is one, all its buffers traced, and gives its exit code.",
     )
     parser.add_argument("folder", type=Path, nargs="?", default=_FOLDER, metavar="FOLDER", help=f"default: {_FOLDER}")
     parser.add_argument(
@@ -39,6 +39,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=[],
         metavar="[RANK=]FILE.json",
         help="a trace of torch's profiler of one rank, to be shown in its process; may be given several times",
+    )
+    parser.add_argument(
+        "--between",
+        type=float,
+        nargs=2,
+        default=None,
+        metavar=("FROM", "TO"),
+        help="seconds from the beginning; of a long run, what the timeline shows",
     )
     parser.set_defaults(run=run)
 
@@ -66,7 +74,9 @@ def run(args: argparse.Namespace) -> None:
     figures = measure(trace)
     files = [("trace", folder / "trace.json"), ("page", folder / "trace.html")]
     try:
-        write_timeline(trace, files[0][1], args.profile)
+        first = trace.first / 1e9
+        between = [(first + args.between[0], first + args.between[1])] if args.between else []
+        write_timeline(trace, files[0][1], args.profile, between=between)
         files[1][1].write_text(report.render(figures, f"{folder}/"), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{error.filename} cannot be written ({error.strerror}); copy the parts elsewhere") from error
@@ -77,14 +87,23 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(code)
 
 
-def write_timeline(trace: Trace, path: Path, profile_names: Sequence[str] = ()) -> None:
+def write_timeline(
+    trace: Trace, path: Path, profile_names: Sequence[str] = (), *, between: Sequence[tuple[float, float]] = ()
+) -> None:
     """The Chrome trace, an event a line.
+
+    Args:
+        between: times of the first part's clock in seconds; the rest is left out. Without any, nothing is.
 
     Raises:
         ConfigError: a profile cannot be read, or is of another run.
     """
     more = [event for name in profile_names for event in profiles.events_of(profiles.read_profile(name), trace)]
     events = timeline.events_of(trace, more)
+    if between:
+        events = timeline.within(
+            events, [(s * 1e6 - trace.first / 1e3, e * 1e6 - trace.first / 1e3) for s, e in between]
+        )
     with path.open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
         file.writelines(json.dumps(event) + (",\n" if i < len(events) else "\n") for i, event in enumerate(events, 1))

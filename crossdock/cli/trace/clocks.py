@@ -28,7 +28,7 @@ def shifts(clocks: Sequence[Clock]) -> list[int]:
     """What to add to the times of each clock, so that all are on the first one's.
 
     >>> a = Clock("a", "x", "1", 0, 0, [(0, 5), (6, 9)])
-    >>> b = Clock("b", "y", "1", 0, 0, [(1003, 1006), (1006, 1009)])  # 1000 ahead
+    >>> b = Clock("b", "y", "1", 0, 0, [(1002, 1006), (1006, 1009)])  # 1000 ahead
     >>> shifts([a, a._replace(process="c"), b])
     [0, 0, -1000]
     """

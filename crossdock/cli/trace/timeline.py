@@ -7,6 +7,7 @@ The format is the "Trace Event Format": spans ("X") of microseconds, those withi
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,17 @@ def events_of(trace: Trace, more: Iterable[Event] = ()) -> list[Event]:
     of_all += (event for event in more if event["ph"] != "M")
     of_all.sort(key=lambda event: (event["ts"], -event.get("dur", 0.0)))
     return [*_names(trace, tracks), *(event for event in more if event["ph"] == "M"), *of_all]
+
+
+def within(events: Sequence[Event], windows: Sequence[tuple[float, float]]) -> list[Event]:
+    """Metadata, and what lies in one of these windows, microseconds, from beginning to end; no half of a pair."""
+
+    def lies(event: Event) -> bool:
+        return any(start <= event["ts"] and event["ts"] + event.get("dur", 0.0) <= end for start, end in windows)
+
+    kept = [event for event in events if event["ph"] == "M" or lies(event)]
+    num_halves = Counter((event["cat"], event["id"]) for event in kept if event["ph"] in "besf")
+    return [event for event in kept if event["ph"] not in "besf" or num_halves[event["cat"], event["id"]] == 2]
 
 
 def _tracks_of(trace: Trace) -> dict[Any, int]:
