@@ -47,7 +47,14 @@ def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
     )
 
     def connect(
-        members: Any, arena: Any, device: Any, _: LaunchOptions, *, number: int, timeout_s: float
+        members: Any,
+        arena: Any,
+        device: Any,
+        _: LaunchOptions,
+        *,
+        number: int,
+        timeout_s: float,
+        consent_type: object = None,  # that of hosts
     ) -> connect.Connected:
         from crossdock.transport.device import DeviceTransport
 

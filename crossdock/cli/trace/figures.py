@@ -163,9 +163,9 @@ def measure(trace: Trace) -> Figures:
         for peer, seconds in zip(peers, of_device or (), strict=False):
             waited[REST][own, peer] += seconds
         for line in part.of("call"):
-            for peer, ns in zip(peers, line.get("move_ns", ()), strict=False):
-                num_bytes[own, peer] += line["sent"][part.ranks.index(ranks[peer])] * line["row_bytes"]
-                num_pushes[own, peer] += 1
+            for peer, num_rows, ns in zip(peers, line.get("sent", ()), line.get("move_ns", ()), strict=False):
+                num_bytes[own, peer] += num_rows * line["row_bytes"]
+                num_pushes[own, peer] += num_rows > 0
                 move_s[own, peer] += ns / 1e9
         failures += [
             Failure(at_s=(part.at(line["t"]) - trace.first) / 1e9, rank=part.rank, text=line["error"]["text"])
