@@ -55,10 +55,8 @@ def test_off_it_costs_no_call_and_no_allocation(monkeypatch):
         for _ in range(3):
             recv = buffer.dispatch(X, TOPK_IDX)
             buffer.combine(recv.x, recv.plan)
-        verbs = {
-            "dispatch": lambda: buffer.dispatch(X, TOPK_IDX),
-            "combine": lambda: buffer.combine(recv.x, recv.plan),
-        }
+        y, plan = recv.x.clone(), recv.plan
+        verbs = {"dispatch": lambda: buffer.dispatch(X, TOPK_IDX), "combine": lambda: buffer.combine(y, plan)}
         for verb, most in CALLS_OF_PYTHON.items():
             calls, _ = calls_of_python(verbs[verb])
             assert not [name for name in calls if "trace" in name or "timed" in name]
@@ -181,6 +179,29 @@ def test_waits_are_charged_to_the_last(tmp_path):
     assert figures.waited_s[ROWS].tolist() == [[0, 1e-6, 0], [0] * 3, [0] * 3]
 
 
+def test_waits_of_kernels_are_those_that_the_device_has_counted(tmp_path):
+    report = pytest.importorskip("crossdock.cli.trace.report")
+    start = {"is": "start", "call": [1, 0], "kind": "dispatch", "t": 0, "posted": 0}
+    host = {
+        "is": "wait",
+        "call": [1, 0],
+        "what": "begin this dispatch",
+        "came": {},
+        "missing": [],
+        "t": [5, 900_000_000],
+    }
+    for rank, wait_s in enumerate(([0, 0.5], [0.001, 0])):
+        end = {"is": "end", "t": 1_000_000_000, "unix": 0, "experts": [rank, 1], "wait_s": wait_s}
+        write(tmp_path, rank, 1, [start, host, end])
+    figures = measure(read(tmp_path))
+    assert figures.waits.tolist() == [[0, 0.5], [0.001, 0]]
+    assert figures.expert_rows.tolist() == [0, 1, 1, 1]
+    said = "\n".join(report.lines(figures))
+    assert "Slow rank: 1. Others waited 500.0 ms for it, 100% of all waiting." in said
+    assert "Kernels waited" in said
+    assert "for the device to begin this dispatch" in [event["name"] for event in timeline.events_of(read(tmp_path))]
+
+
 def figures_of(**given):
     square = np.zeros((4, 4))
     given = {
@@ -190,9 +211,7 @@ def figures_of(**given):
         "in_calls_s": np.ones(4),
         "waited_s": {ROWS: square},
         "on_device": False,
-        "num_bytes": square,
-        "move_s": square,
-        "num_pushes": square,
+        "rates": square * np.nan,
         "expert_rows": np.zeros(8, np.int64),
         "failures": [],
         "num_parts": 4,
@@ -202,17 +221,17 @@ def figures_of(**given):
 
 def test_a_slow_link_and_a_hot_expert_are_named():
     report = pytest.importorskip("crossdock.cli.trace.report")
-    move_s, num_bytes = np.full((4, 4), 1e-3), np.full((4, 4), 2_000_000)
-    move_s[2, 1] = 1e-2
+    rates = np.full((4, 4), 2e9)
+    np.fill_diagonal(rates, np.nan)
+    slow = rates.copy()
+    slow[2, 1] = 2e8
     loads = np.array([1, 1, 1, 1, 1, 9, 1, 1])
-    figures = figures_of(num_bytes=num_bytes, move_s=move_s, num_pushes=np.ones((4, 4)), expert_rows=loads)
+    figures = figures_of(rates=slow, expert_rows=loads)
     said = "\n".join(report.lines(figures))
     assert "Slow rank: none stands out." in said
     assert "Slow link: from rank 2 to rank 1, 0.20 GB/s; the median link has 2.00 GB/s." in said
     assert "Hot expert: 5, with 56% of all rows, 4.50 times the mean, on rank 2" in said
-    even = figures_of(
-        num_bytes=num_bytes, move_s=np.full((4, 4), 1e-3), num_pushes=np.ones((4, 4)), expert_rows=loads * 0 + 1
-    )
+    even = figures_of(rates=rates, expert_rows=loads * 0 + 1)
     assert "none stands out; the slowest, 0 to 1, has 2.00 GB/s" in "\n".join(report.lines(even))
 
 

@@ -58,12 +58,8 @@ class Figures:
     """By reason, [P, P]: how long each rank has waited for each, as it came last."""
     on_device: bool
     """Whether kernels waited: then a wait for several is charged to each of them, and its reason is unknown."""
-    num_bytes: Counts
-    """[P, P]: of rows that each rank wrote to each."""
-    move_s: Seconds
-    """[P, P]: how long that took."""
-    num_pushes: Counts
-    """[P, P]: in how many calls."""
+    rates: Seconds
+    """[P, P]: bytes per second from rank to rank, the median of calls; NaN where none wrote enough rows to tell."""
     expert_rows: Counts
     """[E]: picks that came to each expert."""
     failures: Sequence[Failure]
@@ -109,14 +105,6 @@ class Figures:
         is_slow = others.size and self.waiting_share >= _LEAST_SHARE
         return late if is_slow and self.charged_s[late] >= _STANDS_OUT * others.mean() else None
 
-    @cached_property
-    def rates(self) -> Seconds:
-        """[P, P]: bytes per second from rank to rank, NaN where too few were written at a time to tell."""
-        is_known = (self.move_s > 0) & (self.num_bytes >= _LEAST_BYTES * np.maximum(self.num_pushes, 1))
-        np.fill_diagonal(is_known, val=False)
-        rates: Seconds = np.where(is_known, self.num_bytes / np.maximum(self.move_s, 1e-12), np.nan)
-        return rates
-
     @property
     def slowest_link(self) -> tuple[int, int] | None:
         """From where to where; None where no rate is known."""
@@ -147,7 +135,7 @@ def measure(trace: Trace) -> Figures:
     place = {rank: i for i, rank in enumerate(ranks)}
     shape = (len(ranks), len(ranks))
     waited = {reason: np.zeros(shape) for reason in REASONS}
-    num_bytes, num_pushes, move_s = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape)
+    of_links: dict[tuple[int, int], list[float]] = defaultdict(list)
     in_calls_s, num_calls = np.zeros(len(ranks)), np.zeros(len(ranks), np.int64)
     spans: dict[int, list[int]] = defaultdict(list)
     failures: list[Failure] = []
@@ -164,13 +152,15 @@ def measure(trace: Trace) -> Figures:
             waited[REST][own, peer] += seconds
         for line in part.of("call"):
             for peer, num_rows, ns in zip(peers, line.get("sent", ()), line.get("move_ns", ()), strict=False):
-                num_bytes[own, peer] += num_rows * line["row_bytes"]
-                num_pushes[own, peer] += num_rows > 0
-                move_s[own, peer] += ns / 1e9
+                if ns and peer != own and (num_bytes := num_rows * line["row_bytes"]) >= _LEAST_BYTES:
+                    of_links[own, peer].append(num_bytes / ns * 1e9)
         failures += [
             Failure(at_s=(part.at(line["t"]) - trace.first) / 1e9, rank=part.rank, text=line["error"]["text"])
             for line in part.of("failed")
         ]
+    rates = np.full(shape, np.nan)
+    for link, of_calls in of_links.items():
+        rates[link] = np.median(of_calls)
     return Figures(
         ranks=ranks,
         num_calls=int(num_calls.max()),
@@ -178,9 +168,7 @@ def measure(trace: Trace) -> Figures:
         in_calls_s=in_calls_s,
         waited_s=waited,
         on_device=on_device,
-        num_bytes=num_bytes,
-        move_s=move_s,
-        num_pushes=num_pushes,
+        rates=rates,
         expert_rows=_expert_rows(trace),
         failures=sorted(failures, key=lambda failure: failure.at_s),
         num_parts=len(trace.parts),
