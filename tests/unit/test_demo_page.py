@@ -83,7 +83,7 @@ def test_a_page_of_any_size(num_ranks, steps):
 )
 def test_a_long_run_is_traced_in_part(steps, shown):
     spans = [span for step in range(steps) for span in spans_of_a_step(step, 10 * step)]
-    assert steps_to_show(spans) == [(10 * first, 10 * last - 1) for first, last in shown]
+    assert steps_to_show([spans]) == [(10 * first, 10 * last - 1) for first, last in shown]
 
 
 @pytest.mark.parametrize("plain_loss", [5.5001, float("nan")])

@@ -213,8 +213,9 @@ def figures_of(**given):
         "on_device": False,
         "rates": square * np.nan,
         "expert_rows": np.zeros(8, np.int64),
+        "rank_rows": np.ones(4),
+        "expert_rank": [0, 0, 1, 1, 2, 2, 3, 3],
         "failures": [],
-        "num_parts": 4,
     } | given
     return Figures(**given)
 

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         with gpus_for(device, args.ranks) as gpus, tempfile.TemporaryDirectory(prefix="crossdock-demo-") as parts:
             job = replace(job, trace=parts)
             runs = run_world(run_rank, job, num_ranks=args.ranks, on_progress=show, gpus=gpus)
-            write_timeline(read(Path(parts)), trace, between=steps_to_show(runs[0].spans))
+            write_timeline(read(Path(parts)), trace, between=steps_to_show([run.spans for run in runs]))
         show(estimate.REPEAT)
         compared = compare_losses(runs[0].losses, replay(job, num_replayed, device))
         show(estimate.WRITE_AGAIN)

@@ -62,16 +62,20 @@ class Watch:
         self.spans.append(Span(name, self.step, start, self.now(), waited_s))
 
 
-def steps_to_show(spans: Sequence[Span]) -> list[tuple[float, float]]:
-    """When steps in a row began and ended, at the beginning, in the middle and at the end: a trace of all is large.
+def steps_to_show(spans: Sequence[Sequence[Span]]) -> list[tuple[float, float]]:
+    """When steps in a row began on the first of ranks and ended on the last: a trace of all steps is large.
 
-    >>> steps_to_show([Span("step", step, 2.0 * step, 2.0 * step + 1, 0.0) for step in range(100)])
+    >>> steps_to_show([[Span("step", step, 2.0 * step, 2.0 * step + 1, 0.0) for step in range(100)]])
     [(0.0, 3.0), (100.0, 103.0), (196.0, 199.0)]
     """
-    steps = [span for span in spans if span.name == "step"]
-    starts = sorted({0, len(steps) // 2, max(0, len(steps) - _AT_A_TIME)})
-    shown = [steps[start : start + _AT_A_TIME] for start in starts]
-    return [(first[0].start, first[-1].end) for first in shown]
+    steps = [[span for span in of_rank if span.name == "step"] for of_rank in spans]
+    num = len(steps[0])
+    starts = sorted({0, num // 2, max(0, num - _AT_A_TIME)})
+    ends = [min(start + _AT_A_TIME, num) - 1 for start in starts]
+    return [
+        (min(of_rank[start].start for of_rank in steps), max(of_rank[end].end for of_rank in steps))
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
 class WatchedBuffer(Buffer):

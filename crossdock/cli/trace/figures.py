@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,8 +63,11 @@ class Figures:
     """[P, P]: bytes per second from rank to rank, the median of calls; NaN where none wrote enough rows to tell."""
     expert_rows: Counts
     """[E]: picks that came to each expert."""
+    rank_rows: Seconds
+    """[P]: picks that came to each rank's experts, over the mean; empty where nothing is known."""
+    expert_rank: Sequence[int | None]
+    """[E]: the rank of each expert; None where ranks of several groups have it, or none has a part."""
     failures: Sequence[Failure]
-    num_parts: int
 
     @cached_property
     def waits(self) -> Seconds:
@@ -86,16 +90,6 @@ class Figures:
     def calls_share(self) -> float:
         """Of the ranks' time, waiting included."""
         return float(self.in_calls_s.sum() / max(self.lasted_s.sum(), 1e-9))
-
-    @cached_property
-    def rank_rows(self) -> Seconds:
-        """[P]: picks that came to each rank's experts, over the mean; empty where the experts' rank is not known."""
-        num_ranks = len(self.ranks)
-        if not self.expert_rows.sum() or len(self.expert_rows) % num_ranks:
-            return np.zeros(0)
-        of_rank = self.expert_rows.reshape(num_ranks, -1).sum(axis=1)
-        relative: Seconds = of_rank / of_rank.mean()
-        return relative
 
     @property
     def slow_rank(self) -> int | None:
@@ -169,9 +163,8 @@ def measure(trace: Trace) -> Figures:
         waited_s=waited,
         on_device=on_device,
         rates=rates,
-        expert_rows=_expert_rows(trace),
+        **_loads(trace),
         failures=sorted(failures, key=lambda failure: failure.at_s),
-        num_parts=len(trace.parts),
     )
 
 
@@ -199,9 +192,11 @@ def _waits_of_device(part: Part) -> list[float] | None:
     return counted if any(counted) else None
 
 
-def _expert_rows(trace: Trace) -> Counts:
-    """Picks of each expert, of the number of experts that most picks were of."""
+def _loads(trace: Trace) -> dict[str, Any]:
+    """The figures of experts: of the number of experts that most picks were of, where buffers have different ones."""
     by_size: dict[int, Counts] = {}
+    owners: dict[tuple[int, int], set[int]] = defaultdict(set)
+    of_rank = np.zeros(len(trace.ranks))
     for part in trace.parts:
         of_calls = [line["experts"] for line in part.of("call") if "experts" in line]
         counted = next((line["experts"] for line in part.of("end")), None)
@@ -212,4 +207,13 @@ def _expert_rows(trace: Trace) -> Counts:
         mine = np.array(of_calls).sum(axis=0) if counted is None else np.array(counted)
         first = part.header["rank"] * len(mine)
         total[first : first + len(mine)] += mine
-    return max(by_size.values(), key=lambda rows: int(rows.sum()), default=np.zeros(0, np.int64))
+        of_rank[trace.ranks.index(part.rank)] += mine.sum()
+        for expert in range(first, first + len(mine)):
+            owners[num_experts, expert].add(part.rank)
+    rows = max(by_size.values(), key=lambda rows: int(rows.sum()), default=np.zeros(0, np.int64))
+    places = [owners[len(rows), expert] for expert in range(len(rows))]
+    return {
+        "expert_rows": rows,
+        "rank_rows": of_rank / of_rank.mean() if of_rank.sum() else np.zeros(0),
+        "expert_rank": [next(iter(ranks)) if len(ranks) == 1 else None for ranks in places],
+    }

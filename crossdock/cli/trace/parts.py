@@ -151,9 +151,9 @@ def _last_run(parts: Sequence[Part]) -> list[Part]:
         return part.buffer == other.buffer or part.clock.process == other.clock.process or (a <= d and c <= b)
 
     for part in parts:
-        mine = [run for run in runs if any(belongs(part, other) for other in run)]
-        runs = [run for run in runs if run not in mine]
-        runs.append([part, *(other for run in mine for other in run)])
+        is_mine = [any(belongs(part, other) for other in run) for run in runs]
+        joined = [other for run, mine in zip(runs, is_mine, strict=True) if mine for other in run]
+        runs = [run for run, mine in zip(runs, is_mine, strict=True) if not mine] + [[part, *joined]]
     return max(runs, key=lambda run: max(by_time[part.path][1] for part in run))
 
 

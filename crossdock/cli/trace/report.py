@@ -153,9 +153,9 @@ def _of_expert(figures: Figures) -> str:
         figures.expert_rows[hot] / figures.expert_rows.mean(),
     )
     where = ""
-    if figures.rank_rows.size:
-        place = hot * len(figures.ranks) // len(figures.expert_rows)
-        where = f", on rank {figures.ranks[place]}, which has {figures.rank_rows[place]:.2f} times the mean rank's rows"
+    if (rank := figures.expert_rank[hot]) is not None:
+        times_rank = figures.rank_rows[figures.ranks.index(rank)]
+        where = f", on rank {rank}, which has {times_rank:.2f} times the mean rank's rows"
     return f"Hot expert: {hot}, with {share:.0%} of all rows, {times:.2f} times the mean{where}."
 
 

@@ -19,6 +19,8 @@ TRACKS = ("calls", "words", "rows", "waits")
 _TRACKS_OF_BUFFER = 10
 _ARROW_NS = 50_000
 """Shorter waits have no arrow."""
+_ROUNDED_US = 1.0
+"""Windows are other roundings of the moments that they begin and end at."""
 _EDGE_US = 0.001
 """How far before its end an arrow meets a wait: within it."""
 
@@ -44,7 +46,8 @@ def within(events: Sequence[Event], windows: Sequence[tuple[float, float]]) -> l
     """Metadata, and what lies in one of these windows, microseconds, from beginning to end; no half of a pair."""
 
     def lies(event: Event) -> bool:
-        return any(start <= event["ts"] and event["ts"] + event.get("dur", 0.0) <= end for start, end in windows)
+        began, ended = event["ts"] + _ROUNDED_US, event["ts"] + event.get("dur", 0.0) - _ROUNDED_US
+        return any(start <= began and ended <= end for start, end in windows)
 
     kept = [event for event in events if event["ph"] == "M" or lies(event)]
     num_halves = Counter((event["cat"], event["id"]) for event in kept if event["ph"] in "besf")
