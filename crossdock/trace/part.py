@@ -32,6 +32,7 @@ Value = TypeVar("Value")
 now = time.perf_counter_ns
 SUFFIX = ".jsonl"
 _PREFIX = "crossdock-rank"
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -74,7 +75,7 @@ class Part:
 
     def add(self, line: dict[str, Any]) -> None:
         """Keeps a line for the next ``flush``."""
-        self._lines.append(json.dumps(line, separators=(",", ":")))
+        self._lines.append(_encode(line))
 
     def flush(self) -> None:
         """Writes what was added. A disk that is full ends the trace and no call."""

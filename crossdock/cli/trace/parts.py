@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Part:
         ranks: list[int] = self.header["ranks"]
         return ranks
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """This rank, among all."""
         return self.ranks[self.header["rank"]]
@@ -51,7 +52,7 @@ class Part:
         process = f"{self.header['host']} {told['boot']} {self.header['pid']}"
         return Clock(process, told["boot"], self.buffer, told["t"], told["unix"], self.header["met"])
 
-    @property
+    @cached_property
     def span(self) -> tuple[int, int]:
         """When it begins and when it ends, shifted."""
         times = [t for line in self.lines for t in _times(line)]
@@ -87,12 +88,12 @@ class Trace:
     num_others: int
     """Parts of other runs in the same folder, which were left out."""
 
-    @property
+    @cached_property
     def ranks(self) -> list[int]:
         """All that have a part, or that a rank with one knows of."""
         return sorted({rank for part in self.parts for rank in part.ranks})
 
-    @property
+    @cached_property
     def first(self) -> int:
         """When it begins: nanoseconds."""
         return min(part.span[0] for part in self.parts)
