@@ -91,10 +91,11 @@ class Part:
                 self._file, self._problem = None, error
 
     def close(self) -> None:
-        """Writes the rest; warns when not all could be written."""
+        """Writes the rest; warns when not all could be written. What is added later is dropped."""
         self.flush()
-        if self._file is not None:
-            self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
         if self._problem is not None:
             why, self._problem = self._problem.strerror, None
             warnings.warn(f"the trace in {self._path} is not complete: {why}", RuntimeWarning, stacklevel=2)
