@@ -585,4 +585,4 @@ def _shapes(extras: Sequence[Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]
 
 @functools.lru_cache
 def _checksum(value: Hashable) -> int:
-    return zlib.crc32(repr(value).encode()) & 0xFFFF
+    return zlib.crc32(repr(value).encode())

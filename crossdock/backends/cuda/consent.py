@@ -29,7 +29,7 @@ from crossdock.consent import (
     KIND_SHIFT,
     PAYLOAD_BITS,
     REASON_HEADER,
-    SEQUENCE_MASK,
+    WORD_BITS,
     Consent,
     Flag,
     Kind,
@@ -37,6 +37,7 @@ from crossdock.consent import (
     Word,
     mismatch,
     stamped,
+    stamped_word,
 )
 from crossdock.errors import ConfigError, CrossdockError, PeerFailed, PeerTimeout
 from crossdock.masks import listed
@@ -143,13 +144,12 @@ class DeviceConsent(Consent):
         if self._failure[0] == sync.OK.value:
             return None
         status, peer, phase, expected, seen = self._failure.tolist()
-        call = (expected >> PAYLOAD_BITS) & SEQUENCE_MASK
         if status == sync.TIMED_OUT.value:
             did = "send its rows of" if phase == ARRIVE.value else "begin"
             within = f"within timeout_s={self._on.timeout_s:g}"
             return PeerTimeout(peer, f"rank {peer} did not {did} this call {within}; the call is void")
         if status == sync.ABORTED.value:
-            return self._void(peer, call) or PeerFailed(peer, "it gave up")
+            return self._void(peer, self._state()[CURRENT.value]) or PeerFailed(peer, "it gave up")
         if seen >> KIND_SHIFT == 0:
             return self._own_refusal() if peer == self.rank else self._refusal(peer)
         return mismatch(peer, Word.of(seen), self.rank, Word.of(expected))
@@ -213,8 +213,9 @@ class DeviceConsent(Consent):
     def _has_done_its_part(self, peer: int) -> bool:
         """Whether a peer's word for the call under way is here, and its rows."""
         current = self._state()[CURRENT.value]
-        entry, word = self.entry(current), stamped(current, 0) >> PAYLOAD_BITS
-        return all(self._mailbox.load(box, entry, peer) >> PAYLOAD_BITS == word for box in ("words", "arrived"))
+        entry, load = self.entry(current), self._mailbox.load
+        has_begun = load("words", entry, peer) >> WORD_BITS == stamped_word(current, 0) >> WORD_BITS
+        return has_begun and load("arrived", entry, peer) >> PAYLOAD_BITS == stamped(current, 0) >> PAYLOAD_BITS
 
     def _first_void(self) -> int:
         """The first call that this rank does not do its part of: the one that failed, or that is still to send rows.

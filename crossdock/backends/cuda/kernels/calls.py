@@ -25,11 +25,14 @@ from crossdock.backends.cuda.kernels.sync import (
     OK,
     PAYLOAD_BITS,
     PAYLOAD_MASK,
+    WORD_BITS,
+    WORD_MASK,
     find_abort,
     is_last_program,
     next_call,
     post_words,
     stamped,
+    stamped_word,
     wait_words,
     words_at,
     write_failure,
@@ -156,7 +159,7 @@ def give_word(own, call, payload, is_refused, mine, rank, COUNTS: tl.constexpr):
                 rest = COLUMNS + tl.arange(0, triton.next_power_of_2(W - COLUMNS))
                 is_there = (peer < P)[:, None] & (rest < W)[None, :]
                 tl.store(there[:, None] + rest[None, :], stamped(sequence, tl.zeros_like(rest))[None, :], mask=is_there)
-    post_words(segments, own.boxes.words + 8 * (entry + speaker), stamped(sequence, given), P)
+    post_words(segments, own.boxes.words + 8 * (entry + speaker), stamped_word(sequence, given), P)
     return sequence
 
 
@@ -173,17 +176,18 @@ def take_words(own, call, sequence, payload, rank, max_polls):
     status, theirs = wait_words(
         words,
         aborts,
-        stamped(sequence, 0),
+        stamped_word(sequence, 0),
         True,
         ended,
         max_polls,
         BEGIN,
         own.failure,
         P,
-        PAYLOAD_BITS,
+        WORD_BITS,
         own.state + STATE_WORDS,
+        sequence,
     )
-    theirs = theirs & PAYLOAD_MASK
+    theirs = theirs & WORD_MASK
     if status == OK:
         differs = is_rank & ((theirs >> KIND_SHIFT) != (payload >> KIND_SHIFT))
         peer = tl.min(tl.where(differs, lanes, P), axis=0)

@@ -58,7 +58,7 @@ from crossdock.backends.cuda.kernels.sync import (
     is_last_program,
     let_next_kernel_launch,
     release_programs,
-    stamped,
+    stamped_word,
     words_at,
 )
 from crossdock.backends.cuda.kernels.tables import tables_of
@@ -95,7 +95,7 @@ def coordinate(call, payload, rank, max_polls, steps, tables, topk_idx, num_toke
         settles = (tl.load(call + P + PROGRESS) == BEGUN).to(tl.int32)
     if ((steps & AWAITS) == 0) & good:
         words = words_at(segment, own.boxes.words) + (sequence & (own.sizes.RING - 1)) * P
-        settles = are_here(words, stamped(sequence, 0), max_polls, P).to(tl.int32)
+        settles = are_here(words, stamped_word(sequence, 0), max_polls, P).to(tl.int32)
     if settles == 0:
         release_programs(own.flags + GO_FLAG, tl.full([], NOTHING, tl.int32))
     else:
