@@ -46,6 +46,8 @@ OUTPUT_SHIFT = 32
 SLOT_MASK = 7
 SIGNATURE_MASK = 2**32 - 1
 """Where a begin word's payload has its fields."""
+CALL_SIGNATURE_BITS = 16
+"""Of the signature, in which calls of one Spec differ; the others are the Spec's alone."""
 PUSHED = 7
 """In place of an output slot: this rank pushes its rows, they are not to be pulled."""
 FLAG_EPOCH_BITS = 16
@@ -564,6 +566,12 @@ def mismatch(peer: int, theirs: Word, rank: int, own: Word) -> PeerFailed:
             peer,
             f"it is in {theirs.kind} while rank {rank} is in {own.kind}; all ranks issue the same calls in the same "
             f"order",
+        )
+    if (theirs.signature ^ own.signature) >> CALL_SIGNATURE_BITS:
+        return PeerFailed(
+            peer,
+            f"its {theirs.kind} is of another Spec than that of rank {rank}, or its Buffers were made in another "
+            f"order; all ranks make the same Buffers in the same order, and the same calls of each",
         )
     return PeerFailed(
         peer,

@@ -123,19 +123,20 @@ class CallQueue:
         self._failing: tuple[CrossdockError | Exception | str, int] | None = None
         """The failure that the peers are being told, and how many epochs had ended before."""
 
-    def check_room(self) -> None:
+    def check_room(self, most: int | None = None) -> None:
         """Raises what may keep the next call from being started.
 
         That is the failure of a call that was started and not waited for (the epoch has ended, and a call of the next
         one would be the caller's answer to an error it has not seen), or ConfigError when as many calls as there are
-        slots have been started and not waited for. Behind a failure that was raised, it goes where the peers are.
+        slots (``most``) have been started and not waited for. Behind a failure that was raised, it goes where the peers
+        are.
         """
         if self._unraised is not None or self._failing is not None or not self._consent.is_in_step:
             self.check_failure()
             self._consent.catch_up()
-        if len(self._unwaited) >= self._depth:
+        if len(self._unwaited) >= (most or self._depth):
             raise ConfigError(
-                f"{len(self._unwaited)} calls were started and not waited for; num_slots={self._depth}: "
+                f"{len(self._unwaited)} calls were started and not waited for; num_slots={most or self._depth}: "
                 f"call wait() on the oldest first, or make the Spec with more slots"
             )
 
@@ -321,6 +322,11 @@ class CallQueue:
             self._fail(self._failing[0])
         elif self._consent.taken is not None:
             self._fail("it was interrupted")
+
+    @property
+    def num_unwaited(self) -> int:
+        """Calls that have been started and not waited for."""
+        return len(self._unwaited)
 
     def has_unwaited(self, sequence: int) -> bool:
         """Whether the call of that number has been started and not waited for."""

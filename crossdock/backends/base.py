@@ -153,6 +153,10 @@ class Backend(Protocol):
     has_pairs: bool
     """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
 
+    @property
+    def launch(self) -> Launch | None:
+        """How kernels are launched; None on CPUs."""
+
     overflows: list[tuple[int, CapacityError]]
     """Capacity overflows not yet raised, as (sequence, error).
 

@@ -22,8 +22,10 @@ from crossdock.backends.cuda.kernels.calls import (
     STATE_WORDS,
     STATUS,
 )
-from crossdock.backends.cuda.launch import Launcher
+from crossdock.backends.cuda.launch import Launch
 from crossdock.backends.cuda.plan import DevicePlan
+from crossdock.backends.cuda.state import CallState
+from crossdock.backends.cuda.stream import CallStreams
 from crossdock.consent import (
     CALL_MASK,
     KIND_SHIFT,
@@ -42,7 +44,6 @@ from crossdock.consent import (
 from crossdock.errors import ConfigError, CrossdockError, PeerFailed, PeerTimeout
 from crossdock.masks import listed
 from crossdock.routing import check_picks
-from crossdock.transport.device import DeviceTransport
 
 _LOOK_S = 0.05
 """How often a host that waits looks whether its peers still exist."""
@@ -68,16 +69,15 @@ class DeviceConsent(Consent):
     what a replayed graph does; they are read when a call fails, and set for the next epoch.
     """
 
-    def __init__(self, transport: DeviceTransport, launcher: Launcher, *, ring: int, num_experts: int) -> None:
-        self._num_experts = num_experts
-        self._on = launcher.state
-        self._streams = launcher.streams
-        self._failure = self._on.host_failure.numpy()  # to be looked at before each call
-        self._exchange = launcher.bind(calls.exchange_words, 1, self._on.calls[0], self._on.own, num_warps=1)
-        self._transport = transport
+    def __init__(self, on: CallState, streams: CallStreams) -> None:
+        self._on = on
+        self._streams = streams
+        self._failure = on.host_failure.numpy()  # to be looked at before each call
+        self._exchange = Launch(streams, calls.exchange_words, 1, (on.calls[0], on.of_words()), {}, {"num_warps": 1})
+        self._transport = transport = on.transport
         self.recent_plans: deque[DevicePlan] = deque(maxlen=_NUM_PICKS)
         """Of fresh dispatches, to say what is wrong with their picks if the device refuses them."""
-        super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=ring)
+        super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=on.control.ring)
 
     def start_from(self, sequence: int) -> None:
         """See Consent. Nothing of this rank may be running."""
@@ -192,12 +192,12 @@ class DeviceConsent(Consent):
             if plan.host_counts is not None and plan.host_counts.is_captured:
                 continue  # a graph's: what lies there now is of another replay
             try:
-                check_picks(plan.topk_idx.cpu(), num_experts=self._num_experts)
+                check_picks(plan.topk_idx.cpu(), num_experts=plan.shape.num_counts - self._num_ranks)
             except ConfigError as error:
                 return error
         return ConfigError(
-            f"topk_idx has a value that is no expert (0 to {self._num_experts - 1}, -1 for no pick), or one expert "
-            f"twice; a graph was replayed with it, or it was many calls ago{self._of_masked()}"
+            f"topk_idx has a value that is no expert of the Spec (nor -1, for no pick), or one expert twice; a graph "
+            f"was replayed with it, or it was many calls ago{self._of_masked()}"
         )
 
     def _of_masked(self) -> str:

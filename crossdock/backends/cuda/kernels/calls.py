@@ -152,7 +152,8 @@ def give_word(own, call, payload, is_refused, mine, rank, COUNTS: tl.constexpr):
         columns = tl.arange(0, COLUMNS)
         for first in range(0, P, own.sizes.AT_ONCE):
             peer = first + tl.arange(0, own.sizes.AT_ONCE)
-            there = words_at(tl.load(segments + peer, mask=peer < P, other=0), own.boxes.counts) + (entry + rank) * W
+            there = words_at(tl.load(segments + peer, mask=peer < P, other=0), own.boxes.counts)
+            there += (entry + rank) * own.sizes.COUNTS
             is_there = (peer < P)[:, None] & (columns < W)[None, :]
             tl.store(there[:, None] + columns[None, :], stamped(sequence, mine)[None, :], mask=is_there)
             if COLUMNS < W:
@@ -203,16 +204,20 @@ def take_words(own, call, sequence, payload, rank, max_polls):
 
 
 @triton.jit
-def copy_counts(came, gathered, good, sizes):
-    """Everybody's counts as they came, stamped, into ``gathered``, int64 ``[P, W]``; zeros where not good."""
+def copy_counts(came, gathered, good, sizes, COUNTS: tl.constexpr):
+    """Everybody's counts as they came, stamped, into ``gathered``, int64 ``[P, W]``; zeros where not good.
+
+    Args:
+        COUNTS: from one rank's counts to the next.
+    """
     P: tl.constexpr = sizes.P
     W: tl.constexpr = (sizes.L + 1) * P
     columns = tl.arange(0, triton.next_power_of_2(W))
     for first in range(0, P, sizes.AT_ONCE):
         peer = first + tl.arange(0, sizes.AT_ONCE)
         is_there = (peer < P)[:, None] & (columns < W)[None, :]
-        at = peer[:, None] * W + columns[None, :]
-        tl.store(gathered + at, tl.load(came + at, mask=is_there & good, other=0) & PAYLOAD_MASK, mask=is_there)
+        here = tl.load(came + peer[:, None] * COUNTS + columns[None, :], mask=is_there & good, other=0)
+        tl.store(gathered + peer[:, None] * W + columns[None, :], here & PAYLOAD_MASK, mask=is_there)
 
 
 @triton.jit
