@@ -35,7 +35,7 @@ class Share:
             if other is not slots:
                 other.vacate(slots.begin, slots.end, queue)
         queue.drain()
-        queue.check_room()
+        queue.check_room(slots)
         self.user = slots
 
     def vacate(self, queue: CallQueue) -> None:

@@ -269,7 +269,7 @@ class Buffer:
         """Raises what keeps the next call from being started."""
         if self._is_closed or self.connection.refusal is not None:
             self._check_open()
-        self._queue.check_room(self.spec.num_slots)
+        self._queue.check_room(self._slots, self.spec.num_slots)
 
     def _check_open(self) -> None:
         self.connection.check_open()
@@ -368,7 +368,8 @@ class Buffer:
         if asks_host or self._moves_blocks:
             self._backend.check_capture(asks_host=asks_host)
         try:
-            if self._share.user is not self._slots:
+            takes_over = self._share.user is not self._slots
+            if takes_over:
                 self._share.take(self._slots, self._queue)
             if self._backend.overflows:
                 self.check_overflow()
@@ -386,9 +387,9 @@ class Buffer:
             raise
         if self._debug or self._region_of_rows[unquantized] == "outputs":
             self._queue.drain()  # or rows would be overwritten that a combine in flight still pulls
-            self._queue.check_room(self.spec.num_slots)
+            self._queue.check_room(self._slots, self.spec.num_slots)
         slot = self._slots.take(self._queue)
-        if self._debug:
+        if self._debug and not takes_over:  # else peers may still pull what another Spec's call has left there
             self._slots.poison(slot, "data", "scale", "metadata")
         plan = routing if isinstance(routing, Plan) else None
         verb = Kind.CACHED_DISPATCH if plan else Kind.DISPATCH
@@ -400,7 +401,7 @@ class Buffer:
         steps = self._backend.dispatch(call, batch, routing)
 
         finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copy=copy, poisons=self._debug)
-        pending = self._queue.start(verb, call.sequence, steps, finish, held=(batch, routing))
+        pending = self._queue.start(verb, call.sequence, steps, finish, (batch, routing), self._slots)
         if not at_once:
             self._slots.fill(slot, pending)
         self._queue.drive()
@@ -599,7 +600,7 @@ class Buffer:
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
         steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
         pending: Pending[Any] = self._queue.start(
-            Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned)
+            Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned), owner=self._slots
         )
         self._queue.drive()
         if key and kind is not known:
@@ -681,7 +682,7 @@ class Buffer:
         call = Call(self._consent.take(), word, is_first=not self._queue.running)
         steps = self._backend.return_extras(call, plan, returned)
         pending: Pending[tuple[Tensor, ...]] = self._queue.start(
-            Kind.COMBINE, call.sequence, steps, held=(plan, returned)
+            Kind.COMBINE, call.sequence, steps, held=(plan, returned), owner=self._slots
         )
         return pending
 
