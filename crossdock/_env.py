@@ -8,10 +8,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+TRACE = "CROSSDOCK_TRACE"
+
 
 def shm_dir() -> Path:
     """Directory of the ranks' segments, on a memory file system: ``CROSSDOCK_SHM_DIR``, or ``/dev/shm``."""
     return Path(os.environ.get("CROSSDOCK_SHM_DIR", "/dev/shm"))
+
+
+def trace_folder() -> str | None:
+    """Folder for traces of buffers that were not given one: ``CROSSDOCK_TRACE``."""
+    return os.environ.get(TRACE) or None
 
 
 def num_cores() -> int:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import zlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from crossdock import inputs
 from crossdock.backends.base import Batch, Call, LaunchOptions, PlanTensors, RowCount
-from crossdock.connection import AnyGroup, Connection
+from crossdock.connection import AnyGroup, Connection, Stats
 from crossdock.consent import CALL_SIGNATURE_BITS, PUSHED, Kind, Word
 from crossdock.errors import ConfigError
 from crossdock.kinds import NUM_CALL_KINDS, CallKind, Kinds, key_of
@@ -39,16 +39,6 @@ __all__ = ["Buffer", "Stats"]
 
 Self = TypeVar("Self", bound="Buffer")
 _TIMEOUT_S = 100.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What a buffer has counted since it was made; see ``Buffer.gather_stats`` for all ranks'."""
-
-    num_tokens_per_expert: Tensor
-    """int64 [L]: tokens that each local expert has received, over all dispatches but unquantized ones."""
-    wait_s: Tensor
-    """float64 [P]: seconds this rank has waited for each peer. Stacked, the rows of a slow rank's peers show it."""
 
 
 _handles = itertools.count(1)
@@ -81,6 +71,8 @@ class Buffer:
             their rows are stale then.
         debug: fill receive slots with NaN before they are used again, so that stale views show; calls in flight are
             then finished before a dispatch begins.
+        trace: a folder, in which each rank writes down what its calls do while they run, for ``crossdock trace``; None:
+            that of the variable ``CROSSDOCK_TRACE``, if it is set. Ranks may trace or not, each for itself.
 
     Raises:
         ConfigError: the ranks brought different Specs or versions, or the Spec does not fit the group; on all ranks.
@@ -110,15 +102,16 @@ class Buffer:
         timeout_s: float | None = None,
         exclusive: bool = False,
         debug: bool = False,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         options = LaunchOptions(num_sms=num_sms, expand=expand, mover=mover)
         self._owns_connection = not isinstance(group, Connection)
         if isinstance(group, Connection):
-            _check_laying(group, spec, options, device, timeout_s)
+            _check_laying(group, spec, options, device, timeout_s, trace)
             connection = group
         else:
             limit = _TIMEOUT_S if timeout_s is None else timeout_s
-            connection = Connection.of_spec(group, spec, options, device=device, timeout_s=limit)
+            connection = Connection.of_spec(group, spec, options, device=device, timeout_s=limit, trace=trace)
         self.connection = connection
         self.spec = spec
         self.group, self.device, self.rank = connection.group, connection.device, connection.rank
@@ -772,13 +765,14 @@ def _check_laying(
     connection: Connection,
     spec: object,
     options: LaunchOptions,
-    device: torch.device | str | None,
-    timeout_s: float | None,
+    *of_connection: object,
 ) -> None:
     """Raises ConfigError for what a Buffer over a connection is not given."""
     connection.check_open()
     if not isinstance(spec, Spec):
         raise ConfigError(f"spec is a {type(spec).__name__}; pass a crossdock.Spec")
-    if device is not None or timeout_s is not None:
-        raise ConfigError("device and timeout_s are the connection's; pass them to Connection, not to a Buffer over it")
+    if any(given is not None for given in of_connection):
+        raise ConfigError(
+            "device, timeout_s and trace are the connection's; pass them to Connection, not to a Buffer over it"
+        )
     options.check(spec, connection.device)

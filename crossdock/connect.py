@@ -84,6 +84,7 @@ def connect(
     number: int,
     timeout_s: float,
     row_bytes: int = 1,
+    consent_type: type[Consent] = Consent,
 ) -> Connected:
     """Makes the parts and connects them to the peers'. Collective.
 
@@ -91,6 +92,7 @@ def connect(
         num_bytes: of each rank's segment.
         number: of the connection, the same on all ranks and no other's.
         row_bytes: of the rows that are expected on CPUs, if that is known.
+        consent_type: of ranks whose hosts give the words.
     """
     name = f"crossdock-{number:016x}"
     if device.type == "cpu":
@@ -99,7 +101,7 @@ def connect(
             if isinstance(members, inproc.ThreadGroup)
             else shm.connect(members, control, num_bytes, name=name, row_bytes=row_bytes)
         )
-        consent = Consent(host, rank=members.rank, num_ranks=members.size, ring=control.ring)
+        consent = consent_type(host, rank=members.rank, num_ranks=members.size, ring=control.ring)
         return Connected(transport=host, consent=consent, lay=partial(CpuBackend, host, consent))
     raise_on_all(members, cuda_problem(device), BackendUnavailable)
     # Triton is not on every system, and torch's symmetric memory takes a while to import.

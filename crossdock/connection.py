@@ -6,26 +6,31 @@ Letters: P ranks.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Protocol, TypeVar
 from weakref import ref
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
+from crossdock._env import trace_folder
 from crossdock.agreement import agree, agree_on_masked
 from crossdock.arena import PAGE, Arena, Control
 from crossdock.backends.base import Backend, LaunchOptions, Outcome
 from crossdock.body import Body, Share
 from crossdock.connect import connect, problem_with, vet
-from crossdock.consent import Steps
+from crossdock.consent import Consent, Steps
 from crossdock.errors import ConfigError
 from crossdock.masks import listed
 from crossdock.pending import CallQueue, Pending
 from crossdock.spec import MAX_SLOTS, Spec, Topology
+from crossdock.trace import TracedConsent, TracedQueue, Tracer, open_problem
 from crossdock.transport.base import ProcessGroup
 from crossdock.transport.inproc import ThreadGroup
 
@@ -47,6 +52,16 @@ def _order(device: torch.device) -> Order:
     return Order(device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a buffer has counted since it was made; see ``Buffer.gather_stats`` for all ranks'."""
+
+    num_tokens_per_expert: Tensor
+    """int64 [L]: tokens that each local expert has received, over all dispatches but unquantized ones."""
+    wait_s: Tensor
+    """float64 [P]: seconds this rank has waited for each peer. Stacked, the rows of a slow rank's peers show it."""
+
+
 class Laid(Protocol):
     """A Spec that has been laid over a connection, with what its calls use: a Buffer."""
 
@@ -62,6 +77,11 @@ class Laid(Protocol):
     def without(self, masked: tuple[int, ...]) -> None:
         """Goes on without these ranks."""
 
+    @property
+    def stats(self) -> Stats:
+        """What was counted so far."""
+        raise NotImplementedError
+
 
 class _Agreed(NamedTuple):
     """What all ranks know of a connection before there is one."""
@@ -72,6 +92,7 @@ class _Agreed(NamedTuple):
     device: torch.device
     number: int
     timeout_s: float
+    tracer: Tracer | None = None
     row_bytes: int = 1
     name: str = "connection"
     """What its user has made."""
@@ -93,6 +114,7 @@ class Connection:
         timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``.
         max_experts: the most experts, of all ranks, of any Spec: rows of counts are so long.
         max_in_flight: the most calls that may be started and not yet waited for, 1 to 6; also the most ``num_slots``.
+        trace: as for ``Buffer``; of the calls of all Specs.
 
     Raises:
         ConfigError: the ranks brought different arguments or versions; on all ranks.
@@ -119,10 +141,11 @@ class Connection:
         timeout_s: float = 100,
         max_experts: int = 512,
         max_in_flight: int = MAX_SLOTS,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
-        members = members_of(group)
+        members, tracer, no_trace = _members_of(group, trace)
         chosen, problem = vet(members, device)
-        problem = problem or _problem(num_bytes, max_experts, max_in_flight, topology, members.size)
+        problem = problem or no_trace or _problem(num_bytes, max_experts, max_in_flight, topology, members.size)
         options = {
             "device": chosen.type,
             "num_bytes": num_bytes,
@@ -130,12 +153,12 @@ class Connection:
             "max_experts": max_experts,
             "max_in_flight": max_in_flight,
         }
-        number = agree(members, timeout_s, options, problem)
+        number = agree(members if tracer is None else tracer.members, timeout_s, options, problem)
         control = Control(
             topology=topology or Topology(num_ranks=members.size), max_experts=max_experts, max_in_flight=max_in_flight
         )
         body = Body(control.num_bytes, _whole_pages(num_bytes or 0))
-        self._join(_Agreed(members, control, body, chosen, number, timeout_s))
+        self._join(_Agreed(members, control, body, chosen, number, timeout_s, tracer))
         self.group = group
 
     @classmethod
@@ -147,12 +170,14 @@ class Connection:
         *,
         device: torch.device | str | None,
         timeout_s: float,
+        trace: str | os.PathLike[str] | None,
     ) -> Connection:
         """What a Buffer that has one of its own makes: as large as the Spec needs. Collective."""
         if isinstance(group, Spec):
             raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
-        members = members_of(group)
+        members, tracer, no_trace = _members_of(group, trace)
         chosen, problem = vet(members, device)
+        problem = problem or no_trace
         if problem is None and isinstance(spec, Spec):  # what else it may be is told later
             problem = problem_with(launch_options, spec, chosen)
         options: dict[str, object] = {
@@ -160,12 +185,12 @@ class Connection:
             "expand": launch_options.expand,
             "mover": launch_options.mover,
         }
-        number = agree(members, timeout_s, options, problem, spec)
+        number = agree(members if tracer is None else tracer.members, timeout_s, options, problem, spec)
         arena = Arena(spec, Topology(num_ranks=members.size))
         body = Body(arena.begin, arena.num_bytes - arena.begin)
         made = cls.__new__(cls)
         agreed = _Agreed(
-            members, arena.control_words, body, chosen, number, timeout_s, row_bytes=arena.row_bytes, name="buffer"
+            members, arena.control_words, body, chosen, number, timeout_s, tracer, arena.row_bytes, "buffer"
         )
         made._join(agreed)  # noqa: SLF001 - one of this class
         made.group = group
@@ -190,9 +215,14 @@ class Connection:
             number=agreed.number,
             timeout_s=agreed.timeout_s,
             row_bytes=agreed.row_bytes,
+            consent_type=Consent if agreed.tracer is None else TracedConsent,
         )
         self.transport, self.consent, self._lay = parts.transport, parts.consent, parts.lay
-        self.queue = CallQueue(self.consent, self.transport, depth=control.max_in_flight, timeout_s=agreed.timeout_s)
+        depth = control.max_in_flight
+        if agreed.tracer is None:
+            self.queue = CallQueue(self.consent, self.transport, depth=depth, timeout_s=agreed.timeout_s)
+        else:
+            self.queue = agreed.tracer.queue(parts, depth=depth, number=agreed.number, timeout_s=agreed.timeout_s)
         self.is_closed = False
         self.refusal: str | None = None
         """Why no call can begin; None while calls can."""
@@ -234,6 +264,8 @@ class Connection:
         backend = self._lay(arena, launch_options, buffer_id=buffer_id)
         if self.masked:
             backend.mask(self.masked)
+        if isinstance(self.queue, TracedQueue):
+            self.queue.lay(arena.spec, backend)
         self._laid = [known for known in self._laid if known() is not None]
         self._laid.append(ref(laid))
         return backend
@@ -479,8 +511,16 @@ class Connection:
         with self.queue.turn:
             self._end()
             self._synchronize()
+            if isinstance(self.queue, TracedQueue):
+                self._end_trace(self.queue)
             self.consent.leave()
             self.transport.close()
+
+    def _end_trace(self, queue: TracedQueue) -> None:
+        stats = [laid.stats for laid in self._all_laid()]
+        num_ranks, waits = self.topology.num_ranks, torch.tensor(queue.wait_s, dtype=torch.float64, device="cpu")
+        loads = [(num_ranks * each.num_tokens_per_expert.numel(), each.num_tokens_per_expert) for each in stats]
+        queue.end(loads, (stats[0].wait_s if stats else waits).tolist())
 
     def _end(self) -> None:
         self.is_closed = True
@@ -526,9 +566,15 @@ class Connection:
             raise ConfigError(self.refusal)
 
 
-def members_of(group: AnyGroup) -> ThreadGroup | ProcessGroup:
-    """The ranks that a user's group names."""
-    return group if isinstance(group, ThreadGroup) else ProcessGroup(group)
+def _members_of(
+    group: AnyGroup, trace: str | os.PathLike[str] | None
+) -> tuple[ThreadGroup | ProcessGroup, Tracer | None, str | None]:
+    """The ranks that a user's group names; what writes a trace of them, if one is wanted; why there cannot be one."""
+    members = group if isinstance(group, ThreadGroup) else ProcessGroup(group)
+    folder = trace_folder() if trace is None else trace
+    if folder is None:
+        return members, None, None
+    return members, Tracer(folder, members), open_problem(folder)
 
 
 def _whole_pages(num_bytes: int) -> int:

@@ -179,7 +179,8 @@ class Mailbox(Protocol):
 
 def stamped(sequence: int, value: int) -> int:
     """A count or signal on its way: 40 bits of sequence number, 24 of value, as a signed 64-bit integer."""
-    return _signed((sequence & SEQUENCE_MASK) << PAYLOAD_BITS | value)
+    word = (sequence & SEQUENCE_MASK) << PAYLOAD_BITS | value
+    return word - 2**64 if word >= 2**63 else word
 
 
 def stamped_word(sequence: int, payload: int) -> int:
@@ -187,7 +188,8 @@ def stamped_word(sequence: int, payload: int) -> int:
 
     16 bits of the call's number are enough: an entry of the ring is written anew by every ``ring``-th call.
     """
-    return _signed(_word_stamp(sequence) << WORD_BITS | payload)
+    word = _word_stamp(sequence) << WORD_BITS | payload
+    return word - 2**64 if word >= 2**63 else word
 
 
 class Consent:
@@ -582,10 +584,6 @@ def mismatch(peer: int, theirs: Word, rank: int, own: Word) -> PeerFailed:
 
 def _word_stamp(sequence: int) -> int:
     return (sequence >> EPOCH_SHIFT & 0xFF) << WORD_CALL_BITS | sequence & (1 << WORD_CALL_BITS) - 1
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
 
 
 def _is_stamped(value: int, sequence: int) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from crossdock.backends.base import Event, Outcome
 from crossdock.consent import Consent, Kind, Missing, Steps
 from crossdock.errors import ConfigError, CrossdockError, PeerTimeout, TransportError
+from crossdock.spec import Spec
 from crossdock.transport.base import Transport
 from crossdock.turn import Turn
 
@@ -18,6 +19,15 @@ CallKind = Kind | Literal["mask", "restart"]
 """The last two are calls that have no word."""
 _LOOK_AGAIN_S = 0.05
 """How often a rank that waits looks whether the peers it misses still exist."""
+
+
+class Owner(Protocol):
+    """Whose calls they are: the receive slots of a Spec."""
+
+    @property
+    def spec(self) -> Spec:
+        """What travels."""
+        raise NotImplementedError
 
 
 class Pending(Generic[Result]):
@@ -35,11 +45,10 @@ class Pending(Generic[Result]):
         steps: Steps[Outcome[Any]],
         finish: Callable[[Any], Result] | None,
         held: tuple[object, ...] = (),
-        owner: object = None,
+        owner: Owner | None = None,
     ) -> None:
         self.kind = kind
         self.owner = owner
-        """The receive slots of its Spec."""
         self.sequence = sequence
         self.steps = steps
         """What is left of it."""
@@ -126,7 +135,7 @@ class CallQueue:
         self._failing: tuple[CrossdockError | Exception | str, int] | None = None
         """The failure that the peers are being told, and how many epochs had ended before."""
 
-    def check_room(self, owner: object = None, most: int | None = None) -> None:
+    def check_room(self, owner: Owner | None = None, most: int | None = None) -> None:
         """Raises what may keep the next call from being started.
 
         That is the failure of a call that was started and not waited for (the epoch has ended, and a call of the next
@@ -140,7 +149,7 @@ class CallQueue:
         if self._unwaited and len(self._unwaited) >= (most or self._depth):
             self._check_unwaited(owner, most or self._depth)
 
-    def _check_unwaited(self, owner: object, most: int) -> None:
+    def _check_unwaited(self, owner: Owner | None, most: int) -> None:
         num_own = sum(call.owner is owner for call in self._unwaited)
         if num_own >= most:
             raise ConfigError(
@@ -178,14 +187,14 @@ class CallQueue:
         steps: Steps[Outcome[Any]],
         finish: Callable[[Any], Result] | None = None,
         held: tuple[object, ...] = (),
-        owner: object = None,
+        owner: Owner | None = None,
     ) -> Pending[Result]:
         """Puts a call behind the others; ``drive`` moves it.
 
         Args:
             finish: makes the call's result of what its steps gave, when it is waited for.
             held: what its work reads, kept for as long as it may.
-            owner: whose calls may be only so many in flight: the receive slots of its Spec.
+            owner: whose calls may be only so many in flight.
         """
         pending = Pending(self, kind, sequence, steps, finish, held, owner)
         self.last_error = None

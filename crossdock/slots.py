@@ -20,6 +20,7 @@ class ReceiveSlots:
 
     def __init__(self, arena: Arena, segment: Tensor) -> None:
         spec, num_ranks = arena.spec, arena.topology.num_ranks
+        self.spec = spec
         self._arena = arena
         self._region_of_rows = [arena.region_of_rows(unquantized=unquantized) for unquantized in (False, True)]
         self.scales = arena.scales

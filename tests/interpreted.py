@@ -63,7 +63,7 @@ def connecting(launch_options: LaunchOptions) -> Any:
     """While connections of processes are on the CUDA backend, over shared memory."""
 
     def connect(
-        members: Any, control: Any, num_bytes: int, device: Any, *, number: int, timeout_s: float, row_bytes: int
+        members: Any, control: Any, num_bytes: int, _device: Any, *, number: int, timeout_s: float, **_: object
     ) -> connect.Connected:
         from crossdock.transport.device import DeviceTransport
 

@@ -231,6 +231,13 @@ class Backend(Protocol):
         Plans from now on have no rows of theirs, and those before are void, in graphs too.
         """
 
+    def time_rows(self, move_ns: list[int]) -> bool:
+        """From now on rows to each peer are timed, for a trace, and the nanoseconds added there, by peer.
+
+        False where a device moves them.
+        """
+        raise NotImplementedError
+
     def check_capture(self, *, asks_host: bool) -> None:
         """Raises ConfigError where a graph is captured of a call that asks the host."""
 

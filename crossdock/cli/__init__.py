@@ -1,20 +1,23 @@
-"""The command line: ``crossdock demo``, ``bench``, ``doctor``, ``load``, ``mps``; a package each, with its parser."""
+"""The command line: ``crossdock demo``, ``bench``, ``doctor``, ``load``, ``trace``, ``mps``; a package each."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from crossdock.cli.bench import add_parser as add_bench
+from crossdock.cli.command import CommandParser
 from crossdock.cli.demo import add_parser as add_demo
 from crossdock.cli.doctor import add_parser as add_doctor
 from crossdock.cli.load import add_parser as add_load
 from crossdock.cli.mps import add_parser as add_mps
+from crossdock.cli.trace import add_parser as add_trace
 from crossdock.errors import ConfigError, CrossdockError
 from crossdock.version import __version__
 
-_COMMANDS = (add_demo, add_bench, add_doctor, add_load, add_mps)
+_COMMANDS = (add_demo, add_bench, add_doctor, add_load, add_trace, add_mps)
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="crossdock", description="Expert-parallel dispatch and combine.")
     parser.add_argument("--version", action="version", version=f"crossdock {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     for add_command in _COMMANDS:
         add_command(commands)
     return parser

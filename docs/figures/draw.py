@@ -5,6 +5,7 @@ What a layout looks like is not drawn by hand: two ranks dispatch, and their row
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -196,6 +197,42 @@ def words_figure() -> Drawing:
     return drawing
 
 
+def timeline_figure(recorded: Path) -> Drawing:
+    """A step of four ranks, of which one is late: recorded, spans of rank, track, name, milliseconds from and to."""
+    trace = json.loads(recorded.read_text(encoding="utf-8"))
+    drawing = Drawing(title="A step of four ranks: three of them wait in combine for rank 2, which comes late")
+    first, last = min(span[3] for span in trace["spans"]), max(span[4] for span in trace["spans"])
+    left, right, row = 62.0, WIDTH - 14.0, 66
+
+    def at(ms: float) -> float:
+        return left + (right - left) * (ms - first) / (last - first)
+
+    for rank in range(4):
+        drawing.text(10, 40 + row * rank, f"rank {rank}", size=14)
+    for rank, track, name, began, ended in trace["spans"]:
+        y = 22 + row * rank
+        if track == "calls":
+            drawing.box(at(began), y, at(ended) - at(began), 24, fill=COLOURS[0])
+            if at(ended) - at(began) > 60:
+                drawing.text((at(began) + at(ended)) / 2, y + 17, name, size=13, at="middle")
+        else:
+            drawing.box(at(began), y + 26, at(ended) - at(began), 20, fill=COLOURS[1])
+            if at(ended) - at(began) > 150:
+                drawing.text((at(began) + at(ended)) / 2, y + 41, name.removeprefix("for "), size=13, at="middle")
+    for rank, began, waiting, ended in trace["arrows"]:
+        below = 0 if waiting > rank else 24
+        drawing.line(
+            at(began), 22 + row * rank + 24 - below, at(ended), 22 + row * waiting + 26 + 20 * (below > 0), colour=INK
+        )
+    y = 22 + row * 4 + 6
+    drawing.box(left, y, 14, 14, fill=COLOURS[0])
+    drawing.text(left + 20, y + 12, "in a call", size=13)
+    drawing.box(left + 100, y, 14, 14, fill=COLOURS[1])
+    drawing.text(left + 120, y + 12, "waits for a rank", size=13)
+    drawing.text(right, y + 12, f"{last - first:.0f} ms", size=13, at="end", colour=SOFT)
+    return drawing
+
+
 def figures() -> Iterator[tuple[str, Drawing]]:
     """All of them, with the names of their files."""
     yield (
@@ -220,6 +257,7 @@ def figures() -> Iterator[tuple[str, Drawing]]:
     )
     yield "walk.svg", walk_figure()
     yield "words.svg", words_figure()
+    yield "late_rank.svg", timeline_figure(FOLDER / "late_rank.json")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ NOT_RUN = {
     "docker run --shm-size=8g my-image": "there is no docker where the tests run, and no such image",
     "crossdock mps -- torchrun --nproc-per-node 2 examples/cuda_graph.py": "it needs a GPU",
     "crossdock mps -- torchrun --nproc-per-node 2 examples/decode.py": "it needs a GPU",
+    "crossdock trace /tmp/crossdock-late -- torchrun --nproc-per-node 4 examples/late_rank.py": "how long ranks wait "
+    "differs from run to run; tests/worlds/test_trace.py runs such commands",
+    "crossdock trace FOLDER --profile rank0.json --profile 1=other.json": "the same",
     "crossdock doctor": "what it prints depends on the machine; tests/unit/test_doctor.py runs it",
     "torchrun --nproc-per-node 2 -m crossdock doctor --group": "the same",
     "# Picks in Megatron-LM": "it is not installed where the tests run, and wants a GPU",

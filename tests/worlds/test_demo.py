@@ -12,6 +12,7 @@ import pytest
 
 from crossdock.cli import demo, main
 from crossdock.cli.demo.estimate import STAGES
+from tests.timeline import check_nesting
 
 pytest.importorskip("rich")
 pytest.importorskip("plotly")
@@ -83,19 +84,13 @@ def test_the_page_stands_alone(folder):
 def test_the_trace_shows_all_ranks_and_its_spans_nest(folder):
     trace = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
     events = trace["traceEvents"]
-    assert {event["args"]["name"] for event in events if event["ph"] == "M"} == {"rank 0", "rank 1"}
+    names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert names == ["rank 0", "rank 1"]
     for rank in range(RANKS):
-        spans = [event for event in events if event["ph"] == "X" and event["pid"] == rank]
-        names = [span["name"] for span in spans]
+        names = [event["name"] for event in events if event["ph"] == "X" and event["pid"] == rank]
         assert [names.count(name) for name in ("step", "forward", "backward", "all-reduce", "optimizer")] == [STEPS] * 5
         assert names.count("dispatch") == names.count("combine") == STEPS * 3 * 2  # each layer, forward and backward
-        open_until = []
-        for span in spans:
-            start, end = span["ts"], span["ts"] + span["dur"]
-            while open_until and open_until[-1] <= start:
-                open_until.pop()
-            assert not open_until or end <= open_until[-1] + 0.01
-            open_until.append(end)
+    check_nesting(events)
 
 
 @pytest.mark.parametrize(

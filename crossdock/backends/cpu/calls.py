@@ -15,6 +15,7 @@ from torch import Tensor
 from crossdock.arena import Arena
 from crossdock.backends.base import Arrived, Batch, Call, Launch, LaunchOptions, Outcome, PlanTensors
 from crossdock.backends.cpu.rows import CpuRows
+from crossdock.backends.cpu.timed import TimedRows
 from crossdock.backends.training import own_rows, weigh_gradients
 from crossdock.consent import PUSHED, Consent, Steps, Word
 from crossdock.errors import CapacityError
@@ -46,6 +47,7 @@ class CpuBackend:
         )
         self._arena = arena
         self._consent = consent
+        self._transport = transport
         self._rows = CpuRows(arena, transport)
         self._buffer_id = buffer_id
         self._rank = transport.rank
@@ -193,6 +195,11 @@ class CpuBackend:
         """See Backend."""
         self._masked = ranks
         self._rows.mask(ranks)
+
+    def time_rows(self, move_ns: list[int]) -> bool:
+        """See Backend."""
+        self._rows = TimedRows(self._arena, self._transport, move_ns)
+        return True
 
     def check_capture(self, *, asks_host: bool) -> None:
         """See Backend."""

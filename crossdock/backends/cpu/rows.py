@@ -58,6 +58,7 @@ class CpuRows:
         last_row_end = (self._num_ranks - 1) * self._stride + arena.num_bytes // row_bytes * row_bytes
         self._all_rows = memory[:last_row_end].view(arena.spec.combine_dtype).view(-1, arena.spec.hidden)
         self._row_bytes = row_bytes
+        self._ring = arena.control_words.ring
 
     def mask(self, ranks: tuple[int, ...]) -> None:
         """Counts go to these ranks no more."""
@@ -65,13 +66,13 @@ class CpuRows:
 
     def post_counts(self, sequence: int, counts: Tensor) -> None:
         """Writes this rank's counts [W] at every rank, stamped like words; the word that follows makes them visible."""
-        self._counts[self._left, sequence % self._arena.control_words.ring, self._rank] = counts.numpy() | stamped(
+        self._counts[self._left, sequence % self._ring, self._rank] = counts.numpy() | stamped(
             sequence, 0
         )
 
     def counts(self, sequence: int) -> Tensor:
         """Everybody's counts of the call, int64 [P, W], once all words have been seen."""
-        words = self._counts[self._rank, sequence % self._arena.control_words.ring]
+        words = self._counts[self._rank, sequence % self._ring]
         stamps = words[self._left] >> PAYLOAD_BITS
         assert (stamps == stamped(sequence, 0) >> PAYLOAD_BITS).all(), "counts of another call"
         return torch.from_numpy(words & PAYLOAD_MASK)

@@ -459,6 +459,10 @@ class CudaBackend:
                 "rows='capacity', or recv.plan of an earlier dispatch, with mover='kernel'"
             )
 
+    def time_rows(self, move_ns: list[int]) -> bool:
+        """See Backend."""
+        return False
+
     def synchronize(self) -> None:
         """See Backend."""
         self._streams.synchronize()

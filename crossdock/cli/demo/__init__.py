@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,12 @@ from crossdock.cli.demo.parameters import whole
 from crossdock.cli.demo.rank import Job, run_rank
 from crossdock.cli.demo.replay import compare_losses, compare_written, replay
 from crossdock.cli.demo.text import Text, as_text, standard_library
-from crossdock.cli.demo.trace import chrome_trace
 from crossdock.cli.demo.train import Recipe
+from crossdock.cli.demo.watch import steps_to_show
 from crossdock.cli.device import add_device_option, choose_device, gpus_for
 from crossdock.cli.machine import this_machine
+from crossdock.cli.trace import write_timeline
+from crossdock.cli.trace.parts import read
 from crossdock.cli.world import run_world
 from crossdock.errors import BackendUnavailable, ConfigError
 
@@ -80,8 +84,10 @@ def run(args: argparse.Namespace) -> None:
         report, trace = (open_for_writing(args.out, name) for name in ("report.html", "trace.json"))
         device = choose_device(args.device)
         show(estimate.START)
-        with gpus_for(device, args.ranks) as gpus:
+        with gpus_for(device, args.ranks) as gpus, tempfile.TemporaryDirectory(prefix="crossdock-demo-") as parts:
+            job = replace(job, trace=parts)
             runs = run_world(run_rank, job, num_ranks=args.ranks, on_progress=show, gpus=gpus)
+            write_timeline(read(Path(parts)), trace, between=steps_to_show([run.spans for run in runs]))
         show(estimate.REPEAT)
         compared = compare_losses(runs[0].losses, replay(job, num_replayed, device))
         show(estimate.WRITE_AGAIN)
@@ -108,7 +114,6 @@ def run(args: argparse.Namespace) -> None:
         written_per_s=num_written / max(rank.generate_s for rank in runs),
     )
     report.write_text(page.render(outcome), encoding="utf-8")
-    trace.write_text(chrome_trace(outcome.spans, args.steps), encoding="utf-8")
     screen.print_outcome(outcome, [("report", report), ("trace", trace)])
 
 

@@ -22,6 +22,7 @@ from crossdock.cli.world import Member
 from crossdock.layout import Expanded, Padded
 from crossdock.nn import ExpertParallel, Gate, GroupedExperts
 from crossdock.spec import Spec
+from crossdock.trace import write_spans
 from crossdock.wire import Fp32
 
 MICRO_BATCHES = 2
@@ -39,6 +40,8 @@ class Job:
     held_out_text: npt.NDArray[np.uint8]
     prompts: npt.NDArray[np.int64]
     """[sequences of all ranks, N], -1 where a byte is to be written."""
+    trace: str | None = None
+    """The folder for the trace of training; None: no trace."""
 
     def noise(self) -> Tensor:
         """What the bytes are drawn with, [sequences of all ranks, N, 256]."""
@@ -71,7 +74,8 @@ def run_rank(member: Member, job: Job) -> RankRun:
     through_host = device.type == "cuda" and not member.has_nccl
     ranks = Ranks(member.rank, member.num_ranks, _sum_through_host if through_host else dist.all_reduce)
     losses, counts = [], []
-    with WatchedBuffer(None, training_spec(shape, at_once * shape.context), watch, device) as buffer:
+    spec = training_spec(shape, at_once * shape.context)
+    with WatchedBuffer(None, spec, watch, device, job.trace) as buffer:
         model = expert_parallel_model(shape, buffer).to(device)
         gates = [module for module in model.modules() if isinstance(module, Gate)]
         model.load_state_dict(share(initial_values(shape, job.recipe.seed), member.rank, member.num_ranks))
@@ -100,6 +104,9 @@ def run_rank(member: Member, job: Job) -> RankRun:
         began = watch.now()
         generate(model, decoding, batches)
         generate_s = watch.now() - began
+    if job.trace is not None:
+        of_program = [(span.name, span.start, span.end) for span in spans if span.name not in ("dispatch", "combine")]
+        write_spans(job.trace, member.rank, of_program, num_ranks=member.num_ranks)
     return RankRun(
         losses=losses,
         held_out_loss=held_out,

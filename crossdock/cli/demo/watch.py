@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,9 @@ from crossdock.plan import Plan
 from crossdock.received import Received
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
+
+_AT_A_TIME = 2
+"""Steps in a row that a trace shows."""
 
 
 class Span(NamedTuple):
@@ -59,11 +62,29 @@ class Watch:
         self.spans.append(Span(name, self.step, start, self.now(), waited_s))
 
 
+def steps_to_show(spans: Sequence[Sequence[Span]]) -> list[tuple[float, float]]:
+    """When steps in a row began on the first of ranks and ended on the last: a trace of all steps is large.
+
+    >>> steps_to_show([[Span("step", step, 2.0 * step, 2.0 * step + 1, 0.0) for step in range(100)]])
+    [(0.0, 3.0), (100.0, 103.0), (196.0, 199.0)]
+    """
+    steps = [[span for span in of_rank if span.name == "step"] for of_rank in spans]
+    num = len(steps[0])
+    starts = sorted({0, num // 2, max(0, num - _AT_A_TIME)})
+    ends = [min(start + _AT_A_TIME, num) - 1 for start in starts]
+    return [
+        (min(of_rank[start].start for of_rank in steps), max(of_rank[end].end for of_rank in steps))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
 class WatchedBuffer(Buffer):
     """A buffer whose calls are spans of a watch, and which notes how many rows each new plan sends where."""
 
-    def __init__(self, group: dist.ProcessGroup | None, spec: Spec, watch: Watch, device: torch.device) -> None:
-        super().__init__(group, spec, device=device)
+    def __init__(
+        self, group: dist.ProcessGroup | None, spec: Spec, watch: Watch, device: torch.device, trace: str | None
+    ) -> None:
+        super().__init__(group, spec, device=device, trace=trace)
         self._watch = watch
         self._noted: list[Tensor] = []
 

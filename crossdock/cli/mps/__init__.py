@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from crossdock.cli import signals
+from crossdock.cli.command import exit_code
 from crossdock.cli.mps.daemon import check_daemon, mps_daemon
 from crossdock.cli.mps.sharing import PIPE_DIRECTORY, Sharing, share_gpus
 from crossdock.errors import BackendUnavailable, ConfigError
 
 __all__ = ["Sharing", "add_parser", "in_force", "num_visible_gpus", "one_gpu_cluster", "share_gpus"]
-
-_EXIT_S = 20.0
 
 
 @contextmanager
@@ -107,31 +104,9 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: there is no command, or the arguments do not fit together.
         BackendUnavailable: there is no GPU, or the daemon does not start.
     """
-    words = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
+    words = [*args.arguments, *(["--"] if args.arguments and args.behind else []), *args.behind]
     if not words:
         raise ConfigError("there is no command; pass it behind --: crossdock mps -- python train.py")
     with one_gpu_cluster(args.ranks, percentage=args.percentage) as variables:
-        code = _exit_code(words, os.environ | variables)
-    raise SystemExit(code if code >= 0 else 128 - code)
-
-
-def _exit_code(words: list[str], variables: dict[str, str]) -> int:
-    """Runs the command; when this process is to end before it, the command ends first."""
-    process: subprocess.Popen[bytes] | None = None
-    try:
-        with signals.deferred():
-            process = subprocess.Popen(words, env=variables)
-        return process.wait()
-    except BaseException as error:
-        if process is None:
-            if isinstance(error, OSError):
-                raise ConfigError(f"{words[0]} cannot be run ({error.strerror}); pass a command that can") from error
-            raise
-        if not isinstance(error, KeyboardInterrupt):  # which the terminal has sent to the command as well
-            process.terminate()
-        try:
-            process.wait(_EXIT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        raise
+        code = exit_code(words, os.environ | variables)
+    raise SystemExit(code)

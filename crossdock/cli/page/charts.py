@@ -52,22 +52,30 @@ def colour_bar(title: str, values: list[float] | None = None, names: list[str] |
     return bar if values is None else {**bar, "tickvals": values, "ticktext": names}
 
 
-def rank_matrix(megabytes: npt.NDArray[Any], *, height: int, tick: int) -> go.Figure:
-    """What each rank sends to each rank, ``[P, P]`` in MB; of few ranks also as figures.
+def rank_matrix(
+    values: npt.NDArray[Any],
+    *,
+    height: int,
+    tick: int,
+    unit: str = "MB per step",
+    hover: str = "from rank %{y} to rank %{x}: %{z:.3f} MB<extra></extra>",
+    colour: str = SKY,
+) -> go.Figure:
+    """Something of each pair of ranks, such as what one sends to the other, ``[P, P]``; of few ranks also as figures.
 
     Args:
         tick: ranks between two that are named, where there are many.
     """
-    is_small = len(megabytes) <= MAX_LABELLED
+    is_small = len(values) <= MAX_LABELLED
     figure = go.Figure(layout=layout(height=height))
     figure.add_heatmap(
-        z=np.round(megabytes, 4).tolist(),
+        z=np.round(values, 4).tolist(),
         texttemplate="%{z:.2f}" if is_small else None,
-        hovertemplate="from rank %{y} to rank %{x}: %{z:.3f} MB<extra></extra>",
+        hovertemplate=hover,
         zmin=0,
-        zmax=max(float(megabytes.max()), 1e-9),
-        colorscale=[[0.0, "#ffffff"], [1.0, SKY]],
-        colorbar=None if is_small else colour_bar("MB per step"),
+        zmax=max(float(values.max()), 1e-9),
+        colorscale=[[0.0, "#ffffff"], [1.0, colour]],
+        colorbar=None if is_small else colour_bar(unit),
         showscale=not is_small,
         xgap=2,
         ygap=2,
