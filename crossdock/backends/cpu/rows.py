@@ -66,9 +66,7 @@ class CpuRows:
 
     def post_counts(self, sequence: int, counts: Tensor) -> None:
         """Writes this rank's counts [W] at every rank, stamped like words; the word that follows makes them visible."""
-        self._counts[self._left, sequence % self._ring, self._rank] = counts.numpy() | stamped(
-            sequence, 0
-        )
+        self._counts[self._left, sequence % self._ring, self._rank] = counts.numpy() | stamped(sequence, 0)
 
     def counts(self, sequence: int) -> Tensor:
         """Everybody's counts of the call, int64 [P, W], once all words have been seen."""
