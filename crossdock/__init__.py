@@ -7,6 +7,7 @@ from crossdock import autograd
 from crossdock.arena import Arena
 from crossdock.backends.base import PlanTensors
 from crossdock.buffer import Buffer, Stats
+from crossdock.connection import Connection
 from crossdock.errors import (
     BackendUnavailable,
     CapacityError,
@@ -44,6 +45,7 @@ __all__ = [
     "CapacityError",
     "Compact",
     "ConfigError",
+    "Connection",
     "CrossdockError",
     "Expanded",
     "Fp8",

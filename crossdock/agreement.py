@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from crossdock.backends.base import Outcome
 from crossdock.consent import Consent, Missing, Steps
@@ -21,14 +21,17 @@ _GRACE_S = 2.0
 """How long a rank that is to be masked may take to be gone: ranks may not see its end at the same moment."""
 
 
-def agree(members: Group, spec: Spec, timeout_s: float, options: dict[str, object], problem: str | None) -> int:
+def agree(
+    members: Group, timeout_s: float, options: Mapping[str, object], problem: str | None, spec: Spec | None = None
+) -> int:
     """Raises the same ConfigError on all ranks when they differ; else gives 63 random bits, theirs alone. Collective.
 
     Versions are compared first: Specs of different versions may not even have the same fields.
 
     Args:
-        options: what else must be the same, by name of the ``Buffer``'s argument.
+        options: what must be the same, by name of the argument.
         problem: what is wrong with other arguments of this rank.
+        spec: the Spec of a Buffer; None where there is none yet.
     """
     gathered = members.all_gather((__version__, _problem(spec, timeout_s) or problem, secrets.randbits(63)))
     first_version, _, number = gathered[0]
@@ -39,15 +42,15 @@ def agree(members: Group, spec: Spec, timeout_s: float, options: dict[str, objec
             raise ConfigError(
                 f"rank {rank} runs crossdock {version}, rank 0 runs {first_version}; install the same version on all"
             )
-    all_options = members.all_gather(options)
+    all_options, what = members.all_gather(options), "Connections" if spec is None else "Buffers"
     for name, value in all_options[0].items():
         for rank, other_options in enumerate(all_options):
             if other_options[name] != value:
                 raise ConfigError(
-                    f"the Buffers of rank 0 and rank {rank} differ in {name}: {value!r} != {other_options[name]!r}; "
+                    f"the {what} of rank 0 and rank {rank} differ in {name}: {value!r} != {other_options[name]!r}; "
                     f"pass the same on all ranks"
                 )
-    specs = members.all_gather(spec)
+    specs = [] if spec is None else members.all_gather(spec)
     for rank, other in enumerate(specs):
         if differences := specs[0].differences(other):
             raise ConfigError(
@@ -87,7 +90,7 @@ def agree_on_masked(consent: Consent, transport: Transport, wanted: Iterable[int
 
 
 def _problem(spec: object, timeout_s: float) -> str | None:
-    if not isinstance(spec, Spec):
+    if spec is not None and not isinstance(spec, Spec):
         return f"spec is a {type(spec).__name__}; pass a crossdock.Spec"
     if not timeout_s > 0:
         return f"timeout_s={timeout_s}; pass a positive number of seconds"

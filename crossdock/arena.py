@@ -1,4 +1,7 @@
-"""The table of a segment's regions: offsets, bytes, views. Peers access nothing else of a rank.
+"""The tables of a segment's regions: offsets, bytes, views. Peers access nothing else of a rank.
+
+A segment begins with a connection's control words, which depend on the connection alone. Behind them lie the regions of
+the Specs that are laid over it, each from where its ``Arena`` says; they share bytes unless one is laid apart.
 
 Letters: P ranks, M max_tokens, K top-k, H hidden, G scale groups, E experts, W counts, C rows of a receive slot.
 """
@@ -7,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -41,9 +44,82 @@ class Region:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _Table:
+    """Regions by name, and views of them."""
+
+    @property
+    def regions(self) -> dict[str, Region]:
+        """The regions by name, in the order of offsets."""
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Region:
+        return self.regions[name]
+
+    def view(self, segment: Tensor, name: str) -> Tensor:
+        """The region as a view of a segment (uint8, at least ``num_bytes`` elements)."""
+        region = self.regions[name]
+        raw = segment[region.offset : region.offset + region.num_bytes]
+        return raw.view(region.dtype).view(region.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control(_Table):
+    """The control words at the beginning of a segment: boxes that one peer each writes to.
+
+    Args:
+        max_experts: of all ranks, of any Spec that is laid over the connection.
+        max_in_flight: calls that may be started and not yet waited for.
+    """
+
+    topology: Topology
+    max_experts: int
+    max_in_flight: int
+
+    @property
+    def ring(self) -> int:
+        """Words kept per peer: at least twice the calls in flight, rounded up to a power of two."""
+        return 1 << (2 * self.max_in_flight - 1).bit_length()
+
+    @property
+    def num_counts(self) -> int:
+        """Counts for which a row has room: E per expert, P per rank, and N per node if N > 1."""
+        num_nodes = self.topology.num_nodes
+        return self.max_experts + self.topology.num_ranks + (num_nodes if num_nodes > 1 else 0)
+
+    @cached_property
+    def regions(self) -> dict[str, Region]:
+        """The boxes by name, in the order of offsets."""
+        num_ranks, ring = self.topology.num_ranks, self.ring
+        table = _Regions()
+        table.add("words", (ring, num_ranks), torch.int64, "peers: begin words")
+        table.add("arrived", (ring, num_ranks), torch.int64, "peers: my rows are in place")
+        table.add("aborts", (num_ranks,), torch.int64, "peers: I gave up")
+        table.add("closed", (num_ranks,), torch.int64, "peers: I have left")
+        table.add("masks", (2 + num_words(num_ranks), num_ranks), torch.int64, "peers: whom I want masked")
+        table.add("restarts", (2, num_ranks), torch.int64, "peers: where to begin again")
+        table.add("reasons", (num_ranks, REASON_BYTES), torch.uint8, "peers: why")
+        table.add("counts", (ring, num_ranks, self.num_counts), torch.int64, "peers: rows to come")
+        return table
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the words, a multiple of the page size."""
+        return _round_up(self["counts"].offset + self["counts"].num_bytes, PAGE)
+
+    def forget_senders(self, segment: Tensor, ranks: Sequence[int]) -> None:
+        """Zeroes the abort flags and counts that these ranks wrote into a segment."""
+        for rank in ranks:
+            self.view(segment, "aborts")[rank] = 0
+            self.view(segment, "counts")[:, rank] = 0
+
+
 @dataclass(frozen=True)
-class Arena:
-    """The memory map of a rank's segment, a function of Spec and Topology alone; ``print(arena)`` shows it.
+class Arena(_Table):
+    """The memory map of a rank's segment with one Spec; ``print(arena)`` shows it.
+
+    Args:
+        control: the words that it begins with; None: as many as this Spec needs.
+        first: where the Spec's regions begin, in bytes, a multiple of the page size; None: behind the words.
 
     Raises:
         ConfigError: when ``regions`` is first used: the worst case exceeds ``MAX_DEFAULT_BYTES`` (``Spec.capacity``).
@@ -55,11 +131,15 @@ class Arena:
 
     spec: Spec
     topology: Topology
+    control: Control | None = None
+    first: int | None = None
 
-    @property
-    def ring(self) -> int:
-        """Words kept per peer: at least twice the ``num_slots`` calls in flight, rounded up to a power of two."""
-        return 1 << (2 * self.spec.num_slots - 1).bit_length()
+    @cached_property
+    def control_words(self) -> Control:
+        """The words that the segment begins with."""
+        return self.control or Control(
+            topology=self.topology, max_experts=self.spec.num_experts, max_in_flight=self.spec.num_slots
+        )
 
     @property
     def pick_bytes(self) -> int:
@@ -102,28 +182,18 @@ class Arena:
 
     @cached_property
     def regions(self) -> dict[str, Region]:
-        """The regions by name, in the order of offsets."""
+        """The regions by name, in the order of offsets; the words first."""
+        return {**self.control_words.regions, **self._of_spec}
+
+    @cached_property
+    def _of_spec(self) -> dict[str, Region]:
         spec, num_ranks = self.spec, self.topology.num_ranks
-        slots, rows, hidden, ring = spec.num_slots, spec.num_slot_rows(num_ranks), spec.hidden, self.ring
+        slots, rows, hidden = spec.num_slots, spec.num_slot_rows(num_ranks), spec.hidden
         num_sent = spec.max_tokens * (spec.num_topk if spec.layout.per_pick else min(spec.num_topk, num_ranks))
         out = spec.combine_dtype
         whole_rows = math.lcm(_LINE, hidden * out.itemsize)
-        table: dict[str, Region] = {}
-        end = 0
-
-        def add(name: str, shape: tuple[int, ...], dtype: torch.dtype, writer: str, align: int = _LINE) -> None:
-            nonlocal end
-            table[name] = Region(name=name, offset=_round_up(end, align), shape=shape, dtype=dtype, writer=writer)
-            end = table[name].offset + table[name].num_bytes
-
-        add("words", (ring, num_ranks), torch.int64, "peers: begin words")
-        add("arrived", (ring, num_ranks), torch.int64, "peers: my rows are in place")
-        add("aborts", (num_ranks,), torch.int64, "peers: I gave up")
-        add("closed", (num_ranks,), torch.int64, "peers: I have left")
-        add("masks", (2 + num_words(num_ranks), num_ranks), torch.int64, "peers: whom I want masked")
-        add("restarts", (2, num_ranks), torch.int64, "peers: where to begin again")
-        add("reasons", (num_ranks, REASON_BYTES), torch.uint8, "peers: why")
-        add("counts", (ring, num_ranks, spec.num_counts(self.topology)), torch.int64, "peers: rows to come")
+        table = _Regions(end=self.begin)
+        add = table.add
         add("data", (slots, rows, hidden), spec.wire.dtype, "peers: dispatched rows", PAGE)
         if self.scales.num_scales:
             add("scale", (slots, *self.scales.shape), spec.wire.scale_dtype, "peers: their scales", PAGE)
@@ -138,38 +208,34 @@ class Arena:
         add("returned_extras", (slots, num_sent, self.return_bytes), torch.uint8, "peers: extras come home", PAGE)
         return table
 
+    @property
+    def num_body_bytes(self) -> int:
+        """Bytes behind the control words: what the Spec needs of a ``Connection``."""
+        return self.num_bytes - self.begin
+
+    @property
+    def begin(self) -> int:
+        """Where the Spec's regions begin, in bytes."""
+        return self.control_words.num_bytes if self.first is None else self.first
+
+    def moved_to(self, first: int) -> Arena:
+        """The same Spec's regions somewhere else."""
+        return replace(self, control=self.control_words, first=first)
+
     def region_of_rows(self, *, unquantized: bool) -> str:
         """The region where dispatched rows arrive: ``data``, or ``outputs`` if their dtype is not the wire's."""
         return "outputs" if unquantized and self.spec.combine_dtype != self.spec.wire.dtype else "data"
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one rank's segment, a multiple of the page size."""
-        last = list(self.regions.values())[-1]
+        """Bytes of one rank's segment up to the end of these regions, a multiple of the page size."""
+        last = self["returned_extras"]
         return _round_up(last.offset + last.num_bytes, PAGE)
 
     @property
-    def stride(self) -> int:
-        """Bytes from one rank's segment to the next where all are mapped side by side.
-
-        A multiple of pages and of output rows: the outputs, and the returned rows, of all ranks are rows of one matrix.
-        """
-        return _round_up(self.num_bytes, math.lcm(PAGE, self.spec.hidden * self.spec.combine_dtype.itemsize))
-
-    def __getitem__(self, name: str) -> Region:
-        return self.regions[name]
-
-    def view(self, segment: Tensor, name: str) -> Tensor:
-        """The region as a view of a segment (uint8, at least ``num_bytes`` elements)."""
-        region = self.regions[name]
-        raw = segment[region.offset : region.offset + region.num_bytes]
-        return raw.view(region.dtype).view(region.shape)
-
-    def forget_senders(self, segment: Tensor, ranks: Sequence[int]) -> None:
-        """Zeroes the abort flags and counts that these ranks wrote into a segment."""
-        for rank in ranks:
-            self.view(segment, "aborts")[rank] = 0
-            self.view(segment, "counts")[:, rank] = 0
+    def row_bytes(self) -> int:
+        """Bytes of an output row: the outputs, and the returned rows, lie at multiples of it."""
+        return self.spec.hidden * self.spec.combine_dtype.itemsize
 
     def __str__(self) -> str:
         lines = [f"{'offset':>14} {'bytes':>14}  {'region':<15} {'shape':<20} {'dtype':<14} written by"]
@@ -179,6 +245,19 @@ class Arena:
             lines.append(f"{r.offset:>14,} {r.num_bytes:>14,}  {r.name:<15} {shape:<20} {dtype:<14} {r.writer}")
         lines.append(f"{'':>14} {self.num_bytes:>14,}  bytes in each of {self.topology.num_ranks} ranks' segments")
         return "\n".join(lines)
+
+
+class _Regions(dict[str, Region]):
+    """Regions one behind the other."""
+
+    def __init__(self, end: int = 0) -> None:
+        super().__init__()
+        self._end = end
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, writer: str, align: int = _LINE) -> None:
+        """Puts one more behind the last."""
+        region = Region(name=name, offset=_round_up(self._end, align), shape=shape, dtype=dtype, writer=writer)
+        self[name], self._end = region, region.offset + region.num_bytes
 
 
 def _round_up(value: int, to: int) -> int:

@@ -11,37 +11,42 @@ import os
 import zlib
 from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from types import TracebackType
+from typing import Any, Literal, TypeVar, overload
 from weakref import WeakValueDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
 from crossdock.backends.base import Batch, Call, LaunchOptions, PlanTensors, RowCount
-from crossdock.connection import Connection, Stats
-from crossdock.consent import PUSHED, Kind, Word
+from crossdock.connection import AnyGroup, Connection, Stats
+from crossdock.consent import CALL_SIGNATURE_BITS, PUSHED, Kind, Word
 from crossdock.errors import ConfigError
-from crossdock.kinds import CallKind, key_of
+from crossdock.kinds import NUM_CALL_KINDS, CallKind, Kinds, key_of
 from crossdock.layout import Padded
+from crossdock.masks import drop_picks, listed
+from crossdock.memo import PlanMemo
 from crossdock.pending import Pending
 from crossdock.plan import Plan
 from crossdock.received import Received
 from crossdock.routing import check_picks
+from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec
-from crossdock.transport.inproc import ThreadGroup
 from crossdock.wire import Quantized
 
 __all__ = ["Buffer", "Stats"]
+
+Self = TypeVar("Self", bound="Buffer")
+_TIMEOUT_S = 100.0
+
 
 _handles = itertools.count(1)
 _by_handle: WeakValueDictionary[str, Buffer] = WeakValueDictionary()
 """The one state of this module: a ``torch.library`` op takes tensors, numbers and strings, so a buffer needs a name."""
 
 
-class Buffer(Connection):
+class Buffer:
     """Expert-parallel dispatch and combine among the ranks of a group. Collective to make, local to close.
 
     All ranks issue the same calls in the same order. A call that fails on one rank (bad input, an exception that leaves
@@ -49,7 +54,8 @@ class Buffer(Connection):
 
     Args:
         group: a ``torch.distributed`` process group of one host or a 1-D ``DeviceMesh``, None for the default group, or
-            a ``ThreadGroup``.
+            a ``ThreadGroup``: the Buffer makes a connection of its own. Or a ``Connection``: the Buffer lies over it,
+            beside others, and is made without a word to the peers.
         spec: what travels, the same on all ranks.
         device: where rows are moved and tensors lie: ``"cpu"``, ``"cuda"`` (the current device) or ``"cuda:1"``; None:
             the current CUDA device when the process group has NCCL for it, else the CPU.
@@ -59,7 +65,10 @@ class Buffer(Connection):
             ``"sender"`` (each copy crosses the link) or ``"receiver"`` (one does); None: the cheaper one by
             ``crossdock.cost``. The same bits.
         mover: on CUDA, ``"kernel"``, or ``"copy"``: rows are packed, and whole blocks go by copy engines (Compact).
-        timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``.
+        timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``; None: 100, or the connection's.
+        exclusive: over a ``Connection``: lie apart from other Specs, so that calls in flight, and rows in slots, of
+            both can overlap. Else Specs share bytes: a call of one finishes those of others that are in flight, and
+            their rows are stale then.
         debug: fill receive slots with NaN before they are used again, so that stale views show; calls in flight are
             then finished before a dispatch begins.
         trace: a folder, in which each rank writes down what its calls do while they run, for ``crossdock trace``; None:
@@ -83,21 +92,47 @@ class Buffer(Connection):
 
     def __init__(
         self,
-        group: dist.ProcessGroup | DeviceMesh | ThreadGroup | None,
+        group: AnyGroup | Connection,
         spec: Spec,
         *,
         device: torch.device | str | None = None,
         num_sms: int | None = None,
         expand: Literal["sender", "receiver"] | None = None,
         mover: Literal["kernel", "copy"] = "kernel",
-        timeout_s: float = 100,
+        timeout_s: float | None = None,
+        exclusive: bool = False,
         debug: bool = False,
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
         options = LaunchOptions(num_sms=num_sms, expand=expand, mover=mover)
-        super().__init__(
-            group, spec, device=device, launch_options=options, timeout_s=timeout_s, debug=debug, trace=trace
-        )
+        self._owns_connection = not isinstance(group, Connection)
+        if isinstance(group, Connection):
+            _check_laying(group, spec, options, device, timeout_s, trace)
+            connection = group
+        else:
+            limit = _TIMEOUT_S if timeout_s is None else timeout_s
+            connection = Connection.of_spec(group, spec, options, device=device, timeout_s=limit, trace=trace)
+        self.connection = connection
+        self.spec = spec
+        self.group, self.device, self.rank = connection.group, connection.device, connection.rank
+        self.topology, self.order, self.masked = connection.topology, connection.order, connection.masked
+        self.arena, self._share = connection.place(spec, exclusive=exclusive)
+        self._is_apart, self._is_closed = exclusive, False
+        agreed = (spec, options.expand, options.mover, self.arena.begin)
+        self._signature = zlib.crc32(repr(agreed).encode())
+        self._id = connection.number ^ self._signature  # plans of one Spec are good for all Buffers of it
+        self._transport, self._consent, self._queue = connection.transport, connection.consent, connection.queue
+        with torch.inference_mode(mode=False), self._queue.turn:  # what is made here outlives the mode it is made in
+            self._backend = connection.lay(self, self.arena, options, buffer_id=self._id)
+            self._slots = ReceiveSlots(self.arena, self._transport.segment)
+        if self._owns_connection:
+            connection.meet()  # no rank is kept waiting by a peer that compiles
+        self._share.add(self._slots)
+        self.launch = self._backend.launch
+        """How kernels are launched, printable; None on CPUs."""
+        self._memo = PlanMemo(spec)
+        self._kinds: Kinds[CallKind] = Kinds(NUM_CALL_KINDS)
+        self._debug = debug
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
         self._ranks_sum = spec.reduce == "rank"
         self._moves_blocks = mover == "copy"
@@ -109,6 +144,130 @@ class Buffer(Connection):
         self.handle = f"crossdock.Buffer {next(_handles)}"  # a string, as torch.compile would make a number dynamic
         """This process's name for this buffer: what the ops of ``crossdock.autograd`` are given."""
         _by_handle[self.handle] = self
+
+    def check(self) -> None:
+        """Raises what has failed without being raised, once all that was issued is done: ``Connection.check``."""
+        self._check_open()
+        self.connection.check()
+
+    def exchange_words(self, num_trips: int) -> None:
+        """Gives a word to every rank and waits for everyone's, so many times: ``Connection.exchange_words``."""
+        self._check_open()
+        self.connection.exchange_words(num_trips)
+
+    def abort(self, reason: str) -> None:
+        """Gives up on this rank: every peer raises PeerFailed at once; ``Connection.abort``."""
+        self._check_open()
+        self.connection.abort(reason)
+
+    def reset(self) -> None:
+        """Forgets failures and overflows that were not raised yet. Local; ``Connection.reset``."""
+        self._check_open()
+        self.connection.reset()
+
+    def restart(self) -> None:
+        """Begins again together, whatever each rank has begun or caught before. Collective; ``Connection.restart``."""
+        self._check_open()
+        self.connection.restart()
+
+    def mask(self, *ranks: int) -> None:
+        """Goes on without ranks that are gone. Collective among all that are left; ``Connection.mask``."""
+        self._check_open()
+        self.connection.mask(*ranks)
+
+    def close(self) -> None:
+        """Ends its connection, if that is its own: ``Connection.close``. Else it only makes no more calls. Local."""
+        if self._owns_connection:
+            self.connection.close()
+        elif not self._is_closed:
+            with self._queue.turn:
+                self._queue.drain()
+                if self._is_apart:
+                    self._share.vacate(self._queue)
+                    self.connection.leave(self.arena)
+                self._is_closed = True
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.connection.give_up_by(error)
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed or self.connection.is_closed else "open"
+        where = f"rank={self.rank}, num_ranks={self.topology.num_ranks}"
+        return f"Buffer({where}, {self.arena.num_bytes:,} bytes, {state})"
+
+    def synchronize(self) -> None:
+        """Returns once all that was issued is done, on a device too."""
+        self._backend.synchronize()
+
+    def check_overflow(self) -> None:
+        """Raises a CapacityError that was not raised yet, of a dispatch that has been waited for."""
+        for overflow in self._backend.overflows:
+            sequence, error = overflow
+            if not self._queue.has_unwaited(sequence):  # or ranks would raise in different calls, as it was found
+                self._backend.overflows.remove(overflow)
+                raise error
+
+    def forget_overflows(self) -> None:
+        """Nobody raises them any more."""
+        self._backend.overflows.clear()
+
+    def without(self, masked: tuple[int, ...]) -> None:
+        """Goes on without these ranks; ``Connection.mask`` calls it."""
+        self.masked = masked
+        self._backend.mask(masked)
+        self._memo.clear()
+        self._kinds.clear()
+
+    def drop_masked(self, topk_idx: Tensor) -> Tensor:
+        """The picks with -1 in place of masked ranks' experts; the verbs do that themselves.
+
+        Graphs do not that were captured before a rank was masked: what they are given has to be free of such picks.
+        """
+        if not self.masked:
+            return topk_idx
+        return drop_picks(topk_idx, self.masked, num_local=self.spec.num_local_experts(self.topology.num_ranks))
+
+    @property
+    def stats(self) -> Stats:
+        """What this rank has counted so far; waits are the connection's."""
+        return Stats(
+            num_tokens_per_expert=self._backend.num_tokens_per_expert.clone(),
+            wait_s=torch.tensor(self._queue.wait_s, dtype=torch.float64, device="cpu") + self._backend.wait_s.cpu(),
+        )
+
+    def gather_stats(self) -> Stats:
+        """Everybody's: tokens per expert int64 [E], and waits float64 [P, P] of each rank for each peer. Collective.
+
+        Raises:
+            ConfigError: a rank is masked, and the group that would gather them waits for it.
+        """
+        if self.masked:
+            raise ConfigError(
+                f"masked: {listed(self.masked)}; the group that gathers statistics would wait there: gather "
+                f"buffer.stats in a group of the ranks that are left"
+            )
+        all_stats = self.connection.gather(self.stats)
+        return Stats(
+            num_tokens_per_expert=torch.cat([stats.num_tokens_per_expert for stats in all_stats]),
+            wait_s=torch.stack([stats.wait_s for stats in all_stats]),
+        )
+
+    def _check_ready(self) -> None:
+        """Raises what keeps the next call from being started."""
+        if self._is_closed or self.connection.refusal is not None:
+            self._check_open()
+        self._queue.check_room(self._slots, self.spec.num_slots)
+
+    def _check_open(self) -> None:
+        self.connection.check_open()
+        if self._is_closed:
+            raise ConfigError("the buffer is closed; make a new one")
 
     @staticmethod
     def of(handle: str) -> Buffer:
@@ -202,8 +361,11 @@ class Buffer(Connection):
         if asks_host or self._moves_blocks:
             self._backend.check_capture(asks_host=asks_host)
         try:
+            takes_over = self._share.user is not self._slots
+            if takes_over:
+                self._share.take(self._slots, self._queue)
             if self._backend.overflows:
-                self._check_overflow()
+                self.check_overflow()
             batch = Batch(x, weights, tuple(extras), unquantized)
             key = key_of(("dispatch", rows, unquantized, at_once, num_sms), (x, routing, weights, *batch.extras))
             known = self._kinds.get(key) if key else None
@@ -218,9 +380,9 @@ class Buffer(Connection):
             raise
         if self._debug or self._region_of_rows[unquantized] == "outputs":
             self._queue.drain()  # or rows would be overwritten that a combine in flight still pulls
-            self._queue.check_room()
+            self._queue.check_room(self._slots, self.spec.num_slots)
         slot = self._slots.take(self._queue)
-        if self._debug:
+        if self._debug and not takes_over:  # else peers may still pull what another Spec's call has left there
             self._slots.poison(slot, "data", "scale", "metadata")
         plan = routing if isinstance(routing, Plan) else None
         verb = Kind.CACHED_DISPATCH if plan else Kind.DISPATCH
@@ -232,7 +394,7 @@ class Buffer(Connection):
         steps = self._backend.dispatch(call, batch, routing)
 
         finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copy=copy, poisons=self._debug)
-        pending = self._queue.start(verb, call.sequence, steps, finish, held=(batch, routing))
+        pending = self._queue.start(verb, call.sequence, steps, finish, (batch, routing), self._slots)
         if not at_once:
             self._slots.fill(slot, pending)
         self._queue.drive()
@@ -403,8 +565,10 @@ class Buffer(Connection):
     ) -> Pending[Any]:
         self._check_ready()
         try:
+            if self._share.user is not self._slots:
+                self._share.take(self._slots, self._queue)
             if self._backend.overflows:
-                self._check_overflow()
+                self.check_overflow()
             key = key_of(("combine", extras is None, at_once, num_sms), (y, plan, weights, bias, *(extras or ())))
             known = self._kinds.get(key) if key else None
             if known is not None and self._fits_combine(y, plan, weights, bias, extras):
@@ -429,7 +593,7 @@ class Buffer(Connection):
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
         steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
         pending: Pending[Any] = self._queue.start(
-            Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned)
+            Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned), owner=self._slots
         )
         self._queue.drive()
         if key and kind is not known:
@@ -494,7 +658,9 @@ class Buffer(Connection):
     def _start_return(self, plan: Plan, extras: Sequence[Tensor]) -> Pending[tuple[Tensor, ...]]:
         self._check_ready()
         try:
-            self._check_overflow()
+            if self._share.user is not self._slots:
+                self._share.take(self._slots, self._queue)
+            self.check_overflow()
             inputs.check_device(self.device, {"extras": extras})
             inputs.check_no_grad(*extras)
             inputs.check_plan(plan, self._id, self.masked)
@@ -509,7 +675,7 @@ class Buffer(Connection):
         call = Call(self._consent.take(), word, is_first=not self._queue.running)
         steps = self._backend.return_extras(call, plan, returned)
         pending: Pending[tuple[Tensor, ...]] = self._queue.start(
-            Kind.COMBINE, call.sequence, steps, held=(plan, returned)
+            Kind.COMBINE, call.sequence, steps, held=(plan, returned), owner=self._slots
         )
         return pending
 
@@ -568,14 +734,14 @@ class Buffer(Connection):
     def _word(
         self, kind: CallKind, verb: Kind, slot: int, output_slot: int, plan: Plan | None, agreed: Hashable
     ) -> Word:
-        """This rank's word, with a checksum of what must be the same on all ranks: ``agreed``, plan and masks.
+        """This rank's word, with a checksum of what must be the same on all ranks: the Spec, ``agreed``, plan, masks.
 
         Not of the plan on CUDA: where one rank replays a graph and another makes the same calls, plans have other
         numbers. So there words of one kind are the same.
         """
         is_signed = plan is not None and self.device.type == "cpu"
         stamp = plan.stamp if plan is not None and is_signed else None
-        word = Word(verb, slot, output_slot, _checksum((agreed, stamp, self.masked)))
+        word = Word(verb, slot, output_slot, self._signature ^ _checksum((agreed, stamp, self.masked)))
         if not is_signed:
             kind.words[slot, output_slot] = word
         return word
@@ -591,4 +757,22 @@ def _shapes(extras: Sequence[Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]
 
 @functools.lru_cache
 def _checksum(value: Hashable) -> int:
-    return zlib.crc32(repr(value).encode()) & 0xFFFF
+    """Of what a call is besides its Spec: words that differ in other bits are of another Spec."""
+    return zlib.crc32(repr(value).encode()) & (1 << CALL_SIGNATURE_BITS) - 1
+
+
+def _check_laying(
+    connection: Connection,
+    spec: object,
+    options: LaunchOptions,
+    *of_connection: object,
+) -> None:
+    """Raises ConfigError for what a Buffer over a connection is not given."""
+    connection.check_open()
+    if not isinstance(spec, Spec):
+        raise ConfigError(f"spec is a {type(spec).__name__}; pass a crossdock.Spec")
+    if any(given is not None for given in of_connection):
+        raise ConfigError(
+            "device, timeout_s and trace are the connection's; pass them to Connection, not to a Buffer over it"
+        )
+    options.check(spec, connection.device)

@@ -1,16 +1,18 @@
-"""What moves a buffer's rows: the transport, the backend and the consent that belong together on a device."""
+"""What connects ranks on a device: the transport and the consent that belong together, and backends over them."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from crossdock.arena import Arena
-from crossdock.backends.base import Backend, Launch, LaunchOptions
+from crossdock.arena import Arena, Control
+from crossdock.backends.base import Backend, LaunchOptions
 from crossdock.backends.cpu.calls import CpuBackend
 from crossdock.consent import Consent
 from crossdock.errors import BackendUnavailable, ConfigError
@@ -21,31 +23,39 @@ from crossdock.transport.base import ProcessGroup, Transport, raise_on_all
 OLDEST_TRITON = (3, 6)
 
 
+class Lay(Protocol):
+    """Makes a backend for a Spec over segments that are mapped. Local."""
+
+    def __call__(self, arena: Arena, launch_options: LaunchOptions, *, buffer_id: int) -> Backend:
+        """See ``crossdock.Buffer``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Connected:
-    """A rank's three parts, already connected to those of its peers."""
+    """A rank's parts that are the same for all Specs, already connected to those of its peers."""
 
     transport: Transport
-    backend: Backend
     consent: Consent
-    launch: Launch | None
-    """How kernels are launched; None on CPUs."""
+    lay: Lay
 
 
 def vet(
-    members: inproc.ThreadGroup | ProcessGroup,
-    device: torch.device | str | None,
-    spec: Spec,
-    launch_options: LaunchOptions,
+    members: inproc.ThreadGroup | ProcessGroup, device: torch.device | str | None
 ) -> tuple[torch.device, str | None]:
     """Where rows are moved, and what is wrong with what was asked for; the other ranks are to hear of it."""
     try:
-        chosen = choose_device(members, device)
-        if isinstance(spec, Spec):  # what else it may be is told later
-            launch_options.check(spec, chosen)
+        return choose_device(members, device), None
     except ConfigError as error:
         return torch.device("cpu"), str(error)
-    return chosen, None
+
+
+def problem_with(launch_options: LaunchOptions, spec: Spec, device: torch.device) -> str | None:
+    """What is wrong with options of a Spec's backend; the other ranks are to hear of it."""
+    try:
+        launch_options.check(spec, device)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def choose_device(members: inproc.ThreadGroup | ProcessGroup, device: torch.device | str | None) -> torch.device:
@@ -67,50 +77,44 @@ def choose_device(members: inproc.ThreadGroup | ProcessGroup, device: torch.devi
 
 def connect(
     members: inproc.ThreadGroup | ProcessGroup,
-    arena: Arena,
+    control: Control,
+    num_bytes: int,
     device: torch.device,
-    launch_options: LaunchOptions,
     *,
     number: int,
     timeout_s: float,
+    row_bytes: int = 1,
     consent_type: type[Consent] = Consent,
 ) -> Connected:
     """Makes the parts and connects them to the peers'. Collective.
 
     Args:
-        number: of the buffer, the same on all ranks and no other buffer's.
+        num_bytes: of each rank's segment.
+        number: of the connection, the same on all ranks and no other's.
+        row_bytes: of the rows that are expected on CPUs, if that is known.
         consent_type: of ranks whose hosts give the words.
     """
     name = f"crossdock-{number:016x}"
     if device.type == "cpu":
         host = (
-            inproc.connect(members, arena)
+            inproc.connect(members, control, num_bytes, row_bytes=row_bytes)
             if isinstance(members, inproc.ThreadGroup)
-            else shm.connect(members, arena, name=name)
+            else shm.connect(members, control, num_bytes, name=name, row_bytes=row_bytes)
         )
-        consent = consent_type(host, rank=members.rank, num_ranks=members.size, ring=arena.ring)
-        backend = CpuBackend(arena, host, consent, buffer_id=number)
-        return Connected(transport=host, backend=backend, consent=consent, launch=None)
+        consent = consent_type(host, rank=members.rank, num_ranks=members.size, ring=control.ring)
+        return Connected(transport=host, consent=consent, lay=partial(CpuBackend, host, consent))
     raise_on_all(members, cuda_problem(device), BackendUnavailable)
     # Triton is not on every system, and torch's symmetric memory takes a while to import.
-    from crossdock.backends.cuda import calls as cuda  # noqa: PLC0415
+    from crossdock.backends.cuda.calls import CudaCalls  # noqa: PLC0415
     from crossdock.transport import symmetric  # noqa: PLC0415
 
     peers = (
-        inproc.connect_on_device(members, arena, device)
+        inproc.connect_on_device(members, control, num_bytes, device)
         if isinstance(members, inproc.ThreadGroup)
-        else symmetric.connect(members, arena, device, name=name)
+        else symmetric.connect(members, control, num_bytes, device, name=name)
     )
-    parts = cuda.connect(
-        peers,
-        arena,
-        launch_options,
-        buffer_id=number,
-        timeout_s=timeout_s,
-        ranks_on_gpus=members.all_gather(peers.ranks_here),
-    )
-    members.all_gather(None)  # kernels are loaded: no rank is kept waiting by a peer that compiles
-    return Connected(transport=peers, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch)
+    calls = CudaCalls(peers, control, timeout_s=timeout_s, ranks_on_gpus=members.all_gather(peers.ranks_here))
+    return Connected(transport=peers, consent=calls.consent, lay=calls.lay)
 
 
 def cuda_problem(device: torch.device) -> str | None:

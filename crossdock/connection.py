@@ -1,15 +1,17 @@
-"""Ranks that have met: how a buffer is made, fails, goes on without some ranks, counts, and ends.
+"""Ranks that have met: how they fail, go on without some, and part; and where Specs lie in their memory.
 
-Letters: E experts, L local experts, P ranks.
+Letters: P ranks.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -19,22 +21,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from crossdock import inputs
 from crossdock._env import trace_folder
 from crossdock.agreement import agree, agree_on_masked
-from crossdock.arena import Arena
-from crossdock.backends.base import LaunchOptions, Outcome
-from crossdock.connect import connect, vet
-from crossdock.consent import Steps
+from crossdock.arena import PAGE, Arena, Control
+from crossdock.backends.base import Backend, LaunchOptions, Outcome
+from crossdock.body import Body, Share
+from crossdock.connect import connect, problem_with, vet
+from crossdock.consent import Consent, Steps
 from crossdock.errors import ConfigError
-from crossdock.kinds import NUM_CALL_KINDS, CallKind, Kinds
-from crossdock.masks import drop_picks, listed
-from crossdock.memo import PlanMemo
+from crossdock.masks import listed
 from crossdock.pending import CallQueue, Pending
-from crossdock.slots import ReceiveSlots
-from crossdock.spec import Spec, Topology
+from crossdock.spec import MAX_SLOTS, Spec, Topology
 from crossdock.trace import TracedConsent, TracedQueue, Tracer, open_problem
 from crossdock.transport.base import ProcessGroup
 from crossdock.transport.inproc import ThreadGroup
 
 Self = TypeVar("Self", bound="Connection")
+Value = TypeVar("Value")
+AnyGroup = dist.ProcessGroup | DeviceMesh | ThreadGroup | None
 
 
 class Order:
@@ -60,62 +62,291 @@ class Stats:
     """float64 [P]: seconds this rank has waited for each peer. Stacked, the rows of a slow rank's peers show it."""
 
 
-class Connection:
-    """A rank's transport, backend, consent and calls in flight. Collective to make, local to close.
+class Laid(Protocol):
+    """A Spec that has been laid over a connection, with what its calls use: a Buffer."""
 
-    See ``crossdock.Buffer``, which is one with verbs.
+    def synchronize(self) -> None:
+        """Returns once all that was issued is done."""
+
+    def check_overflow(self) -> None:
+        """Raises a CapacityError that was not raised yet."""
+
+    def forget_overflows(self) -> None:
+        """Nobody raises them any more."""
+
+    def without(self, masked: tuple[int, ...]) -> None:
+        """Goes on without these ranks."""
+
+    @property
+    def stats(self) -> Stats:
+        """What was counted so far."""
+        raise NotImplementedError
+
+
+class _Agreed(NamedTuple):
+    """What all ranks know of a connection before there is one."""
+
+    members: ThreadGroup | ProcessGroup
+    control: Control
+    body: Body
+    device: torch.device
+    number: int
+    timeout_s: float
+    tracer: Tracer | None = None
+    row_bytes: int = 1
+    name: str = "connection"
+    """What its user has made."""
+
+
+class Connection:
+    """Ranks that have met: one segment of memory at each, one sequence of calls. Collective to make, local to close.
+
+    Any number of ``Buffer(connection, spec)``s lie over one, each with its Spec, and share its bytes and its order of
+    calls: prefill and decode, several batch sizes, forward and backward of several models. All ranks make the same
+    Buffers in the same order, and issue the same calls in the same order, whatever Spec each call is of.
+
+    Args:
+        group: as for ``Buffer``.
+        num_bytes: of each rank's segment for rows, all Specs together; what a Spec needs is
+            ``Arena(spec, Topology(num_ranks=P)).num_body_bytes``. None: none yet, see ``reserve``.
+        device: as for ``Buffer``.
+        topology: of the ranks; None: one scale-up domain of all.
+        timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``.
+        max_experts: the most experts, of all ranks, of any Spec: rows of counts are so long.
+        max_in_flight: the most calls that may be started and not yet waited for, 1 to 6; also the most ``num_slots``.
+        trace: as for ``Buffer``; of the calls of all Specs.
+
+    Raises:
+        ConfigError: the ranks brought different arguments or versions; on all ranks.
+        TransportError: a rank could not allocate its segment (the message says what to do); on all ranks.
+
+    >>> from crossdock import Buffer, Fp32, Spec, run_local
+    >>> prefill = Spec(num_experts=4, num_topk=2, hidden=2, max_tokens=64, wire=Fp32())
+    >>> decode = Spec(num_experts=4, num_topk=2, hidden=2, max_tokens=2, wire=Fp32())
+    >>> def program(group):
+    ...     with Connection(group, num_bytes=1 << 20) as connection:
+    ...         buffers = Buffer(connection, prefill), Buffer(connection, decode)
+    ...         return [buffer.dispatch(torch.ones(1, 2), torch.tensor([[0, 3]])).num_rows for buffer in buffers]
+    >>> run_local(program, num_ranks=2)
+    [[2, 2], [2, 2]]
     """
 
-    @torch.inference_mode(mode=False)  # what is made here outlives the mode that it is made in
     def __init__(
         self,
-        group: dist.ProcessGroup | DeviceMesh | ThreadGroup | None,
+        group: AnyGroup,
+        num_bytes: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        topology: Topology | None = None,
+        timeout_s: float = 100,
+        max_experts: int = 512,
+        max_in_flight: int = MAX_SLOTS,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> None:
+        members, tracer, no_trace = _members_of(group, trace)
+        chosen, problem = vet(members, device)
+        problem = problem or no_trace or _problem(num_bytes, max_experts, max_in_flight, topology, members.size)
+        options = {
+            "device": chosen.type,
+            "num_bytes": num_bytes,
+            "topology": topology,
+            "max_experts": max_experts,
+            "max_in_flight": max_in_flight,
+        }
+        number = agree(members if tracer is None else tracer.members, timeout_s, options, problem)
+        control = Control(
+            topology=topology or Topology(num_ranks=members.size), max_experts=max_experts, max_in_flight=max_in_flight
+        )
+        body = Body(control.num_bytes, _whole_pages(num_bytes or 0))
+        self._join(_Agreed(members, control, body, chosen, number, timeout_s, tracer))
+        self.group = group
+
+    @classmethod
+    def of_spec(
+        cls,
+        group: AnyGroup,
         spec: Spec,
+        launch_options: LaunchOptions,
         *,
         device: torch.device | str | None,
-        launch_options: LaunchOptions,
         timeout_s: float,
-        debug: bool,
         trace: str | os.PathLike[str] | None,
-    ) -> None:
+    ) -> Connection:
+        """What a Buffer that has one of its own makes: as large as the Spec needs. Collective."""
         if isinstance(group, Spec):
             raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
-        members = group if isinstance(group, ThreadGroup) else ProcessGroup(group)
-        self.device, problem = vet(members, device, spec, launch_options)
+        members, tracer, no_trace = _members_of(group, trace)
+        chosen, problem = vet(members, device)
+        problem = problem or no_trace
+        if problem is None and isinstance(spec, Spec):  # what else it may be is told later
+            problem = problem_with(launch_options, spec, chosen)
         options: dict[str, object] = {
-            "device": self.device.type,
+            "device": chosen.type,
             "expand": launch_options.expand,
             "mover": launch_options.mover,
         }
-        folder = trace_folder() if trace is None else trace
-        tracer = None if folder is None else Tracer(folder, members)
-        if folder is not None and problem is None:
-            problem = open_problem(folder)
-        number = agree(members if tracer is None else tracer.members, spec, timeout_s, options, problem)
-        self.group = group
-        self.spec = spec
-        self.topology = Topology(num_ranks=members.size)
+        number = agree(members if tracer is None else tracer.members, timeout_s, options, problem, spec)
+        arena = Arena(spec, Topology(num_ranks=members.size))
+        body = Body(arena.begin, arena.num_bytes - arena.begin)
+        made = cls.__new__(cls)
+        agreed = _Agreed(
+            members, arena.control_words, body, chosen, number, timeout_s, tracer, arena.row_bytes, "buffer"
+        )
+        made._join(agreed)  # noqa: SLF001 - one of this class
+        made.group = group
+        return made
+
+    @torch.inference_mode(mode=False)  # what is made here outlives the mode that it is made in
+    def _join(self, agreed: _Agreed) -> None:
+        members, control = agreed.members, agreed.control
+        self.device = agreed.device
+        self.topology = control.topology
         self.rank = members.rank
-        self.arena = Arena(spec, self.topology)
+        self.control = control
+        self.number = agreed.number
+        """63 random bits, the same on all ranks."""
         self._members = members
-        self._id = number
-        self._debug = debug
-        meet = connect if tracer is None else functools.partial(connect, consent_type=TracedConsent)
-        parts = meet(members, self.arena, self.device, launch_options, number=number, timeout_s=timeout_s)
-        self.launch = parts.launch
-        """How kernels are launched, printable; None on CPUs."""
-        self._transport, self._backend, self._consent = parts.transport, parts.backend, parts.consent
-        if tracer is None:
-            self._queue = CallQueue(self._consent, self._transport, depth=spec.num_slots, timeout_s=timeout_s)
+        self._body = agreed.body
+        parts = connect(
+            members,
+            control,
+            agreed.body.end,
+            agreed.device,
+            number=agreed.number,
+            timeout_s=agreed.timeout_s,
+            row_bytes=agreed.row_bytes,
+            consent_type=Consent if agreed.tracer is None else TracedConsent,
+        )
+        self.transport, self.consent, self._lay = parts.transport, parts.consent, parts.lay
+        depth = control.max_in_flight
+        if agreed.tracer is None:
+            self.queue = CallQueue(self.consent, self.transport, depth=depth, timeout_s=agreed.timeout_s)
         else:
-            self._queue = tracer.queue(parts, spec, number=number, timeout_s=timeout_s)
-        self._slots = ReceiveSlots(self.arena, self._transport.segment)
-        self._memo = PlanMemo(spec)
-        self._kinds: Kinds[CallKind] = Kinds(NUM_CALL_KINDS)
-        self._is_closed = False
-        self.order = _order(self.device)
+            self.queue = agreed.tracer.queue(parts, depth=depth, number=agreed.number, timeout_s=agreed.timeout_s)
+        self.is_closed = False
+        self.refusal: str | None = None
+        """Why no call can begin; None while calls can."""
+        self._name = agreed.name
+        self.order = _order(agreed.device)
         self.masked: tuple[int, ...] = ()
         """The ranks that ``mask`` has left out, in order."""
+        self._laid: list[ref[Laid]] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of each rank's segment for rows."""
+        return self._body.num_bytes
+
+    def place(self, spec: Spec, *, exclusive: bool) -> tuple[Arena, Share]:
+        """Where a Spec lies here, and with whom it shares these bytes. Local; the same on all ranks.
+
+        Raises:
+            ConfigError: there is no room for it, or it does not fit the connection.
+        """
+        if spec.num_experts > self.control.max_experts:
+            raise ConfigError(
+                f"num_experts={spec.num_experts}, and the connection was made for at most "
+                f"max_experts={self.control.max_experts}; make it with more"
+            )
+        if spec.num_slots > self.control.max_in_flight:
+            raise ConfigError(
+                f"num_slots={spec.num_slots}, and the connection was made for at most "
+                f"max_in_flight={self.control.max_in_flight} calls; make it with more, or the Spec with fewer slots"
+            )
+        return self._body.place(Arena(spec, self.topology, self.control), exclusive=exclusive)
+
+    def lay(self, laid: Laid, arena: Arena, launch_options: LaunchOptions, *, buffer_id: int) -> Backend:
+        """What carries out the calls of a Spec that has its place. Local: compiles and loads its kernels.
+
+        Calls in flight are finished first.
+        """
+        self.queue.drain()
+        backend = self._lay(arena, launch_options, buffer_id=buffer_id)
+        if self.masked:
+            backend.mask(self.masked)
+        if isinstance(self.queue, TracedQueue):
+            self.queue.lay(arena.spec, backend)
+        self._laid = [known for known in self._laid if known() is not None]
+        self._laid.append(ref(laid))
+        return backend
+
+    def leave(self, arena: Arena) -> None:
+        """A Spec is used no more; bytes that were its alone are free."""
+        self._body.leave(arena)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Makes room for so many bytes of rows at each rank; fewer than there are change nothing. Collective.
+
+        What lies in the memory stays where it is: rows, plans and Buffers go on as before. On CPUs; on GPUs pass all
+        to ``Connection``.
+
+        Raises:
+            ConfigError: ranks ask for different numbers, or a call was started and not waited for; on all ranks. Or a
+                rank is masked.
+            TransportError: a rank has no room; on all ranks, and nothing has changed.
+            NotSupported: on GPUs.
+        """
+        with self.queue.turn:
+            self.check_open()
+            problem = _problem_of_bytes(num_bytes) or self._what_is_started()
+            self._agree_on(num_bytes, problem, "reserve")
+            size = _whole_pages(num_bytes)
+            if size > self._body.num_bytes:
+                self.transport.grow(self._members, self._body.first + size)
+                self._body.grew(size)
+
+    def release(self) -> None:
+        """Gives the memory of all Specs back to the system; calls are refused until ``reacquire``. Collective.
+
+        For a server that sleeps, or a trainer that needs the memory for another phase. Rows in slots are stale; plans,
+        Buffers and addresses stay. On CPUs.
+
+        Raises:
+            ConfigError: a call was started and not waited for, on some rank; on all ranks. Or a rank is masked.
+            NotSupported: on GPUs, or where the system cannot; on all ranks.
+        """
+        with self.queue.turn:
+            self.check_open()
+            self._agree_on(None, self._what_is_started(), "release")
+            self._body.vacate(self.queue)
+            self.transport.release(self._members, self._body.first)
+            self.refusal = "the connection's memory was released; call reacquire() on all ranks first"
+
+    def reacquire(self) -> None:
+        """Takes the memory again that ``release`` has given back. Collective.
+
+        Raises:
+            ConfigError: it was not released.
+            TransportError: a rank has no room; on all ranks. It may be called again.
+        """
+        with self.queue.turn:
+            if self.is_closed or self.refusal is None:
+                raise ConfigError(self.refusal or "the connection's memory was not released; nothing is to be done")
+            self.transport.reacquire(self._members)
+            self.refusal = None
+
+    def _what_is_started(self) -> str | None:
+        if self.queue.num_unwaited:
+            return f"{self.queue.num_unwaited} calls were started and not waited for; call wait() on them first"
+        return None
+
+    def _agree_on(self, value: object, problem: str | None, what: str) -> None:
+        """Raises ConfigError on all ranks where any has a problem, or another value. Collective."""
+        if self.masked:
+            raise ConfigError(
+                f"masked: {listed(self.masked)}; {what}() needs all ranks: make a connection of those that are left"
+            )
+        gathered = self._members.all_gather((value, problem))
+        for rank, (theirs, their_problem) in enumerate(gathered):
+            if their_problem is not None:
+                raise ConfigError(f"rank {rank}: {their_problem}")
+            if theirs != gathered[0][0]:
+                raise ConfigError(
+                    f"rank 0 calls {what}({gathered[0][0]}), rank {rank} {what}({theirs}); pass the same on all ranks"
+                )
+
+    def _all_laid(self) -> Iterator[Laid]:
+        return filter(None, (known() for known in self._laid))
 
     def check(self) -> None:
         """Raises what has failed without being raised: once, and after all that was issued is done.
@@ -124,12 +355,17 @@ class Connection:
         may return before the host knows how it went, also PeerFailed, PeerTimeout, or the ConfigError of picks that are
         not allowed.
         """
-        with self._queue.turn:
-            self._check_open()
-            self._queue.settle()
-            self._backend.synchronize()
-            self._queue.check_failure()
-            self._check_overflow()
+        with self.queue.turn:
+            self.check_open()
+            self.queue.settle()
+            self._synchronize()
+            self.queue.check_failure()
+            for laid in self._all_laid():
+                laid.check_overflow()
+
+    def _synchronize(self) -> None:
+        for laid in self._all_laid():
+            laid.synchronize()
 
     def exchange_words(self, num_trips: int) -> None:
         """Gives a word to every rank and waits for everyone's, so many times, on CUDA; nothing else moves.
@@ -141,10 +377,10 @@ class Connection:
             ConfigError: calls are in flight.
             NotSupported: on CPUs.
         """
-        self._check_open()
-        if self._queue.running:
+        self.check_open()
+        if self.queue.running:
             raise ConfigError("exchange_words while calls are in flight; wait for them first")
-        self._consent.exchange_words(num_trips)
+        self.consent.exchange_words(num_trips)
 
     def abort(self, reason: str) -> None:
         """Gives up on this rank, between two calls or with calls in flight: every peer raises PeerFailed at once.
@@ -152,9 +388,9 @@ class Connection:
         What is in flight here is void. The next call works again, on all ranks. Leaving the ``with`` block by an
         exception does this too. Right behind a call that failed here it says nothing new, and no peer is told again.
         """
-        with self._queue.turn:
-            self._check_open()
-            self._queue.abandon(reason)
+        with self.queue.turn:
+            self.check_open()
+            self.queue.abandon(reason)
 
     def reset(self) -> None:
         """Forgets failures and overflows that were not raised yet. Local; no word to the peers.
@@ -162,11 +398,12 @@ class Connection:
         Calls in flight, if there are any, are given up, as ``abort`` does. It does not bring ranks together that have
         begun different numbers of calls: see ``restart``.
         """
-        with self._queue.turn:
-            self._check_open()
-            self._backend.synchronize()
-            self._backend.overflows.clear()
-            self._queue.reset()
+        with self.queue.turn:
+            self.check_open()
+            self._synchronize()
+            for laid in self._all_laid():
+                laid.forget_overflows()
+            self.queue.reset()
 
     def restart(self) -> None:
         """Begins again together, whatever each rank has begun, left out or caught before. Collective.
@@ -197,17 +434,18 @@ class Connection:
         rank 0 did not begin this dispatch within timeout_s=0.3; the call is void
         [0, 2]
         """
-        with self._queue.turn:
-            self._check_open()
-            self._backend.check_capture(asks_host=True)
-            self._queue.give_up("it restarts its buffer; call restart() on all ranks")
-            self._backend.synchronize()
-            self._backend.overflows.clear()
-            meeting: Pending[int] = self._queue.start("restart", self._consent.next_sequence, self._meet())
-            self._consent.begin(meeting.wait())
+        with self.queue.turn:
+            self.check_open()
+            self._check_no_capture()
+            self.queue.give_up("it restarts its buffer; call restart() on all ranks")
+            self._synchronize()
+            for laid in self._all_laid():
+                laid.forget_overflows()
+            meeting: Pending[int] = self.queue.start("restart", self.consent.next_sequence, self._meet_again())
+            self.consent.begin(meeting.wait())
 
-    def _meet(self) -> Steps[Outcome[int]]:
-        num_ended = yield from self._consent.meet()
+    def _meet_again(self) -> Steps[Outcome[int]]:
+        num_ended = yield from self.consent.meet()
         return Outcome(num_ended)
 
     def mask(self, *ranks: int) -> None:
@@ -240,53 +478,53 @@ class Connection:
         >>> run_local(program, num_ranks=3)
         [((1,), 1.0), 'leaves', ((1,), 1.0)]
         """
-        with self._queue.turn:
-            self._check_open()
-            self._backend.check_capture(asks_host=True)
-            self._queue.renew(f"it masks {', '.join(map(str, ranks))}")
+        with self.queue.turn:
+            self.check_open()
+            self._check_no_capture()
+            self.queue.renew(f"it masks {', '.join(map(str, ranks))}")
             try:
                 inputs.check_ranks(ranks, num_ranks=self.topology.num_ranks)
             except ConfigError as error:
-                self._queue.refuse(error)
+                self.queue.refuse(error)
                 raise
             wanted = {*self.masked, *ranks}
-            agreement = agree_on_masked(self._consent, self._transport, wanted)
-            self._queue.start("mask", self._consent.next_sequence, agreement).wait()
+            agreement = agree_on_masked(self.consent, self.transport, wanted)
+            self.queue.start("mask", self.consent.next_sequence, agreement).wait()
             new = sorted(wanted - set(self.masked))
             self.masked = tuple(sorted(wanted))
-            self._transport.mask(new)
-            self._consent.mask(new)
-            self._backend.mask(self.masked)
-            self._memo.clear()
-            self._kinds.clear()
-
-    def drop_masked(self, topk_idx: Tensor) -> Tensor:
-        """The picks with -1 in place of masked ranks' experts; the verbs do that themselves.
-
-        Graphs do not that were captured before a rank was masked: what they are given has to be free of such picks.
-        """
-        if not self.masked:
-            return topk_idx
-        return drop_picks(topk_idx, self.masked, num_local=self.spec.num_local_experts(self.topology.num_ranks))
+            self.transport.mask(new)
+            self.consent.mask(new)
+            for laid in self._all_laid():
+                laid.without(self.masked)
 
     def close(self) -> None:
         """Leaves: a peer that waits for this rank raises PeerFailed. Local; rows that were handed out stay readable.
 
         On CUDA it returns once what was issued is done. In a child that was forked from this process it says nothing.
         """
-        if self._is_closed:
+        if self.is_closed:
             return
-        if not self._queue.turn.is_of_this_process:
-            self._is_closed = True
-            self._transport.close()
+        if not self.queue.turn.is_of_this_process:
+            self._end()
+            self.transport.close()
             return
-        with self._queue.turn:
-            self._is_closed = True
-            self._backend.synchronize()
-            if isinstance(self._queue, TracedQueue):
-                self._queue.end(self.stats.num_tokens_per_expert, self.stats.wait_s)
-            self._consent.leave()
-            self._transport.close()
+        with self.queue.turn:
+            self._end()
+            self._synchronize()
+            if isinstance(self.queue, TracedQueue):
+                self._end_trace(self.queue)
+            self.consent.leave()
+            self.transport.close()
+
+    def _end_trace(self, queue: TracedQueue) -> None:
+        stats = [laid.stats for laid in self._all_laid()]
+        num_ranks, waits = self.topology.num_ranks, torch.tensor(queue.wait_s, dtype=torch.float64, device="cpu")
+        loads = [(num_ranks * each.num_tokens_per_expert.numel(), each.num_tokens_per_expert) for each in stats]
+        queue.end(loads, (stats[0].wait_s if stats else waits).tolist())
+
+    def _end(self) -> None:
+        self.is_closed = True
+        self.refusal = f"the {self._name} is closed; make a new one"
 
     def __enter__(self: Self) -> Self:
         return self
@@ -294,54 +532,70 @@ class Connection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        is_ours = self._queue.turn.is_of_this_process and not self._is_closed
-        if error is not None and self._queue.last_error is None and is_ours:
-            self.abort(f"{type(error).__name__}: {error}")
+        self.give_up_by(error)
         self.close()
 
-    @property
-    def stats(self) -> Stats:
-        """What this rank has counted so far."""
-        return Stats(
-            num_tokens_per_expert=self._backend.num_tokens_per_expert.clone(),
-            wait_s=torch.tensor(self._queue.wait_s, dtype=torch.float64, device="cpu") + self._backend.wait_s.cpu(),
-        )
+    def give_up_by(self, error: BaseException | None) -> None:
+        """An exception has left a ``with`` block: peers are told, unless they know."""
+        is_ours = self.queue.turn.is_of_this_process and not self.is_closed
+        if error is not None and self.queue.last_error is None and is_ours:
+            self.abort(f"{type(error).__name__}: {error}")
 
-    def gather_stats(self) -> Stats:
-        """Everybody's: tokens per expert int64 [E], and waits float64 [P, P] of each rank for each peer. Collective.
+    def meet(self) -> None:
+        """Returns once all ranks have come. Collective; for set-up, as the group waits for all."""
+        self._members.all_gather(None)
 
-        Raises:
-            ConfigError: a rank is masked, and the group that would gather them waits for it.
-        """
-        if self.masked:
-            raise ConfigError(
-                f"masked: {listed(self.masked)}; the group that gathers statistics would wait there: gather "
-                f"buffer.stats in a group of the ranks that are left"
-            )
-        all_stats: list[Any] = self._members.all_gather(self.stats)
-        return Stats(
-            num_tokens_per_expert=torch.cat([stats.num_tokens_per_expert for stats in all_stats]),
-            wait_s=torch.stack([stats.wait_s for stats in all_stats]),
-        )
+    def gather(self, value: Value) -> list[Value]:
+        """Everybody's, by rank. Collective; the group waits for all."""
+        return self._members.all_gather(value)
 
     def __repr__(self) -> str:
-        state = "closed" if self._is_closed else "open"
+        state = "closed" if self.is_closed else "open"
         where = f"rank={self.rank}, num_ranks={self.topology.num_ranks}"
-        return f"{type(self).__name__}({where}, {self.arena.num_bytes:,} bytes, {state})"
+        return f"Connection({where}, {self._body.end:,} bytes, {state})"
 
-    def _check_overflow(self) -> None:
-        for overflow in self._backend.overflows:
-            sequence, error = overflow
-            if not self._queue.has_unwaited(sequence):  # or ranks would raise in different calls, as it was found
-                self._backend.overflows.remove(overflow)
-                raise error
+    def _check_no_capture(self) -> None:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ConfigError(
+                "a CUDA graph is being captured, and mask() and restart() ask the host; call them outside of it"
+            )
 
-    def _check_ready(self) -> None:
-        """Raises what keeps the next call from being started."""
-        if self._is_closed:
-            self._check_open()
-        self._queue.check_room()
+    def check_open(self) -> None:
+        """Raises what keeps any call from being started."""
+        if self.refusal is not None:
+            raise ConfigError(self.refusal)
 
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ConfigError("the buffer is closed; make a new one")
+
+def _members_of(
+    group: AnyGroup, trace: str | os.PathLike[str] | None
+) -> tuple[ThreadGroup | ProcessGroup, Tracer | None, str | None]:
+    """The ranks that a user's group names; what writes a trace of them, if one is wanted; why there cannot be one."""
+    members = group if isinstance(group, ThreadGroup) else ProcessGroup(group)
+    folder = trace_folder() if trace is None else trace
+    if folder is None:
+        return members, None, None
+    return members, Tracer(folder, members), open_problem(folder)
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE) * PAGE
+
+
+def _problem_of_bytes(num_bytes: object) -> str | None:
+    if isinstance(num_bytes, int) and num_bytes >= 0:
+        return None
+    return f"num_bytes={num_bytes!r}; pass bytes of each rank's segment"
+
+
+def _problem(
+    num_bytes: object, max_experts: object, max_in_flight: object, topology: Topology | None, num_ranks: int
+) -> str | None:
+    if num_bytes is not None and (problem := _problem_of_bytes(num_bytes)) is not None:
+        return problem
+    if not (isinstance(max_experts, int) and max_experts > 0):
+        return f"max_experts={max_experts!r}; pass a positive number"
+    if not (isinstance(max_in_flight, int) and 1 <= max_in_flight <= MAX_SLOTS):
+        return f"max_in_flight={max_in_flight!r} calls; pass 1 to {MAX_SLOTS}"
+    if topology is not None and topology.num_ranks != num_ranks:
+        return f"the Topology has {topology.num_ranks} ranks, the group {num_ranks}; pass one of as many"
+    return None

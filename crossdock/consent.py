@@ -36,17 +36,25 @@ SEQUENCE_MASK = 2**40 - 1
 NUM_EPOCHS = 255
 PAYLOAD_BITS = 24
 PAYLOAD_MASK = 2**PAYLOAD_BITS - 1
-KIND_SHIFT = 22
-SLOT_SHIFT = 19
-OUTPUT_SHIFT = 16
+WORD_BITS = 40
+WORD_MASK = 2**WORD_BITS - 1
+"""Payload of a begin word; above it, 24 bits of the sequence number: 8 of the epoch, 16 of the call."""
+WORD_CALL_BITS = 16
+KIND_SHIFT = 38
+SLOT_SHIFT = 35
+OUTPUT_SHIFT = 32
 SLOT_MASK = 7
-SIGNATURE_MASK = 2**16 - 1
+SIGNATURE_MASK = 2**32 - 1
 """Where a begin word's payload has its fields."""
+CALL_SIGNATURE_BITS = 16
+"""Of the signature, in which calls of one Spec differ; the others are the Spec's alone."""
 PUSHED = 7
 """In place of an output slot: this rank pushes its rows, they are not to be pulled."""
 FLAG_EPOCH_BITS = 16
 FLAG_EPOCH_SHIFT = 16
 MOST_MORE = 2**15 - 1
+
+_WORD_STAMP_MASK = (1 << 64 - WORD_BITS) - 1
 
 PROPOSAL_SHIFT = 24
 PROPOSED, HEARD, FIRST_WORD = 0, 1, 2
@@ -85,11 +93,11 @@ class Kind(IntEnum):
 
 
 class Word(NamedTuple):
-    """What a begin word says besides its sequence number: 24 bits of payload.
+    """What a begin word says besides its sequence number: 40 bits of payload.
 
     Fields: kind (2 bits); slot (3), where peers may write: a receive slot of a dispatch, a returned slot of a combine;
-    output_slot (3), where peers may read a combine's rows, or ``PUSHED``; signature (16), a checksum of what must be
-    the same on all ranks (plan, extras, row mode).
+    output_slot (3), where peers may read a combine's rows, or ``PUSHED``; signature (32), a checksum of what must be
+    the same on all ranks (Spec, plan, extras, row mode).
     """
 
     kind: Kind
@@ -98,13 +106,13 @@ class Word(NamedTuple):
     signature: int = 0
 
     def payload(self) -> int:
-        """The word in 24 bits."""
+        """The word in 40 bits."""
         fields = self.kind << KIND_SHIFT | self.slot << SLOT_SHIFT | self.output_slot << OUTPUT_SHIFT
         return fields | self.signature & SIGNATURE_MASK
 
     @staticmethod
     def of(payload: int) -> Word:
-        """The word from its 24 bits."""
+        """The word from its 40 bits."""
         slot, output_slot = payload >> SLOT_SHIFT & SLOT_MASK, payload >> OUTPUT_SHIFT & SLOT_MASK
         return Word(Kind(payload >> KIND_SHIFT & 3), slot, output_slot, payload & SIGNATURE_MASK)
 
@@ -170,8 +178,17 @@ class Mailbox(Protocol):
 
 
 def stamped(sequence: int, value: int) -> int:
-    """A word on its way: 40 bits of sequence number, 24 of value, as a signed 64-bit integer."""
+    """A count or signal on its way: 40 bits of sequence number, 24 of value, as a signed 64-bit integer."""
     word = (sequence & SEQUENCE_MASK) << PAYLOAD_BITS | value
+    return word - 2**64 if word >= 2**63 else word
+
+
+def stamped_word(sequence: int, payload: int) -> int:
+    """A begin word on its way: its epoch and the low bits of its call, over 40 bits of payload.
+
+    16 bits of the call's number are enough: an entry of the ring is written anew by every ``ring``-th call.
+    """
+    word = _word_stamp(sequence) << WORD_BITS | payload
     return word - 2**64 if word >= 2**63 else word
 
 
@@ -258,7 +275,7 @@ class Consent:
     def post(self, sequence: int, word: Word) -> None:
         """Gives this rank's word for the call to every rank, itself included."""
         self._last_posted = sequence
-        value = stamped(sequence, word.payload())
+        value = stamped_word(sequence, word.payload())
         for peer in self._peers:
             self._mailbox.post(peer, "words", self.entry(sequence), value)
 
@@ -268,12 +285,12 @@ class Consent:
         Raises:
             PeerFailed: a rank does something else in this call; all ranks find that, and all raise.
         """
-        payloads = dict.fromkeys(self._peers, 0)
+        payloads, stamp = dict.fromkeys(self._peers, 0), _word_stamp(sequence)
 
         def arrived(peer: int) -> bool:
             value = self._mailbox.load("words", self.entry(sequence), peer)
-            payloads[peer] = value & PAYLOAD_MASK
-            return _is_stamped(value, sequence)
+            payloads[peer] = value & WORD_MASK
+            return value >> WORD_BITS & _WORD_STAMP_MASK == stamp
 
         yield from self._until(sequence, arrived, self._peers, "begin")
         words = {peer: Word.of(payloads[peer]) for peer in self._peers}
@@ -552,11 +569,21 @@ def mismatch(peer: int, theirs: Word, rank: int, own: Word) -> PeerFailed:
             f"it is in {theirs.kind} while rank {rank} is in {own.kind}; all ranks issue the same calls in the same "
             f"order",
         )
+    if (theirs.signature ^ own.signature) >> CALL_SIGNATURE_BITS:
+        return PeerFailed(
+            peer,
+            f"its {theirs.kind} is of another Spec than that of rank {rank}, or its Buffers were made in another "
+            f"order; all ranks make the same Buffers in the same order, and the same calls of each",
+        )
     return PeerFailed(
         peer,
         f"its {theirs.kind} differs from that of rank {rank}; plan, rows=, the presence of weights and extras, and the "
         f"extras' dtypes and trailing shapes must be the same on all ranks",
     )
+
+
+def _word_stamp(sequence: int) -> int:
+    return (sequence >> EPOCH_SHIFT & 0xFF) << WORD_CALL_BITS | sequence & (1 << WORD_CALL_BITS) - 1
 
 
 def _is_stamped(value: int, sequence: int) -> bool:

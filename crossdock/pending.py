@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from crossdock.backends.base import Event, Outcome
 from crossdock.consent import Consent, Kind, Missing, Steps
 from crossdock.errors import ConfigError, CrossdockError, PeerTimeout, TransportError
+from crossdock.spec import Spec
 from crossdock.transport.base import Transport
 from crossdock.turn import Turn
 
@@ -18,6 +19,15 @@ CallKind = Kind | Literal["mask", "restart"]
 """The last two are calls that have no word."""
 _LOOK_AGAIN_S = 0.05
 """How often a rank that waits looks whether the peers it misses still exist."""
+
+
+class Owner(Protocol):
+    """Whose calls they are: the receive slots of a Spec."""
+
+    @property
+    def spec(self) -> Spec:
+        """What travels."""
+        raise NotImplementedError
 
 
 class Pending(Generic[Result]):
@@ -35,8 +45,10 @@ class Pending(Generic[Result]):
         steps: Steps[Outcome[Any]],
         finish: Callable[[Any], Result] | None,
         held: tuple[object, ...] = (),
+        owner: Owner | None = None,
     ) -> None:
         self.kind = kind
+        self.owner = owner
         self.sequence = sequence
         self.steps = steps
         """What is left of it."""
@@ -123,20 +135,31 @@ class CallQueue:
         self._failing: tuple[CrossdockError | Exception | str, int] | None = None
         """The failure that the peers are being told, and how many epochs had ended before."""
 
-    def check_room(self) -> None:
+    def check_room(self, owner: Owner | None = None, most: int | None = None) -> None:
         """Raises what may keep the next call from being started.
 
         That is the failure of a call that was started and not waited for (the epoch has ended, and a call of the next
         one would be the caller's answer to an error it has not seen), or ConfigError when as many calls as there are
-        slots have been started and not waited for. Behind a failure that was raised, it goes where the peers are.
+        slots have been started and not waited for (``most`` of one owner; of all owners, as many as there is room for).
+        Behind a failure that was raised, it goes where the peers are.
         """
         if self._unraised is not None or self._failing is not None or not self._consent.is_in_step:
             self.check_failure()
             self._consent.catch_up()
+        if self._unwaited and len(self._unwaited) >= (most or self._depth):
+            self._check_unwaited(owner, most or self._depth)
+
+    def _check_unwaited(self, owner: Owner | None, most: int) -> None:
+        num_own = sum(call.owner is owner for call in self._unwaited)
+        if num_own >= most:
+            raise ConfigError(
+                f"{num_own} calls were started and not waited for; num_slots={most}: "
+                f"call wait() on the oldest first, or make the Spec with more slots"
+            )
         if len(self._unwaited) >= self._depth:
             raise ConfigError(
-                f"{len(self._unwaited)} calls were started and not waited for; num_slots={self._depth}: "
-                f"call wait() on the oldest first, or make the Spec with more slots"
+                f"{len(self._unwaited)} calls of all Specs were started and not waited for; "
+                f"max_in_flight={self._depth}: call wait() on the oldest first, or make the Connection with more"
             )
 
     def check_failure(self) -> None:
@@ -164,14 +187,16 @@ class CallQueue:
         steps: Steps[Outcome[Any]],
         finish: Callable[[Any], Result] | None = None,
         held: tuple[object, ...] = (),
+        owner: Owner | None = None,
     ) -> Pending[Result]:
         """Puts a call behind the others; ``drive`` moves it.
 
         Args:
             finish: makes the call's result of what its steps gave, when it is waited for.
             held: what its work reads, kept for as long as it may.
+            owner: whose calls may be only so many in flight.
         """
-        pending = Pending(self, kind, sequence, steps, finish, held)
+        pending = Pending(self, kind, sequence, steps, finish, held, owner)
         self.last_error = None
         self.running.append(pending)
         self._unwaited.append(pending)
@@ -321,6 +346,11 @@ class CallQueue:
             self._fail(self._failing[0])
         elif self._consent.taken is not None:
             self._fail("it was interrupted")
+
+    @property
+    def num_unwaited(self) -> int:
+        """Calls that have been started and not waited for."""
+        return len(self._unwaited)
 
     def has_unwaited(self, sequence: int) -> bool:
         """Whether the call of that number has been started and not waited for."""

@@ -71,7 +71,8 @@ class Lease:
         if not self.is_valid:
             raise ConfigError(
                 f"these rows are stale: receive slot {self.slot} has been taken by a later dispatch; use rows before "
-                f"their slot comes round (num_slots dispatches later), or dispatch with copy=True"
+                f"their slot comes round (num_slots dispatches later, or a call of another Spec over the same bytes), "
+                f"or dispatch with copy=True"
             )
 
 

@@ -20,6 +20,7 @@ class ReceiveSlots:
 
     def __init__(self, arena: Arena, segment: Tensor) -> None:
         spec, num_ranks = arena.spec, arena.topology.num_ranks
+        self.spec = spec
         self._arena = arena
         self._region_of_rows = [arena.region_of_rows(unquantized=unquantized) for unquantized in (False, True)]
         self.scales = arena.scales
@@ -46,6 +47,8 @@ class ReceiveSlots:
             shape, strides = (self._num_slots, *of_slot.shape), (of_slots.stride(0), *of_slot.stride())
             self._views["scale"] = of_slots.as_strided(shape, strides)
         self._spans = {name: (regions[name].data_ptr(), regions[name].nbytes) for name in ("outputs", "data")}
+        self.begin, self.end = arena.begin, arena.num_bytes
+        """Which bytes of the segment calls of this Spec write to."""
         self._leases: list[Lease | None] = [None] * self._num_slots
         self._calls: list[Pending[Received] | None] = [None] * self._num_slots
         self._num_taken = 0
@@ -67,6 +70,33 @@ class ReceiveSlots:
         if lease is not None:
             lease.end()
         return slot
+
+    def vacate(self, begin: int, end: int, queue: CallQueue) -> None:
+        """Another Spec's calls use these bytes from now on: what lies in them is stale.
+
+        Raises:
+            ConfigError: it is of a dispatch that was started and not waited for.
+        """
+        for slot, (call, lease) in enumerate(zip(self._calls, self._leases, strict=True)):
+            if not self._overlaps(slot, begin, end):
+                continue
+            if call is not None and queue.is_unwaited(call):
+                raise ConfigError(
+                    f"receive slot {slot} of another Spec, over the same bytes, belongs to a dispatch that was not "
+                    f"waited for; call wait() on it first, or make one of the Buffers with exclusive=True"
+                )
+            if lease is not None:
+                lease.end()
+            self._calls[slot] = self._leases[slot] = None
+
+    def _overlaps(self, slot: int, begin: int, end: int) -> bool:
+        """Whether any of a slot's regions lies in those bytes of the segment, at least in part."""
+        for name, region in self._regions.items():
+            num_bytes = region.nbytes // self._num_slots
+            first = self._arena[name].offset + slot * num_bytes
+            if first < end and begin < first + num_bytes:
+                return True
+        return False
 
     def fill(self, slot: int, call: Pending[Received]) -> None:
         """Says which call, that was only started, the slot was taken for."""

@@ -44,14 +44,15 @@ def compile_launches(
     spec: Spec, num_ranks: int, target: GPUTarget, *, only: Container[str] | None = None, **launch_options: Any
 ) -> list[Launch]:
     """Every different launch of a rank's buffer, or those of kernels of some names."""
-    from crossdock.backends.cuda import calls as cuda
+    from crossdock.backends.cuda.calls import CudaCalls
     from crossdock.transport.device import DeviceTransport
 
     without_a_gpu()
     arena = Arena(spec, Topology(num_ranks=num_ranks))
     segment = torch.zeros(arena.num_bytes, dtype=torch.uint8)
+    words = arena.control_words
     transport = DeviceTransport(
-        [segment] * num_ranks, arena, rank=0, ranks_here=num_ranks, is_alive=lambda _: True, close=lambda: None
+        [segment] * num_ranks, words, rank=0, ranks_here=num_ranks, is_alive=lambda _: True, close=lambda: None
     )
     launches: dict[object, Launch] = {}
 
@@ -66,7 +67,7 @@ def compile_launches(
             launches[key] = Launch(kernel.fn.__name__, special.named, code, special.options, is_ahead=warmup)
 
     with _driver_for(target), mock.patch.object(JITFunction, "run", run):
-        cuda.connect(transport, arena, LaunchOptions(**launch_options), buffer_id=1, timeout_s=1)
+        CudaCalls(transport, words, timeout_s=1).lay(arena, LaunchOptions(**launch_options), buffer_id=1)
     return list(launches.values())
 
 
@@ -91,13 +92,14 @@ def lone_buffer(spec: Spec, num_ranks: int = 1, **launch_options: Any) -> Iterat
     without_a_gpu()
     watch = Watch()
 
-    def connect(members: Any, arena: Arena, *_: Any, number: int, timeout_s: float) -> connect.Connected:
+    def connect(*_: Any, timeout_s: float, **__: Any) -> connect.Connected:
         arena = Arena(spec, Topology(num_ranks=num_ranks))
         segment = torch.zeros(arena.num_bytes, dtype=torch.uint8)
+        words = arena.control_words
         transport = DeviceTransport(
-            [segment] * num_ranks, arena, rank=0, ranks_here=1, is_alive=lambda _: True, close=lambda: None
+            [segment] * num_ranks, words, rank=0, ranks_here=1, is_alive=lambda _: True, close=lambda: None
         )
-        return parts_on(transport, arena, LaunchOptions(**launch_options), number=number, timeout_s=timeout_s)
+        return parts_on(transport, words, LaunchOptions(**launch_options), timeout_s=timeout_s, arena=arena)
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> _Handle:
         special = Special.of(kernel, args, options, CUDA)

@@ -14,8 +14,8 @@ from unittest import mock
 
 import torch
 
-from crossdock import Buffer, Spec, connect
-from crossdock.arena import Arena
+from crossdock import Buffer, Connection, Spec, connect
+from crossdock.arena import Arena, Control
 from crossdock.backends.base import LaunchOptions
 from crossdock.transport import shm
 
@@ -46,41 +46,54 @@ def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
         **{name: options.pop(name) for name in ("expand", "num_sms", "mover") if name in options}
     )
 
-    def connect(
-        members: Any,
-        arena: Any,
-        device: Any,
-        _: LaunchOptions,
-        *,
-        number: int,
-        timeout_s: float,
-        consent_type: object = None,  # that of hosts
-    ) -> connect.Connected:
-        from crossdock.transport.device import DeviceTransport
-
-        host = shm.connect(members, arena, name=f"crossdock-test-{number:016x}")
-        views = [host.memory[rank * arena.stride :][: arena.num_bytes] for rank in range(members.size)]
-        transport = DeviceTransport(
-            views, arena, rank=members.rank, ranks_here=members.size, is_alive=host.is_alive, close=host.close
-        )
-        made = parts_on(transport, arena, launch_options, number=number, timeout_s=timeout_s)
-        members.all_gather(None)
-        return made
-
-    with mock.patch("crossdock.connection.connect", connect):
+    with connecting(launch_options):
         return Buffer(group, spec, **options)
 
 
-def parts_on(
-    transport: Any, arena: Arena, launch_options: LaunchOptions, *, number: int, timeout_s: float
-) -> connect.Connected:
-    """The CUDA backend over memory that need not be a GPU's."""
-    from crossdock.backends.cuda import calls as cuda
+def make_connection(group: Any, num_bytes: int, **options: Any) -> Connection:
+    """A Connection of a process of ``tests.world``, whose Buffers are on the CUDA backend. Collective."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    without_a_gpu()
+    patch_language_once()
+    with connecting(LaunchOptions()):
+        return Connection(group, num_bytes, **options)
 
-    parts = cuda.connect(transport, arena, launch_options, buffer_id=number, timeout_s=timeout_s)
-    return connect.Connected(
-        transport=transport, backend=parts.backend, consent=parts.consent, launch=parts.backend.launch
-    )
+
+def connecting(launch_options: LaunchOptions) -> Any:
+    """While connections of processes are on the CUDA backend, over shared memory."""
+
+    def connect(
+        members: Any, control: Any, num_bytes: int, _device: Any, *, number: int, timeout_s: float, **_: object
+    ) -> connect.Connected:
+        from crossdock.transport.device import DeviceTransport
+
+        host = shm.connect(members, control, num_bytes, name=f"crossdock-test-{number:016x}")
+        mapped = host.segments.side_by_side()
+        views = [mapped.segment(rank, num_bytes) for rank in range(members.size)]
+        transport = DeviceTransport(
+            views, control, rank=members.rank, ranks_here=members.size, is_alive=host.is_alive, close=host.close
+        )
+        return parts_on(transport, control, launch_options, timeout_s=timeout_s)
+
+    return mock.patch("crossdock.connection.connect", connect)
+
+
+def parts_on(
+    transport: Any, control: Control, launch_options: LaunchOptions, *, timeout_s: float, arena: Arena | None = None
+) -> connect.Connected:
+    """The CUDA backend over memory that need not be a GPU's.
+
+    Args:
+        arena: in place of a Buffer's own.
+    """
+    from crossdock.backends.cuda.calls import CudaCalls
+
+    calls = CudaCalls(transport, control, timeout_s=timeout_s)
+
+    def lay(of_buffer: Arena, _: LaunchOptions, *, buffer_id: int) -> Any:
+        return calls.lay(arena or of_buffer, launch_options, buffer_id=buffer_id)
+
+    return connect.Connected(transport=transport, consent=calls.consent, lay=lay)
 
 
 @functools.cache

@@ -33,11 +33,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crossdock import (
+    Arena,
     Bf16,
     Buffer,
     CapacityError,
     Compact,
     ConfigError,
+    Connection,
     Expanded,
     Fp8,
     Fp16,
@@ -48,9 +50,11 @@ from crossdock import (
     Quantized,
     Received,
     Spec,
+    Topology,
     TransportError,
     run_local,
 )
+from crossdock.arena import PAGE
 from tests.gpu import late
 from tests.gpu.ranks import own_stream, take_all, take_share
 from tests.interrupter import Interrupter
@@ -178,8 +182,11 @@ class Player:
         if options.spec is not None:
             self.specs = [self.specs[options.spec]] * 2
         # debug=True finishes the calls in flight before it poisons a slot, so half of the buffers overlap for real.
+        self.connection = _shared_connection(group, options, self.specs) if options.shared else None
         self.buffers = [
             make_buffer(group, spec, debug=i % 2 == 0, **_buffer_options(options, device, spec, i))
+            if self.connection is None
+            else Buffer(self.connection, spec, debug=i % 2 == 0, exclusive=_is_apart(i))
             for i, spec in enumerate(self.specs)
         ]
         self.rank, self.num_ranks, self._seed = self.buffers[0].rank, options.ranks, options.seed
@@ -220,7 +227,7 @@ class Player:
             if self.round.resets[self.rank]:
                 self.buffer.reset()
         elif self.round.is_overlapped and spec.num_slots > 1:
-            self._overlap([batch, Batch(rng, spec, self.num_ranks)])
+            self._overlap([batch, Batch(rng, spec, self.num_ranks)], rng)
         else:
             self._do(batch)
 
@@ -263,12 +270,15 @@ class Player:
                 raise Wrong(f"an overflow gave {recv.num_tokens_per_expert}")
             self.buffer.check()
 
-    def _overlap(self, batches: list[Batch]) -> None:
+    def _overlap(self, batches: list[Batch], rng: np.random.Generator) -> None:
+        other = int(rng.integers(len(self.specs)))
         tokens = [batch.tokens() for batch in batches]
         dispatches = []
         for batch, x in zip(batches, tokens, strict=True):
             dispatches.append(self._dispatch(batch, x, rows="exact"))
             self._nap()
+        if _is_apart(other) != _is_apart(self.round.spec):
+            self._beside(other, rng)
         came = []
         for batch, x, pending in zip(batches, tokens, dispatches, strict=True):
             if batch.routes.fits:
@@ -281,8 +291,22 @@ class Player:
         for batch, recv in came:
             combines.append((batch, self._combine(batch, recv)))
             self._nap()
+        if other != self.round.spec:
+            self._beside(other, rng)
         for batch, pending in combines[:: 1 - 2 * (self.round.number % 2)]:
             self._check_combined(batch, pending.wait())
+
+    def _beside(self, spec: int, rng: np.random.Generator) -> None:
+        """Calls of another Spec over the same connection while some of this one's are in flight."""
+        if self.connection is None:
+            return
+        batch, own = Batch(rng, self.specs[spec], self.num_ranks), self.buffer
+        if batch.routes.fits:
+            self.buffer = self.buffers[spec]
+            recv = self._dispatch(batch, tokens := batch.tokens()).wait()
+            self._check_received(batch, tokens, recv)
+            self._check_combined(batch, self._combine(batch, recv).wait())
+            self.buffer = own
 
     def _lose_count(self, batch: Batch) -> None:
         """One rank makes another number of calls than the others, and all find back, step by step."""
@@ -550,6 +574,24 @@ def _buffer_options(options: argparse.Namespace, device: torch.device, spec: Spe
     return timeout | {"device": device, "num_sms": options.num_sms, "expand": expand, "mover": engine}
 
 
+def _is_apart(number: int) -> bool:
+    """Whether the buffer of that number shares no bytes, where all lie over one connection."""
+    return number % 3 == 2
+
+
+def _shared_connection(group: Any, options: argparse.Namespace, specs: list[Spec]) -> Connection:
+    """A connection with room for all buffers; at first for half, so that it grows on CPUs."""
+    sizes = [Arena(spec, Topology(num_ranks=options.ranks)).num_body_bytes + 2 * PAGE for spec in specs]
+    num_bytes = max(sizes) + sum(size for i, size in enumerate(sizes) if _is_apart(i))
+    if options.device == "interpreted":
+        from tests.interpreted import make_connection  # noqa: PLC0415 - it imports Triton
+
+        return make_connection(group, num_bytes, timeout_s=2 * options.watchdog)
+    connection = Connection(group, num_bytes // 2, timeout_s=2 * options.watchdog)
+    connection.reserve(num_bytes)
+    return connection
+
+
 @contextlib.contextmanager
 def _expect(kind: type[Exception], *texts: str) -> Iterator[None]:
     try:
@@ -668,6 +710,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", action="store_true", help="ranks are threads of one process")
     parser.add_argument("--device", choices=["cpu", "cuda", "interpreted"], default="cpu")
+    parser.add_argument("--shared", action="store_true", help="all Specs over one connection, some of them apart")
     parser.add_argument("--spec", type=int, choices=range(8), help="play this one of the Specs alone")
     parser.add_argument("--num-sms", type=int, help="on CUDA, of every buffer; calls choose others at times")
     parser.add_argument("--expand", choices=["sender", "receiver"], help="on CUDA; else every other buffer has either")

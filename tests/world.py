@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from crossdock import Buffer, PeerFailed, PeerTimeout, Spec, ThreadGroup, run_local
+from crossdock import Buffer, Connection, PeerFailed, PeerTimeout, Spec, ThreadGroup, run_local
 from tests.gpu.ranks import own_stream, take_all, take_share
 
 LIMIT_S = {"processes": 60, "interpreted": 60, "cuda": 200, "cudathreads": 200}
@@ -84,6 +84,7 @@ class _Place(threading.local):
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.make_buffer: Callable[..., Buffer] = Buffer
+        self.make_connection: Callable[..., Connection] = Connection
         self.options: dict[str, Any] = {}
 
 
@@ -100,6 +101,13 @@ def open_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
     if _place.device.type != "cpu":
         options = {"device": _place.device, "timeout_s": _TIMEOUT_S} | options
     return _place.make_buffer(group, spec, **options | _place.options)
+
+
+def open_connection(group: Any, num_bytes: int, **options: Any) -> Connection:
+    """A connection on this world's device."""
+    if _place.device.type != "cpu":
+        options = {"device": _place.device, "timeout_s": _TIMEOUT_S} | options
+    return _place.make_connection(group, num_bytes, **options)
 
 
 def meet(group: Any) -> None:
@@ -267,9 +275,9 @@ def _serve(
 
 def _serve_interpreted(*args: Any) -> None:
     """The same, on the CUDA backend without a GPU."""
-    from tests.interpreted import make_buffer
+    from tests.interpreted import make_buffer, make_connection
 
-    _place.make_buffer = make_buffer
+    _place.make_buffer, _place.make_connection = make_buffer, make_connection
     _serve(*args)
 
 

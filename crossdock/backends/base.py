@@ -153,6 +153,10 @@ class Backend(Protocol):
     has_pairs: bool
     """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
 
+    @property
+    def launch(self) -> Launch | None:
+        """How kernels are launched; None on CPUs."""
+
     overflows: list[tuple[int, CapacityError]]
     """Capacity overflows not yet raised, as (sequence, error).
 
@@ -227,10 +231,10 @@ class Backend(Protocol):
         Plans from now on have no rows of theirs, and those before are void, in graphs too.
         """
 
-    def time_rows(self) -> list[int] | None:
-        """From now on rows to each peer are timed, for a trace: the nanoseconds, added up here by peer.
+    def time_rows(self, move_ns: list[int]) -> bool:
+        """From now on rows to each peer are timed, for a trace, and the nanoseconds added there, by peer.
 
-        None where a device moves them.
+        False where a device moves them.
         """
         raise NotImplementedError
 

@@ -70,13 +70,13 @@ class TracedCall:
         wait.come(wait.left, t)
         self._end_wait(t)
 
-    def done(self, outcome: Outcome[Any], spec: Spec) -> None:
+    def done(self, outcome: Outcome[Any], spec: Spec | None) -> None:
         """It is at its end."""
         self.looks(None)
         line = self._line(now())
         result, is_dispatch = outcome.result, isinstance(outcome.result, Arrived)
         plan, self._plan = result.plan if isinstance(result, Arrived) else self._plan, None
-        if isinstance(plan, HostPlan):
+        if isinstance(plan, HostPlan) and spec is not None:
             line |= self._rows(plan, spec, is_dispatch=is_dispatch)
         elif isinstance(result, Arrived) and result.plan.num_rows is not None:
             line["num_rows"] = result.plan.num_rows
@@ -120,8 +120,8 @@ class TracedCall:
             return {"sent": here, "got": there, "row_bytes": wide}
         if self._is_wide:
             return {"sent": there, "got": here, "row_bytes": wide}
-        experts = plan.num_tokens_per_expert.tolist()
-        return {"sent": there, "got": here, "row_bytes": spec.row_bytes(), "experts": experts}
+        experts = {"experts": plan.num_tokens_per_expert.tolist(), "num_experts": spec.num_experts}
+        return {"sent": there, "got": here, "row_bytes": spec.row_bytes(), **experts}
 
 
 class _Wait:

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.backends.base import Outcome
+from crossdock.backends.base import Backend, Outcome
 from crossdock.connect import Connected
 from crossdock.consent import Consent, Missing, Steps, Waiting, Word
-from crossdock.pending import CallKind, CallQueue, Pending
+from crossdock.pending import CallKind, CallQueue, Owner, Pending
 from crossdock.spec import Spec
 from crossdock.trace.calls import TracedCall, name_of, told
 from crossdock.trace.part import Part, StampedGroup, now
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class Tracer:
-    """Makes a buffer's parts ones that write down what they do.
+    """Makes a connection's parts ones that write down what they do.
 
     Args:
         folder: for the file of this rank's part.
@@ -42,18 +42,16 @@ class Tracer:
         if isinstance(members, ProcessGroup):
             self._ranks = dist.get_process_group_ranks(members.process_group)
 
-    def queue(self, parts: Connected, spec: Spec, *, number: int, timeout_s: float) -> TracedQueue:
-        """The queue of the buffer's calls; its consent is watched from here on."""
+    def queue(self, parts: Connected, *, depth: int, number: int, timeout_s: float) -> TracedQueue:
+        """The queue of the connection's calls; its consent is watched from here on."""
         header = {
             "crossdock": __version__,
             "buffer": f"{number:016x}",
             "ranks": self._ranks,
             "met": self.members.met,
-            "spec": str(spec),
-            "num_experts": spec.num_experts,
         }
         part = Part(self._folder, self.members.rank, header)
-        return TracedQueue(part, parts, spec, timeout_s=timeout_s)
+        return TracedQueue(part, parts, depth=depth, timeout_s=timeout_s)
 
 
 class TracedTurn(Turn):
@@ -163,17 +161,26 @@ class TracedConsent(Consent):
 class TracedQueue(CallQueue):
     """A queue that writes down what becomes of calls, and whom they wait for."""
 
-    def __init__(self, part: Part, parts: Connected, spec: Spec, *, timeout_s: float) -> None:
-        super().__init__(parts.consent, parts.transport, depth=spec.num_slots, timeout_s=timeout_s)
+    def __init__(self, part: Part, parts: Connected, *, depth: int, timeout_s: float) -> None:
+        super().__init__(parts.consent, parts.transport, depth=depth, timeout_s=timeout_s)
         self.turn = self._traced_turn = TracedTurn(self.left_by, part)
         self._part = part
-        self._spec = spec
+        self._move_ns = [0] * parts.transport.num_ranks
         self._notes = parts.consent.notes if isinstance(parts.consent, TracedConsent) else Notes()
-        self._notes.move_ns = parts.backend.time_rows()
 
-    def end(self, num_tokens_per_expert: Tensor, wait_s: Tensor) -> None:
-        """The buffer is being closed; what it has counted (``Stats``), on CUDA all that is known of waits and loads."""
-        counted = {"experts": num_tokens_per_expert.tolist(), "wait_s": wait_s.tolist()}
+    def lay(self, spec: Spec, backend: Backend) -> None:
+        """A Spec has been laid over the connection."""
+        if backend.time_rows(self._move_ns):
+            self._notes.move_ns = self._move_ns
+        self._part.add({"is": "spec", "t": now(), "spec": str(spec), "num_experts": spec.num_experts})
+
+    def end(self, loads: Sequence[tuple[int, Tensor]], wait_s: Sequence[float]) -> None:
+        """The connection is being closed; what it has counted, on CUDA all that is known of waits and loads.
+
+        Args:
+            loads: of each Spec, its number of experts and the picks of each local one.
+        """
+        counted = {"loads": [[num, picks.tolist()] for num, picks in loads], "wait_s": list(wait_s)}
         self._part.add({"is": "end", "t": now(), "unix": time.time_ns(), **counted})
         self._traced_turn.is_last = True
 
@@ -184,18 +191,19 @@ class TracedQueue(CallQueue):
         steps: Steps[Outcome[Any]],
         finish: Callable[[Any], Result] | None = None,
         held: tuple[object, ...] = (),
+        owner: Owner | None = None,
     ) -> Pending[Result]:
         """See CallQueue."""
         call = TracedCall(self._part, kind, sequence, self._notes.posted.pop(sequence, 0), held)
         self._traced_turn.call = call.name
-        return super().start(kind, sequence, self._watched(call, steps), finish, held)
+        return super().start(kind, sequence, self._watched(call, steps, owner), finish, held, owner)
 
     def forget(self, pending: Pending[Any]) -> None:
         """See CallQueue."""
         self._traced_turn.call = name_of(pending.sequence)
         super().forget(pending)
 
-    def _watched(self, call: TracedCall, steps: Steps[Outcome[Any]]) -> Steps[Outcome[Any]]:
+    def _watched(self, call: TracedCall, steps: Steps[Outcome[Any]], owner: Owner | None) -> Steps[Outcome[Any]]:
         """The same steps, of which it is written down what they miss."""
         try:
             while True:
@@ -204,7 +212,7 @@ class TracedQueue(CallQueue):
                     missing = next(steps)
                 except StopIteration as stop:
                     outcome: Outcome[Any] = stop.value
-                    call.done(outcome, self._spec)
+                    call.done(outcome, None if owner is None else owner.spec)
                     return outcome
                 call.looks(missing)
                 yield missing

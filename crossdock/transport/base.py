@@ -20,10 +20,13 @@ class Transport(Mailbox, Protocol):
 
     rank: int
     num_ranks: int
-    segment: Tensor
-    """uint8, ``arena.num_bytes``: this rank's segment."""
     linger_s: float
     """How long after a rank has gone what it wrote may still come in."""
+
+    @property
+    def segment(self) -> Tensor:
+        """uint8: this rank's segment, which begins with the control words."""
+        raise NotImplementedError
 
     def idle(self, num_polls: int) -> None:
         """Gives the core away for a moment, after ``num_polls`` polls that found nothing."""
@@ -33,6 +36,28 @@ class Transport(Mailbox, Protocol):
 
     def mask(self, ranks: Sequence[int]) -> None:
         """These ranks are gone for good: what they have left here counts for nothing. Nothing of ours is running."""
+
+    def grow(self, group: Group, num_bytes: int) -> None:
+        """Makes all ranks' segments larger; what lies in them stays where it is. Collective; no call is under way.
+
+        Raises:
+            TransportError: a rank has no room; on all ranks, and all segments are as large as before.
+            NotSupported: segments cannot grow here; on all ranks.
+        """
+
+    def release(self, group: Group, first: int) -> None:
+        """Gives back the memory of all segments from that byte on. Collective; no call is under way.
+
+        Raises:
+            NotSupported: it cannot be given back here; on all ranks.
+        """
+
+    def reacquire(self, group: Group) -> None:
+        """Takes it again, at the same addresses; what was in it is gone. Collective.
+
+        Raises:
+            TransportError: a rank has no room; on all ranks.
+        """
 
     def close(self) -> None:
         """Lets go of the peers, without a word to them; tensors that were handed out stay valid."""

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from crossdock.arena import REASON_BYTES, Arena
+from crossdock.arena import REASON_BYTES, Control
+from crossdock.errors import NotSupported
+from crossdock.transport.base import Group
 
 _YIELDS = 20000
 """Polls that yield the core before a waiting rank starts to sleep: about twenty milliseconds."""
@@ -27,6 +29,7 @@ class DeviceTransport:
 
     Args:
         views: every rank's segment, uint8, as this device maps it.
+        control: the words that each of them begins with.
         ranks_here: how many ranks share this device; shares_sms: whether their kernels compete for the same
             SMs, as those of threads do.
         is_alive: tells whether a peer still exists.
@@ -36,7 +39,7 @@ class DeviceTransport:
     def __init__(
         self,
         views: Sequence[Tensor],
-        arena: Arena,
+        control: Control,
         *,
         rank: int,
         ranks_here: int,
@@ -45,7 +48,7 @@ class DeviceTransport:
         close: Callable[[], None],
     ) -> None:
         self.rank = rank
-        self.num_ranks = arena.topology.num_ranks
+        self.num_ranks = control.topology.num_ranks
         self.ranks_here = ranks_here
         self.shares_sms = shares_sms
         self.segment = views[rank]
@@ -56,7 +59,7 @@ class DeviceTransport:
         """int64 ``[P]``: where each rank's segment is mapped here."""
         self.views = views
         self.linger_s = _LINGER_S
-        self._arena = arena
+        self._control = control
         self.stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         """Beside kernels that wait: what the host says and asks goes through it."""
         self._staged = torch.empty(REASON_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -76,17 +79,17 @@ class DeviceTransport:
         """See Mailbox."""
         text = text[:REASON_BYTES].ljust(REASON_BYTES, b"\0")
         self._staged.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        self._copy(self._arena.view(self.views[peer], "reasons")[self.rank], self._staged)
+        self._copy(self._control.view(self.views[peer], "reasons")[self.rank], self._staged)
 
     def read_reason(self, sender: int) -> bytes:
         """See Mailbox."""
-        self._copy(self._staged, self._arena.view(self.segment, "reasons")[sender])
+        self._copy(self._staged, self._control.view(self.segment, "reasons")[sender])
         return self._staged.numpy().tobytes()
 
     def forget(self, box: str) -> None:
         """See Mailbox."""
         with torch.cuda.stream(self.stream):
-            self._arena.view(self.segment, box).zero_()
+            self._control.view(self.segment, box).zero_()
         self.stream.synchronize()
 
     def mask(self, ranks: Sequence[int]) -> None:
@@ -95,10 +98,23 @@ class DeviceTransport:
         What they tell those ranks they then tell this one: it stands in for them.
         """
         with torch.cuda.stream(self.stream):
-            self._arena.forget_senders(self.segment, ranks)
+            self._control.forget_senders(self.segment, ranks)
             for rank in ranks:
                 self.segments[rank].copy_(self.segments[self.rank])
         self.stream.synchronize()
+
+    def grow(self, group: Group, num_bytes: int) -> None:
+        """See Transport. Symmetric memory has one size."""
+        raise NotSupported(
+            f"a GPU's segment cannot grow (to {num_bytes:,} bytes); pass Connection(num_bytes=) all that its Specs need"
+        )
+
+    def release(self, group: Group, first: int) -> None:
+        """See Transport."""
+        raise NotSupported("a GPU's segment cannot be given back in part; close the connection, and make it again")
+
+    def reacquire(self, group: Group) -> None:
+        """See Transport."""
 
     def idle(self, num_polls: int) -> None:
         """Yields the core at first, then sleeps."""
@@ -108,7 +124,7 @@ class DeviceTransport:
             time.sleep(_NAP_S)
 
     def _entry(self, at: int, box: str, index: int, sender: int) -> Tensor:
-        first = self._arena[box].offset + 8 * (index * self.num_ranks + sender)
+        first = self._control[box].offset + 8 * (index * self.num_ranks + sender)
         return self.views[at][first : first + 8]
 
     def _copy(self, destination: Tensor, source: Tensor) -> None:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from crossdock.arena import REASON_BYTES, Arena
-from crossdock.errors import BackendUnavailable
+from crossdock.arena import REASON_BYTES, Control
+from crossdock.errors import BackendUnavailable, NotSupported, TransportError
+from crossdock.transport.base import Group, raise_on_all
+from crossdock.transport.segments import Segments
 
 _ACQUIRE, _RELEASE = 2, 3
 _YIELDS = 2000
@@ -58,15 +60,16 @@ class HostTransport:
     """A rank among ranks whose segments this process can load from and store to.
 
     Args:
-        memory: uint8, the ranks' segments side by side, ``arena.stride`` apart; only ``arena.num_bytes`` of each exist.
+        segments: all ranks'.
+        control: the words that each of them begins with.
         is_alive: tells whether a peer still exists.
         close: what to let go of.
     """
 
     def __init__(
         self,
-        memory: Tensor,
-        arena: Arena,
+        segments: Segments,
+        control: Control,
         *,
         rank: int,
         between_processes: bool,
@@ -74,19 +77,24 @@ class HostTransport:
         close: Callable[[], None],
     ) -> None:
         self.rank = rank
-        self.num_ranks = arena.topology.num_ranks
-        self.memory = memory
-        self.segment = memory[rank * arena.stride :][: arena.num_bytes]
+        self.num_ranks = control.topology.num_ranks
+        self.segments = segments
         self.is_alive = is_alive
         self.close = close
         self._load, self._store = atomics(between_processes=between_processes)
-        self._segments = [memory.data_ptr() + r * arena.stride for r in range(self.num_ranks)]
+        self._words = segments.side_by_side()
+        self._segments = [self._words.memory.data_ptr() + r * self._words.stride for r in range(self.num_ranks)]
         self.linger_s = 0.0
-        self._arena = arena
+        self._control = control
         boxes = ("words", "arrived", "aborts", "closed", "masks", "restarts", "reasons")
-        self._offsets = {name: arena[name].offset for name in boxes}
-        self._num_bytes = {name: arena[name].num_bytes for name in boxes}
+        self._offsets = {name: control[name].offset for name in boxes}
+        self._num_bytes = {name: control[name].num_bytes for name in boxes}
         self._yield: Callable[[], object] = getattr(ctypes.CDLL(None), "sched_yield", os.sched_yield)
+
+    @property
+    def segment(self) -> Tensor:
+        """See Transport."""
+        return self.segments.side_by_side().segment(self.rank, self.segments.num_bytes)
 
     def post(self, peer: int, box: str, index: int, value: int) -> None:
         """See Mailbox."""
@@ -111,7 +119,25 @@ class HostTransport:
 
     def mask(self, ranks: Sequence[int]) -> None:
         """See Transport."""
-        self._arena.forget_senders(self.segment, ranks)
+        self._control.forget_senders(self.segment, ranks)
+
+    def grow(self, group: Group, num_bytes: int) -> None:
+        """See Transport. What was mapped before stays so: it is the same memory."""
+        try:
+            raise_on_all(group, self.segments.allocate(self.rank, num_bytes), TransportError)
+        except TransportError:
+            self.segments.cut(self.rank)
+            raise
+        self.segments.grew(num_bytes)
+
+    def release(self, group: Group, first: int) -> None:
+        """See Transport."""
+        group.all_gather(None)  # nobody is in a call any more
+        raise_on_all(group, self.segments.punch(self.rank, first), NotSupported)
+
+    def reacquire(self, group: Group) -> None:
+        """See Transport."""
+        raise_on_all(group, self.segments.allocate(self.rank, self.segments.num_bytes), TransportError)
 
     def idle(self, num_polls: int) -> None:
         """Yields the core at first: there are often more ranks than cores, and 7 us beat 4 ms. Then sleeps."""

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from crossdock.arena import Arena
+from crossdock.arena import Control
 from crossdock.errors import ConfigError, PeerFailed, TransportError
+from crossdock.transport.base import raise_on_all
 from crossdock.transport.device import DeviceTransport
 from crossdock.transport.host import HostTransport
+from crossdock.transport.segments import Segments
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -85,35 +87,45 @@ class ThreadGroup:
         self._meeting.go(self.rank)
 
 
-def connect(group: ThreadGroup, arena: Arena) -> HostTransport:
-    """Gives every thread the same memory, allocated by rank 0. Collective."""
-    memory = _shared(group, arena, torch.device("cpu"))
+def connect(group: ThreadGroup, control: Control, num_bytes: int, *, row_bytes: int = 1) -> HostTransport:
+    """Gives every thread the same segments, made by rank 0. Collective.
+
+    Args:
+        num_bytes: of each segment.
+        row_bytes: of the rows that are expected, so that they need no other mapping.
+
+    Raises:
+        TransportError: there is no room for them; all ranks raise.
+    """
+    segments, problem = None, None
+    if group.rank == 0:
+        try:
+            segments = Segments.in_memory(group.size, num_bytes)
+            segments.side_by_side(row_bytes)
+        except OSError as error:
+            problem = f"cannot make {group.size} segments of {num_bytes:,} bytes: {error}"
+    raise_on_all(group, problem, TransportError)
+    segments = group.all_gather(segments)[0]
+    assert segments is not None
     return HostTransport(
-        memory, arena, rank=group.rank, between_processes=False, is_alive=group.is_alive, close=lambda: None
+        segments, control, rank=group.rank, between_processes=False, is_alive=group.is_alive, close=lambda: None
     )
 
 
-def connect_on_device(group: ThreadGroup, arena: Arena, device: torch.device) -> DeviceTransport:
+def connect_on_device(group: ThreadGroup, control: Control, num_bytes: int, device: torch.device) -> DeviceTransport:
     """The same in a GPU's memory: ranks are virtual ones, each on streams of its own. Collective."""
-    memory = _shared(group, arena, device)
-    views = [memory[rank * arena.stride :][: arena.num_bytes] for rank in range(group.size)]
+    memory = torch.zeros(group.size, num_bytes, dtype=torch.uint8, device=device) if group.rank == 0 else None
+    shared = group.all_gather(memory)[0]
+    assert shared is not None
     return DeviceTransport(
-        views,
-        arena,
+        shared.unbind(),
+        control,
         rank=group.rank,
         ranks_here=group.size,
         shares_sms=True,
         is_alive=group.is_alive,
         close=lambda: None,
     )
-
-
-def _shared(group: ThreadGroup, arena: Arena, device: torch.device) -> torch.Tensor:
-    num_bytes = arena.stride * group.size  # on every rank: a Spec that does not fit is refused on all of them
-    memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device) if group.rank == 0 else None
-    shared = group.all_gather(memory)[0]
-    assert isinstance(shared, torch.Tensor)
-    return shared
 
 
 def run_local(program: Callable[[ThreadGroup], Result], num_ranks: int) -> list[Result]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 from crossdock import _env
-from crossdock.arena import Arena
+from crossdock.arena import Control
 from crossdock.errors import NotSupported, TransportError
 from crossdock.transport.base import ProcessGroup, raise_on_all
 from crossdock.transport.device import DeviceTransport
@@ -22,10 +22,13 @@ from crossdock.transport.presence import Presence
 _OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
-def connect(group: ProcessGroup, arena: Arena, device: torch.device, *, name: str) -> DeviceTransport:
+def connect(
+    group: ProcessGroup, control: Control, num_bytes: int, device: torch.device, *, name: str
+) -> DeviceTransport:
     """Allocates this rank's segment on its device and maps everybody's. Collective.
 
     Args:
+        num_bytes: of each segment.
         name: what the file is called by which peers see that this process lives; no other buffer's.
 
     Raises:
@@ -39,12 +42,12 @@ def connect(group: ProcessGroup, arena: Arena, device: torch.device, *, name: st
         os.environ.setdefault(_OVERLAPPING, "1")  # torch looks there when ranks meet, and refuses without it
     segment, problem = None, None
     try:
-        segment = symmetric_memory.empty(arena.num_bytes, dtype=torch.uint8, device=device)
+        segment = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
         segment.zero_()
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         problem = (
-            f"cannot allocate its segment of {arena.num_bytes:,} bytes on {device} ({_first_line(error)}); pass a "
+            f"cannot allocate its segment of {num_bytes:,} bytes on {device} ({_first_line(error)}); pass a "
             f"smaller max_tokens or capacity=, or free memory"
         )
     raise_on_all(group, problem, TransportError)
@@ -52,7 +55,7 @@ def connect(group: ProcessGroup, arena: Arena, device: torch.device, *, name: st
     try:
         handle = symmetric_memory.rendezvous(segment, group.process_group or dist.distributed_c10d._get_default_group())  # noqa: SLF001
         views = [
-            segment if rank == group.rank else handle.get_buffer(rank, (arena.num_bytes,), torch.uint8)
+            segment if rank == group.rank else handle.get_buffer(rank, (num_bytes,), torch.uint8)
             for rank in range(group.size)
         ]
     except RuntimeError as error:
@@ -64,7 +67,7 @@ def connect(group: ProcessGroup, arena: Arena, device: torch.device, *, name: st
     presence = Presence(group, _env.shm_dir() / f"{name}-{group.rank}")
     transport = DeviceTransport(
         views,
-        arena,
+        control,
         rank=group.rank,
         ranks_here=ranks_here[ours],
         is_alive=presence.is_alive,

@@ -25,6 +25,7 @@ from crossdock.consent import (
     Missing,
     Word,
     stamped,
+    stamped_word,
 )
 from crossdock.errors import ConfigError, CrossdockError, TransportError
 from crossdock.pending import CallQueue, Pending
@@ -38,7 +39,7 @@ FIRSTS = (
     SEQUENCE_MASK - 2,
 )
 """Where call numbers, epochs and the sign of a word are about to wrap around."""
-LONG_AGO = stamped(64 << EPOCH_SHIFT, 0)
+LONG_AGO = {"words": stamped_word(64 << EPOCH_SHIFT, 0), "arrived": stamped(64 << EPOCH_SHIFT, 0)}
 PREEMPTED = "go on after others had the core"
 PROGRAMS = (
     ("dispatch", "combine"),
@@ -88,7 +89,7 @@ class Port:
         self.sea.write(self.rank, peer, box, index, value)
 
     def load(self, box: str, index: int, sender: int) -> int:
-        unused = LONG_AGO if box in ("words", "arrived") else 0
+        unused = LONG_AGO.get(box, 0)
         return self.sea.seen[self.rank].get((box, index, sender), unused)
 
     def forget(self, box: str) -> None:

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from crossdock.consent import EPOCH_SHIFT, PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, SEQUENCE_MASK, Kind, Word, stamped
+from crossdock.consent import (
+    EPOCH_SHIFT,
+    PAYLOAD_MASK,
+    PUSHED,
+    SEQUENCE_MASK,
+    WORD_BITS,
+    WORD_MASK,
+    Kind,
+    Word,
+    stamped,
+    stamped_word,
+)
 from crossdock.errors import ConfigError, PeerFailed, PeerTimeout
 from tests.unit.ocean import FIRST, FIRSTS, PREEMPTED, PROGRAMS, Ocean, Rank
 
@@ -99,19 +110,23 @@ def errors(rank: Rank) -> list[BaseException | None]:
 
 
 @given(
-    st.integers(0, SEQUENCE_MASK), st.sampled_from(Kind), st.integers(0, 7), st.integers(0, 7), st.integers(0, 0xFFFF)
+    st.integers(0, SEQUENCE_MASK),
+    st.sampled_from(Kind),
+    st.integers(0, 7),
+    st.integers(0, 7),
+    st.integers(0, 2**32 - 1),
 )
 def test_a_stamped_word_comes_back(sequence, kind, slot, output_slot, signature):
     word = Word(kind, slot, output_slot, signature)
-    value = stamped(sequence, word.payload())
+    value = stamped_word(sequence, word.payload())
     assert -(2**63) <= value < 2**63
-    assert value >> PAYLOAD_BITS & SEQUENCE_MASK == sequence
-    assert Word.of(value & PAYLOAD_MASK) == word
+    assert value >> WORD_BITS & 0xFFFFFF == (sequence >> EPOCH_SHIFT) << 16 | sequence & 0xFFFF
+    assert Word.of(value & WORD_MASK) == word
 
 
 def test_a_literal_word():
-    assert Word(Kind.COMBINE, slot=1, output_slot=PUSHED, signature=0xBEEF).payload() == 0b11_001_111 << 16 | 0xBEEF
-    assert stamped(SEQUENCE_MASK, PAYLOAD_MASK) == -1
+    assert Word(Kind.COMBINE, slot=1, output_slot=PUSHED, signature=0xBEEF).payload() == 0b11_001_111 << 32 | 0xBEEF
+    assert stamped_word(SEQUENCE_MASK, WORD_MASK) == stamped(SEQUENCE_MASK, PAYLOAD_MASK) == -1
 
 
 @pytest.mark.parametrize("first", FIRSTS)

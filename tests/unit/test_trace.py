@@ -119,7 +119,7 @@ def test_clocks_of_other_hosts_are_compared_by_their_meetings():
 def write(folder, rank, number, lines=(), *, t=0, pid=None, num_ranks=2):
     clock = {"t": t, "unix": t, "boot": "x"}
     header = {"rank": rank, "pid": pid or 100 * number + rank, "host": "h", "clock": clock, "buffer": str(number)}
-    header |= {"ranks": list(range(num_ranks)), "met": [], "num_experts": 4}
+    header |= {"ranks": list(range(num_ranks)), "met": []}
     path = folder / f"crossdock-rank{rank}-{number}-0.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (header, *lines)))
     return path
@@ -191,7 +191,7 @@ def test_waits_of_kernels_are_those_that_the_device_has_counted(tmp_path):
         "t": [5, 900_000_000],
     }
     for rank, wait_s in enumerate(([0, 0.5], [0.001, 0])):
-        end = {"is": "end", "t": 1_000_000_000, "unix": 0, "experts": [rank, 1], "wait_s": wait_s}
+        end = {"is": "end", "t": 1_000_000_000, "unix": 0, "loads": [[4, [rank, 1]]], "wait_s": wait_s}
         write(tmp_path, rank, 1, [start, host, end])
     figures = measure(read(tmp_path))
     assert figures.waits.tolist() == [[0, 0.5], [0.001, 0]]

@@ -142,7 +142,7 @@ def watch_allocation(group, spec):
     finally:
         os.posix_fallocate = allocate
     buffer.gather_stats()  # everybody has come so far
-    files = [path.name for path in Path("/dev/shm").glob(f"crossdock-{buffer._id:016x}*")]
+    files = [path.name for path in Path("/dev/shm").glob(f"crossdock-{buffer.connection.number:016x}*")]
     buffer.close()
     return sizes, buffer.arena.num_bytes, str(buffer.arena), files
 

@@ -10,7 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("how", [["--ranks", "4"], ["--ranks", "2", "--threads"]], ids=["processes", "threads"])
+@pytest.mark.parametrize(
+    "how",
+    [["--ranks", "4"], ["--ranks", "2", "--threads"], ["--ranks", "3", "--shared"]],
+    ids=["processes", "threads", "one connection"],
+)
 def test_random_rounds_give_what_they_mean(how):
     script = [sys.executable, "-m", "tests.soak", "--rounds", "300", *how]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "JAXTYPING_DISABLE": "1"}

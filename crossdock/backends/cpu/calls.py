@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Arrived, Batch, Call, Outcome, PlanTensors
+from crossdock.backends.base import Arrived, Batch, Call, Launch, LaunchOptions, Outcome, PlanTensors
 from crossdock.backends.cpu.rows import CpuRows
 from crossdock.backends.cpu.timed import TimedRows
 from crossdock.backends.training import own_rows, weigh_gradients
@@ -28,8 +28,17 @@ from crossdock.wire import Quantized
 class CpuBackend:
     """The Backend protocol over host memory that every rank has mapped. Readable, and the oracle of the others."""
 
-    def __init__(self, arena: Arena, transport: HostTransport, consent: Consent, *, buffer_id: int) -> None:
+    def __init__(
+        self,
+        transport: HostTransport,
+        consent: Consent,
+        arena: Arena,
+        launch_options: LaunchOptions,
+        *,
+        buffer_id: int,
+    ) -> None:
         spec = arena.spec
+        self.launch: Launch | None = None
         self.has_pairs = spec.ranks_sum_picks
         self.overflows: list[tuple[int, CapacityError]] = []
         self.wait_s = torch.zeros(transport.num_ranks, dtype=torch.float64, device="cpu")
@@ -187,10 +196,10 @@ class CpuBackend:
         self._masked = ranks
         self._rows.mask(ranks)
 
-    def time_rows(self) -> list[int]:
+    def time_rows(self, move_ns: list[int]) -> bool:
         """See Backend."""
-        self._rows = timed = TimedRows(self._arena, self._transport)
-        return timed.move_ns
+        self._rows = TimedRows(self._arena, self._transport, move_ns)
+        return True
 
     def check_capture(self, *, asks_host: bool) -> None:
         """See Backend."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from crossdock.arena import Arena
+from crossdock.arena import Arena, Control
 from crossdock.backends.base import Batch, Metadata
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Word, stamped
@@ -22,6 +22,7 @@ from crossdock.layout import Expanded
 from crossdock.plan import Hop, HostPlan, Terms, partial_rows_to_send
 from crossdock.scales import as_integers
 from crossdock.transport.host import HostTransport
+from crossdock.transport.segments import SideBySide
 from crossdock.wire import Fp8, Quantized
 
 _CAST_ROWS = 256
@@ -43,18 +44,21 @@ class CpuRows:
         self._num_ranks = transport.num_ranks
         self._left = list(range(transport.num_ranks))
         """The ranks that are not masked."""
-        memory = transport.memory
-        segments = [memory[r * arena.stride :][: arena.num_bytes] for r in range(self._num_ranks)]
+        side_by_side = transport.segments.side_by_side(arena.row_bytes)
+        memory, self._stride = side_by_side
+        segments = [side_by_side.segment(rank, arena.num_bytes) for rank in range(self._num_ranks)]
         self._at = [{name: arena.view(segment, name) for name in arena.regions} for segment in segments]
         self._own = self._at[self._rank]
-        self._counts = _across_ranks(memory, arena, "counts")
+        num_counts = arena.spec.num_counts(arena.topology)
+        self._counts = _counts_across_ranks(side_by_side, arena.control_words)[..., :num_counts]
         self._metadata = [views["metadata"].numpy() for views in self._at]
         self._returned_extras = [views["returned_extras"].numpy() for views in self._at]
         # All memory as rows of the combine format: outputs and returned rows of every rank are numbers in one matrix.
-        row_bytes = arena.spec.hidden * arena.spec.combine_dtype.itemsize
-        last_row_end = (self._num_ranks - 1) * arena.stride + arena.num_bytes // row_bytes * row_bytes
+        row_bytes = arena.row_bytes
+        last_row_end = (self._num_ranks - 1) * self._stride + arena.num_bytes // row_bytes * row_bytes
         self._all_rows = memory[:last_row_end].view(arena.spec.combine_dtype).view(-1, arena.spec.hidden)
         self._row_bytes = row_bytes
+        self._ring = arena.control_words.ring
 
     def mask(self, ranks: tuple[int, ...]) -> None:
         """Counts go to these ranks no more."""
@@ -62,11 +66,11 @@ class CpuRows:
 
     def post_counts(self, sequence: int, counts: Tensor) -> None:
         """Writes this rank's counts [W] at every rank, stamped like words; the word that follows makes them visible."""
-        self._counts[self._left, sequence % self._arena.ring, self._rank] = counts.numpy() | stamped(sequence, 0)
+        self._counts[self._left, sequence % self._ring, self._rank] = counts.numpy() | stamped(sequence, 0)
 
     def counts(self, sequence: int) -> Tensor:
         """Everybody's counts of the call, int64 [P, W], once all words have been seen."""
-        words = self._counts[self._rank, sequence % self._arena.ring]
+        words = self._counts[self._rank, sequence % self._ring]
         stamps = words[self._left] >> PAYLOAD_BITS
         assert (stamps == stamped(sequence, 0) >> PAYLOAD_BITS).all(), "counts of another call"
         return torch.from_numpy(words & PAYLOAD_MASK)
@@ -179,7 +183,7 @@ class CpuRows:
     def _first_row(self, name: str, rank: int, slot: int) -> int:
         """The number, in the matrix of all rows, of a slot's first row in a region of a rank."""
         region = self._arena[name]
-        return (rank * self._arena.stride + region.offset) // self._row_bytes + slot * region.shape[1]
+        return (rank * self._stride + region.offset) // self._row_bytes + slot * region.shape[1]
 
     def _sum_here(self, plan: HostPlan, y: Tensor, weights: Tensor | None, here: slice, home: Tensor) -> None:
         """Writes this rank's sums of some (token, rank) pairs to their owner, a few at a time."""
@@ -284,12 +288,12 @@ class CpuRows:
         )
 
 
-def _across_ranks(memory: Tensor, arena: Arena, name: str) -> npt.NDArray[np.int64]:
-    """A region of 64-bit words at all ranks as one array, [P, *shape]."""
-    region, num_ranks = arena[name], arena.topology.num_ranks
+def _counts_across_ranks(segments: SideBySide, control: Control) -> npt.NDArray[np.int64]:
+    """Everybody's counts at all ranks as one array, [P, ring, P, counts]."""
+    region, num_ranks = control["counts"], control.topology.num_ranks
     inner = torch.empty(region.shape, dtype=torch.int64, device="meta").stride()
-    words = memory[: (num_ranks - 1) * arena.stride + arena.num_bytes].view(torch.int64)
-    shape, strides = (num_ranks, *region.shape), (arena.stride // 8, *inner)
+    words = segments.memory[: (num_ranks - 1) * segments.stride + control.num_bytes].view(torch.int64)
+    shape, strides = (num_ranks, *region.shape), (segments.stride // 8, *inner)
     return words.as_strided(shape, strides, region.offset // 8).numpy()
 
 

@@ -17,9 +17,9 @@ from crossdock.transport.host import HostTransport
 class TimedRows(CpuRows):
     """Adds up, in ``move_ns``, the nanoseconds in which rows were written to each peer."""
 
-    def __init__(self, arena: Arena, transport: HostTransport) -> None:
+    def __init__(self, arena: Arena, transport: HostTransport, move_ns: list[int]) -> None:
         super().__init__(arena, transport)
-        self.move_ns = [0] * transport.num_ranks
+        self.move_ns = move_ns
 
     def _gather(self, source: Tensor, idx: Tensor, region: str, blocks: Iterable[Block], slots: Sequence[int]) -> None:
         for peer, of_peer in groupby(blocks, key=_peer_of):

@@ -13,14 +13,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from crossdock.arena import Arena
+from crossdock.arena import Arena, Control
 from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, Metadata, Outcome, PlanTensors
-from crossdock.backends.cuda.config import agreed_topology, decide
+from crossdock.backends.cuda.config import LaunchConfig, agreed_topology, decide
 from crossdock.backends.cuda.consent import DeviceConsent, Passing
 from crossdock.backends.cuda.copies import push_blocks
 from crossdock.backends.cuda.fused import At, FusedCalls
@@ -32,7 +31,7 @@ from crossdock.backends.cuda.plan import DevicePlan, HostStamp
 from crossdock.backends.cuda.planner import REMADE, Planner
 from crossdock.backends.cuda.scales import as_kernels_take
 from crossdock.backends.cuda.sends import SendKind, SendKinds
-from crossdock.backends.cuda.state import DeviceState
+from crossdock.backends.cuda.state import CallState, DeviceState
 from crossdock.backends.cuda.stream import CallStreams
 from crossdock.backends.cuda.sums import SumKind, SumKinds
 from crossdock.backends.cuda.training import TrainingKernels
@@ -59,7 +58,7 @@ class CudaBackend:
     def __init__(
         self, arena: Arena, transport: DeviceTransport, launcher: Launcher, consent: DeviceConsent, *, buffer_id: int
     ) -> None:
-        self.launch = launcher.config
+        self.launch: LaunchConfig = launcher.config
         """The default; a call may ask for another number of SMs."""
         spec = arena.spec
         self._on = on = launcher.state
@@ -460,8 +459,9 @@ class CudaBackend:
                 "rows='capacity', or recv.plan of an earlier dispatch, with mover='kernel'"
             )
 
-    def time_rows(self) -> None:
+    def time_rows(self, move_ns: list[int]) -> bool:
         """See Backend."""
+        return False
 
     def synchronize(self) -> None:
         """See Backend."""
@@ -532,49 +532,50 @@ class CudaBackend:
             self._reader.read(plan, batch._replace(weights=given), 0, 1, self._streams.enter())
 
 
-class Parts(NamedTuple):
-    """A rank's backend, and the consent that shares its stream."""
-
-    backend: CudaBackend
-    consent: DeviceConsent
-
-
-def connect(
-    transport: DeviceTransport,
-    arena: Arena,
-    launch_options: LaunchOptions,
-    *,
-    buffer_id: int,
-    timeout_s: float,
-    ranks_on_gpus: Sequence[int] | None = None,
-) -> Parts:
-    """The parts of a rank whose peers' memory is mapped. Local. Compiles and loads the kernels.
+class CudaCalls:
+    """What the backends of all Specs over one connection share: the calls' state, their streams, and consent. Local.
 
     Args:
         ranks_on_gpus: how many ranks share the GPU of each rank, by rank, gathered from all; None: as many as here.
     """
-    device = torch.cuda.get_device_properties(transport.device)
-    visible = device.multi_processor_count // (transport.ranks_here if transport.shares_sms else 1)
-    can_launch_early = torch.version.hip is None and device.major >= 9
-    config = decide(
-        arena.spec,
-        agreed_topology(arena.topology, ranks_on_gpus or [transport.ranks_here] * transport.num_ranks),
-        launch_options,
-        visible_sms=visible,
-        ranks_here=transport.ranks_here,
-        can_launch_early=can_launch_early,
-    )
-    has_pairs = arena.spec.ranks_sum_picks or config.expand == "receiver"
-    state = DeviceState(arena, transport, timeout_s=timeout_s, has_pairs=has_pairs)
-    launcher = Launcher(state, CallStreams(transport.device), config)
-    consent = DeviceConsent(transport, launcher, ring=arena.ring, num_experts=arena.spec.num_experts)
-    backend = CudaBackend(arena, transport, launcher, consent, buffer_id=buffer_id)
-    with state.all_void():
-        if config.mover == "kernel":  # else the host asks what kernels have found
-            with launcher.compiling():
-                backend.warm_up()
-        backend.warm_up()
-    return Parts(backend, consent)
+
+    def __init__(
+        self,
+        transport: DeviceTransport,
+        control: Control,
+        *,
+        timeout_s: float,
+        ranks_on_gpus: Sequence[int] | None = None,
+    ) -> None:
+        self._transport = transport
+        self._ranks_on_gpus = ranks_on_gpus or [transport.ranks_here] * transport.num_ranks
+        self._state = CallState(transport, control, timeout_s=timeout_s)
+        self._streams = CallStreams(transport.device)
+        self.consent = DeviceConsent(self._state, self._streams)
+
+    def lay(self, arena: Arena, launch_options: LaunchOptions, *, buffer_id: int) -> CudaBackend:
+        """A backend for one Spec: compiles and loads its kernels. Local; no call may be under way."""
+        transport = self._transport
+        device = torch.cuda.get_device_properties(transport.device)
+        visible = device.multi_processor_count // (transport.ranks_here if transport.shares_sms else 1)
+        config = decide(
+            arena.spec,
+            agreed_topology(arena.topology, self._ranks_on_gpus),
+            launch_options,
+            visible_sms=visible,
+            ranks_here=transport.ranks_here,
+            can_launch_early=torch.version.hip is None and device.major >= 9,
+        )
+        has_pairs = arena.spec.ranks_sum_picks or config.expand == "receiver"
+        launcher = Launcher(DeviceState(arena, self._state, has_pairs=has_pairs), self._streams, config)
+        backend = CudaBackend(arena, transport, launcher, self.consent, buffer_id=buffer_id)
+        self._streams.synchronize()
+        with self._state.all_void():
+            if config.mover == "kernel":  # else the host asks what kernels have found
+                with launcher.compiling():
+                    backend.warm_up()
+            backend.warm_up()
+        return backend
 
 
 def _raw(extra: Tensor) -> Tensor:

@@ -22,14 +22,16 @@ from crossdock.backends.cuda.kernels.calls import (
     STATE_WORDS,
     STATUS,
 )
-from crossdock.backends.cuda.launch import Launcher
+from crossdock.backends.cuda.launch import Launch
 from crossdock.backends.cuda.plan import DevicePlan
+from crossdock.backends.cuda.state import CallState
+from crossdock.backends.cuda.stream import CallStreams
 from crossdock.consent import (
     CALL_MASK,
     KIND_SHIFT,
     PAYLOAD_BITS,
     REASON_HEADER,
-    SEQUENCE_MASK,
+    WORD_BITS,
     Consent,
     Flag,
     Kind,
@@ -37,11 +39,11 @@ from crossdock.consent import (
     Word,
     mismatch,
     stamped,
+    stamped_word,
 )
 from crossdock.errors import ConfigError, CrossdockError, PeerFailed, PeerTimeout
 from crossdock.masks import listed
 from crossdock.routing import check_picks
-from crossdock.transport.device import DeviceTransport
 
 _LOOK_S = 0.05
 """How often a host that waits looks whether its peers still exist."""
@@ -67,16 +69,15 @@ class DeviceConsent(Consent):
     what a replayed graph does; they are read when a call fails, and set for the next epoch.
     """
 
-    def __init__(self, transport: DeviceTransport, launcher: Launcher, *, ring: int, num_experts: int) -> None:
-        self._num_experts = num_experts
-        self._on = launcher.state
-        self._streams = launcher.streams
-        self._failure = self._on.host_failure.numpy()  # to be looked at before each call
-        self._exchange = launcher.bind(calls.exchange_words, 1, self._on.calls[0], self._on.own, num_warps=1)
-        self._transport = transport
+    def __init__(self, on: CallState, streams: CallStreams) -> None:
+        self._on = on
+        self._streams = streams
+        self._failure = on.host_failure.numpy()  # to be looked at before each call
+        self._exchange = Launch(streams, calls.exchange_words, 1, (on.calls[0], on.of_words()), {}, {"num_warps": 1})
+        self._transport = transport = on.transport
         self.recent_plans: deque[DevicePlan] = deque(maxlen=_NUM_PICKS)
         """Of fresh dispatches, to say what is wrong with their picks if the device refuses them."""
-        super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=ring)
+        super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=on.control.ring)
 
     def start_from(self, sequence: int) -> None:
         """See Consent. Nothing of this rank may be running."""
@@ -143,13 +144,12 @@ class DeviceConsent(Consent):
         if self._failure[0] == sync.OK.value:
             return None
         status, peer, phase, expected, seen = self._failure.tolist()
-        call = (expected >> PAYLOAD_BITS) & SEQUENCE_MASK
         if status == sync.TIMED_OUT.value:
             did = "send its rows of" if phase == ARRIVE.value else "begin"
             within = f"within timeout_s={self._on.timeout_s:g}"
             return PeerTimeout(peer, f"rank {peer} did not {did} this call {within}; the call is void")
         if status == sync.ABORTED.value:
-            return self._void(peer, call) or PeerFailed(peer, "it gave up")
+            return self._void(peer, self._state()[CURRENT.value]) or PeerFailed(peer, "it gave up")
         if seen >> KIND_SHIFT == 0:
             return self._own_refusal() if peer == self.rank else self._refusal(peer)
         return mismatch(peer, Word.of(seen), self.rank, Word.of(expected))
@@ -192,12 +192,12 @@ class DeviceConsent(Consent):
             if plan.host_counts is not None and plan.host_counts.is_captured:
                 continue  # a graph's: what lies there now is of another replay
             try:
-                check_picks(plan.topk_idx.cpu(), num_experts=self._num_experts)
+                check_picks(plan.topk_idx.cpu(), num_experts=plan.shape.num_counts - self._num_ranks)
             except ConfigError as error:
                 return error
         return ConfigError(
-            f"topk_idx has a value that is no expert (0 to {self._num_experts - 1}, -1 for no pick), or one expert "
-            f"twice; a graph was replayed with it, or it was many calls ago{self._of_masked()}"
+            f"topk_idx has a value that is no expert of the Spec (nor -1, for no pick), or one expert twice; a graph "
+            f"was replayed with it, or it was many calls ago{self._of_masked()}"
         )
 
     def _of_masked(self) -> str:
@@ -213,8 +213,9 @@ class DeviceConsent(Consent):
     def _has_done_its_part(self, peer: int) -> bool:
         """Whether a peer's word for the call under way is here, and its rows."""
         current = self._state()[CURRENT.value]
-        entry, word = self.entry(current), stamped(current, 0) >> PAYLOAD_BITS
-        return all(self._mailbox.load(box, entry, peer) >> PAYLOAD_BITS == word for box in ("words", "arrived"))
+        entry, load = self.entry(current), self._mailbox.load
+        has_begun = load("words", entry, peer) >> WORD_BITS == stamped_word(current, 0) >> WORD_BITS
+        return has_begun and load("arrived", entry, peer) >> PAYLOAD_BITS == stamped(current, 0) >> PAYLOAD_BITS
 
     def _first_void(self) -> int:
         """The first call that this rank does not do its part of: the one that failed, or that is still to send rows.

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ _NUM_GRIDS = 1024
 """Numbers of tokens whose programs are remembered."""
 
 
+class Compiler(Protocol):
+    """Whoever may want kernels compiled that are not launched yet."""
+
+    to_compile: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None
+    """Kernels, arguments and options of launches that are only to be compiled; None: launches are launched."""
+
+
 class Launch:
     """A kernel with everything that does not change between launches of one kind; made by ``Launcher.bind``.
 
@@ -31,14 +38,16 @@ class Launch:
 
     def __init__(
         self,
-        launcher: Launcher,
+        streams: CallStreams,
         kernel: Any,
         grid: int | Callable[[int], int],
         fixed: tuple[Any, ...],
         constants: dict[str, Any],
         options: dict[str, Any],
+        compiler: Compiler | None = None,
     ) -> None:
-        self._launcher = launcher
+        self._streams = streams
+        self._compiler = compiler
         self._kernel = kernel
         self._grid = grid
         self._grids: dict[int, int] = {} if callable(grid) else dict.fromkeys((0,), grid)
@@ -86,12 +95,11 @@ class Launch:
         return most
 
     def _launch_first(self, grid: int, stream: int, args: tuple[Any, ...]) -> None:
-        launcher = self._launcher
         given, options = (*args, *self._fixed), self._constants | self._options
-        if launcher.to_compile is not None:
-            launcher.to_compile.append((self._kernel, given, options))
+        if self._compiler is not None and self._compiler.to_compile is not None:
+            self._compiler.to_compile.append((self._kernel, given, options))
             return
-        with launcher.streams.context(stream):
+        with self._streams.context(stream):
             handle = self._kernel[(grid,)](*given, **options)
         if handle is not None:  # an interpreted kernel has none
             self._run, self._function, self._metadata = handle.run, handle.function, handle.packed_metadata
@@ -107,7 +115,7 @@ class Launcher:
         self.config = config
         """The default; a call may ask for another number of SMs."""
         self.to_compile: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
-        """Kernels, arguments and options of launches that are only to be compiled."""
+        """See Compiler."""
 
     def bind(
         self,
@@ -131,7 +139,7 @@ class Launcher:
         options |= {} if enable_fp_fusion else {"enable_fp_fusion": False}
         options |= {} if maxnreg is None or torch.version.hip is not None else {"maxnreg": maxnreg}
         options |= {"launch_pdl": True} if early and self.config.launches_early else {}
-        return Launch(self, kernel, grid, fixed, constants, options)
+        return Launch(self.streams, kernel, grid, fixed, constants, options, self)
 
     @contextmanager
     def compiling(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import PlanTensors, RowCount
@@ -36,7 +37,8 @@ _TOLD_AFTER = NUM_HOST_COUNTS // 2
 """Fresh dispatches after which an overflow is told that nobody has asked for: all ranks then know of it."""
 _MARK_EVERY = NUM_HOST_COUNTS // 4
 """Fresh dispatches for one event, by which the host knows that all before it are done."""
-_NUM_CAPTURED = 1024
+_NUM_CAPTURED = 4096
+"""Captured dispatches for which there is room in host memory at first, and after it has grown so many more."""
 _FEW_PLANS = 256
 """Plans that are remembered before those that are gone are looked for."""
 REMADE = 1
@@ -68,13 +70,14 @@ class Planner:
             "local_idx": None,
         }
         """Fields of all plans of dispatches."""
-        num_rows = NUM_HOST_COUNTS + _NUM_CAPTURED + 1
-        self._rows = torch.zeros(num_rows, HOST_WORDS.value, dtype=torch.int64, pin_memory=True)
-        self.nobody = self._rows[-1]
+        rows = _pinned_rows(NUM_HOST_COUNTS + 1)
+        self.nobody = rows[-1]
         """Host counts that nobody reads."""
-        self._host_counts = [self._host_counts_in(i, is_captured=False) for i in range(NUM_HOST_COUNTS)]
+        self._host_counts = [HostCounts(row, row.numpy(), is_captured=False) for row in rows[:-1].unbind()]
         self._captured: list[HostCounts] = []
         """Those that graphs write, whenever they are replayed."""
+        self._rows_to_capture = list(_pinned_rows(_NUM_CAPTURED).unbind())
+        """Room for more of them."""
         self.overflows: list[tuple[int, CapacityError]] = []
         """See Backend."""
         self._num_given = 0
@@ -114,6 +117,8 @@ class Planner:
             if number - self._num_done > NUM_HOST_COUNTS:
                 self._until_done(number - NUM_HOST_COUNTS)
             host_counts = self._host_counts[number % NUM_HOST_COUNTS]
+            if len(self._rows_to_capture) < _NUM_CAPTURED // 2:
+                self._rows_to_capture += _pinned_rows(_NUM_CAPTURED).unbind()
             host_counts.number, host_counts.stamp, told = number, stamp, host_counts.told
             told[HOST_NEEDED.value] = told[HOST_STAMP.value] = 0  # if that was void, nobody has looked
         num_words = self._fixed_words + num_tokens * self._token_words
@@ -233,14 +238,21 @@ class Planner:
         self._most_plans = 2 * len(self._plans) + _FEW_PLANS
 
     def _next_captured(self) -> HostCounts:
-        """Room in host memory for what a graph tells the host: its own for good."""
-        if len(self._captured) == _NUM_CAPTURED:
+        """Room in host memory for what a graph tells the host: its own for good.
+
+        A capture may not allocate such memory; any fresh dispatch outside of one sees that there is enough.
+        """
+        if not self._rows_to_capture:
             raise NotSupported(
-                f"{_NUM_CAPTURED} fresh dispatches of this buffer have been captured in graphs, and there is room for "
-                f"no more; capture dispatches on recv.plan of an earlier one, or make another Buffer"
+                f"{len(self._captured)} fresh dispatches of this buffer have been captured in graphs, the last "
+                f"{_NUM_CAPTURED // 2} at least with none outside of a capture, which would have made room for more; "
+                f"dispatch once outside of a capture"
             )
-        self._captured.append(self._host_counts_in(NUM_HOST_COUNTS + len(self._captured), is_captured=True))
+        row = self._rows_to_capture.pop()
+        self._captured.append(HostCounts(row, row.numpy(), is_captured=True))
         return self._captured[-1]
 
-    def _host_counts_in(self, row: int, *, is_captured: bool) -> HostCounts:
-        return HostCounts(self._rows[row], self._rows[row].numpy(), is_captured=is_captured)
+
+def _pinned_rows(num: int) -> Tensor:
+    """Host memory that a device writes to, int64 ``[num, HOST_WORDS]``, zeroed."""
+    return torch.zeros(num, HOST_WORDS.value, dtype=torch.int64, pin_memory=True)

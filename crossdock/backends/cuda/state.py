@@ -1,4 +1,4 @@
-"""What a rank's kernels share: its words, counters and flags on the device, scratch, and where regions lie.
+"""What a rank's kernels share: counters and flags of a connection's calls; of a Spec scratch, and where regions lie.
 
 Letters: L local experts, P ranks, W counts, B blocks of rows, C rows of a receive slot, M max_tokens.
 """
@@ -12,11 +12,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from crossdock.arena import Arena
+from crossdock.arena import Arena, Control
 from crossdock.backends.cuda.config import counts_at_once
 from crossdock.backends.cuda.kernels import calls
-from crossdock.backends.cuda.kernels.groups import Arrivals, Boxes, Own, Region, Returns, Scratch, Sizes, as_constants
-from crossdock.backends.cuda.kernels.sync import ABORTED, FAILURE_WORDS, OK
+from crossdock.backends.cuda.kernels.groups import (
+    Arrivals,
+    Boxes,
+    Own,
+    Places,
+    Region,
+    Returns,
+    Scratch,
+    Sizes,
+    as_constants,
+)
+from crossdock.backends.cuda.kernels.sync import ABORTED, FAILURE_WORDS
 from crossdock.backends.cuda.plan import PlanShape
 from crossdock.layout import Expanded, Padded
 from crossdock.transport.device import DeviceTransport
@@ -27,19 +37,14 @@ PICKS_AT_ONCE = 512
 """Picks that a program counts at a time."""
 
 
-class DeviceState:
-    """The memory that kernels of a rank share, and the groups in which they are given it.
+class CallState:
+    """The memory that all kernels of a rank's connection share, whatever their Spec: what they know of calls."""
 
-    Args:
-        has_pairs: whether plans say which rows of a rank are of one token.
-    """
-
-    def __init__(self, arena: Arena, transport: DeviceTransport, *, timeout_s: float, has_pairs: bool) -> None:
-        spec = arena.spec
-        self.arena = arena
+    def __init__(self, transport: DeviceTransport, control: Control, *, timeout_s: float) -> None:
+        self.control = control
+        self.transport = transport
         self.device = transport.device
         self.rank, self.num_ranks = transport.rank, transport.num_ranks
-        self.num_local = spec.num_local_experts(self.num_ranks)
         self.timeout_s = timeout_s
         self.max_polls = max(1, int(timeout_s / _POLL_S))
         num_state = calls.STATE_WORDS.value
@@ -50,42 +55,96 @@ class DeviceState:
         self.host_failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, pin_memory=True)
         """The failure of the call that has failed, in host memory; zero while none has."""
         self.flags = self._zeros(calls.FLAGS.value, torch.int32)
+        call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
+        self.calls = torch.zeros(control.max_in_flight, call_words, dtype=torch.int64, device=self.device)
+        self.next_call = itertools.cycle(self.calls.unbind()).__next__
+        """Room for what kernels keep of the next call; as many calls may be in flight as there is room for."""
+        torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
+
+    @contextmanager
+    def all_void(self) -> Iterator[None]:
+        """Calls within are void: their kernels touch no peer's memory, and wait for nobody. None may be under way."""
+        before = self.state[calls.STATUS.value].clone()
+        self.state[calls.STATUS.value] = ABORTED.value
+        yield
+        self.state[calls.STATUS.value] = before
+        torch.cuda.synchronize(self.device)
+
+    def own(self, sizes: Sizes, *, tokens: Tensor, capacity: int, max_tokens: int) -> Own:
+        """The group that all kernels are given.
+
+        Args:
+            tokens: int64 ``[L]``, picks of each local expert in all calls.
+        """
+        boxes = Boxes(*(self.control[name].offset for name in ("words", "arrived", "aborts", "counts")))
+        return Own(
+            segments=self.transport.segments,
+            state=self.state,
+            failure=self.failure,
+            host_failure=self.host_failure,
+            flags=self.flags,
+            all_tokens=tokens,
+            capacity=capacity,
+            max_tokens=max_tokens,
+            boxes=boxes,
+            sizes=sizes,
+        )
+
+    def of_words(self) -> Own:
+        """The same for kernels that exchange words alone, of no Spec."""
+        sizes = Sizes(
+            P=self.num_ranks,
+            RING=self.control.ring,
+            COUNTS=self.control.num_counts,
+            L=1,
+            K=1,
+            J=1,
+            PAIRS=0,
+            BY_RANK=True,
+            RANK_ORDER=False,
+            ALIGNMENT=1,
+            AT_ONCE=1,
+            TABLES=Places(*(0 for _ in Places._fields)),
+        )
+        return self.own(as_constants(sizes), tokens=self.state, capacity=0, max_tokens=0)
+
+    def _zeros(self, num: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(num, dtype=dtype, device=self.device)
+
+
+class DeviceState:
+    """The memory that kernels of a rank share for one Spec, and the groups in which they are given it.
+
+    Args:
+        has_pairs: whether plans say which rows of a rank are of one token.
+    """
+
+    def __init__(self, arena: Arena, of_calls: CallState, *, has_pairs: bool) -> None:
+        spec = arena.spec
+        self.arena = arena
+        self.of_calls = of_calls
+        self.device, self.rank, self.num_ranks = of_calls.device, of_calls.rank, of_calls.num_ranks
+        self.state, self.flags, self.waits_ns = of_calls.state, of_calls.flags, of_calls.waits_ns
+        self.calls, self.next_call, self.max_polls = of_calls.calls, of_calls.next_call, of_calls.max_polls
+        self.num_local = spec.num_local_experts(self.num_ranks)
         self.tokens = self._zeros(self.num_local, torch.int64)
         """``[L]``, picks of each local expert in all calls."""
-        call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
-        self.calls = torch.zeros(spec.num_slots, call_words, dtype=torch.int64, device=self.device)
-        self.next_call = itertools.cycle(self.calls.unbind()).__next__
-        """Room for what kernels keep of the next call; as many calls may be in flight as there are slots."""
+        transport = of_calls.transport
         self._regions = {name: arena.view(transport.segment, name) for name in arena.regions}
         self.num_pairs = min(spec.num_topk, self.num_ranks) if has_pairs else 0
         """Pairs of a token, at most."""
         self.plan_shape = PlanShape.of(arena, num_pairs=self.num_pairs)
         self.num_chunk_tokens = min(128, PICKS_AT_ONCE // (1 << (spec.num_topk - 1).bit_length()) or 1)
         """Tokens whose picks a program counts."""
-        boxes = Boxes(*(arena[name].offset for name in ("words", "arrived", "aborts", "counts")))
-        self.own = Own(
-            segments=transport.segments,
-            state=self.state,
-            failure=self.failure,
-            host_failure=self.host_failure,
-            flags=self.flags,
-            all_tokens=self.tokens,
+        self.own = of_calls.own(
+            self._sizes(),
+            tokens=self.tokens,
             capacity=spec.capacity(self.num_ranks),
             max_tokens=spec.max_tokens,
-            boxes=boxes,
-            sizes=self._sizes(),
         )
         self.scratch = self._scratch()
         self.returns = Returns(self.region("outputs"), self.region("returned"), self.region("returned_extras"))
         torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
-
-    @contextmanager
-    def all_void(self) -> Iterator[None]:
-        """Calls within are void: their kernels touch no peer's memory, and wait for nobody."""
-        self.state[calls.STATUS.value] = ABORTED.value
-        yield
-        self.state[calls.STATUS.value] = OK.value
-        torch.cuda.synchronize(self.device)
 
     def region(self, name: str, *, offset: int = 0) -> Region:
         """Where a region begins (``offset`` bytes behind), and how large its slots are; zeros where there is none."""
@@ -116,7 +175,8 @@ class DeviceState:
         alignment = layout.alignment if isinstance(layout, Expanded) else 0 if isinstance(layout, Padded) else 1
         sizes = Sizes(
             P=self.num_ranks,
-            RING=self.arena.ring,
+            RING=self.arena.control_words.ring,
+            COUNTS=self.arena.control_words.num_counts,
             L=self.num_local,
             K=spec.num_topk,
             J=self.plan_shape.num_columns,

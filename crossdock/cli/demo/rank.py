@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from crossdock.arena import Arena
 from crossdock.buffer import Buffer
 from crossdock.cli.demo.estimate import HOLD_OUT, TRAIN, WRITE
 from crossdock.cli.demo.generate import MicroBatch, draw_noise, generate
@@ -19,9 +20,10 @@ from crossdock.cli.demo.parameters import initial_values, share
 from crossdock.cli.demo.train import Ranks, Recipe, held_out_loss, train
 from crossdock.cli.demo.watch import Span, Watch, WatchedBuffer
 from crossdock.cli.world import Member
+from crossdock.connection import Connection
 from crossdock.layout import Expanded, Padded
 from crossdock.nn import ExpertParallel, Gate, GroupedExperts
-from crossdock.spec import Spec
+from crossdock.spec import Spec, Topology
 from crossdock.trace import write_spans
 from crossdock.wire import Fp32
 
@@ -67,15 +69,21 @@ class RankRun:
 
 
 def run_rank(member: Member, job: Job) -> RankRun:
-    """Trains and writes. Collective."""
+    """Trains and writes, over one connection: training and decoding share its memory. Collective."""
     shape, device = job.shape, member.device
     watch = Watch(torch.cuda.synchronize) if device.type == "cuda" else Watch()
     at_once = -(-job.recipe.num_sequences // member.num_ranks)
     through_host = device.type == "cuda" and not member.has_nccl
     ranks = Ranks(member.rank, member.num_ranks, _sum_through_host if through_host else dist.all_reduce)
     losses, counts = [], []
-    spec = training_spec(shape, at_once * shape.context)
-    with WatchedBuffer(None, spec, watch, device, job.trace) as buffer:
+    prompts = torch.from_numpy(job.prompts)
+    own = [whole.chunk(member.num_ranks)[member.rank].to(device) for whole in (prompts, job.noise())]
+    parts = [part.chunk(MICRO_BATCHES) for part in own]
+    specs = training_spec(shape, at_once * shape.context), decoding_spec(shape, len(parts[0][0]))
+    topology = Topology(num_ranks=member.num_ranks)
+    num_bytes = max(Arena(spec, topology).num_body_bytes for spec in specs)
+    with Connection(None, num_bytes, device=device, max_experts=shape.num_experts, trace=job.trace) as connection:
+        buffer, decoding = WatchedBuffer(connection, specs[0], watch), Buffer(connection, specs[1])
         model = expert_parallel_model(shape, buffer).to(device)
         gates = [module for module in model.modules() if isinstance(module, Gate)]
         model.load_state_dict(share(initial_values(shape, job.recipe.seed), member.rank, member.num_ranks))
@@ -95,12 +103,8 @@ def run_rank(member: Member, job: Job) -> RankRun:
         spans = list(watch.spans)
         member.tell(HOLD_OUT)
         held_out = held_out_loss(model, torch.from_numpy(job.held_out_text), ranks=ranks, at_once=at_once)
-    member.tell(WRITE)
-    prompts = torch.from_numpy(job.prompts)
-    own = [whole.chunk(member.num_ranks)[member.rank].to(device) for whole in (prompts, job.noise())]
-    parts = (part.chunk(MICRO_BATCHES) for part in own)
-    batches = [MicroBatch(model, *part) for part in zip(*parts, strict=True)]
-    with Buffer(None, decoding_spec(shape, len(batches[0].tokens)), device=device) as decoding:
+        member.tell(WRITE)
+        batches = [MicroBatch(model, *part) for part in zip(*parts, strict=True)]
         began = watch.now()
         generate(model, decoding, batches)
         generate_s = watch.now() - began

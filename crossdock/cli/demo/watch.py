@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from crossdock.buffer import Buffer
+from crossdock.connection import Connection
 from crossdock.plan import Plan
 from crossdock.received import Received
 from crossdock.spec import Spec
@@ -81,10 +80,8 @@ def steps_to_show(spans: Sequence[Sequence[Span]]) -> list[tuple[float, float]]:
 class WatchedBuffer(Buffer):
     """A buffer whose calls are spans of a watch, and which notes how many rows each new plan sends where."""
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, spec: Spec, watch: Watch, device: torch.device, trace: str | None
-    ) -> None:
-        super().__init__(group, spec, device=device, trace=trace)
+    def __init__(self, connection: Connection, spec: Spec, watch: Watch) -> None:
+        super().__init__(connection, spec)
         self._watch = watch
         self._noted: list[Tensor] = []
 

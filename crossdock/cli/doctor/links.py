@@ -67,8 +67,9 @@ def by_shared_memory() -> Links:
     spec = Spec(num_experts=group.size, num_topk=1, hidden=1024, max_tokens=_COPIED_BYTES // 4096, wire=Fp32())
     arena = Arena(spec, Topology(num_ranks=group.size))
     number = group.all_gather(int.from_bytes(os.urandom(6), "little"))[0]
-    transport = shm.connect(group, arena, name=f"crossdock-doctor-{number:x}")
-    segments = [transport.memory[rank * arena.stride :][: arena.num_bytes] for rank in range(group.size)]
+    transport = shm.connect(group, arena.control_words, arena.num_bytes, name=f"crossdock-doctor-{number:x}")
+    mapped = transport.segments.side_by_side()
+    segments = [mapped.segment(rank, arena.num_bytes) for rank in range(group.size)]
     own = torch.ones(_COPIED_BYTES, dtype=torch.uint8)
 
     def measure(peer: int, turns: Turns) -> tuple[float, float]:

@@ -193,23 +193,19 @@ def _waits_of_device(part: Part) -> list[float] | None:
 
 
 def _loads(trace: Trace) -> dict[str, Any]:
-    """The figures of experts: of the number of experts that most picks were of, where buffers have different ones."""
+    """The figures of experts: of the number of experts that most picks were of, where Specs have different ones."""
     by_size: dict[int, Counts] = {}
     owners: dict[tuple[int, int], set[int]] = defaultdict(set)
     of_rank = np.zeros(len(trace.ranks))
     for part in trace.parts:
-        of_calls = [line["experts"] for line in part.of("call") if "experts" in line]
-        counted = next((line["experts"] for line in part.of("end")), None)
-        if not of_calls and counted is None:
-            continue
-        num_experts = part.header["num_experts"]
-        total = by_size.setdefault(num_experts, np.zeros(num_experts, np.int64))
-        mine = np.array(of_calls).sum(axis=0) if counted is None else np.array(counted)
-        first = part.header["rank"] * len(mine)
-        total[first : first + len(mine)] += mine
-        of_rank[trace.ranks.index(part.rank)] += mine.sum()
-        for expert in range(first, first + len(mine)):
-            owners[num_experts, expert].add(part.rank)
+        of_calls = [(line["num_experts"], line["experts"]) for line in part.of("call") if "experts" in line]
+        for num_experts, picks in next((line["loads"] for line in part.of("end")), of_calls):
+            total = by_size.setdefault(num_experts, np.zeros(num_experts, np.int64))
+            first = part.header["rank"] * len(picks)
+            total[first : first + len(picks)] += picks
+            of_rank[trace.ranks.index(part.rank)] += sum(picks)
+            for expert in range(first, first + len(picks)):
+                owners[num_experts, expert].add(part.rank)
     rows = max(by_size.values(), key=lambda rows: int(rows.sum()), default=np.zeros(0, np.int64))
     places = [owners[len(rows), expert] for expert in range(len(rows))]
     return {

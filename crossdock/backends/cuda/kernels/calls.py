@@ -25,11 +25,14 @@ from crossdock.backends.cuda.kernels.sync import (
     OK,
     PAYLOAD_BITS,
     PAYLOAD_MASK,
+    WORD_BITS,
+    WORD_MASK,
     find_abort,
     is_last_program,
     next_call,
     post_words,
     stamped,
+    stamped_word,
     wait_words,
     words_at,
     write_failure,
@@ -149,14 +152,15 @@ def give_word(own, call, payload, is_refused, mine, rank, COUNTS: tl.constexpr):
         columns = tl.arange(0, COLUMNS)
         for first in range(0, P, own.sizes.AT_ONCE):
             peer = first + tl.arange(0, own.sizes.AT_ONCE)
-            there = words_at(tl.load(segments + peer, mask=peer < P, other=0), own.boxes.counts) + (entry + rank) * W
+            there = words_at(tl.load(segments + peer, mask=peer < P, other=0), own.boxes.counts)
+            there += (entry + rank) * own.sizes.COUNTS
             is_there = (peer < P)[:, None] & (columns < W)[None, :]
             tl.store(there[:, None] + columns[None, :], stamped(sequence, mine)[None, :], mask=is_there)
             if COLUMNS < W:
                 rest = COLUMNS + tl.arange(0, triton.next_power_of_2(W - COLUMNS))
                 is_there = (peer < P)[:, None] & (rest < W)[None, :]
                 tl.store(there[:, None] + rest[None, :], stamped(sequence, tl.zeros_like(rest))[None, :], mask=is_there)
-    post_words(segments, own.boxes.words + 8 * (entry + speaker), stamped(sequence, given), P)
+    post_words(segments, own.boxes.words + 8 * (entry + speaker), stamped_word(sequence, given), P)
     return sequence
 
 
@@ -173,17 +177,18 @@ def take_words(own, call, sequence, payload, rank, max_polls):
     status, theirs = wait_words(
         words,
         aborts,
-        stamped(sequence, 0),
+        stamped_word(sequence, 0),
         True,
         ended,
         max_polls,
         BEGIN,
         own.failure,
         P,
-        PAYLOAD_BITS,
+        WORD_BITS,
         own.state + STATE_WORDS,
+        sequence,
     )
-    theirs = theirs & PAYLOAD_MASK
+    theirs = theirs & WORD_MASK
     if status == OK:
         differs = is_rank & ((theirs >> KIND_SHIFT) != (payload >> KIND_SHIFT))
         peer = tl.min(tl.where(differs, lanes, P), axis=0)
@@ -199,16 +204,20 @@ def take_words(own, call, sequence, payload, rank, max_polls):
 
 
 @triton.jit
-def copy_counts(came, gathered, good, sizes):
-    """Everybody's counts as they came, stamped, into ``gathered``, int64 ``[P, W]``; zeros where not good."""
+def copy_counts(came, gathered, good, sizes, COUNTS: tl.constexpr):
+    """Everybody's counts as they came, stamped, into ``gathered``, int64 ``[P, W]``; zeros where not good.
+
+    Args:
+        COUNTS: from one rank's counts to the next.
+    """
     P: tl.constexpr = sizes.P
     W: tl.constexpr = (sizes.L + 1) * P
     columns = tl.arange(0, triton.next_power_of_2(W))
     for first in range(0, P, sizes.AT_ONCE):
         peer = first + tl.arange(0, sizes.AT_ONCE)
         is_there = (peer < P)[:, None] & (columns < W)[None, :]
-        at = peer[:, None] * W + columns[None, :]
-        tl.store(gathered + at, tl.load(came + at, mask=is_there & good, other=0) & PAYLOAD_MASK, mask=is_there)
+        here = tl.load(came + peer[:, None] * COUNTS + columns[None, :], mask=is_there & good, other=0)
+        tl.store(gathered + peer[:, None] * W + columns[None, :], here & PAYLOAD_MASK, mask=is_there)
 
 
 @triton.jit

@@ -58,7 +58,7 @@ from crossdock.backends.cuda.kernels.sync import (
     is_last_program,
     let_next_kernel_launch,
     release_programs,
-    stamped,
+    stamped_word,
     words_at,
 )
 from crossdock.backends.cuda.kernels.tables import tables_of
@@ -79,7 +79,6 @@ def coordinate(call, payload, rank, max_polls, steps, tables, topk_idx, num_toke
     """
     P: tl.constexpr = own.sizes.P
     E: tl.constexpr = own.sizes.L * P
-    W: tl.constexpr = E + P
     segment = tl.load(own.segments + rank)
     good = is_ok(own.state)
     sequence = tl.load(call + P + SEQUENCE)
@@ -95,22 +94,22 @@ def coordinate(call, payload, rank, max_polls, steps, tables, topk_idx, num_toke
         settles = (tl.load(call + P + PROGRESS) == BEGUN).to(tl.int32)
     if ((steps & AWAITS) == 0) & good:
         words = words_at(segment, own.boxes.words) + (sequence & (own.sizes.RING - 1)) * P
-        settles = are_here(words, stamped(sequence, 0), max_polls, P).to(tl.int32)
+        settles = are_here(words, stamped_word(sequence, 0), max_polls, P).to(tl.int32)
     if settles == 0:
         release_programs(own.flags + GO_FLAG, tl.full([], NOTHING, tl.int32))
     else:
-        counts = words_at(segment, own.boxes.counts) + (sequence & (own.sizes.RING - 1)) * (P * W)
+        counts = words_at(segment, own.boxes.counts) + (sequence & (own.sizes.RING - 1)) * (P * own.sizes.COUNTS)
         status = tl.full([], ABORTED, tl.int32)
         if good:
             status = take_words(own, call, sequence, payload, rank, max_polls)
         base, end, moves = derive_send_starts(
-            counts, status == OK, tables, send_starts, own.capacity, rank, False, own.sizes
+            counts, status == OK, tables, send_starts, own.capacity, rank, False, own.sizes, own.sizes.COUNTS
         )
         if status == OK:
             tl.store(call + P + PROGRESS, tl.full([], READY, tl.int64))
         release_programs(own.flags + GO_FLAG, tl.where(moves, GO, NO_ROWS))
-        derive_recv_starts(counts, base, end, moves, tables, own.capacity, rank, False, own.sizes)
-        copy_counts(counts, tables.counts, moves, own.sizes)
+        derive_recv_starts(counts, base, end, moves, tables, own.capacity, rank, False, own.sizes, own.sizes.COUNTS)
+        copy_counts(counts, tables.counts, moves, own.sizes, own.sizes.COUNTS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "payload", "rank", "max_polls", "steps"])

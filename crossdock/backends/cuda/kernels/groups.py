@@ -54,6 +54,8 @@ class Sizes(NamedTuple):
 
     P: tl.constexpr
     RING: tl.constexpr
+    COUNTS: tl.constexpr
+    """Counts for which a row of the words has room: E + P, or more."""
     L: tl.constexpr
     K: tl.constexpr
     J: tl.constexpr

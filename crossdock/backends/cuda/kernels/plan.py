@@ -96,18 +96,20 @@ def sum_chunks(sums, num_chunks, W: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_counts(counts, source, column, is_column, P: tl.constexpr, W: tl.constexpr):
-    """Columns of the counts ``[P, W]`` of some sources, int32 ``[sources, columns]``; 0 where there are none.
+def load_counts(counts, source, column, is_column, P: tl.constexpr, COUNTS: tl.constexpr):
+    """Columns of the counts ``[P, COUNTS]`` of some sources, int32 ``[sources, columns]``; 0 where there are none.
 
     Stamped or not.
     """
-    at = counts + source[:, None] * W + column[None, :]
+    at = counts + source[:, None] * COUNTS + column[None, :]
     counts = tl.load(at, mask=(source < P)[:, None] & is_column[None, :], other=0)
     return (counts & PAYLOAD_MASK).to(tl.int32)
 
 
 @triton.jit
-def derive_send_starts(counts, good, tables, send_starts, capacity, rank, IS_PAIRS: tl.constexpr, sizes):
+def derive_send_starts(
+    counts, good, tables, send_starts, capacity, rank, IS_PAIRS: tl.constexpr, sizes, COUNTS: tl.constexpr
+):
     """From everybody's counts: where this rank's blocks of rows begin. See ``derive_blocks``.
 
     Returns:
@@ -120,17 +122,16 @@ def derive_send_starts(counts, good, tables, send_starts, capacity, rank, IS_PAI
     FIRST: tl.constexpr = L * P if N == 1 else 0
     ALIGNMENT: tl.constexpr = 1 if IS_PAIRS else sizes.ALIGNMENT
     B: tl.constexpr = N * P
-    W: tl.constexpr = (L + 1) * P
     key = tl.arange(0, triton.next_power_of_2(B))
     is_key = key < B
     total = tl.zeros_like(key)
     before = tl.zeros_like(key)
     for first in range(0, P, sizes.AT_ONCE):
         source = first + tl.arange(0, sizes.AT_ONCE)
-        sent = load_counts(counts + FIRST, source, key, is_key & good, P, W)
+        sent = load_counts(counts + FIRST, source, key, is_key & good, P, COUNTS)
         total += tl.sum(sent, axis=0)
         before += tl.sum(tl.where((source < rank)[:, None], sent, 0), axis=0)
-    mine = (tl.load(counts + rank * W + FIRST + key, mask=is_key & good, other=0) & PAYLOAD_MASK).to(tl.int32)
+    mine = (tl.load(counts + rank * COUNTS + FIRST + key, mask=is_key & good, other=0) & PAYLOAD_MASK).to(tl.int32)
     if ALIGNMENT == 0:
         base = key % N * capacity
         size = total
@@ -162,14 +163,15 @@ def derive_send_starts(counts, good, tables, send_starts, capacity, rank, IS_PAI
 
 
 @triton.jit
-def derive_recv_starts(counts, base, end, good, tables, capacity, rank, IS_PAIRS: tl.constexpr, sizes):
+def derive_recv_starts(
+    counts, base, end, good, tables, capacity, rank, IS_PAIRS: tl.constexpr, sizes, COUNTS: tl.constexpr
+):
     """From what ``derive_send_starts`` gives: where blocks begin here. See ``derive_blocks``."""
     P: tl.constexpr = sizes.P
     L: tl.constexpr = sizes.L
     N: tl.constexpr = 1 if IS_PAIRS else (1 if sizes.BY_RANK else L)
     FIRST: tl.constexpr = L * P if N == 1 else 0
     B: tl.constexpr = N * P
-    W: tl.constexpr = (L + 1) * P
     key = tl.arange(0, triton.next_power_of_2(B))
     is_mine = (key < B) & (key // N == rank)
     incoming = tables.pair_incoming if IS_PAIRS else tables.incoming
@@ -187,8 +189,8 @@ def derive_recv_starts(counts, base, end, good, tables, capacity, rank, IS_PAIRS
     tl.debug_barrier()
     for first in range(0, P, sizes.AT_ONCE):
         source = first + tl.arange(0, sizes.AT_ONCE)
-        sent = load_counts(counts + FIRST + rank * N, source, local, (local < N) & good, P, W)
-        all_sent = load_counts(counts + FIRST, source, key, (key < rank * N) & good, P, W)
+        sent = load_counts(counts + FIRST + rank * N, source, local, (local < N) & good, P, COUNTS)
+        all_sent = load_counts(counts + FIRST, source, key, (key < rank * N) & good, P, COUNTS)
         at = incoming + local[None, :] * P + source[:, None]
         is_block = (source < P)[:, None] & (local < N)[None, :]
         tl.store(at, here[None, :] + tl.cumsum(sent, axis=0) - sent, mask=is_block)
@@ -201,26 +203,28 @@ def derive_recv_starts(counts, base, end, good, tables, capacity, rank, IS_PAIRS
         picks = tl.zeros_like(local)
         for first in range(0, P, sizes.AT_ONCE):
             source = first + tl.arange(0, sizes.AT_ONCE)
-            picks += tl.sum(load_counts(counts + rank * L, source, local, (local < L) & good, P, W), axis=0)
+            picks += tl.sum(load_counts(counts + rank * L, source, local, (local < L) & good, P, COUNTS), axis=0)
         tl.store(tables.tokens + local, picks, mask=local < L)
 
 
 @triton.jit
-def derive_blocks(counts, good, tables, send_starts, capacity, rank, sizes):
+def derive_blocks(counts, good, tables, send_starts, capacity, rank, sizes, COUNTS: tl.constexpr):
     """From everybody's counts: where this rank's blocks of rows and of pairs begin, and where others' begin here.
 
     Where rows do not fit on some rank, or the call is not good, nobody has any. Gives whether they move.
 
     Args:
-        counts: int64 ``[P, W]``, stamped or not; keys are its columns from those of experts or of ranks on.
+        counts: int64 ``[P, COUNTS]``, stamped or not; keys are its columns from those of experts or of ranks on.
         send_starts: see ``Scratch``.
     """
     PAIRS_AT: tl.constexpr = 2 * sizes.P * (1 if sizes.BY_RANK else sizes.L)
-    base, end, good = derive_send_starts(counts, good, tables, send_starts, capacity, rank, False, sizes)
-    derive_recv_starts(counts, base, end, good, tables, capacity, rank, False, sizes)
+    base, end, good = derive_send_starts(counts, good, tables, send_starts, capacity, rank, False, sizes, COUNTS)
+    derive_recv_starts(counts, base, end, good, tables, capacity, rank, False, sizes, COUNTS)
     if sizes.PAIRS > 0:
-        base, end, _ = derive_send_starts(counts, good, tables, send_starts + PAIRS_AT, capacity, rank, True, sizes)
-        derive_recv_starts(counts, base, end, good, tables, capacity, rank, True, sizes)
+        base, end, _ = derive_send_starts(
+            counts, good, tables, send_starts + PAIRS_AT, capacity, rank, True, sizes, COUNTS
+        )
+        derive_recv_starts(counts, base, end, good, tables, capacity, rank, True, sizes, COUNTS)
     return good
 
 
@@ -261,10 +265,10 @@ def begin_dispatch(
         if good:
             sequence = give_word(own, call, payload, is_refused, total.to(tl.int64), rank, True)
             status = take_words(own, call, sequence, payload, rank, max_polls)
-            counts += (sequence & (own.sizes.RING - 1)) * (own.sizes.P * W)
+            counts += (sequence & (own.sizes.RING - 1)) * (own.sizes.P * own.sizes.COUNTS)
             good = status == OK
-        good = derive_blocks(counts, good, tables, scratch.send_starts, own.capacity, rank, own.sizes)
-        copy_counts(counts, tables.counts, good, own.sizes)
+        good = derive_blocks(counts, good, tables, scratch.send_starts, own.capacity, rank, own.sizes, own.sizes.COUNTS)
+        copy_counts(counts, tables.counts, good, own.sizes, own.sizes.COUNTS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rank"])
@@ -276,8 +280,8 @@ def remake_plan(topk_idx, given, plan, num_tokens, rank, own, scratch, S: tl.con
     if is_last_program(own.flags + TICKET):
         sum_chunks(scratch.sums, (num_tokens + S - 1) // S, W, TILE)
         tl.store(own.flags + REFUSED, 0)
-        derive_blocks(given, is_ok(own.state), tables, scratch.send_starts, own.capacity, rank, own.sizes)
-        copy_counts(given, tables.counts, True, own.sizes)
+        derive_blocks(given, is_ok(own.state), tables, scratch.send_starts, own.capacity, rank, own.sizes, W)
+        copy_counts(given, tables.counts, True, own.sizes, W)
 
 
 @triton.jit

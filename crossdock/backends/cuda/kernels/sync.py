@@ -39,6 +39,10 @@ CLAIMED = tl.constexpr(-1)
 
 PAYLOAD_BITS = tl.constexpr(consent.PAYLOAD_BITS)
 PAYLOAD_MASK = tl.constexpr(consent.PAYLOAD_MASK)
+WORD_BITS = tl.constexpr(consent.WORD_BITS)
+WORD_MASK = tl.constexpr(consent.WORD_MASK)
+WORD_CALL_BITS = tl.constexpr(consent.WORD_CALL_BITS)
+WORD_CALL_MASK = tl.constexpr(2**consent.WORD_CALL_BITS - 1)
 CALL_MASK = tl.constexpr(consent.CALL_MASK)
 EPOCH_SHIFT = tl.constexpr(consent.EPOCH_SHIFT)
 FLAG_EPOCH_SHIFT = tl.constexpr(consent.FLAG_EPOCH_SHIFT)
@@ -139,6 +143,7 @@ def wait_words(
     P: tl.constexpr,
     BITS: tl.constexpr = PAYLOAD_BITS,
     waits=None,
+    call=None,
     REFUSALS: tl.constexpr = 0,
 ):
     """Why the wait ended, and the words: ``status, seen``. If OK, all that was before the words is visible here.
@@ -152,7 +157,7 @@ def wait_words(
     Args:
         words: this rank's words, int64 ``[P]``.
         aborts: this rank's abort words, int64 ``[P]``: packed ``crossdock.consent.Flag``s.
-        expected: int64; the same from all, or a block with one lane per rank. Its sequence number is the call's.
+        expected: int64; the same from all, or a block with one lane per rank.
         is_awaited: whether a rank's word is waited for; the same for all, or a block with one lane per rank.
         num_ended: int64, the epochs that have ended before that of the call.
         max_polls: the deadline; a poll takes about 0.3 us on an H200, with 2 to 8 ranks on it.
@@ -161,13 +166,16 @@ def wait_words(
         P: number of ranks.
         BITS: size of the payload, which is not compared; 0 compares whole words.
         waits: int64 ``[P]``, nanoseconds that have been waited for each rank, or None; added to.
+        call: the call's sequence number, by which flags are judged; None: that of ``expected``, which is ``stamped``.
         REFUSALS: not 0 where a word with a payload refuses the call: that is MISMATCHED, and the failure has seen 0.
     """
     lanes = tl.arange(0, triton.next_power_of_2(P))
     is_rank = lanes < P
     nothing = tl.zeros_like(lanes).to(tl.int64)
     expected = nothing + expected
-    call = (expected >> PAYLOAD_BITS) & CALL_MASK
+    if call is None:
+        call = expected >> PAYLOAD_BITS
+    call = (nothing + call) & CALL_MASK
     is_awaited = is_rank & is_awaited
     num_missing = tl.full([], P, tl.int32)
     is_aborted = tl.full([], 0, tl.int32)
@@ -211,7 +219,7 @@ def wait_words(
 
 @triton.jit
 def are_here(words, expected, num_polls, P: tl.constexpr):
-    """Whether all words are those expected, but for their payloads, within so many polls. Orders nothing.
+    """Whether all begin words are those expected, but for their payloads, within so many polls. Orders nothing.
 
     Args:
         words: this rank's words, int64 ``[P]``; expected: int64, the same for all.
@@ -221,7 +229,7 @@ def are_here(words, expected, num_polls, P: tl.constexpr):
     num_missing = tl.full([], P, tl.int32)
     while (num_missing > 0) & (num_polls > 0):
         here = tl.atomic_or(words + lanes, nothing, mask=lanes < P, sem="relaxed", scope="sys")
-        is_missing = (lanes < P) & (here >> PAYLOAD_BITS != expected >> PAYLOAD_BITS)
+        is_missing = (lanes < P) & (here >> WORD_BITS != expected >> WORD_BITS)
         num_missing = tl.sum(is_missing.to(tl.int32), axis=0)
         num_polls -= 1
     return num_missing == 0
@@ -316,8 +324,16 @@ def await_go(go):
 
 @triton.jit
 def stamped(sequence, payload):
-    """A word on its way, as ``crossdock.consent.stamped``; what exceeds 40 bits of the sequence number falls off."""
+    """As ``crossdock.consent.stamped``; what exceeds 40 bits of the sequence number falls off."""
     return (sequence.to(tl.int64) << PAYLOAD_BITS) | payload
+
+
+@triton.jit
+def stamped_word(sequence, payload):
+    """A begin word on its way, as ``crossdock.consent.stamped_word``."""
+    sequence = sequence.to(tl.int64)
+    stamp = ((sequence >> EPOCH_SHIFT) << WORD_CALL_BITS) | (sequence & WORD_CALL_MASK)
+    return (stamp << WORD_BITS) | payload
 
 
 @triton.jit
