@@ -24,6 +24,8 @@ from crossdock.turn import Turn
 from crossdock.version import __version__
 
 Result = TypeVar("Result")
+_VERBS = {"__init__": "Buffer"}
+"""What a method is called in a trace, where not by its name."""
 
 
 class Tracer:
@@ -68,7 +70,8 @@ class TracedTurn(Turn):
     def __enter__(self) -> TracedTurn:
         super().__enter__()
         if self._depth == 1:
-            self._verb, self._began, self.call = sys._getframe(1).f_code.co_name, now(), None  # noqa: SLF001 - documented
+            name = sys._getframe(1).f_code.co_name  # noqa: SLF001 - documented, in spite of its name
+            self._verb, self._began, self.call = _VERBS.get(name, name), now(), None
         return self
 
     def __exit__(

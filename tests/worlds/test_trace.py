@@ -1,5 +1,6 @@
 """Traces of real calls of threads and processes: what is in their timeline, and whom the table names."""
 
+import contextlib
 import json
 import os
 import re
@@ -226,8 +227,43 @@ def test_on_the_cuda_backend_calls_are_in_it_and_rows_of_experts(world, tmp_path
         assert verbs == [1, 1, 1, 1]
     figures = measure(read(tmp_path))  # without waits of kernels: the interpreter has no clock
     assert figures.expert_rows.sum() == 2 * 2 * 6 * 2
-    assert figures.in_calls_s[0] - figures.in_calls_s[SLOW] > 0.5
+    took_us = [named(events, "combine", rank)[0]["dur"] for rank in range(2)]
+    assert took_us[0] > took_us[SLOW]
     assert "Slow link: not known" in said, said
+
+
+def two_specs(group, trace):
+    prefill, decode = spec_of(2), spec_of(2, num_experts=6, max_tokens=6, layout=cd.Padded(), num_slots=2)
+    with cd.Connection(group, num_bytes=1 << 20, trace=trace) as connection:
+        with cd.Buffer(connection, prefill) as buffer:
+            recv = buffer.dispatch(*inputs_of(prefill, connection.rank))
+            buffer.combine(recv.x, recv.plan)
+        del buffer, recv
+        buffer = cd.Buffer(connection, decode)
+        pending = [buffer.dispatch_start(*inputs_of(decode, connection.rank)) for _ in range(2)]
+        for one in pending:
+            recv = one.wait()
+            buffer.combine(recv.x, recv.plan)
+        late = buffer.dispatch_start(*inputs_of(decode, connection.rank))
+        meet(group)
+    with pytest.raises(cd.ConfigError, match="is closed"):
+        buffer.dispatch(*inputs_of(decode, connection.rank))
+    with contextlib.suppress(cd.CrossdockError):  # whatever it gives, the trace is no reason
+        late.wait()
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_calls_of_several_specs_are_one_sequence_and_a_closed_connection_writes_no_more(world, tmp_path, capsys):
+    world.run(two_specs, str(tmp_path))
+    _, events = shown(tmp_path, capsys)
+    for rank in range(2):
+        verbs = [len(named(events, verb, rank)) for verb in ("Buffer", "dispatch", "combine", "dispatch_start", "wait")]
+        assert verbs == [2, 1, 3, 3, 2]
+    figures = measure(read(tmp_path))
+    assert figures.num_calls == 7
+    assert len(figures.expert_rows) == 6
+    assert figures.expert_rank == [0, 0, 0, 1, 1, 1]
+    assert figures.rank_rows.sum() == 2
 
 
 def of_two_groups(_group, trace):

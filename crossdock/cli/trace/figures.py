@@ -54,7 +54,7 @@ class Figures:
     lasted_s: Seconds
     """[P]: from a rank's first moment to its last."""
     in_calls_s: Seconds
-    """[P]: in methods of buffers, waiting included."""
+    """[P]: in methods of buffers, waiting included, but not in making them."""
     waited_s: dict[str, Seconds]
     """By reason, [P, P]: how long each rank has waited for each, as it came last."""
     on_device: bool
@@ -137,7 +137,9 @@ def measure(trace: Trace) -> Figures:
     for part in trace.parts:
         own, peers = place[part.rank], [place[rank] for rank in part.ranks]
         spans[own] += part.span
-        in_calls_s[own] += sum(line["t"][1] - line["t"][0] for line in part.of("verb")) / 1e9
+        in_calls_s[own] += (
+            sum(line["t"][1] - line["t"][0] for line in part.of("verb") if line["name"] != "Buffer") / 1e9
+        )
         num_calls[own] += sum(1 for _ in part.of("start"))
         for reason, peer, seconds in _charges(part):
             waited[reason][own, peers[peer]] += seconds
@@ -199,7 +201,7 @@ def _loads(trace: Trace) -> dict[str, Any]:
     of_rank = np.zeros(len(trace.ranks))
     for part in trace.parts:
         of_calls = [(line["num_experts"], line["experts"]) for line in part.of("call") if "experts" in line]
-        for num_experts, picks in next((line["loads"] for line in part.of("end")), of_calls):
+        for num_experts, picks in of_calls or next((line["loads"] for line in part.of("end")), []):
             total = by_size.setdefault(num_experts, np.zeros(num_experts, np.int64))
             first = part.header["rank"] * len(picks)
             total[first : first + len(picks)] += picks
