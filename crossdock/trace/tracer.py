@@ -41,8 +41,11 @@ class Tracer:
         """To be met through, so that clocks are compared."""
         self._folder = folder
         self._ranks = list(range(members.size))
+        self._launched_by = 0
         if isinstance(members, ProcessGroup):
             self._ranks = dist.get_process_group_ranks(members.process_group)
+            if dist.get_world_size() > members.size:  # what says that groups without a common rank are of one run
+                self._launched_by = os.getppid()
 
     def queue(self, parts: Connected, *, depth: int, number: int, timeout_s: float) -> TracedQueue:
         """The queue of the connection's calls; its consent is watched from here on."""
@@ -50,6 +53,7 @@ class Tracer:
             "crossdock": __version__,
             "buffer": f"{number:016x}",
             "ranks": self._ranks,
+            "launched_by": self._launched_by,
             "met": self.members.met,
         }
         part = Part(self._folder, self.members.rank, header)

@@ -116,10 +116,10 @@ def test_clocks_of_other_hosts_are_compared_by_their_meetings():
     assert shifts([here, same]) == [0, 0]
 
 
-def write(folder, rank, number, lines=(), *, t=0, pid=None, num_ranks=2):
+def write(folder, rank, number, lines=(), *, t=0, pid=None, num_ranks=2, **more):
     clock = {"t": t, "unix": t, "boot": "x"}
     header = {"rank": rank, "pid": pid or 100 * number + rank, "host": "h", "clock": clock, "buffer": str(number)}
-    header |= {"ranks": list(range(num_ranks)), "met": []}
+    header |= {"ranks": list(range(num_ranks)), "met": [], **more}
     path = folder / f"crossdock-rank{rank}-{number}-0.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (header, *lines)))
     return path
@@ -145,6 +145,14 @@ def test_the_last_run_of_a_folder_is_shown(tmp_path):
     trace = read(tmp_path)
     assert [(part.buffer, part.rank) for part in trace.parts] == [("2", 0), ("3", 0), ("2", 1)]
     assert trace.num_others == 2
+
+
+def test_groups_without_a_common_rank_are_one_run_if_one_process_has_started_them(tmp_path):
+    for number, parent in ((1, 7), (2, 7), (3, 8)):
+        write(tmp_path, 0, number, [verb(100 * number, 100 * number + 1)], t=100 * number, launched_by=parent)
+    assert [part.buffer for part in read(tmp_path).parts] == ["3"]
+    write(tmp_path, 0, 3, [verb(50, 51)], t=50, launched_by=8)
+    assert [part.buffer for part in read(tmp_path).parts] == ["1", "2"]
 
 
 def test_an_empty_folder_and_none_are_refused(tmp_path, capsys):

@@ -52,6 +52,12 @@ class Part:
         process = f"{self.header['host']} {told['boot']} {self.header['pid']}"
         return Clock(process, told["boot"], self.buffer, told["t"], told["unix"], self.header["met"])
 
+    @property
+    def launch(self) -> tuple[str, int] | None:
+        """The process that started its own and those of other groups; None where there are no others."""
+        by = self.header.get("launched_by")
+        return (self.header["clock"]["boot"], by) if by else None
+
     @cached_property
     def span(self) -> tuple[int, int]:
         """When it begins and when it ends, shifted."""
@@ -143,13 +149,15 @@ def _read_part(path: Path) -> Part | None:
 
 
 def _last_run(parts: Sequence[Part]) -> list[Part]:
-    """Those parts that have a buffer or a process in common, or were written at the same time, and end last."""
+    """Those parts that have a buffer, a process or its parent in common, or the time, and that end last."""
     runs: list[list[Part]] = []
     by_time = {part.path: _wall_span(part) for part in parts}
 
     def belongs(part: Part, other: Part) -> bool:
         (a, b), (c, d) = by_time[part.path], by_time[other.path]
-        return part.buffer == other.buffer or part.clock.process == other.clock.process or (a <= d and c <= b)
+        if part.buffer == other.buffer or part.clock.process == other.clock.process or (a <= d and c <= b):
+            return True
+        return part.launch == other.launch is not None
 
     for part in parts:
         is_mine = [any(belongs(part, other) for other in run) for run in runs]
