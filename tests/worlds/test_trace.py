@@ -113,7 +113,7 @@ def test_a_trace_changes_no_bit(world, tmp_path):
 
 def time_out(group, trace):
     spec = spec_of(2)
-    with open_buffer(group, spec, trace=trace, timeout_s=0.2) as buffer:
+    with open_buffer(group, spec, trace=trace, timeout_s=1.5) as buffer:
         x, topk_idx = inputs_of(spec, buffer.rank)
         if buffer.rank == 0:
             with pytest.raises(PeerTimeout):
@@ -141,10 +141,10 @@ def test_failures_are_in_it_with_whom(world, tmp_path, capsys):
     }
     assert {(0, "PeerTimeout"), (1, "PeerTimeout"), (0, "ConfigError"), (1, "PeerFailed")} <= errors
     assert "Rank 0 gave up after" in said, said
-    assert "rank 1 did not begin this dispatch within timeout_s=0.2" in " ".join(said.split())
+    assert "rank 1 did not begin this dispatch within timeout_s=1.5" in " ".join(said.split())
     (wait,) = [event for event in events if event.get("args", {}).get("came") is False and event["pid"] == 0]
     assert wait["name"] == "for rank 1 to begin dispatch"
-    assert wait["dur"] >= 0.2e6
+    assert wait["dur"] >= 1.5e6
 
 
 def die(group, trace):
