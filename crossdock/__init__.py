@@ -34,7 +34,7 @@ from crossdock.routing import (
 from crossdock.spec import Spec, Topology
 from crossdock.transport.inproc import ThreadGroup, run_local
 from crossdock.version import __version__
-from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Quantized, Wire
+from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Opaque, Quantized, Wire
 
 __all__ = [
     "Arena",
@@ -52,6 +52,7 @@ __all__ = [
     "Hop",
     "Layout",
     "NotSupported",
+    "Opaque",
     "Padded",
     "PeerFailed",
     "PeerTimeout",

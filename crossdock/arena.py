@@ -17,7 +17,6 @@ from crossdock.layout import Padded
 from crossdock.masks import num_words
 from crossdock.scales import ScaleLayout
 from crossdock.spec import Spec, Topology
-from crossdock.wire import Fp8
 
 PAGE = 4096
 _LINE = 64
@@ -97,7 +96,7 @@ class Arena:
             segment_rows=spec.capacity(num_ranks),
             num_scales=spec.wire.num_scales(spec.hidden),
             dtype=spec.wire.scale_dtype,
-            column_major=isinstance(spec.wire, Fp8) and spec.wire.column_major,
+            column_major=spec.wire.column_major,
         )
 
     @cached_property
@@ -124,7 +123,7 @@ class Arena:
         add("restarts", (2, num_ranks), torch.int64, "peers: where to begin again")
         add("reasons", (num_ranks, REASON_BYTES), torch.uint8, "peers: why")
         add("counts", (ring, num_ranks, spec.num_counts(self.topology)), torch.int64, "peers: rows to come")
-        add("data", (slots, rows, hidden), spec.wire.dtype, "peers: dispatched rows", PAGE)
+        add("data", (slots, rows, spec.wire.num_columns(hidden)), spec.wire.dtype, "peers: dispatched rows", PAGE)
         if self.scales.num_scales:
             add("scale", (slots, *self.scales.shape), spec.wire.scale_dtype, "peers: their scales", PAGE)
         add("metadata", (slots, rows, self.metadata_bytes), torch.uint8, "peers: source, ids, weights, extras", PAGE)
@@ -139,8 +138,10 @@ class Arena:
         return table
 
     def region_of_rows(self, *, unquantized: bool) -> str:
-        """The region where dispatched rows arrive: ``data``, or ``outputs`` if their dtype is not the wire's."""
-        return "outputs" if unquantized and self.spec.combine_dtype != self.spec.wire.dtype else "data"
+        """The region where dispatched rows arrive: ``data``, or ``outputs`` if their format is not the wire's."""
+        wire = self.spec.wire
+        is_the_wires = wire.is_unquantized and self.spec.combine_dtype == wire.dtype
+        return "outputs" if unquantized and not is_the_wires else "data"
 
     @property
     def num_bytes(self) -> int:

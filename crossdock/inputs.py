@@ -16,7 +16,7 @@ from crossdock.layout import Padded
 from crossdock.masks import made_before
 from crossdock.plan import Plan
 from crossdock.spec import Spec
-from crossdock.wire import Fp8, Quantized
+from crossdock.wire import Fp8, Opaque, Quantized
 
 _QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -31,6 +31,15 @@ def check_no_grad(*tensors: Tensor | Quantized | None) -> None:
                 "an input requires grad, and this verb records no gradient; use crossdock.autograd.dispatch and "
                 "combine, which do, or pass x.detach(), or call it under torch.no_grad()"
             )
+
+
+def check_trains(spec: Spec) -> None:
+    """What autograd and layers dispatch has values, and so gradients."""
+    if isinstance(spec.wire, Opaque):
+        raise ConfigError(
+            f"wire={spec.wire} carries opaque rows, whose values and gradients the library does not know; make the "
+            f"Spec with a wire such as Bf16() or Fp8(), or use Buffer.dispatch and combine, which record no gradient"
+        )
 
 
 def check_device(device: torch.device, tensors: Mapping[str, object]) -> None:
@@ -56,8 +65,12 @@ def check_tokens(spec: Spec, x: Tensor | Quantized, *, unquantized: bool) -> int
     """Checks rows to dispatch, [T, H] (``unquantized``: in the combine format), and gives T."""
     data = x.data if isinstance(x, Quantized) else x
     _check_tensor("x", data)
-    if data.dim() != 2 or data.shape[1] != spec.hidden:
-        raise ConfigError(f"x has shape {_shape(data)}; this buffer takes [tokens, hidden={spec.hidden}]")
+    num_columns = spec.hidden if unquantized else spec.wire.num_columns(spec.hidden)
+    if isinstance(spec.wire, Opaque) and not unquantized:
+        _check_opaque(spec, spec.wire, x)
+    if data.dim() != 2 or data.shape[1] != num_columns:
+        takes = f"hidden={spec.hidden}" if num_columns == spec.hidden else f"{num_columns} of hidden={spec.hidden}"
+        raise ConfigError(f"x has shape {_shape(data)}; this buffer takes [tokens, {takes}]")
     if data.shape[0] > spec.max_tokens:
         raise ConfigError(
             f"x has {data.shape[0]} tokens, more than max_tokens={spec.max_tokens}; split the batch, or make the "
@@ -239,9 +252,10 @@ def _leads(spec: Spec, plan: Plan, slot_rows: int) -> list[tuple[int, ...]]:
 
 def _check_quantized(spec: Spec, x: Quantized) -> None:
     wire = spec.wire
-    if not isinstance(wire, Fp8):
+    if wire.is_unquantized:
         raise ConfigError(
-            f"x is Quantized, the wire is {wire}; make the Spec with wire=Fp8(...), or pass a plain tensor"
+            f"x is Quantized, the wire is {wire}; make the Spec with wire=Fp8(...) or Opaque(...), or pass a plain "
+            f"tensor"
         )
     if x.data.dtype != wire.dtype:
         raise ConfigError(f"x.data is {_name(x.data)}; {wire} takes {wire.dtype}")
@@ -250,6 +264,21 @@ def _check_quantized(spec: Spec, x: Quantized) -> None:
     if tuple(x.scale.shape) != expected or x.scale.dtype != wire.scale_dtype:
         raise ConfigError(
             f"x.scale is {_name(x.scale)} {_shape(x.scale)}; {wire} takes {wire.scale_dtype} {list(expected)}"
+        )
+
+
+def _check_opaque(spec: Spec, wire: Opaque, x: Tensor | Quantized) -> None:
+    """Nothing is cast: rows come with scales if the wire has them, and in its dtype."""
+    data = x.data if isinstance(x, Quantized) else x
+    num_scales = wire.num_scales(spec.hidden)
+    if isinstance(x, Quantized) != (num_scales > 0) or data.dtype != wire.dtype:
+        rows = f"data {_plain(wire.dtype)} [tokens, {wire.num_columns(spec.hidden)}]"
+        takes = rows
+        if num_scales:
+            takes = f"Quantized(data, scale), {rows} and scale {_plain(wire.scale_dtype)} [tokens, {num_scales}]"
+        raise ConfigError(
+            f"x is {'Quantized ' if isinstance(x, Quantized) else ''}{_name(data)}; {wire} casts nothing: pass "
+            f"{takes}, or make the Spec with wire=Fp8(...), which casts"
         )
 
 
@@ -268,4 +297,8 @@ def _shape(tensor: Tensor) -> list[int]:
 
 
 def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return _plain(tensor.dtype)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

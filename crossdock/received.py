@@ -17,7 +17,7 @@ from torch import Tensor
 from crossdock.backends.base import Metadata
 from crossdock.errors import ConfigError
 from crossdock.plan import Plan
-from crossdock.scales import ScaleLayout
+from crossdock.scales import ScaleLayout, cloned
 from crossdock.wire import Quantized
 
 
@@ -180,9 +180,9 @@ class Received:
         rows = self.x
         copy = Received(self.plan, self._lease, self._metadata, self._views, self._region, self._num_rows)
         if isinstance(rows, Quantized):
-            copy._owned = Quantized(rows.data.clone(), self._views.scales.copied(rows.scale))
+            copy._owned = Quantized(cloned(rows.data), self._views.scales.copied(rows.scale))
         else:
-            copy._owned = rows.clone()
+            copy._owned = cloned(rows)
         return copy
 
     @cached_property

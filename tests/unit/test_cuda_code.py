@@ -19,7 +19,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton: pip install triton")
 
-from crossdock import Bf16, Compact, Expanded, Fp8, Padded, Quantized, Spec  # noqa: E402 - behind the skip
+from crossdock import Bf16, Compact, Expanded, Fp8, Opaque, Padded, Quantized, Spec  # noqa: E402 - behind the skip
 from tests.compiled import AMD, CUDA, Launch, compile_launches, lone_buffer  # noqa: E402
 from tests.unit.test_cuda_sync import (  # noqa: E402
     amdgcn_steps,
@@ -45,6 +45,13 @@ COLUMNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "expanded at the receiver, scales column-major": (
         {"layout": Expanded(alignment=8, capacity=4096), "wire": Fp8(column_major=True)},
+        {"expand": "receiver"},
+    ),
+    "expanded at the receiver, opaque": (
+        {
+            "layout": Expanded(alignment=8, capacity=4096),
+            "wire": Opaque(values_per_element=2, block=16, scale_dtype=torch.float8_e4m3fn),
+        },
         {"expand": "receiver"},
     ),
 }
@@ -220,6 +227,17 @@ def _at(offset: int, tensor: torch.Tensor) -> torch.Tensor:
     return memory[offset:].view_as(tensor)
 
 
+def _kinds_of(spec: Spec, wide: torch.Tensor) -> list[torch.Tensor | Quantized]:
+    """Rows ``[T, H]`` in all ways in which they may be given to a dispatch."""
+    if isinstance(spec.wire, Fp8):
+        return [wide, spec.wire.quantize(wide)]
+    if isinstance(spec.wire, Opaque):
+        num_columns, num_scales = spec.wire.num_columns(spec.hidden), spec.wire.num_scales(spec.hidden)
+        data = torch.zeros(wide.shape[0], num_columns, dtype=spec.wire.dtype)
+        return [Quantized(data, torch.zeros(wide.shape[0], num_scales).to(spec.wire.scale_dtype))]
+    return [wide]
+
+
 def _call_oddly(case: str, hidden: int) -> int:
     """Calls with inputs of every kind of address and stride; how many launches were looked up."""
     spec, launch_options = (CASES | COLUMNS)[case]
@@ -235,11 +253,13 @@ def _call_oddly(case: str, hidden: int) -> int:
                 topk_idx = _at(offset, torch.zeros(num_tokens, 3, dtype=dtype) - 1)
                 weights = _at(offset, torch.zeros(num_tokens, 3))
                 extras = [_at(offset, torch.zeros(num_tokens, n, dtype=torch.uint8)) for n in (3, 10)]
-                kinds: list[torch.Tensor | Quantized] = [wide]
-                if isinstance(spec.wire, Fp8):
-                    quantized = spec.wire.quantize(wide)
-                    kinds.append(Quantized(_at(offset, quantized.data), _at(offset, quantized.scale)))
-                    kinds.append(Quantized(quantized.data, quantized.scale.t().contiguous().t()))
+                kinds: list[torch.Tensor | Quantized] = []
+                for x in _kinds_of(spec, wide):
+                    if isinstance(x, Quantized):
+                        kinds.append(Quantized(_at(offset, x.data), _at(offset, x.scale)))
+                        kinds.append(Quantized(x.data, x.scale.t().contiguous().t()))
+                    else:
+                        kinds.append(x)
                 for x in [*kinds, *kinds]:  # what has been compiled is launched as it was, by addresses
                     plan = buffer.dispatch(x, topk_idx, weights=weights, rows="capacity").plan
                     buffer.dispatch(x, plan, extras=extras[: 1 + offset % 2])
@@ -273,8 +293,7 @@ def _call_plainly(case: str) -> list[str]:
             topk_idx = torch.full((num_tokens, 8), -1, dtype=dtype)
             weights = torch.zeros(num_tokens, 8)
             extras = [torch.zeros(num_tokens, 4), torch.zeros(num_tokens, dtype=torch.uint8)]
-            kinds = [wide, spec.wire.quantize(wide)] if isinstance(spec.wire, Fp8) else [wide]
-            for x in kinds:
+            for x in _kinds_of(spec, wide):
                 plan = buffer.dispatch(x, topk_idx, rows="capacity").plan
                 buffer.dispatch(x, topk_idx, weights=weights, extras=extras, rows="exact")
                 buffer.dispatch(x, plan, weights=weights, extras=extras[:1], rows="capacity")

@@ -110,7 +110,7 @@ class CpuRows:
         for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True):
             is_real[start : start + length] = True
             if isinstance(self._arena.spec.layout, Expanded) and start + length < end:
-                data[start + length : end].zero_()
+                as_integers(data[start + length : end]).zero_()
                 if scale is not None:
                     as_integers(self._arena.scales.of_block(scale, slice(start + length, end))).zero_()
         if plan.hops[0] is not plan.back:
@@ -312,9 +312,9 @@ def _weights_of_terms(plan: HostPlan, weights: Tensor) -> Tensor:
 
 
 def _movable(rows: Tensor) -> Tensor:
-    """Rows as a type that gathers know how to move: one-byte formats travel as integers."""
+    """Rows as a type that gathers know how to move: integers, wider ones where there is a choice."""
     if rows.dtype.itemsize > 1:
-        return rows
+        return as_integers(rows)
     rows = rows.contiguous()
     return rows.view(torch.int16 if rows.shape[1] % 2 == 0 and rows.storage_offset() % 2 == 0 else torch.uint8)
 

@@ -30,7 +30,7 @@ from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher
 from crossdock.backends.cuda.metadata import MetadataReader
 from crossdock.backends.cuda.plan import DevicePlan, HostStamp
 from crossdock.backends.cuda.planner import REMADE, Planner
-from crossdock.backends.cuda.scales import as_kernels_take
+from crossdock.backends.cuda.scales import as_kernels_take, dtype_of
 from crossdock.backends.cuda.sends import SendKind, SendKinds
 from crossdock.backends.cuda.state import DeviceState
 from crossdock.backends.cuda.stream import CallStreams
@@ -41,8 +41,10 @@ from crossdock.errors import CapacityError, ConfigError
 from crossdock.kinds import Kinds
 from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
+from crossdock.scales import as_integers
+from crossdock.spec import Spec
 from crossdock.transport.device import DeviceTransport
-from crossdock.wire import Fp8, Quantized
+from crossdock.wire import Fp8, Opaque, Quantized
 
 _TELLS, _WEIGHTS, _EXTRAS = (given.value for given in (kernels.TELLS, kernels.WEIGHTS, kernels.EXTRAS))
 _BIAS_ROWS, _UNCHECKED = (given.value for given in (sum_kernels.BIAS_ROWS, sum_kernels.UNCHECKED))
@@ -65,6 +67,7 @@ class CudaBackend:
         self._on = on = launcher.state
         self.has_pairs = on.num_pairs > 0
         self._spec, self._out_dtype = spec, spec.combine_dtype
+        self._is_opaque = isinstance(spec.wire, Opaque)
         self._transport = transport
         self._launcher = launcher
         self._streams = launcher.streams
@@ -92,6 +95,8 @@ class CudaBackend:
 
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         """See Backend."""
+        if self._is_opaque and not batch.unquantized and isinstance(batch.x, Tensor):
+            batch = batch._replace(x=as_integers(batch.x))
         fused = self.fused
         if fused is not None and isinstance(routing, Tensor) and not (batch.unquantized or batch.extras):
             return self._dispatch_fused(fused, call, batch, routing)
@@ -474,10 +479,7 @@ class CudaBackend:
         picks = torch.full((1, spec.num_topk), -1, dtype=torch.int64, device=device)
         weights = torch.zeros(1, spec.num_topk, dtype=torch.float32, device=device)
         wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=device)
-        kinds: list[Tensor | Quantized] = [wide.to(spec.wire.dtype)]
-        if isinstance(spec.wire, Fp8):
-            kinds = [spec.wire.quantize(wide), wide]
-        batches = [Batch(x=x, weights=weights, extras=()) for x in kinds]
+        batches = [Batch(x=x, weights=weights, extras=()) for x in _all_kinds_of(wide, spec)]
         if self._on.arena.region_of_rows(unquantized=True) == "outputs":
             batches.append(Batch(x=wide, weights=weights, extras=(), unquantized=True))
         else:  # the same rows, which do not count
@@ -572,6 +574,19 @@ def connect(
                 backend.warm_up()
         backend.warm_up()
     return Parts(backend, consent)
+
+
+def _all_kinds_of(wide: Tensor, spec: Spec) -> list[Tensor | Quantized]:
+    """One row of zeros ``[1, H]``, in all ways in which it may be given to a dispatch."""
+    wire = spec.wire
+    if isinstance(wire, Fp8):
+        return [wire.quantize(wide), wide]
+    if not isinstance(wire, Opaque):
+        return [wide.to(wire.dtype)]
+    num_columns, num_scales = wire.num_columns(spec.hidden), wire.num_scales(spec.hidden)
+    data = torch.zeros(1, num_columns, dtype=dtype_of(wire.dtype.itemsize), device=wide.device)
+    scale = torch.zeros(1, num_scales, dtype=dtype_of(wire.scale_dtype.itemsize), device=wide.device)
+    return [Quantized(data, scale) if num_scales else data]
 
 
 def _raw(extra: Tensor) -> Tensor:
