@@ -32,6 +32,7 @@ from crossdock.routing import (
     zipf_load,
 )
 from crossdock.spec import Spec, Topology
+from crossdock.transport.base import Group
 from crossdock.transport.inproc import ThreadGroup, run_local
 from crossdock.version import __version__
 from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Opaque, Quantized, Wire
@@ -49,6 +50,7 @@ __all__ = [
     "Fp8",
     "Fp16",
     "Fp32",
+    "Group",
     "Hop",
     "Layout",
     "NotSupported",

@@ -30,7 +30,7 @@ from crossdock.plan import Plan
 from crossdock.received import Received
 from crossdock.routing import check_picks
 from crossdock.spec import Spec
-from crossdock.transport.inproc import ThreadGroup
+from crossdock.transport.base import Group
 from crossdock.wire import Quantized
 
 __all__ = ["Buffer", "Stats"]
@@ -47,8 +47,8 @@ class Buffer(Connection):
     the ``with`` block) raises there, and ``PeerFailed`` at once on the others; the next call works again.
 
     Args:
-        group: a ``torch.distributed`` process group of one host or a 1-D ``DeviceMesh``, None for the default group, or
-            a ``ThreadGroup``.
+        group: a ``torch.distributed`` process group of one host or a 1-D ``DeviceMesh``, None for the default group, a
+            ``ThreadGroup``, or any object with rank, size and an all-gather (``Group``).
         spec: what travels, the same on all ranks.
         device: where rows are moved and tensors lie: ``"cpu"``, ``"cuda"`` (the current device) or ``"cuda:1"``; None:
             the current CUDA device when the process group has NCCL for it, else the CPU.
@@ -80,7 +80,7 @@ class Buffer(Connection):
 
     def __init__(
         self,
-        group: dist.ProcessGroup | DeviceMesh | ThreadGroup | None,
+        group: dist.ProcessGroup | DeviceMesh | Group | None,
         spec: Spec,
         *,
         device: torch.device | str | None = None,

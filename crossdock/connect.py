@@ -16,7 +16,7 @@ from crossdock.consent import Consent
 from crossdock.errors import BackendUnavailable, ConfigError
 from crossdock.spec import Spec
 from crossdock.transport import inproc, shm
-from crossdock.transport.base import ProcessGroup, Transport, raise_on_all
+from crossdock.transport.base import Group, ProcessGroup, Transport, raise_on_all
 
 OLDEST_TRITON = (3, 6)
 
@@ -33,7 +33,7 @@ class Connected:
 
 
 def vet(
-    members: inproc.ThreadGroup | ProcessGroup,
+    members: Group,
     device: torch.device | str | None,
     spec: Spec,
     launch_options: LaunchOptions,
@@ -48,7 +48,7 @@ def vet(
     return chosen, None
 
 
-def choose_device(members: inproc.ThreadGroup | ProcessGroup, device: torch.device | str | None) -> torch.device:
+def choose_device(members: Group, device: torch.device | str | None) -> torch.device:
     """Where rows are moved: as asked for; else on the current CUDA device if the process group is one for it."""
     if device is None:
         backend = str(dist.get_backend_config(members.process_group)) if isinstance(members, ProcessGroup) else ""
@@ -66,7 +66,7 @@ def choose_device(members: inproc.ThreadGroup | ProcessGroup, device: torch.devi
 
 
 def connect(
-    members: inproc.ThreadGroup | ProcessGroup,
+    members: Group,
     arena: Arena,
     device: torch.device,
     launch_options: LaunchOptions,

@@ -28,8 +28,7 @@ from crossdock.memo import PlanMemo
 from crossdock.pending import CallQueue, Pending
 from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec, Topology
-from crossdock.transport.base import ProcessGroup
-from crossdock.transport.inproc import ThreadGroup
+from crossdock.transport.base import Group, group_of
 
 Self = TypeVar("Self", bound="Connection")
 
@@ -66,7 +65,7 @@ class Connection:
     @torch.inference_mode(mode=False)  # what is made here outlives the mode that it is made in
     def __init__(
         self,
-        group: dist.ProcessGroup | DeviceMesh | ThreadGroup | None,
+        group: dist.ProcessGroup | DeviceMesh | Group | None,
         spec: Spec,
         *,
         device: torch.device | str | None,
@@ -76,7 +75,7 @@ class Connection:
     ) -> None:
         if isinstance(group, Spec):
             raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
-        members = group if isinstance(group, ThreadGroup) else ProcessGroup(group)
+        members = group_of(group)
         self.device, problem = vet(members, device, spec, launch_options)
         options: dict[str, object] = {
             "device": self.device.type,
