@@ -295,6 +295,7 @@ class Buffer(Connection):
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Tensor: ...
     @overload
@@ -306,6 +307,7 @@ class Buffer(Connection):
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         extras: Sequence[Tensor],
+        out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     def combine(
@@ -316,6 +318,7 @@ class Buffer(Connection):
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         extras: Sequence[Tensor] | None = None,
+        out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Brings outputs back to the tokens' owners and sums them. Collective.
@@ -333,11 +336,13 @@ class Buffer(Connection):
             bias: [T, H] or [H], added to each sum.
             extras: float32 tensors [R, ...] (or [L, C, ...]) that go home with the rows, 4 * K + ``extra_bytes`` bytes
                 per row at most.
+            out: where to write the sums: [T, H] in the combine format, contiguous, in memory of its own that no other
+                argument overlaps; None: a new tensor. Undefined until the call has been waited for, and when it failed.
             num_sms: for this call, in place of the buffer's.
 
         Returns:
-            [T, H] in the combine format. With ``extras``, also the extras that came home: [T, ...], summed over ranks,
-            for Compact; [T, K, ...], 0 where there is no pick, where a row is one pick.
+            [T, H] in the combine format, ``out`` itself if it was given. With ``extras``, also those that came home:
+            [T, ...], summed over ranks, for Compact; [T, K, ...], 0 where there is no pick, where a row is one pick.
 
         Raises:
             ConfigError: bad input here; the other ranks raise PeerFailed.
@@ -345,7 +350,7 @@ class Buffer(Connection):
         """
         with self._queue.turn:
             result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = self._start_combine(
-                y, plan, weights, bias, extras, at_once=True, num_sms=num_sms
+                y, plan, weights, bias, extras, out, at_once=True, num_sms=num_sms
             ).finished()
             return result
 
@@ -357,6 +362,7 @@ class Buffer(Connection):
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Pending[Tensor]: ...
     @overload
@@ -368,6 +374,7 @@ class Buffer(Connection):
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         extras: Sequence[Tensor],
+        out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Pending[tuple[Tensor, tuple[Tensor, ...]]]: ...
     def combine_start(
@@ -378,11 +385,12 @@ class Buffer(Connection):
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         extras: Sequence[Tensor] | None = None,
+        out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Pending[Any]:
         """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         with self._queue.turn:
-            return self._start_combine(y, plan, weights, bias, extras, at_once=False, num_sms=num_sms)
+            return self._start_combine(y, plan, weights, bias, extras, out, at_once=False, num_sms=num_sms)
 
     def _start_combine(
         self,
@@ -391,6 +399,7 @@ class Buffer(Connection):
         weights: Tensor | None,
         bias: Tensor | None,
         extras: Sequence[Tensor] | None,
+        out: Tensor | None,
         *,
         at_once: bool,
         num_sms: int | None,
@@ -399,12 +408,15 @@ class Buffer(Connection):
         try:
             if self._backend.overflows:
                 self._check_overflow()
-            key = key_of(("combine", extras is None, at_once, num_sms), (y, plan, weights, bias, *(extras or ())))
+            key = key_of(("combine", extras is None, at_once, num_sms), (y, plan, weights, bias, out, *(extras or ())))
             known = self._kinds.get(key) if key else None
             if known is not None and self._fits_combine(y, plan, weights, bias, extras):
                 kind = known
             else:
-                kind = self._vetted_combine(y, plan, weights, bias, extras, num_sms)
+                kind = self._vetted_combine(y, plan, weights, bias, extras, out, num_sms)
+            if out is not None:
+                read = {"y": y, "weights": weights, "bias": bias, "the buffer's own memory": self._transport.segment}
+                inputs.check_out(self.spec, plan, out, read | {f"extras[{i}]": e for i, e in enumerate(extras or ())})
             returned = inputs.flat_extras(extras, y.shape[:-1])
             output_slot = self._slots.output_slot(y, plan.stamp)
         except Exception as error:
@@ -421,9 +433,9 @@ class Buffer(Connection):
         is_first = not self._queue.running
         call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms)
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
-        steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
+        steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned, out)
         pending: Pending[Any] = self._queue.start(
-            Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned)
+            Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned, out)
         )
         self._queue.drive()
         if key and kind is not known:
@@ -450,6 +462,7 @@ class Buffer(Connection):
         weights: Tensor | None,
         bias: Tensor | None,
         extras: Sequence[Tensor] | None,
+        out: Tensor | None,
         num_sms: int | None,
     ) -> CallKind:
         """The kind of a combine of which everything is allowed.
@@ -458,8 +471,8 @@ class Buffer(Connection):
             ConfigError: anything is not.
         """
         self._check_sms(num_sms)
-        inputs.check_device(self.device, {"y": y, "weights": weights, "bias": bias, "extras": extras})
-        inputs.check_no_grad(y, weights, bias, *(extras or ()))
+        inputs.check_device(self.device, {"y": y, "weights": weights, "bias": bias, "out": out, "extras": extras})
+        inputs.check_no_grad(y, weights, bias, out, *(extras or ()))
         inputs.check_plan(plan, self._id, self.masked)
         inputs.check_outputs(self.spec, plan, y, self._slot_rows)
         lead = tuple(y.shape[:-1])

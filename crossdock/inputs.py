@@ -210,6 +210,27 @@ def check_bias(spec: Spec, plan: Plan, bias: Tensor | None) -> None:
         )
 
 
+def check_out(spec: Spec, plan: Plan, out: Tensor, read: Mapping[str, Tensor | None]) -> None:
+    """Where sums are written: contiguous [T, H] in the combine format, in memory of its own.
+
+    Args:
+        read: what is read or written meanwhile, by name.
+    """
+    _check_tensor("out", out)
+    is_dense = out.is_contiguous()
+    if out.dtype != spec.combine_dtype or tuple(out.shape) != (plan.num_tokens, spec.hidden) or not is_dense:
+        raise ConfigError(
+            f"out is {_name(out)} {_shape(out)}{'' if is_dense else ' with gaps'}; pass a contiguous "
+            f"{_plain(spec.combine_dtype)} [tokens={plan.num_tokens}, hidden={spec.hidden}], or None for a new tensor"
+        )
+    first, end = _span(out)
+    for name, tensor in read.items():
+        if tensor is not None:
+            begin, behind = _span(tensor)
+            if first < behind and begin < end:
+                raise ConfigError(f"out overlaps {name}; pass memory of its own, or None for a new tensor")
+
+
 def check_row_extras(extras: Sequence[Tensor], *, lead: tuple[int, ...], limit: int) -> None:
     """Small float32 tensors that go home with rows: [*lead, ...] as the rows came."""
     num_bytes = 0
@@ -280,6 +301,15 @@ def _check_opaque(spec: Spec, wire: Opaque, x: Tensor | Quantized) -> None:
             f"x is {'Quantized ' if isinstance(x, Quantized) else ''}{_name(data)}; {wire} casts nothing: pass "
             f"{takes}, or make the Spec with wire=Fp8(...), which casts"
         )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte, and of the one behind its last."""
+    if not tensor.numel():
+        return 0, 0
+    first = tensor.data_ptr()
+    num_elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + num_elements * tensor.element_size()
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:

@@ -183,8 +183,9 @@ class Backend(Protocol):
         weights: Tensor | None,
         bias: Tensor | None,
         extras: tuple[Tensor, ...] | None,
+        out: Tensor | None,
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
-        """The sum of each token's rows [T, H], and the extras that came back with them if any were given.
+        """The sum of each token's rows [T, H], in ``out`` if given; and the extras that came back, if any were given.
 
         Owners pull the rows y [R, H] from ``call.word.output_slot``, or this rank pushes them if it is PUSHED.
         Weights are of picks [T, K], or of rows [R] where ranks sum.

@@ -269,10 +269,12 @@ def _call_oddly(case: str, hidden: int) -> int:
                 at_rows = _at(offset, torch.zeros(rows))
                 given = at_rows if spec.reduce == "rank" else weights
                 bias = _at(offset, torch.zeros(hidden, dtype=spec.combine_dtype))
-                buffer.combine(y, plan, weights=given, bias=bias)
+                out = _at(offset, torch.zeros(num_tokens, hidden, dtype=spec.combine_dtype))
+                buffer.combine(y, plan, weights=given, bias=bias, out=out)
                 buffer.combine(y, plan, bias=bias.expand(num_tokens, hidden).contiguous(), extras=[at_rows])
                 for _ in range(2):
                     buffer.combine(recv.output_rows(), plan, weights=given)
+                    buffer.combine(recv.output_rows(), plan, weights=given, out=out)
         return len(watch.compiled)
 
 

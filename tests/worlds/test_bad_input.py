@@ -230,6 +230,34 @@ BAD_COMBINES = {
     ),
     "SMs on CPUs": (lambda a: a.buffer.combine(a.recv.x, a.recv.plan, num_sms=0), ("num_sms=0", "None on CPUs")),
 }
+BAD_COMBINES |= {
+    f"{name} out": (
+        lambda a, make=make: a.buffer.combine(a.recv.x, a.recv.plan, out=make(a)),
+        (*texts, "None for a new tensor"),
+    )
+    for name, make, texts in (
+        ("dtype of", lambda _: torch.zeros(T, H).half(), ("out is float16 [4, 16]", "float32 [tokens=4, hidden=16]")),
+        ("shape of", lambda _: torch.zeros(T + 1, H), ("out is float32 [5, 16]", "[tokens=4, hidden=16]")),
+        ("gaps in", lambda _: torch.zeros(T, 2 * H)[:, :H], ("out is float32 [4, 16] with gaps", "a contiguous")),
+        ("outputs as", lambda a: torch.as_strided(a.recv.x, (T, H), (H, 1)), ("out overlaps y", "memory of its own")),
+        (
+            "the slot as",
+            lambda a: a.buffer._slots.rows("data", 1 - a.recv._lease.slot, T),
+            ("out overlaps the buffer",),
+        ),
+    )
+}
+BAD_COMBINES |= {
+    "device of out": (
+        lambda a: a.buffer.combine(a.recv.x, a.recv.plan, out=torch.zeros(T, H, device="meta")),
+        ("out is on meta", "out.cpu()"),
+    ),
+    "out no tensor": (lambda a: a.buffer.combine(a.recv.x, a.recv.plan, out=3), ("out is a int", "tensor")),
+    "out requires grad": (
+        lambda a: a.buffer.combine(a.recv.x, a.recv.plan, out=torch.zeros(T, H, requires_grad=True)),
+        ("requires grad", "records no gradient"),
+    ),
+}
 BAD_RETURNS = {
     "no extras": (lambda a: a.buffer.return_extras(a.recv.plan, []), ("extras is empty", "go home")),
     "dtype of extras": (

@@ -28,7 +28,7 @@ def biases(case, rank):
 
 
 def combine_each(group, cases):
-    """For each case: pushed and pulled, without and with weights, each kind of bias; and extras both ways."""
+    """For each case: pushed and pulled, without and with weights, each kind of bias, some into a tensor; and extras."""
     with open_buffer(group, cases[0].spec, debug=True) as buffer:
         r, outs = buffer.rank, []
         for case in cases:
@@ -39,11 +39,23 @@ def combine_each(group, cases):
                 y = case.y[r] if way == "pushed" else recv.output_rows().copy_(case.y[r])
                 for is_weighted, i in OPTIONS:
                     given, bias = weights if is_weighted else None, biases(case, r)[i]
-                    here[way, is_weighted, i] = buffer.combine(y, recv.plan, weights=given, bias=bias)
+                    if (is_weighted, i) == (True, 2):
+                        out = unwritten(case, r)
+                        assert buffer.combine(y, recv.plan, weights=given, bias=bias, out=out) is out
+                    else:
+                        out = buffer.combine(y, recv.plan, weights=given, bias=bias)
+                    here[way, is_weighted, i] = out
                 here[way, "extras"] = buffer.combine(y, recv.plan, extras=case.y_extras[r])
             here["extras alone"] = buffer.return_extras(recv.plan, case.y_extras[r])
             outs.append(here)
         return outs
+
+
+def unwritten(case, rank):
+    """Room for a rank's sums, at no multiple of 16 bytes."""
+    num_values = case.topk[rank].shape[0] * case.spec.hidden
+    room = torch.full((1 + num_values,), float("nan"), dtype=case.spec.combine_dtype, device=device())
+    return room[1:].view(-1, case.spec.hidden)
 
 
 def row_weights(recv):
@@ -135,6 +147,31 @@ def test_some_ranks_push_while_others_are_pulled_from(world, layout, reduce):
     weights = case.weights if reduce == "token" else None
     got = world.run(combine_in_mixed_ways, case)
     assert all(map(same_bits, got, oracle.combined(case.spec, case.topk, case.flat_y(), weights)))
+
+
+def combine_into(group, case):
+    """Started, with extras, twice into the same tensor."""
+    with open_buffer(group, case.spec) as buffer:
+        r, outs = buffer.rank, []
+        recv = buffer.dispatch(case.x[r], case.topk[r])
+        out = unwritten(case, r)
+        for y in (case.y[r], recv.output_rows().copy_(case.y[r])):
+            pending = buffer.combine_start(y, recv.plan, out=out)
+            assert pending.wait() is out
+            outs.append(out.clone())
+            got, _ = buffer.combine_start(y, recv.plan, extras=case.y_extras[r], out=out.zero_()).wait()
+            assert got is out
+            outs.append(out.clone())
+        return outs
+
+
+@pytest.mark.worlds("inproc-2", "processes-2", "interpreted-2")
+@pytest.mark.parametrize("layout", [Compact(), Padded()], ids=repr)
+def test_started_sums_are_written_where_the_caller_wants_them(world, layout):
+    case = make_case(spec_of(layout, Fp32(), "token", num_experts=4, num_topk=3, max_tokens=4), [4, 3])
+    wants = oracle.combined(case.spec, case.topk, case.flat_y())
+    for outs, want in zip(world.run(combine_into, case), wants, strict=True):
+        assert all(same_bits(out, want) for out in outs)
 
 
 def combine_at_capacity(group, case):

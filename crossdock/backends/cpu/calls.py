@@ -71,12 +71,13 @@ class CpuBackend:
         weights: Tensor | None,
         bias: Tensor | None,
         extras: tuple[Tensor, ...] | None,
+        out: Tensor | None,
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """See Backend."""
         is_posted = self._post(call, plan, may_wait=False)
-        return self._combine(call, _of_host(plan), y, weights, bias, extras, is_posted=is_posted)
+        return self._combine(call, _of_host(plan), y, weights, bias, extras, out, is_posted=is_posted)
 
-    def _combine(
+    def _combine(  # noqa: PLR0913 - as the verb has them: in a group they would cost one more call of Python
         self,
         call: Call,
         plan: HostPlan,
@@ -84,6 +85,7 @@ class CpuBackend:
         weights: Tensor | None,
         bias: Tensor | None,
         extras: tuple[Tensor, ...] | None,
+        out: Tensor | None,
         *,
         is_posted: bool,
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
@@ -96,7 +98,7 @@ class CpuBackend:
         if is_pushed or extras:
             self._consent.signal(call.sequence)
         yield from self._consent.arrivals(call.sequence, words, from_all=bool(extras))
-        out = self._rows.sum_rows(plan, None if sums_here else weights, bias, words, call.word.slot)
+        out = self._rows.sum_rows(plan, None if sums_here else weights, bias, words, call.word.slot, out)
         self._consent.check(call.sequence)
         if extras is None:
             return Outcome(out)

@@ -138,9 +138,19 @@ class CpuRows:
             self._returned_extras[peer][words[peer].slot, there, : packed.shape[1]] = packed[here]
 
     def sum_rows(
-        self, plan: HostPlan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], return_slot: int
+        self,
+        plan: HostPlan,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        words: Sequence[Word],
+        return_slot: int,
+        out: Tensor | None,
     ) -> Tensor:
-        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from this rank's."""
+        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from this rank's.
+
+        Args:
+            out: where to write them; None: a new tensor.
+        """
         back, spec = plan.back, self._arena.spec
         returned = self._first_row("returned", self._rank, return_slot)
         first_output = np.array(
@@ -153,7 +163,7 @@ class CpuRows:
         sent_rows = np.where(first < 0, returned + np.arange(first.size), first + back.send_dst_rows)
         terms = Terms(plan.terms.offsets, torch.from_numpy(sent_rows)[plan.terms.rows])
         term_weights = None if weights is None else _weights_of_terms(plan, weights)
-        return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias)
+        return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias, out=out)
 
     def returned_extras(self, plan: HostPlan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
         """Extras that came back, shaped as these: [T, ...] summed over ranks, or [T, K, ...] where rows are picks."""

@@ -248,15 +248,16 @@ class CudaBackend:
         weights: Tensor | None,
         bias: Tensor | None,
         extras: tuple[Tensor, ...] | None,
+        out: Tensor | None,
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """See Backend."""
         assert isinstance(plan, DevicePlan), "the plan of another backend"
         is_pushed = call.word.output_slot == PUSHED
         if self.fused is not None and not is_pushed and extras is None:
-            return self._combine_fused(self.fused, call, plan, weights, bias)
+            return self._combine_fused(self.fused, call, plan, weights, bias, out)
         if not (call.at_once or call.is_first):
             self._streams.order()
-        return self._combine(call, plan, y if is_pushed else None, weights, bias, extras)
+        return self._combine(call, plan, y if is_pushed else None, weights, bias, extras, out)
 
     def _combine(
         self,
@@ -266,6 +267,7 @@ class CudaBackend:
         weights: Tensor | None,
         bias: Tensor | None,
         extras: tuple[Tensor, ...] | None,
+        out: Tensor | None,
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         if not call.is_first:
             yield _TURN
@@ -273,14 +275,20 @@ class CudaBackend:
             yield from self._consent.opening(call.sequence)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
         try:
-            out, results = self._return(call, plan, y, weights, bias, extras or (), sums=True)
+            out, results = self._return(call, plan, y, weights, bias, extras or (), out, sums=True)
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         event = None if call.at_once else self._streams.event()
         return Outcome(out if extras is None else (out, results), event)
 
     def _combine_fused(
-        self, fused: FusedCalls, call: Call, plan: DevicePlan, weights: Tensor | None, bias: Tensor | None
+        self,
+        fused: FusedCalls,
+        call: Call,
+        plan: DevicePlan,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        out: Tensor | None,
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """A call that is only started yields after this rank's word."""
         if call.at_once and not call.is_first:  # its kernel waits for peers
@@ -293,7 +301,8 @@ class CudaBackend:
             yield _LEFT
             stream = self._streams.enter()
         weights, bias = (None if given is None else self._dense(given, stream) for given in (weights, bias))
-        out = self._on.state.new_empty((plan.num_tokens, self._spec.hidden), dtype=self._out_dtype)
+        if out is None:
+            out = self._on.state.new_empty((plan.num_tokens, self._spec.hidden), dtype=self._out_dtype)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
         try:
             fused.combine(call, plan, out, weights, bias, At(stream, room), begins=call.at_once)
@@ -315,10 +324,10 @@ class CudaBackend:
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        _, results = self._return(call, plan, None, None, None, extras, sums=False)
+        _, results = self._return(call, plan, None, None, None, extras, None, sums=False)
         return Outcome(results, None if call.at_once else self._streams.event())
 
-    def _return(
+    def _return(  # noqa: PLR0913 - as the verb has them: in a group they would cost one more call of Python
         self,
         call: Call,
         plan: DevicePlan,
@@ -326,12 +335,17 @@ class CudaBackend:
         weights: Tensor | None,
         bias: Tensor | None,
         extras: tuple[Tensor, ...],
+        out: Tensor | None,
         *,
         sums: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Issues a combine of several kernels (y None: pulled), or a return of extras; what comes of it."""
         on, spec, num_tokens, rank = self._on, self._spec, plan.num_tokens, self._on.rank
-        out = on.state.new_empty((num_tokens, spec.hidden), dtype=self._out_dtype) if sums else on.flags
+        out = (
+            on.flags if not sums
+            else on.state.new_empty((num_tokens, spec.hidden), dtype=self._out_dtype) if out is None
+            else out
+        )  # fmt: skip
         width, came = 0, on.flags
         if extras:
             width = sum(math.prod(extra.shape[1:]) for extra in extras)
@@ -343,7 +357,7 @@ class CudaBackend:
         weights = None if weights is None else self._dense(weights, stream)
         bias = None if bias is None else self._dense(bias, stream)
         sent = self._side_by_side(extras, stream) if width else None
-        key = self._sum_kinds.key(y, weights, bias, sent, call.num_sms, sums=sums)
+        key = self._sum_kinds.key(y, weights, bias, sent, out, call.num_sms, sums=sums)
         kind = self._sums.get(key)
         if kind is None:
             config = self.launch.using(call.num_sms)
@@ -492,7 +506,7 @@ class CudaBackend:
         for given, bias in itertools.product((None, given_weights), (None, wide, wide.float())):
             combine = Call(0, Word(Kind.COMBINE, 0, PUSHED))
             for y in (wide, None):
-                self._return(combine, plan, y, given, bias, (), sums=True)
+                self._return(combine, plan, y, given, bias, (), None, sums=True)
             if self.fused is not None:
                 at = At(self._streams.enter(), self._on.next_call())
                 self.fused.begin_combine(combine.word, at)
@@ -500,10 +514,10 @@ class CudaBackend:
         extra = torch.zeros(1, 1, dtype=torch.float32, device=device)
         started = Call(0, Word(Kind.COMBINE, 0, PUSHED), at_once=False)
         for y in (wide, None):
-            self._return(started, plan, y, None, None, (), sums=True)
+            self._return(started, plan, y, None, None, (), None, sums=True)
             for given in (None, row_weights if spec.reduce == "rank" else None):
-                self._return(started, plan, y, given, None, (extra,), sums=True)
-        self._return(started, plan, None, None, None, (extra,), sums=False)
+                self._return(started, plan, y, given, None, (extra,), None, sums=True)
+        self._return(started, plan, None, None, None, (extra,), None, sums=False)
         self._fill(self._planner.blank(1, 0), picks, plan.counts)
         stream, room = self._streams.enter(), self._on.next_call()
         for sends in self._sends.values():

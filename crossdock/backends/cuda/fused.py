@@ -140,6 +140,7 @@ class FusedCalls:
         key = (
             None if weights is None else weights.data_ptr() & 15,
             None if bias is None else (bias.dtype, bias.data_ptr() & 15),
+            out.data_ptr() & 15,
             call.num_sms,
         )
         launch = self._sums.get(key)

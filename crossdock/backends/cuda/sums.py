@@ -69,6 +69,7 @@ class SumKinds:
         weights: Tensor | None,
         bias: Tensor | None,
         extras: Tensor | None,
+        out: Tensor,
         num_sms: int | None,
         *,
         sums: bool,
@@ -79,6 +80,7 @@ class SumKinds:
             None if weights is None else weights.data_ptr() & 15,
             None if bias is None else (bias.dtype, bias.data_ptr() & 15),
             None if extras is None else extras.data_ptr() & 15,
+            out.data_ptr() & 15,
             num_sms,
             sums,
         )
