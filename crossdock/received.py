@@ -127,6 +127,21 @@ class Received:
         """int32 [L], the picks of each local expert."""
         return self.plan.num_tokens_per_expert
 
+    @property
+    def num_tokens_per_expert_list(self) -> list[int]:
+        """The same as integers on the host, of the read that ``rows="exact"`` makes: nothing is waited for again.
+
+        Raises:
+            ConfigError: the host has not been told: on CUDA with ``rows="capacity"``, also where a plan was made so.
+        """
+        counts = self.plan.num_tokens_per_expert_list
+        if counts is None:
+            raise ConfigError(
+                "the host was not told how many tokens came: it waits for nothing with rows='capacity'; dispatch with "
+                "rows='exact', or ask for recv.num_tokens_per_expert.tolist(), which waits for the device"
+            )
+        return counts
+
     @cached_property
     def expert_offsets(self) -> Tensor | None:
         """Expanded: int32 [L + 1], where each expert's rows start, and the end."""

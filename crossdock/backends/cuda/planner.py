@@ -69,7 +69,9 @@ class Planner:
         }
         """Fields of all plans of dispatches."""
         num_rows = NUM_HOST_COUNTS + _NUM_CAPTURED + 1
-        self._rows = torch.zeros(num_rows, HOST_WORDS.value, dtype=torch.int64, pin_memory=True)
+        num_words = HOST_WORDS.value + -(-state.num_local // 2) * 2
+        self._end_of_tokens = HOST_WORDS.value + state.num_local
+        self._rows = torch.zeros(num_rows, num_words, dtype=torch.int64, pin_memory=True)
         self.nobody = self._rows[-1]
         """Host counts that nobody reads."""
         self._host_counts = [self._host_counts_in(i, is_captured=False) for i in range(NUM_HOST_COUNTS)]
@@ -177,10 +179,12 @@ class Planner:
             raise error
         if is_its and host_counts.tells:
             num_rows, num_pairs = int(host_counts.told[HOST_ROWS.value]), int(host_counts.told[HOST_PAIRS.value])
+            tokens = host_counts.told[HOST_WORDS.value : self._end_of_tokens].tolist()
         else:  # nobody has asked for them yet, or so long ago that the host counts are another dispatch's by now
             scalars = plan.table("scalars").tolist()
             num_rows, num_pairs = scalars[NUM_ROWS.value], scalars[NUM_PAIRS.value]
-        made = plan.changed(num_rows=num_rows, num_pairs=num_pairs, host_counts=None)
+            tokens = plan.num_tokens_per_expert.tolist()
+        made = plan.changed(num_rows=num_rows, num_pairs=num_pairs, told_tokens=tokens, host_counts=None)
         self._plans.append(ref(made))
         return made
 
