@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
-from crossdock.backends.base import Batch, Call, LaunchOptions, PlanTensors, RowCount
+from crossdock.backends.base import Batch, Call, LaunchOptions, Outputs, PlanTensors, RowCount
 from crossdock.connection import Connection, Stats
 from crossdock.consent import PUSHED, Kind, Word
 from crossdock.errors import ConfigError
@@ -295,6 +295,7 @@ class Buffer(Connection):
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        partial_rows: Tensor | None = None,
         out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Tensor: ...
@@ -317,6 +318,7 @@ class Buffer(Connection):
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        partial_rows: Tensor | None = None,
         extras: Sequence[Tensor] | None = None,
         out: Tensor | None = None,
         num_sms: int | None = None,
@@ -334,6 +336,10 @@ class Buffer(Connection):
             weights: float32. With ``reduce="token"``, [T, K] of this rank's picks; a row that serves several picks is
                 multiplied by the sum of theirs. With ``reduce="rank"``, one per row that came: ``recv.weights``.
             bias: [T, H] or [H], added to each sum.
+            partial_rows: int32 [pairs, K], in place of ``plan.partial_rows``, where ranks sum picks (``reduce="rank"``,
+                Expanded or Padded): the rows of y that this rank sums for each (token, rank) pair, -1 for none. y is
+                then [N, H] with as many rows as you like, and weights [N]; there may be more pairs than the plan has.
+                This rank's own matter, which peers need not do too. Not together with extras.
             extras: float32 tensors [R, ...] (or [L, C, ...]) that go home with the rows, 4 * K + ``extra_bytes`` bytes
                 per row at most.
             out: where to write the sums: [T, H] in the combine format, contiguous, in memory of its own that no other
@@ -349,8 +355,9 @@ class Buffer(Connection):
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
         with self._queue.turn:
+            given = Outputs(y, weights, bias, extras, partial_rows, out)
             result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = self._start_combine(
-                y, plan, weights, bias, extras, out, at_once=True, num_sms=num_sms
+                given, plan, at_once=True, num_sms=num_sms
             ).finished()
             return result
 
@@ -362,6 +369,7 @@ class Buffer(Connection):
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        partial_rows: Tensor | None = None,
         out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Pending[Tensor]: ...
@@ -384,45 +392,39 @@ class Buffer(Connection):
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        partial_rows: Tensor | None = None,
         extras: Sequence[Tensor] | None = None,
         out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Pending[Any]:
         """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         with self._queue.turn:
-            return self._start_combine(y, plan, weights, bias, extras, out, at_once=False, num_sms=num_sms)
+            given = Outputs(y, weights, bias, extras, partial_rows, out)
+            return self._start_combine(given, plan, at_once=False, num_sms=num_sms)
 
-    def _start_combine(
-        self,
-        y: Tensor,
-        plan: Plan,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: Sequence[Tensor] | None,
-        out: Tensor | None,
-        *,
-        at_once: bool,
-        num_sms: int | None,
-    ) -> Pending[Any]:
+    def _start_combine(self, given: Outputs, plan: Plan, *, at_once: bool, num_sms: int | None) -> Pending[Any]:
+        y, weights, bias, extras, partial_rows, out = given
         self._check_ready()
         try:
             if self._backend.overflows:
                 self._check_overflow()
-            key = key_of(("combine", extras is None, at_once, num_sms), (y, plan, weights, bias, out, *(extras or ())))
+            tensors = (y, plan, weights, bias, partial_rows, out, *(extras or ()))
+            key = key_of(("combine", extras is None, at_once, num_sms), tensors)
             known = self._kinds.get(key) if key else None
-            if known is not None and self._fits_combine(y, plan, weights, bias, extras):
+            if known is not None and self._fits_combine(given, plan):
                 kind = known
             else:
-                kind = self._vetted_combine(y, plan, weights, bias, extras, out, num_sms)
+                kind = self._vetted_combine(given, plan, num_sms)
+            if partial_rows is not None and self._looks_at_picks:
+                inputs.check_row_numbers(partial_rows, num_rows=y.shape[0])
             if out is not None:
-                read = {"y": y, "weights": weights, "bias": bias, "the buffer's own memory": self._transport.segment}
-                inputs.check_out(self.spec, plan, out, read | {f"extras[{i}]": e for i, e in enumerate(extras or ())})
-            returned = inputs.flat_extras(extras, y.shape[:-1])
+                inputs.check_out(self.spec, plan, given, self._transport.segment)
+            returned = inputs.flat_extras(extras, y.shape[:-1]) if extras else ()
             output_slot = self._slots.output_slot(y, plan.stamp)
         except Exception as error:
             self._queue.refuse(error)
             raise
-        if weights is not None and self._ranks_sum:
+        if weights is not None and self._ranks_sum and weights.dim() != 1:
             weights = weights.reshape(-1)  # [R]
         if self._ranks_sum and (self.spec.layout.per_pick or weights is not None):
             output_slot = PUSHED  # they are summed here
@@ -432,49 +434,46 @@ class Buffer(Connection):
         )
         is_first = not self._queue.running
         call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms)
-        flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
-        steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned, out)
-        pending: Pending[Any] = self._queue.start(
-            Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned, out)
-        )
+        flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED and y.dim() != 2 else y
+        if flat is not y or weights is not given.weights or extras is not None:
+            given = Outputs(flat, weights, bias, None if extras is None else returned, partial_rows, out)
+        steps = self._backend.combine(call, plan, given)
+        pending: Pending[Any] = self._queue.start(Kind.COMBINE, call.sequence, steps, held=(plan, given))
         self._queue.drive()
         if key and kind is not known:
             self._kinds.keep(key, kind)
         return pending
 
-    def _fits_combine(
-        self, y: Tensor, plan: Plan, weights: Tensor | None, bias: Tensor | None, extras: Sequence[Tensor] | None
-    ) -> bool:
+    def _fits_combine(self, given: Outputs, plan: Plan) -> bool:
         """Whether outputs of a kind that has been seen are allowed too: their numbers of rows, and the plan."""
+        y, weights, bias, extras, partial_rows, _ = given
         lead = y.shape[:-1]
         fits = plan.buffer_id == self._id and plan.masked == self.masked
-        fits = fits and inputs.fits_lead(self.spec, plan, lead, self._slot_rows)
+        if partial_rows is None:
+            fits = fits and inputs.fits_lead(self.spec, plan, lead, self._slot_rows)
+        else:
+            fits = fits and len(lead) == 1 and partial_rows.shape[0] >= plan.num_partial_rows
         if weights is not None:
             fits = fits and (weights.shape == lead if self._ranks_sum else weights.shape[0] == plan.num_tokens)
         if bias is not None:
             fits = fits and bias.shape in ((plan.num_tokens, self.spec.hidden), (self.spec.hidden,))
         return fits and (not extras or all(extra.shape[: len(lead)] == lead for extra in extras))
 
-    def _vetted_combine(
-        self,
-        y: Tensor,
-        plan: Plan,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: Sequence[Tensor] | None,
-        out: Tensor | None,
-        num_sms: int | None,
-    ) -> CallKind:
+    def _vetted_combine(self, given: Outputs, plan: Plan, num_sms: int | None) -> CallKind:
         """The kind of a combine of which everything is allowed.
 
         Raises:
             ConfigError: anything is not.
         """
+        y, weights, bias, extras, partial_rows, out = given
         self._check_sms(num_sms)
-        inputs.check_device(self.device, {"y": y, "weights": weights, "bias": bias, "out": out, "extras": extras})
+        inputs.check_device(self.device, given._asdict())
         inputs.check_no_grad(y, weights, bias, out, *(extras or ()))
         inputs.check_plan(plan, self._id, self.masked)
-        inputs.check_outputs(self.spec, plan, y, self._slot_rows)
+        if partial_rows is None:
+            inputs.check_outputs(self.spec, plan, y, self._slot_rows)
+        else:
+            inputs.check_partial_rows(self.spec, plan, given)
         lead = tuple(y.shape[:-1])
         inputs.check_combine_weights(self.spec, plan, weights, lead=lead)
         inputs.check_bias(self.spec, plan, bias)

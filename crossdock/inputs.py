@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from crossdock.backends.base import Outputs
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
 from crossdock.masks import made_before
@@ -164,14 +165,45 @@ def check_plan(plan: Plan, buffer_id: int, masked: tuple[int, ...]) -> None:
 
 def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> None:
     """Experts' outputs of a plan: shaped as the rows that came, in the combine format."""
-    _check_tensor("y", y)
-    if y.dtype != spec.combine_dtype:
-        raise ConfigError(f"y is {_name(y)}; outputs go home as {spec.combine_dtype}: pass y.to({spec.combine_dtype})")
+    _check_format_of_outputs(spec, y)
     *lead, hidden = y.shape or (0,)
     leads = _leads(spec, plan, slot_rows)
     if hidden != spec.hidden or tuple(lead) not in leads:
         shapes = " or ".join(str([*allowed, spec.hidden]) for allowed in leads)
         raise ConfigError(f"y has shape {_shape(y)}; pass the outputs in the places of the rows that came, {shapes}")
+
+
+def check_partial_rows(spec: Spec, plan: Plan, given: Outputs) -> None:
+    """Which rows of y [N, H], however many, a rank sums: int32 [pairs, K], for each pair of the plan at least."""
+    y, partial_rows = given.y, given.partial_rows
+    assert partial_rows is not None
+    if not spec.ranks_sum_picks:
+        raise ConfigError(
+            f"partial_rows says which rows this rank sums, and with reduce={spec.reduce!r} and {spec.layout} it sums "
+            f"none; make the Spec with reduce='rank' and Expanded() or Padded(), or leave partial_rows out"
+        )
+    if given.extras is not None:
+        raise ConfigError("extras go home with the rows that came, and partial_rows with others; pass one of them")
+    _check_format_of_outputs(spec, y)
+    if y.dim() != 2 or y.shape[1] != spec.hidden:
+        raise ConfigError(f"y has shape {_shape(y)}; with partial_rows= pass [rows, hidden={spec.hidden}]")
+    _check_tensor("partial_rows", partial_rows)
+    shape, num_pairs = tuple(partial_rows.shape), plan.num_partial_rows
+    if partial_rows.dtype != torch.int32 or shape[1:] != (spec.num_topk,) or shape[0] < num_pairs:
+        raise ConfigError(
+            f"partial_rows is {_name(partial_rows)} {list(shape)}; pass int32 [pairs={num_pairs} or more, "
+            f"num_topk={spec.num_topk}], as plan.partial_rows has them"
+        )
+
+
+def check_row_numbers(partial_rows: Tensor, *, num_rows: int) -> None:
+    """The rows that are summed, on the host: 0 .. N - 1, or negative for none. On CUDA those beyond count as none."""
+    if partial_rows.numel() and (most := int(partial_rows.max())) >= num_rows:
+        pair, pick = divmod(int(partial_rows.argmax()), partial_rows.shape[1])
+        raise ConfigError(
+            f"partial_rows[{pair}, {pick}] = {most}; y has rows 0 to {num_rows - 1}, and -1 is none: pass a y that has "
+            f"all rows"
+        )
 
 
 def check_lone_extras(spec: Spec, plan: Plan, extras: Sequence[Tensor], slot_rows: int) -> tuple[int, ...]:
@@ -210,12 +242,14 @@ def check_bias(spec: Spec, plan: Plan, bias: Tensor | None) -> None:
         )
 
 
-def check_out(spec: Spec, plan: Plan, out: Tensor, read: Mapping[str, Tensor | None]) -> None:
+def check_out(spec: Spec, plan: Plan, given: Outputs, segment: Tensor) -> None:
     """Where sums are written: contiguous [T, H] in the combine format, in memory of its own.
 
     Args:
-        read: what is read or written meanwhile, by name.
+        segment: this rank's, which peers write.
     """
+    out = given.out
+    assert out is not None
     _check_tensor("out", out)
     is_dense = out.is_contiguous()
     if out.dtype != spec.combine_dtype or tuple(out.shape) != (plan.num_tokens, spec.hidden) or not is_dense:
@@ -224,7 +258,9 @@ def check_out(spec: Spec, plan: Plan, out: Tensor, read: Mapping[str, Tensor | N
             f"{_plain(spec.combine_dtype)} [tokens={plan.num_tokens}, hidden={spec.hidden}], or None for a new tensor"
         )
     first, end = _span(out)
-    for name, tensor in read.items():
+    others = given._replace(out=None, extras=None)._asdict() | {"the buffer's own memory": segment}
+    others |= {f"extras[{i}]": extra for i, extra in enumerate(given.extras or ())}
+    for name, tensor in others.items():
         if tensor is not None:
             begin, behind = _span(tensor)
             if first < behind and begin < end:
@@ -301,6 +337,12 @@ def _check_opaque(spec: Spec, wire: Opaque, x: Tensor | Quantized) -> None:
             f"x is {'Quantized ' if isinstance(x, Quantized) else ''}{_name(data)}; {wire} casts nothing: pass "
             f"{takes}, or make the Spec with wire=Fp8(...), which casts"
         )
+
+
+def _check_format_of_outputs(spec: Spec, y: Tensor) -> None:
+    _check_tensor("y", y)
+    if y.dtype != spec.combine_dtype:
+        raise ConfigError(f"y is {_name(y)}; outputs go home as {spec.combine_dtype}: pass y.to({spec.combine_dtype})")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

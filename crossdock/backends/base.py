@@ -5,7 +5,7 @@ Letters: T tokens here, K top-k, H hidden, R rows received, P ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -82,6 +82,18 @@ class Batch(NamedTuple):
     extras: tuple[Tensor, ...]  # [T, ...] each
     unquantized: bool = False
     """x travels in the combine format; ``Arena.region_of_rows`` says where its rows arrive."""
+
+
+class Outputs(NamedTuple):
+    """What a combine brings back: outputs, how they are summed, what goes home beside them, where sums are written."""
+
+    y: Tensor  # [R, H]
+    weights: Tensor | None = None  # [T, K] float32, or [R] where ranks sum
+    bias: Tensor | None = None  # [T, H] or [H]
+    extras: Sequence[Tensor] | None = None  # [R, ...] each
+    partial_rows: Tensor | None = None  # [pairs, K] int32
+    """In place of the plan's: y, and weights, then have any number of rows."""
+    out: Tensor | None = None  # [T, H]
 
 
 class Metadata(NamedTuple):
@@ -176,19 +188,11 @@ class Backend(Protocol):
         """
 
     def combine(
-        self,
-        call: Call,
-        plan: Plan,
-        y: Tensor,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
-        out: Tensor | None,
+        self, call: Call, plan: Plan, given: Outputs
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """The sum of each token's rows [T, H], in ``out`` if given; and the extras that came back, if any were given.
 
-        Owners pull the rows y [R, H] from ``call.word.output_slot``, or this rank pushes them if it is PUSHED.
-        Weights are of picks [T, K], or of rows [R] where ranks sum.
+        Owners pull the rows from ``call.word.output_slot``, or this rank pushes them if it is PUSHED.
         """
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:

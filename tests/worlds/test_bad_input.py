@@ -258,6 +258,10 @@ BAD_COMBINES |= {
         ("requires grad", "records no gradient"),
     ),
 }
+BAD_COMBINES["rows to sum where none are summed"] = (
+    lambda a: a.buffer.combine(a.recv.x, a.recv.plan, partial_rows=torch.zeros(9, K, dtype=torch.int32)),
+    ("partial_rows says which rows this rank sums", "reduce='token'", "reduce='rank'"),
+)
 BAD_RETURNS = {
     "no extras": (lambda a: a.buffer.return_extras(a.recv.plan, []), ("extras is empty", "go home")),
     "dtype of extras": (

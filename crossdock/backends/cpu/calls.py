@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Arrived, Batch, Call, Outcome, PlanTensors
+from crossdock.backends.base import Arrived, Batch, Call, Outcome, Outputs, PlanTensors
 from crossdock.backends.cpu.rows import CpuRows
 from crossdock.backends.training import own_rows, weigh_gradients
 from crossdock.consent import PUSHED, Consent, Steps, Word
@@ -64,41 +64,31 @@ class CpuBackend:
         return Outcome(Arrived(plan, num_rows, lambda: metadata))
 
     def combine(
-        self,
-        call: Call,
-        plan: Plan,
-        y: Tensor,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
-        out: Tensor | None,
+        self, call: Call, plan: Plan, given: Outputs
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """See Backend."""
         is_posted = self._post(call, plan, may_wait=False)
-        return self._combine(call, _of_host(plan), y, weights, bias, extras, out, is_posted=is_posted)
+        host_plan = _of_host(plan)
+        if given.partial_rows is not None:
+            host_plan = replace(host_plan, partial_rows=given.partial_rows)
+        return self._combine(call, host_plan, given, is_posted=is_posted)
 
-    def _combine(  # noqa: PLR0913 - as the verb has them: in a group they would cost one more call of Python
-        self,
-        call: Call,
-        plan: HostPlan,
-        y: Tensor,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
-        out: Tensor | None,
-        *,
-        is_posted: bool,
+    def _combine(
+        self, call: Call, plan: HostPlan, given: Outputs, *, is_posted: bool
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         words = yield from self._words(call, None if is_posted else plan)
         is_pushed, sums_here = call.word.output_slot == PUSHED, self._arena.spec.reduce == "rank"
+        weights, extras = given.weights, given.extras
         if is_pushed:
-            self._rows.push_outputs(plan, y, weights if sums_here else None, words)
+            self._rows.push_outputs(plan, given.y, weights if sums_here else None, words)
         if extras:
             self._rows.push_extras(plan, extras, words)
         if is_pushed or extras:
             self._consent.signal(call.sequence)
         yield from self._consent.arrivals(call.sequence, words, from_all=bool(extras))
-        out = self._rows.sum_rows(plan, None if sums_here else weights, bias, words, call.word.slot, out)
+        out = self._rows.sum_rows(
+            plan, None if sums_here else weights, given.bias, words, return_slot=call.word.slot, out=given.out
+        )
         self._consent.check(call.sequence)
         if extras is None:
             return Outcome(out)

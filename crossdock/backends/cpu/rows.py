@@ -143,6 +143,7 @@ class CpuRows:
         weights: Tensor | None,
         bias: Tensor | None,
         words: Sequence[Word],
+        *,
         return_slot: int,
         out: Tensor | None,
     ) -> Tensor:

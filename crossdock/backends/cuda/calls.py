@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, Metadata, Outcome, PlanTensors
+from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, Metadata, Outcome, Outputs, PlanTensors
 from crossdock.backends.cuda.config import agreed_topology, decide
 from crossdock.backends.cuda.consent import DeviceConsent, Passing
 from crossdock.backends.cuda.copies import push_blocks
@@ -241,33 +241,18 @@ class CudaBackend:
         return plan
 
     def combine(
-        self,
-        call: Call,
-        plan: Plan,
-        y: Tensor,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
-        out: Tensor | None,
+        self, call: Call, plan: Plan, given: Outputs
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """See Backend."""
         assert isinstance(plan, DevicePlan), "the plan of another backend"
-        is_pushed = call.word.output_slot == PUSHED
-        if self.fused is not None and not is_pushed and extras is None:
-            return self._combine_fused(self.fused, call, plan, weights, bias, out)
+        if self.fused is not None and call.word.output_slot != PUSHED and given.extras is None:
+            return self._combine_fused(self.fused, call, plan, given)
         if not (call.at_once or call.is_first):
             self._streams.order()
-        return self._combine(call, plan, y if is_pushed else None, weights, bias, extras, out)
+        return self._combine(call, plan, given)
 
     def _combine(
-        self,
-        call: Call,
-        plan: DevicePlan,
-        y: Tensor | None,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
-        out: Tensor | None,
+        self, call: Call, plan: DevicePlan, given: Outputs
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         if not call.is_first:
             yield _TURN
@@ -275,20 +260,14 @@ class CudaBackend:
             yield from self._consent.opening(call.sequence)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
         try:
-            out, results = self._return(call, plan, y, weights, bias, extras or (), out, sums=True)
+            out, results = self._return(call, plan, given, pushes=call.word.output_slot == PUSHED, sums=True)
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         event = None if call.at_once else self._streams.event()
-        return Outcome(out if extras is None else (out, results), event)
+        return Outcome(out if given.extras is None else (out, results), event)
 
     def _combine_fused(
-        self,
-        fused: FusedCalls,
-        call: Call,
-        plan: DevicePlan,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        out: Tensor | None,
+        self, fused: FusedCalls, call: Call, plan: DevicePlan, given: Outputs
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """A call that is only started yields after this rank's word."""
         if call.at_once and not call.is_first:  # its kernel waits for peers
@@ -300,7 +279,8 @@ class CudaBackend:
             fused.begin_combine(call.word, At(stream, room))
             yield _LEFT
             stream = self._streams.enter()
-        weights, bias = (None if given is None else self._dense(given, stream) for given in (weights, bias))
+        weights, bias = (None if some is None else self._dense(some, stream) for some in (given.weights, given.bias))
+        out = given.out
         if out is None:
             out = self._on.state.new_empty((plan.num_tokens, self._spec.hidden), dtype=self._out_dtype)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
@@ -324,52 +304,46 @@ class CudaBackend:
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        _, results = self._return(call, plan, None, None, None, extras, None, sums=False)
+        given = Outputs(y=self._on.flags, extras=extras)
+        _, results = self._return(call, plan, given, pushes=False, sums=False)
         return Outcome(results, None if call.at_once else self._streams.event())
 
-    def _return(  # noqa: PLR0913 - as the verb has them: in a group they would cost one more call of Python
-        self,
-        call: Call,
-        plan: DevicePlan,
-        y: Tensor | None,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...],
-        out: Tensor | None,
-        *,
-        sums: bool,
+    def _return(  # noqa: PLR0912 - in one place: each function would be one more call of Python in each call
+        self, call: Call, plan: DevicePlan, given: Outputs, *, pushes: bool, sums: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Issues a combine of several kernels (y None: pulled), or a return of extras; what comes of it."""
+        """Issues a combine of several kernels (outputs pushed, or pulled), or a return of extras; what comes of it."""
         on, spec, num_tokens, rank = self._on, self._spec, plan.num_tokens, self._on.rank
-        out = (
-            on.flags if not sums
-            else on.state.new_empty((num_tokens, spec.hidden), dtype=self._out_dtype) if out is None
-            else out
-        )  # fmt: skip
+        y, weights, bias, extras, rows, out = given
+        if not sums:
+            out = on.flags
+        elif out is None:
+            out = on.state.new_empty((num_tokens, spec.hidden), dtype=self._out_dtype)
         width, came = 0, on.flags
         if extras:
             width = sum(math.prod(extra.shape[1:]) for extra in extras)
             lead = (num_tokens, spec.num_topk) if spec.layout.per_pick else (num_tokens,)
             came = on.empty(*lead, width, dtype=torch.float32)
         stream = self._streams.enter() if call.at_once else self._streams.enter_side()
-        if y is not None and y.stride(1) != 1 and y.shape[1] != 1:
+        if pushes and y.stride(1) != 1 and y.shape[1] != 1:
             y = self._dense(y, stream)
         weights = None if weights is None else self._dense(weights, stream)
         bias = None if bias is None else self._dense(bias, stream)
-        sent = self._side_by_side(extras, stream) if width else None
-        key = self._sum_kinds.key(y, weights, bias, sent, out, call.num_sms, sums=sums)
+        rows = None if rows is None else self._dense(rows, stream)
+        pushed, sent = y if pushes else None, self._side_by_side(extras, stream) if extras and width else None
+        key = self._sum_kinds.key(pushed, weights, bias, rows, sent, out, call.num_sms, sums=sums)
         kind = self._sums.get(key)
         if kind is None:
             config = self.launch.using(call.num_sms)
-            kind = self._sums.keep(key, self._sum_kinds.make(y, weights, bias, sent, config, sums=sums))
+            kind = self._sums.keep(key, self._sum_kinds.make(pushed, weights, bias, rows, sent, config, sums=sums))
         room, memory, payload = on.next_call(), plan.memory, call.word.payload()
-        if y is None and sent is None:
+        if pushed is None and sent is None:
             kind.begin(0, stream, room, payload, rank, on.max_polls)
         else:
             kind.begin(0, stream, memory, room, num_tokens, payload, rank, on.max_polls)
             last = (memory, room, num_tokens, rank, on.max_polls if call.at_once else 0)
             if kind.push is not None and kind.is_summed:
-                kind.push(0, stream, y, on.flags if weights is None else weights, *last)
+                how = on.flags if weights is None else weights, on.flags if rows is None else rows, y.shape[0]
+                kind.push(0, stream, y, *how, *last)
             elif kind.push is not None:
                 kind.push(0, stream, y, *last)
             if kind.extras is not None:
@@ -400,14 +374,14 @@ class CudaBackend:
             packed[:, : raw.shape[1]].copy_(raw)
             return packed.view(torch.int32)
 
-    def _side_by_side(self, extras: tuple[Tensor, ...], stream: int) -> Tensor:
+    def _side_by_side(self, extras: Sequence[Tensor], stream: int) -> Tensor:
         """Extras ``[R, ...]`` that go back, float32 ``[R, width]``: where there is one, itself."""
         if len(extras) == 1:
             return self._dense(extras[0], stream)
         with self._streams.context(stream):
             return torch.cat([extra.reshape(extra.shape[0], math.prod(extra.shape[1:])) for extra in extras], dim=1)
 
-    def _apart(self, came: Tensor, extras: tuple[Tensor, ...], stream: int) -> tuple[Tensor, ...]:
+    def _apart(self, came: Tensor, extras: Sequence[Tensor], stream: int) -> tuple[Tensor, ...]:
         """What has come back ``[..., width]``, for each of the extras ``[R, ...]``: where there is one, itself."""
         lead = came.shape[:-1]
         if len(extras) == 1:
@@ -505,19 +479,19 @@ class CudaBackend:
         given_weights = row_weights if spec.reduce == "rank" else weights
         for given, bias in itertools.product((None, given_weights), (None, wide, wide.float())):
             combine = Call(0, Word(Kind.COMBINE, 0, PUSHED))
-            for y in (wide, None):
-                self._return(combine, plan, y, given, bias, (), None, sums=True)
+            for pushes in (True, False):
+                self._return(combine, plan, Outputs(wide, given, bias), pushes=pushes, sums=True)
             if self.fused is not None:
                 at = At(self._streams.enter(), self._on.next_call())
                 self.fused.begin_combine(combine.word, at)
                 self.fused.combine(combine, plan, wide, given, bias, at, begins=True)
         extra = torch.zeros(1, 1, dtype=torch.float32, device=device)
         started = Call(0, Word(Kind.COMBINE, 0, PUSHED), at_once=False)
-        for y in (wide, None):
-            self._return(started, plan, y, None, None, (), None, sums=True)
+        for pushes in (True, False):
+            self._return(started, plan, Outputs(wide), pushes=pushes, sums=True)
             for given in (None, row_weights if spec.reduce == "rank" else None):
-                self._return(started, plan, y, given, None, (extra,), None, sums=True)
-        self._return(started, plan, None, None, None, (extra,), None, sums=False)
+                self._return(started, plan, Outputs(wide, given, extras=(extra,)), pushes=pushes, sums=True)
+        self._return(started, plan, Outputs(wide, extras=(extra,)), pushes=False, sums=False)
         self._fill(self._planner.blank(1, 0), picks, plan.counts)
         stream, room = self._streams.enter(), self._on.next_call()
         for sends in self._sends.values():

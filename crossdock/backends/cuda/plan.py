@@ -182,6 +182,13 @@ class DevicePlan(Plan):
         """See Plan."""
         return self.told_tokens
 
+    @property
+    def num_partial_rows(self) -> int:
+        """See Plan. Where the host was not told, those for which there is room."""
+        if not self.shape.num_pairs:
+            return 0
+        return self.shape.part("partial_rows", 0).shape[0] if self.num_pairs is None else self.num_pairs
+
     def changed(self, **fields: Any) -> DevicePlan:
         """The same with other fields."""
         return DevicePlan.of(**(self.__dict__ | fields))
