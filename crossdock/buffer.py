@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
-from crossdock.backends.base import Batch, Call, LaunchOptions, Outputs, PlanTensors, RowCount
+from crossdock.backends.base import Batch, Call, Event, LaunchOptions, Outputs, PlanTensors, RowCount
 from crossdock.connection import Connection, Stats
 from crossdock.consent import PUSHED, Kind, Word
 from crossdock.errors import ConfigError
@@ -129,6 +129,7 @@ class Buffer(Connection):
         unquantized: bool = False,
         copy: bool = False,
         num_sms: int | None = None,
+        after: Event | None = None,
     ) -> Received:
         """Sends each token to the ranks that hold its experts; gives what came here. Collective.
 
@@ -149,6 +150,8 @@ class Buffer(Connection):
                 calls in flight are finished first. The same on all ranks.
             copy: give rows of their own, which no later dispatch overwrites.
             num_sms: for this call, in place of the buffer's.
+            after: on CUDA, an event (``torch.cuda.Event``) that the call's work waits for, beside what the current
+                stream has by now; the host does not wait.
 
         Raises:
             ConfigError: bad input here; the other ranks raise PeerFailed.
@@ -156,8 +159,9 @@ class Buffer(Connection):
         """
         with self._queue.turn:
             return self._start_dispatch(
-                x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms
-            ).finished()
+                x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms,
+                after=after,
+            ).finished()  # fmt: skip
 
     def dispatch_start(
         self,
@@ -170,12 +174,14 @@ class Buffer(Connection):
         unquantized: bool = False,
         copy: bool = False,
         num_sms: int | None = None,
+        after: Event | None = None,
     ) -> Pending[Received]:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         with self._queue.turn:
             return self._start_dispatch(
-                x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms
-            )
+                x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms,
+                after=after,
+            )  # fmt: skip
 
     def _start_dispatch(
         self,
@@ -189,6 +195,7 @@ class Buffer(Connection):
         unquantized: bool,
         copy: bool,
         num_sms: int | None,
+        after: Event | None,
     ) -> Pending[Received]:
         row_count = rows or self._default_row_count
         self._check_ready()
@@ -207,6 +214,8 @@ class Buffer(Connection):
                 kind = self._vetted_dispatch(batch, routing, rows, num_sms)
             if not isinstance(routing, Plan) and (self._looks_at_picks or self.masked or not kind.takes_picks_as_given):
                 routing = self._picks(routing)
+            if after is not None:
+                self._backend.wait_for(after, at_once=at_once)
         except Exception as error:
             self._queue.refuse(error)
             raise
@@ -298,6 +307,7 @@ class Buffer(Connection):
         partial_rows: Tensor | None = None,
         out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
     ) -> Tensor: ...
     @overload
     def combine(
@@ -310,6 +320,7 @@ class Buffer(Connection):
         extras: Sequence[Tensor],
         out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     def combine(
         self,
@@ -322,6 +333,7 @@ class Buffer(Connection):
         extras: Sequence[Tensor] | None = None,
         out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Brings outputs back to the tokens' owners and sums them. Collective.
 
@@ -345,6 +357,7 @@ class Buffer(Connection):
             out: where to write the sums: [T, H] in the combine format, contiguous, in memory of its own that no other
                 argument overlaps; None: a new tensor. Undefined until the call has been waited for, and when it failed.
             num_sms: for this call, in place of the buffer's.
+            after: as in ``dispatch``.
 
         Returns:
             [T, H] in the combine format, ``out`` itself if it was given. With ``extras``, also those that came home:
@@ -357,7 +370,7 @@ class Buffer(Connection):
         with self._queue.turn:
             given = Outputs(y, weights, bias, extras, partial_rows, out)
             result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = self._start_combine(
-                given, plan, at_once=True, num_sms=num_sms
+                given, plan, at_once=True, num_sms=num_sms, after=after
             ).finished()
             return result
 
@@ -372,6 +385,7 @@ class Buffer(Connection):
         partial_rows: Tensor | None = None,
         out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
     ) -> Pending[Tensor]: ...
     @overload
     def combine_start(
@@ -384,6 +398,7 @@ class Buffer(Connection):
         extras: Sequence[Tensor],
         out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
     ) -> Pending[tuple[Tensor, tuple[Tensor, ...]]]: ...
     def combine_start(
         self,
@@ -396,13 +411,16 @@ class Buffer(Connection):
         extras: Sequence[Tensor] | None = None,
         out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
     ) -> Pending[Any]:
         """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         with self._queue.turn:
             given = Outputs(y, weights, bias, extras, partial_rows, out)
-            return self._start_combine(given, plan, at_once=False, num_sms=num_sms)
+            return self._start_combine(given, plan, at_once=False, num_sms=num_sms, after=after)
 
-    def _start_combine(self, given: Outputs, plan: Plan, *, at_once: bool, num_sms: int | None) -> Pending[Any]:
+    def _start_combine(
+        self, given: Outputs, plan: Plan, *, at_once: bool, num_sms: int | None, after: Event | None
+    ) -> Pending[Any]:
         y, weights, bias, extras, partial_rows, out = given
         self._check_ready()
         try:
@@ -421,6 +439,8 @@ class Buffer(Connection):
                 inputs.check_out(self.spec, plan, given, self._transport.segment)
             returned = inputs.flat_extras(extras, y.shape[:-1]) if extras else ()
             output_slot = self._slots.output_slot(y, plan.stamp)
+            if after is not None:
+                self._backend.wait_for(after, at_once=at_once)
         except Exception as error:
             self._queue.refuse(error)
             raise
@@ -480,12 +500,13 @@ class Buffer(Connection):
         inputs.check_row_extras(extras or (), lead=lead, limit=self.arena.return_bytes)
         return CallKind()
 
-    def return_extras(self, plan: Plan, extras: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def return_extras(self, plan: Plan, extras: Sequence[Tensor], *, after: Event | None = None) -> tuple[Tensor, ...]:
         """Brings small tensors home as ``combine(extras=)`` does, without outputs. Collective.
 
         Args:
             plan: of the dispatch that brought the rows.
             extras: float32 tensors [R, ...] (or [L, C, ...]), at least one; 4 * K + ``extra_bytes`` bytes per row.
+            after: as in ``dispatch``.
 
         Returns:
             [T, ...], summed over ranks, for Compact; [T, K, ...], 0 where there is no pick, where a row is one pick.
@@ -495,9 +516,9 @@ class Buffer(Connection):
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
         with self._queue.turn:
-            return self._start_return(plan, extras).finished()
+            return self._start_return(plan, extras, after).finished()
 
-    def _start_return(self, plan: Plan, extras: Sequence[Tensor]) -> Pending[tuple[Tensor, ...]]:
+    def _start_return(self, plan: Plan, extras: Sequence[Tensor], after: Event | None) -> Pending[tuple[Tensor, ...]]:
         self._check_ready()
         try:
             self._check_overflow()
@@ -507,6 +528,8 @@ class Buffer(Connection):
             lead = inputs.check_lone_extras(self.spec, plan, extras, self._slot_rows)
             inputs.check_row_extras(extras, lead=lead, limit=self.arena.return_bytes)
             returned = inputs.flat_extras(extras, lead)
+            if after is not None:
+                self._backend.wait_for(after, at_once=True)
         except Exception as error:
             self._queue.refuse(error)
             raise
@@ -556,6 +579,24 @@ class Buffer(Connection):
             src_idx: as the dispatch gave it; gradients are 0 where it is -1, whatever y and weights are there.
         """
         return self._backend.weigh_gradients(grads, y, weights, src_idx)
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """On CUDA, where calls run that are only started: a stream of the buffer's, or the one that this was set to.
+
+        Set it, to None for the buffer's own again, between calls: those that are started from then on run there, behind
+        those before. Calls that are waited for at once, and fused ones, run on the current stream. None on CPUs.
+
+        Raises:
+            ConfigError: when it is set on CPUs, or to what is no stream of the buffer's device.
+        """
+        stream: torch.cuda.Stream | None = self._backend.stream
+        return stream
+
+    @stream.setter
+    def stream(self, stream: torch.cuda.Stream | None) -> None:
+        with self._queue.turn:
+            self._backend.use_stream(stream)
 
     @property
     def has_pairs(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -175,6 +175,24 @@ class Backend(Protocol):
     def wait_s(self) -> Tensor:
         """[P] float64, seconds that its kernels have waited for each peer; 0 where the host waits."""
         raise NotImplementedError
+
+    @property
+    def stream(self) -> Any:
+        """The stream on which started calls run; None where there are none."""
+
+    def use_stream(self, stream: Any) -> None:
+        """From now on started calls run on that stream; None: on one of the backend's own.
+
+        Raises:
+            ConfigError: it is no stream of the backend's device.
+        """
+
+    def wait_for(self, event: Event, *, at_once: bool) -> None:
+        """The work of the next call, waited for at once or only started, comes after the event.
+
+        Raises:
+            ConfigError: it is no event of the backend's device.
+        """
 
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         """Moves each row of the batch into its final place, at every rank that the routing names.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -290,6 +291,16 @@ BAD_RETURNS = {
         ("made by another buffer", "recv.plan"),
     ),
 }
+AFTER = ("after is a Event", "on CPUs the host does the work", "pass None")
+BAD_DISPATCHES["an event on CPUs"] = (lambda a: a.buffer.dispatch(a.x, topk(), after=threading.Event()), AFTER)
+BAD_COMBINES["an event on CPUs"] = (
+    lambda a: a.buffer.combine(a.recv.x, a.recv.plan, after=threading.Event()),
+    AFTER,
+)
+BAD_RETURNS["an event on CPUs"] = (
+    lambda a: a.buffer.return_extras(a.recv.plan, [a.recv.x[:, 0].clone()], after=threading.Event()),
+    AFTER,
+)
 BAD = {"dispatch": BAD_DISPATCHES, "combine": BAD_COMBINES, "return_extras": BAD_RETURNS}
 """All kinds of bad input to a call: the test is made from it, and every one is a sentence on every rank."""
 

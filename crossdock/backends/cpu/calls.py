@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Arrived, Batch, Call, Outcome, Outputs, PlanTensors
+from crossdock.backends.base import Arrived, Batch, Call, Event, Outcome, Outputs, PlanTensors
 from crossdock.backends.cpu.rows import CpuRows
 from crossdock.backends.training import own_rows, weigh_gradients
 from crossdock.consent import PUSHED, Consent, Steps, Word
-from crossdock.errors import CapacityError
+from crossdock.errors import CapacityError, ConfigError
 from crossdock.masks import has_rows_of, made_before
 from crossdock.plan import HostPlan, Plan, check_capacity, local_counts, make_plan
 from crossdock.transport.host import HostTransport
@@ -42,6 +42,19 @@ class CpuBackend:
         self._rank = transport.rank
         self._slot_rows = spec.num_slot_rows(transport.num_ranks)
         self._masked: tuple[int, ...] = ()
+
+    stream: None = None
+
+    def use_stream(self, stream: object) -> None:
+        """See Backend."""
+        raise ConfigError(f"buffer.stream was set to a {type(stream).__name__}; there are none on CPUs: leave it")
+
+    def wait_for(self, event: Event, *, at_once: bool) -> None:
+        """See Backend."""
+        raise ConfigError(
+            f"after is a {type(event).__name__}; on CPUs the host does the work of a call, and Pending.event is None: "
+            f"pass None, once what is to come before has been waited for"
+        )
 
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         """See Backend."""

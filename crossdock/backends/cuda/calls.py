@@ -13,13 +13,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, Metadata, Outcome, Outputs, PlanTensors
+from crossdock.backends.base import Arrived, Batch, Call, Event, LaunchOptions, Metadata, Outcome, Outputs, PlanTensors
 from crossdock.backends.cuda.config import agreed_topology, decide
 from crossdock.backends.cuda.consent import DeviceConsent, Passing
 from crossdock.backends.cuda.copies import push_blocks
@@ -92,6 +92,33 @@ class CudaBackend:
     def wait_s(self) -> Tensor:
         """See Backend."""
         return self._on.waits_ns.double() / 1e9
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """See Backend."""
+        return self._streams.side
+
+    def use_stream(self, stream: Any) -> None:
+        """See Backend."""
+        device = self._on.device
+        if stream is not None and not (isinstance(stream, torch.cuda.Stream) and stream.device == device):
+            at = f" of {stream.device}" if isinstance(stream, torch.cuda.Stream) else ""
+            raise ConfigError(
+                f"buffer.stream was set to a {type(stream).__name__}{at}; set it to a torch.cuda.Stream of {device}, "
+                f"or to None for the buffer's own"
+            )
+        self._streams.use(stream)
+
+    def wait_for(self, event: Event, *, at_once: bool) -> None:
+        """See Backend."""
+        if not isinstance(event, torch.cuda.Event):
+            raise ConfigError(
+                f"after is a {type(event).__name__}; pass a torch.cuda.Event, such as Pending.event, or None"
+            )
+        if at_once or self.fused is not None:  # started ones too then run on the caller's stream
+            self._streams.wait_for(event, on_side=False)
+        if not at_once:
+            self._streams.wait_for(event, on_side=True)
 
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         """See Backend."""
