@@ -5,7 +5,7 @@ from types import ModuleType
 
 from crossdock import autograd
 from crossdock.arena import Arena
-from crossdock.backends.base import PlanTensors
+from crossdock.backends.base import Counters, PlanTensors
 from crossdock.buffer import Buffer, Stats
 from crossdock.errors import (
     BackendUnavailable,
@@ -45,6 +45,7 @@ __all__ = [
     "CapacityError",
     "Compact",
     "ConfigError",
+    "Counters",
     "CrossdockError",
     "Expanded",
     "Fp8",

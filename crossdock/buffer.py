@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import inputs
-from crossdock.backends.base import Batch, Call, Event, LaunchOptions, Outputs, PlanTensors, RowCount
+from crossdock.backends.base import Batch, Call, Counters, Event, LaunchOptions, Outputs, PlanTensors, RowCount
 from crossdock.connection import Connection, Stats
 from crossdock.consent import PUSHED, Kind, Word
 from crossdock.errors import ConfigError
@@ -130,6 +130,7 @@ class Buffer(Connection):
         copy: bool = False,
         num_sms: int | None = None,
         after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Received:
         """Sends each token to the ranks that hold its experts; gives what came here. Collective.
 
@@ -152,6 +153,7 @@ class Buffer(Connection):
             num_sms: for this call, in place of the buffer's.
             after: on CUDA, an event (``torch.cuda.Event``) that the call's work waits for, beside what the current
                 stream has by now; the host does not wait.
+            counters: tensors that the call adds to: tokens that came for each local expert, and waits for each rank.
 
         Raises:
             ConfigError: bad input here; the other ranks raise PeerFailed.
@@ -160,7 +162,7 @@ class Buffer(Connection):
         with self._queue.turn:
             return self._start_dispatch(
                 x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms,
-                after=after,
+                after=after, counters=counters,
             ).finished()  # fmt: skip
 
     def dispatch_start(
@@ -175,12 +177,13 @@ class Buffer(Connection):
         copy: bool = False,
         num_sms: int | None = None,
         after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Pending[Received]:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         with self._queue.turn:
             return self._start_dispatch(
                 x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms,
-                after=after,
+                after=after, counters=counters,
             )  # fmt: skip
 
     def _start_dispatch(
@@ -196,6 +199,7 @@ class Buffer(Connection):
         copy: bool,
         num_sms: int | None,
         after: Event | None,
+        counters: Counters | None,
     ) -> Pending[Received]:
         row_count = rows or self._default_row_count
         self._check_ready()
@@ -214,8 +218,8 @@ class Buffer(Connection):
                 kind = self._vetted_dispatch(batch, routing, rows, num_sms)
             if not isinstance(routing, Plan) and (self._looks_at_picks or self.masked or not kind.takes_picks_as_given):
                 routing = self._picks(routing)
-            if after is not None:
-                self._backend.wait_for(after, at_once=at_once)
+            if after is not None or counters is not None:
+                self._take_beside(after, counters, at_once=at_once, brings_rows=True)
         except Exception as error:
             self._queue.refuse(error)
             raise
@@ -231,11 +235,11 @@ class Buffer(Connection):
             kind, verb, slot, PUSHED, plan, (row_count, unquantized, weights is None, _shapes(extras))
         )
         is_first = not self._queue.running
-        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms)
+        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, counters)
         steps = self._backend.dispatch(call, batch, routing)
 
         finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copy=copy, poisons=self._debug)
-        pending = self._queue.start(verb, call.sequence, steps, finish, held=(batch, routing))
+        pending = self._queue.start(verb, call.sequence, steps, finish, held=(batch, routing), counters=counters)
         if not at_once:
             self._slots.fill(slot, pending)
         self._queue.drive()
@@ -308,6 +312,7 @@ class Buffer(Connection):
         out: Tensor | None = None,
         num_sms: int | None = None,
         after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Tensor: ...
     @overload
     def combine(
@@ -321,6 +326,7 @@ class Buffer(Connection):
         out: Tensor | None = None,
         num_sms: int | None = None,
         after: Event | None = None,
+        counters: Counters | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     def combine(
         self,
@@ -334,6 +340,7 @@ class Buffer(Connection):
         out: Tensor | None = None,
         num_sms: int | None = None,
         after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Brings outputs back to the tokens' owners and sums them. Collective.
 
@@ -358,6 +365,7 @@ class Buffer(Connection):
                 argument overlaps; None: a new tensor. Undefined until the call has been waited for, and when it failed.
             num_sms: for this call, in place of the buffer's.
             after: as in ``dispatch``.
+            counters: tensors that the call adds to: waits for each rank.
 
         Returns:
             [T, H] in the combine format, ``out`` itself if it was given. With ``extras``, also those that came home:
@@ -370,7 +378,7 @@ class Buffer(Connection):
         with self._queue.turn:
             given = Outputs(y, weights, bias, extras, partial_rows, out)
             result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = self._start_combine(
-                given, plan, at_once=True, num_sms=num_sms, after=after
+                given, plan, at_once=True, num_sms=num_sms, after=after, counters=counters
             ).finished()
             return result
 
@@ -386,6 +394,7 @@ class Buffer(Connection):
         out: Tensor | None = None,
         num_sms: int | None = None,
         after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Pending[Tensor]: ...
     @overload
     def combine_start(
@@ -399,6 +408,7 @@ class Buffer(Connection):
         out: Tensor | None = None,
         num_sms: int | None = None,
         after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Pending[tuple[Tensor, tuple[Tensor, ...]]]: ...
     def combine_start(
         self,
@@ -412,14 +422,22 @@ class Buffer(Connection):
         out: Tensor | None = None,
         num_sms: int | None = None,
         after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Pending[Any]:
         """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         with self._queue.turn:
             given = Outputs(y, weights, bias, extras, partial_rows, out)
-            return self._start_combine(given, plan, at_once=False, num_sms=num_sms, after=after)
+            return self._start_combine(given, plan, at_once=False, num_sms=num_sms, after=after, counters=counters)
 
     def _start_combine(
-        self, given: Outputs, plan: Plan, *, at_once: bool, num_sms: int | None, after: Event | None
+        self,
+        given: Outputs,
+        plan: Plan,
+        *,
+        at_once: bool,
+        num_sms: int | None,
+        after: Event | None,
+        counters: Counters | None,
     ) -> Pending[Any]:
         y, weights, bias, extras, partial_rows, out = given
         self._check_ready()
@@ -439,8 +457,8 @@ class Buffer(Connection):
                 inputs.check_out(self.spec, plan, given, self._transport.segment)
             returned = inputs.flat_extras(extras, y.shape[:-1]) if extras else ()
             output_slot = self._slots.output_slot(y, plan.stamp)
-            if after is not None:
-                self._backend.wait_for(after, at_once=at_once)
+            if after is not None or counters is not None:
+                self._take_beside(after, counters, at_once=at_once, brings_rows=False)
         except Exception as error:
             self._queue.refuse(error)
             raise
@@ -453,12 +471,14 @@ class Buffer(Connection):
             kind, Kind.COMBINE, slot, output_slot, plan, None if extras is None else _shapes(returned)
         )
         is_first = not self._queue.running
-        call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms)
+        call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms, counters)
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED and y.dim() != 2 else y
         if flat is not y or weights is not given.weights or extras is not None:
             given = Outputs(flat, weights, bias, None if extras is None else returned, partial_rows, out)
         steps = self._backend.combine(call, plan, given)
-        pending: Pending[Any] = self._queue.start(Kind.COMBINE, call.sequence, steps, held=(plan, given))
+        pending: Pending[Any] = self._queue.start(
+            Kind.COMBINE, call.sequence, steps, held=(plan, given), counters=counters
+        )
         self._queue.drive()
         if key and kind is not known:
             self._kinds.keep(key, kind)
@@ -597,6 +617,13 @@ class Buffer(Connection):
     def stream(self, stream: torch.cuda.Stream | None) -> None:
         with self._queue.turn:
             self._backend.use_stream(stream)
+
+    def _take_beside(self, after: Event | None, counters: Counters | None, *, at_once: bool, brings_rows: bool) -> None:
+        """Checks the tensors that a call is to count in, and lets its work wait for an event."""
+        if counters is not None:
+            inputs.check_counters(self.spec, self.device, self.topology.num_ranks, counters, brings_rows=brings_rows)
+        if after is not None:
+            self._backend.wait_for(after, at_once=at_once)
 
     @property
     def has_pairs(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from crossdock.backends.base import Outputs
+from crossdock.backends.base import Counters, Outputs
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
 from crossdock.masks import made_before
@@ -41,6 +41,31 @@ def check_trains(spec: Spec) -> None:
             f"wire={spec.wire} carries opaque rows, whose values and gradients the library does not know; make the "
             f"Spec with a wire such as Bf16() or Fp8(), or use Buffer.dispatch and combine, which record no gradient"
         )
+
+
+def check_counters(spec: Spec, device: torch.device, num_ranks: int, counters: Counters, *, brings_rows: bool) -> None:
+    """Tensors that a call adds to: contiguous, on its device; of tokens only where rows come."""
+    if not isinstance(counters, Counters):
+        raise ConfigError(f"counters is a {type(counters).__name__}; pass crossdock.Counters(...)")
+    tokens, waits = counters
+    if tokens is not None and not brings_rows:
+        raise ConfigError(
+            "counters.num_tokens_per_expert was given, and a combine brings no tokens; pass wait_ns= alone"
+        )
+    num_local = spec.num_local_experts(num_ranks)
+    for name, tensor, dtypes, size in (
+        ("num_tokens_per_expert", tokens, (torch.int32, torch.int64), num_local),
+        ("wait_ns", waits, (torch.int64,), num_ranks),
+    ):
+        if tensor is None:
+            continue
+        _check_tensor(f"counters.{name}", tensor)
+        if tensor.dtype not in dtypes or tuple(tensor.shape) != (size,) or not tensor.is_contiguous():
+            raise ConfigError(
+                f"counters.{name} is {_name(tensor)} {_shape(tensor)}; pass a contiguous "
+                f"{' or '.join(map(_plain, dtypes))} [{size}]"
+            )
+        check_device(device, {f"counters.{name}": tensor})
 
 
 def check_device(device: torch.device, tensors: Mapping[str, object]) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar
 
-from crossdock.backends.base import Event, Outcome
+from crossdock.backends.base import Counters, Event, Outcome
 from crossdock.consent import Consent, Kind, Missing, Steps
 from crossdock.errors import ConfigError, CrossdockError, PeerTimeout, TransportError
 from crossdock.transport.base import Transport
@@ -35,6 +35,7 @@ class Pending(Generic[Result]):
         steps: Steps[Outcome[Any]],
         finish: Callable[[Any], Result] | None,
         held: tuple[object, ...] = (),
+        counters: Counters | None = None,
     ) -> None:
         self.kind = kind
         self.sequence = sequence
@@ -43,6 +44,7 @@ class Pending(Generic[Result]):
         self.has_sent = False
         """Whether the next call may begin though this one is not done."""
         self.outcome: Outcome[Any] | None = None
+        self.counters = counters
         self.error: BaseException | None = None
         """What ``wait()`` raises, when the call has failed."""
         self._queue = queue
@@ -164,14 +166,16 @@ class CallQueue:
         steps: Steps[Outcome[Any]],
         finish: Callable[[Any], Result] | None = None,
         held: tuple[object, ...] = (),
+        counters: Counters | None = None,
     ) -> Pending[Result]:
         """Puts a call behind the others; ``drive`` moves it.
 
         Args:
             finish: makes the call's result of what its steps gave, when it is waited for.
             held: what its work reads, kept for as long as it may.
+            counters: tensors of the caller's; on CPUs, what the host waits for peers is added to them.
         """
-        pending = Pending(self, kind, sequence, steps, finish, held)
+        pending = Pending(self, kind, sequence, steps, finish, held, counters)
         self.last_error = None
         self.running.append(pending)
         self._unwaited.append(pending)
@@ -336,6 +340,8 @@ class CallQueue:
         if call is patience.call:
             for peer in missing.peers:
                 self.wait_s[peer] += now - patience.last
+                if call.counters is not None and call.counters.wait_ns is not None and call.counters.wait_ns.is_cpu:
+                    call.counters.wait_ns[peer] += round(1e9 * (now - patience.last))
         else:
             patience.call, patience.num_polls, patience.began, patience.gone = call, 0, now, None
         patience.last = now

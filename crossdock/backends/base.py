@@ -84,6 +84,19 @@ class Batch(NamedTuple):
     """x travels in the combine format; ``Arena.region_of_rows`` says where its rows arrive."""
 
 
+class Counters(NamedTuple):
+    """Tensors on the buffer's device that a call adds to, also each time that a CUDA graph replays it.
+
+    >>> Counters(num_tokens_per_expert=torch.zeros(2, dtype=torch.int32))
+    Counters(num_tokens_per_expert=tensor([0, 0], dtype=torch.int32), wait_ns=None)
+    """
+
+    num_tokens_per_expert: Tensor | None = None
+    """int32 or int64 [L]: of a dispatch, the picks of each local expert that came; nothing where the call was void."""
+    wait_ns: Tensor | None = None
+    """int64 [P]: nanoseconds that the call has waited for each rank, on CUDA in its kernels."""
+
+
 class Outputs(NamedTuple):
     """What a combine brings back: outputs, how they are summed, what goes home beside them, where sums are written."""
 
@@ -142,6 +155,8 @@ class Call(NamedTuple):
     """Whether every call before it has been driven to its end."""
     num_sms: int | None = None
     """SMs for this call; None: the buffer's."""
+    counters: Counters | None = None
+    """What its caller wants counted; waits of the host are not the backend's."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton: pip install triton")
 
-from crossdock import Bf16, Compact, Expanded, Fp8, Opaque, Padded, Quantized, Spec  # noqa: E402 - behind the skip
+from crossdock import Bf16, Compact, Counters, Expanded, Fp8, Opaque, Padded, Quantized, Spec  # noqa: E402 - behind the skip
+from crossdock.backends.base import Call, Outputs  # noqa: E402
+from crossdock.consent import PUSHED, Kind, Word  # noqa: E402
 from tests.compiled import AMD, CUDA, Launch, compile_launches, lone_buffer  # noqa: E402
 from tests.unit.test_cuda_sync import (  # noqa: E402
     amdgcn_steps,
@@ -218,6 +220,37 @@ def test_scales_that_arrive_column_major_are_moved_without_local_memory(pool):
                 if launch.name == "push_cast" and backend == "cuda":
                     assert re.search(r"st\.global[\w:.]*\.v4\.b32", launch.code)
     assert names == SCALES
+
+
+def _launch_what_comes_late(backend: Any) -> None:
+    """Sums of the caller's rows, and tensors to count in."""
+    spec, on = backend._spec, backend._on
+    plan, call = backend._planner.blank(1, 0), Call(0, Word(Kind.COMBINE, 0, PUSHED))
+    y, rows = torch.zeros(3, spec.hidden, dtype=spec.combine_dtype), torch.zeros(1, spec.num_topk, dtype=torch.int32)
+    for weights in (None, torch.zeros(3)):
+        backend._return(call, plan, Outputs(y, weights, partial_rows=rows), pushes=True, sums=True)
+    for tokens in (None, *(torch.zeros(on.num_local, dtype=dtype) for dtype in (torch.int32, torch.int64))):
+        counters = Counters(tokens, torch.zeros(on.num_ranks, dtype=torch.int64))
+        backend._counters.end(counters, backend._counters.begin(0), plan.memory, 0)
+
+
+def _compiled_late(backend: str) -> list[Launch]:
+    spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, **CASES["expanded fp8 at the receiver"][0])
+    target = {"cuda": CUDA, "hip": AMD}[backend]
+    return compile_launches(spec, 8, target, only=LATE, then=_launch_what_comes_late, expand="receiver")
+
+
+LATE = {"push_sums", "note_waits", "add_counters"}
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_what_is_compiled_when_it_first_comes_uses_no_local_memory(backend, pool):
+    launches = pool.apply(_compiled_late, (backend,))
+    late = [launch for launch in launches if not launch.is_ahead]
+    assert {launch.name for launch in late} == LATE
+    assert sum(launch.constants.get("how.GIVEN", False) for launch in late) == 2
+    for launch in late:
+        assert not re.search(r"\b(?:ld|st)\.local\b|\.local \.align|scratch_(?:load|store)", launch.code), launch.name
 
 
 def _at(offset: int, tensor: torch.Tensor) -> torch.Tensor:

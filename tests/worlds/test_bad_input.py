@@ -17,6 +17,7 @@ from crossdock import (
     CapacityError,
     Compact,
     ConfigError,
+    Counters,
     CrossdockError,
     Expanded,
     Fp8,
@@ -291,6 +292,14 @@ BAD_RETURNS = {
         ("made by another buffer", "recv.plan"),
     ),
 }
+BAD_DISPATCHES["tensors to count in"] = (
+    lambda a: a.buffer.dispatch(a.x, topk(), counters=Counters(wait_ns=torch.zeros(99, dtype=torch.int64))),
+    ("counters.wait_ns is int64 [99]", "pass a contiguous int64"),
+)
+BAD_COMBINES["tokens to count"] = (
+    lambda a: a.buffer.combine(a.recv.x, a.recv.plan, counters=Counters(torch.zeros(9, dtype=torch.int64))),
+    ("counters.num_tokens_per_expert was given", "wait_ns= alone"),
+)
 AFTER = ("after is a Event", "on CPUs the host does the work", "pass None")
 BAD_DISPATCHES["an event on CPUs"] = (lambda a: a.buffer.dispatch(a.x, topk(), after=threading.Event()), AFTER)
 BAD_COMBINES["an event on CPUs"] = (

@@ -72,6 +72,8 @@ class CpuBackend:
         yield from self._consent.arrivals(call.sequence, words, from_all=True)
         if not batch.unquantized:
             self.num_tokens_per_expert += plan.num_tokens_per_expert
+        if call.counters is not None and call.counters.num_tokens_per_expert is not None:
+            call.counters.num_tokens_per_expert.add_(plan.num_tokens_per_expert)
         num_rows = self._slot_rows if call.row_count == "capacity" else plan.num_rows
         plan, metadata = self._rows.take(plan, batch, call.word.slot, num_rows)
         return Outcome(Arrived(plan, num_rows, lambda: metadata))

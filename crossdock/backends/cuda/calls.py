@@ -23,6 +23,7 @@ from crossdock.backends.base import Arrived, Batch, Call, Event, LaunchOptions, 
 from crossdock.backends.cuda.config import agreed_topology, decide
 from crossdock.backends.cuda.consent import DeviceConsent, Passing
 from crossdock.backends.cuda.copies import push_blocks
+from crossdock.backends.cuda.counters import CounterKernels
 from crossdock.backends.cuda.fused import At, FusedCalls
 from crossdock.backends.cuda.kernels import metadata as kernels
 from crossdock.backends.cuda.kernels import sums as sum_kernels
@@ -76,6 +77,7 @@ class CudaBackend:
         self._planner = Planner(arena, on, launcher.streams, buffer_id=buffer_id)
         self._reader = MetadataReader(launcher)
         self._training = TrainingKernels(launcher)
+        self._counters = CounterKernels(launcher)
         self._send_kinds, self._sum_kinds = SendKinds(launcher), SumKinds(launcher)
         self._sends: Kinds[SendKind] = Kinds(NUM_KINDS)
         self._sums: Kinds[SumKind] = Kinds(NUM_KINDS)
@@ -155,6 +157,7 @@ class CudaBackend:
         plan, room = self._planner.blank(topk_idx.shape[0], call.sequence), self._on.next_call()
         stream = self._streams.enter()
         self._remember(plan)
+        seen = None if call.counters is None else self._counters.begin(stream)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
         try:
             fused.dispatch(call, plan, batch, topk_idx, At(stream, room), begins=True, awaits=call.at_once)
@@ -167,6 +170,8 @@ class CudaBackend:
         self._planner.placed(plan, call.sequence, call.row_count, stream)
         if self._zero_gaps is not None:
             self._zero_gaps(0, stream, plan.memory, room, plan.num_tokens, self._on.rank)
+        if call.counters is not None and seen is not None:
+            self._counters.end(call.counters, seen, plan.memory, stream)
         event = None if call.at_once else self._streams.event()
         if call.row_count == "exact":
             plan = yield from self._told(plan)
@@ -215,6 +220,7 @@ class CudaBackend:
             assert isinstance(routing, DevicePlan), "the plan of another backend"
             topk_idx, plan = on.flags, routing
         stream = self._streams.enter() if at_once else self._streams.enter_side()
+        seen = None if call.counters is None else self._counters.begin(stream)
         if weights is not None:
             weights = self._dense(weights, stream).view(torch.int32)
         extras = (self._packed(batch.extras, stream),) if batch.extras else ()
@@ -265,6 +271,8 @@ class CudaBackend:
             kind.finish(0, stream, room, rank, on.max_polls, memory)
         if kind.expand is not None:
             kind.expand(0, stream, memory, room, num_tokens, rank)
+        if call.counters is not None and seen is not None:
+            self._counters.end(call.counters, seen, memory, stream)
         return plan
 
     def combine(
@@ -302,6 +310,7 @@ class CudaBackend:
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
         stream, room = self._streams.enter(), self._on.next_call()
+        seen = None if call.counters is None else self._counters.begin(stream)
         if not call.at_once:
             fused.begin_combine(call.word, At(stream, room))
             yield _LEFT
@@ -315,6 +324,8 @@ class CudaBackend:
             fused.combine(call, plan, out, weights, bias, At(stream, room), begins=call.at_once)
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+        if call.counters is not None and seen is not None:
+            self._counters.end(call.counters, seen, plan.memory, stream)
         return Outcome(out, None if call.at_once else self._streams.event())
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
@@ -335,7 +346,7 @@ class CudaBackend:
         _, results = self._return(call, plan, given, pushes=False, sums=False)
         return Outcome(results, None if call.at_once else self._streams.event())
 
-    def _return(  # noqa: PLR0912 - in one place: each function would be one more call of Python in each call
+    def _return(  # noqa: PLR0912, PLR0915 - in one place: each function would be one more call of Python in each call
         self, call: Call, plan: DevicePlan, given: Outputs, *, pushes: bool, sums: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Issues a combine of several kernels (outputs pushed, or pulled), or a return of extras; what comes of it."""
@@ -351,6 +362,7 @@ class CudaBackend:
             lead = (num_tokens, spec.num_topk) if spec.layout.per_pick else (num_tokens,)
             came = on.empty(*lead, width, dtype=torch.float32)
         stream = self._streams.enter() if call.at_once else self._streams.enter_side()
+        seen = None if call.counters is None else self._counters.begin(stream)
         if pushes and y.stride(1) != 1 and y.shape[1] != 1:
             y = self._dense(y, stream)
         weights = None if weights is None else self._dense(weights, stream)
@@ -389,6 +401,8 @@ class CudaBackend:
                 kind.check(0, stream, room, rank)
         elif kind.gather is not None and width:
             kind.gather(num_tokens, stream, came, width, memory, room, num_tokens, rank)
+        if call.counters is not None and seen is not None:
+            self._counters.end(call.counters, seen, memory, stream)
         return out, self._apart(came, extras, stream) if extras else ()
 
     def _packed(self, extras: tuple[Tensor, ...], stream: int) -> Tensor:
