@@ -17,7 +17,7 @@ from torch import Tensor
 from crossdock.backends.base import Metadata
 from crossdock.errors import ConfigError
 from crossdock.plan import Plan
-from crossdock.scales import ScaleLayout
+from crossdock.scales import ScaleLayout, cloned
 from crossdock.wire import Quantized
 
 
@@ -128,6 +128,21 @@ class Received:
         """int32 [L], the picks of each local expert."""
         return self.plan.num_tokens_per_expert
 
+    @property
+    def num_tokens_per_expert_list(self) -> list[int]:
+        """The same as integers on the host, of the read that ``rows="exact"`` makes: nothing is waited for again.
+
+        Raises:
+            ConfigError: the host has not been told: on CUDA with ``rows="capacity"``, also where a plan was made so.
+        """
+        counts = self.plan.num_tokens_per_expert_list
+        if counts is None:
+            raise ConfigError(
+                "the host was not told how many tokens came: it waits for nothing with rows='capacity'; dispatch with "
+                "rows='exact', or ask for recv.num_tokens_per_expert.tolist(), which waits for the device"
+            )
+        return counts
+
     @cached_property
     def expert_offsets(self) -> Tensor | None:
         """Expanded: int32 [L + 1], where each expert's rows start, and the end."""
@@ -181,9 +196,9 @@ class Received:
         rows = self.x
         copy = Received(self.plan, self._lease, self._metadata, self._views, self._region, self._num_rows)
         if isinstance(rows, Quantized):
-            copy._owned = Quantized(rows.data.clone(), self._views.scales.copied(rows.scale))
+            copy._owned = Quantized(cloned(rows.data), self._views.scales.copied(rows.scale))
         else:
-            copy._owned = rows.clone()
+            copy._owned = cloned(rows)
         return copy
 
     @cached_property

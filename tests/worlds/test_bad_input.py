@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from crossdock import (
     CapacityError,
     Compact,
     ConfigError,
+    Counters,
     CrossdockError,
     Expanded,
     Fp8,
@@ -230,6 +232,38 @@ BAD_COMBINES = {
     ),
     "SMs on CPUs": (lambda a: a.buffer.combine(a.recv.x, a.recv.plan, num_sms=0), ("num_sms=0", "None on CPUs")),
 }
+BAD_COMBINES |= {
+    f"{name} out": (
+        lambda a, make=make: a.buffer.combine(a.recv.x, a.recv.plan, out=make(a)),
+        (*texts, "None for a new tensor"),
+    )
+    for name, make, texts in (
+        ("dtype of", lambda _: torch.zeros(T, H).half(), ("out is float16 [4, 16]", "float32 [tokens=4, hidden=16]")),
+        ("shape of", lambda _: torch.zeros(T + 1, H), ("out is float32 [5, 16]", "[tokens=4, hidden=16]")),
+        ("gaps in", lambda _: torch.zeros(T, 2 * H)[:, :H], ("out is float32 [4, 16] with gaps", "a contiguous")),
+        ("outputs as", lambda a: torch.as_strided(a.recv.x, (T, H), (H, 1)), ("out overlaps y", "memory of its own")),
+        (
+            "the slot as",
+            lambda a: a.buffer._slots.rows("data", 1 - a.recv._lease.slot, T),
+            ("out overlaps the buffer",),
+        ),
+    )
+}
+BAD_COMBINES |= {
+    "device of out": (
+        lambda a: a.buffer.combine(a.recv.x, a.recv.plan, out=torch.zeros(T, H, device="meta")),
+        ("out is on meta", "out.cpu()"),
+    ),
+    "out no tensor": (lambda a: a.buffer.combine(a.recv.x, a.recv.plan, out=3), ("out is a int", "tensor")),
+    "out requires grad": (
+        lambda a: a.buffer.combine(a.recv.x, a.recv.plan, out=torch.zeros(T, H, requires_grad=True)),
+        ("requires grad", "records no gradient"),
+    ),
+}
+BAD_COMBINES["rows to sum where none are summed"] = (
+    lambda a: a.buffer.combine(a.recv.x, a.recv.plan, partial_rows=torch.zeros(9, K, dtype=torch.int32)),
+    ("partial_rows says which rows this rank sums", "reduce='token'", "reduce='rank'"),
+)
 BAD_RETURNS = {
     "no extras": (lambda a: a.buffer.return_extras(a.recv.plan, []), ("extras is empty", "go home")),
     "dtype of extras": (
@@ -258,6 +292,24 @@ BAD_RETURNS = {
         ("made by another buffer", "recv.plan"),
     ),
 }
+BAD_DISPATCHES["tensors to count in"] = (
+    lambda a: a.buffer.dispatch(a.x, topk(), counters=Counters(wait_ns=torch.zeros(99, dtype=torch.int64))),
+    ("counters.wait_ns is int64 [99]", "pass a contiguous int64"),
+)
+BAD_COMBINES["tokens to count"] = (
+    lambda a: a.buffer.combine(a.recv.x, a.recv.plan, counters=Counters(torch.zeros(9, dtype=torch.int64))),
+    ("counters.num_tokens_per_expert was given", "wait_ns= alone"),
+)
+AFTER = ("after is a Event", "on CPUs the host does the work", "pass None")
+BAD_DISPATCHES["an event on CPUs"] = (lambda a: a.buffer.dispatch(a.x, topk(), after=threading.Event()), AFTER)
+BAD_COMBINES["an event on CPUs"] = (
+    lambda a: a.buffer.combine(a.recv.x, a.recv.plan, after=threading.Event()),
+    AFTER,
+)
+BAD_RETURNS["an event on CPUs"] = (
+    lambda a: a.buffer.return_extras(a.recv.plan, [a.recv.x[:, 0].clone()], after=threading.Event()),
+    AFTER,
+)
 BAD = {"dispatch": BAD_DISPATCHES, "combine": BAD_COMBINES, "return_extras": BAD_RETURNS}
 """All kinds of bad input to a call: the test is made from it, and every one is a sentence on every rank."""
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Padded, PeerFailed, Quantized, Spec
+from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Fp32, Padded, PeerFailed, Quantized, Spec
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, make_case, observed, same_bits
+from tests.world import open_buffer
 
 LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
 
@@ -54,6 +55,40 @@ def test_rows_go_stale_when_their_slot_comes_round_and_the_plan_does_not(world, 
     assert all(same_bits(out, want) for (_, out, _), want in zip(got, wants, strict=True))
     object.__setattr__(cases[3], "topk", cases[0].topk)
     check_received(cases[3], [again for _, _, again in got], weights=False, extras=False)
+
+
+def list_counts(group, cases):
+    """The lists of a fresh dispatch, of one on its plan, of one in two halves; of one whose rows nobody counts, or why
+    there is none; and what the tensors say."""
+    with open_buffer(group, cases[0].spec) as buffer:
+        first = dispatch(buffer, cases[0], rows="exact")
+        r = buffer.rank
+        again = buffer.dispatch(cases[0].x[r], first.plan)
+        other = buffer.dispatch_start(cases[1].x[r], cases[1].topk[r], rows="exact").wait()
+        pairs = [
+            (recv.num_tokens_per_expert_list, recv.num_tokens_per_expert.tolist()) for recv in (first, again, other)
+        ]
+        uncounted = dispatch(buffer, cases[1], rows="capacity")
+        try:
+            return pairs, uncounted.num_tokens_per_expert_list, uncounted.num_tokens_per_expert.tolist()
+        except ConfigError as error:
+            return pairs, str(error), None
+
+
+@pytest.mark.worlds("inproc-2", "processes-2", "interpreted-2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_counts_are_there_as_integers_where_the_host_has_waited_for_them(world, layout):
+    for pairs, listed, wanted in world.run(list_counts, cases_of(world, layout, 2, Fp32())):
+        assert all(isinstance(count, int) for mine, _ in pairs for count in mine)
+        for mine, theirs in pairs:
+            assert mine == theirs
+            assert sum(mine) > 0
+        if world.kind == "interpreted":
+            assert "the host was not told" in listed
+            assert "rows='exact'" in listed
+            assert "num_tokens_per_expert.tolist()" in listed
+        else:
+            assert listed == wanted
 
 
 def keep_a_copy(group, cases):

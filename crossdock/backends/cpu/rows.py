@@ -114,7 +114,7 @@ class CpuRows:
         for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True):
             is_real[start : start + length] = True
             if isinstance(self._arena.spec.layout, Expanded) and start + length < end:
-                data[start + length : end].zero_()
+                as_integers(data[start + length : end]).zero_()
                 if scale is not None:
                     as_integers(self._arena.scales.of_block(scale, slice(start + length, end))).zero_()
         if plan.hops[0] is not plan.back:
@@ -142,9 +142,20 @@ class CpuRows:
             self._returned_extras[peer][words[peer].slot, there, : packed.shape[1]] = packed[here]
 
     def sum_rows(
-        self, plan: HostPlan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], return_slot: int
+        self,
+        plan: HostPlan,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        words: Sequence[Word],
+        *,
+        return_slot: int,
+        out: Tensor | None,
     ) -> Tensor:
-        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from this rank's."""
+        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from this rank's.
+
+        Args:
+            out: where to write them; None: a new tensor.
+        """
         back, spec = plan.back, self._arena.spec
         returned = self._first_row("returned", self._rank, return_slot)
         first_output = np.array(
@@ -157,7 +168,7 @@ class CpuRows:
         sent_rows = np.where(first < 0, returned + np.arange(first.size), first + back.send_dst_rows)
         terms = Terms(plan.terms.offsets, torch.from_numpy(sent_rows)[plan.terms.rows])
         term_weights = None if weights is None else _weights_of_terms(plan, weights)
-        return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias)
+        return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias, out=out)
 
     def returned_extras(self, plan: HostPlan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
         """Extras that came back, shaped as these: [T, ...] summed over ranks, or [T, K, ...] where rows are picks."""
@@ -316,9 +327,9 @@ def _weights_of_terms(plan: HostPlan, weights: Tensor) -> Tensor:
 
 
 def _movable(rows: Tensor) -> Tensor:
-    """Rows as a type that gathers know how to move: one-byte formats travel as integers."""
+    """Rows as a type that gathers know how to move: integers, wider ones where there is a choice."""
     if rows.dtype.itemsize > 1:
-        return rows
+        return as_integers(rows)
     rows = rows.contiguous()
     return rows.view(torch.int16 if rows.shape[1] % 2 == 0 and rows.storage_offset() % 2 == 0 else torch.uint8)
 

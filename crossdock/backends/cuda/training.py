@@ -90,7 +90,7 @@ class TrainingKernels:
             scale = self._on.arena.scales.of_rows(view("scale", 0), data.shape[0])
             for src_idx in (None, none):
                 self._dequantize(wide, data.view(torch.uint8)[:1], scale, src_idx)
-        else:
+        elif spec.wire.is_unquantized:
             self.own_rows(data[:1], none)
         self.own_rows(wide, none)
         self.weigh_gradients(wide, wide, weights, none)
