@@ -149,7 +149,8 @@ class Buffer(Connection):
             rows lie
                 where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own format;
                 calls in flight are finished first. The same on all ranks.
-            copy: give rows of their own, which no later dispatch overwrites.
+            copy: give rows of their own, which no later dispatch overwrites. As many are copied as came, also where
+                only the device knows how many; what ``recv.x`` has behind them is nobody's.
             num_sms: for this call, in place of the buffer's.
             after: on CUDA, an event (``torch.cuda.Event``) that the call's work waits for, beside what the current
                 stream has by now; the host does not wait.
@@ -238,7 +239,8 @@ class Buffer(Connection):
         call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, counters)
         steps = self._backend.dispatch(call, batch, routing)
 
-        finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copy=copy, poisons=self._debug)
+        copies = self._backend.copied if copy else None
+        finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copies=copies, poisons=self._debug)
         pending = self._queue.start(verb, call.sequence, steps, finish, held=(batch, routing), counters=counters)
         if not at_once:
             self._slots.fill(slot, pending)
