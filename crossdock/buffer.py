@@ -28,7 +28,7 @@ from crossdock.layout import Padded
 from crossdock.pending import Pending
 from crossdock.plan import Plan
 from crossdock.received import Received
-from crossdock.routing import check_picks
+from crossdock.routing import check_picks, picks_of_ranks
 from crossdock.spec import Spec
 from crossdock.transport.base import Group
 from crossdock.wire import Quantized
@@ -138,7 +138,9 @@ class Buffer(Connection):
             x: [T, H] rows in the wire's dtype, rows to be cast (narrow wires), or ``Quantized``; T may differ between
                 ranks, and be 0.
             routing: ``topk_idx`` int64 or int32 [T, K], distinct experts, -1 for no pick; or the plan of an earlier
-                dispatch, to send other rows the same way (no counts are exchanged).
+                dispatch, to send other rows the same way (no counts are exchanged). Compact rows may also go by ranks:
+                bool [T, P], a row to each rank where it is True, K of them at most. Each counts as a pick of that
+                rank's first expert, in the order of ranks.
             weights: float32 [T, K], which travel with the rows.
             extras: tensors [T, ...] of any dtype that travel with the rows; room for them is ``spec.extra_bytes``.
             rows: ``"exact"``: ``recv.x`` has as many rows as came, and an overflow raises at once (the default, but for
@@ -283,7 +285,7 @@ class Buffer(Connection):
                     f"x has {num_tokens} tokens, the plan was made for {routing.num_tokens}; pass as many"
                 )
         else:
-            inputs.check_topk_idx(self.spec, routing, num_tokens)
+            inputs.check_topk_idx(self.spec, routing, num_tokens, num_ranks=self.topology.num_ranks)
             # By strides: one token has no gaps, whatever its kind has with more.
             kind.takes_picks_as_given = routing.dtype == torch.int64 and routing.stride() == (self.spec.num_topk, 1)
         inputs.check_weights(self.spec, weights, num_tokens)
@@ -293,11 +295,16 @@ class Buffer(Connection):
         return kind
 
     def _picks(self, topk_idx: Tensor) -> Tensor:
-        """Picks as int64 without gaps, and without those of masked ranks.
+        """Picks as int64 without gaps, of a mask of ranks too, and without those of masked ranks.
 
         Raises:
             ConfigError: a value is not allowed; on CUDA kernels look at them.
         """
+        if topk_idx.dtype == torch.bool:
+            if self.device.type == "cpu":
+                inputs.check_places(self.spec, topk_idx)
+            num_local = self.spec.num_local_experts(self.topology.num_ranks)
+            topk_idx = picks_of_ranks(topk_idx, num_local=num_local, num_topk=self.spec.num_topk)
         if self.device.type == "cpu":
             check_picks(topk_idx, num_experts=self.spec.num_experts)
         return self.drop_masked(topk_idx.to(torch.int64)).contiguous()

@@ -292,6 +292,10 @@ BAD_RETURNS = {
         ("made by another buffer", "recv.plan"),
     ),
 }
+BAD_DISPATCHES["a mask of ranks for rows of experts"] = (
+    lambda a: a.buffer.dispatch(a.x, torch.ones(T, 1, dtype=torch.bool)),
+    ("routing is bool [4, 1], a mask of ranks", "Expanded", "layout=Compact()"),
+)
 BAD_DISPATCHES["tensors to count in"] = (
     lambda a: a.buffer.dispatch(a.x, topk(), counters=Counters(wait_ns=torch.zeros(99, dtype=torch.int64))),
     ("counters.wait_ns is int64 [99]", "pass a contiguous int64"),
