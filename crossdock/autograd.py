@@ -105,6 +105,8 @@ def dispatch(
     if isinstance(routing, Plan):
         raise ConfigError("routing is the plan of a plain dispatch; pass topk_idx, or recv.plan of autograd.dispatch")
     inputs.check_trains(buffer.spec)
+    if isinstance(routing, Tensor) and routing.dtype == torch.bool:
+        raise ConfigError("routing is bool, a mask of ranks; with gradients pass topk_idx, int64 or int32 [T, K]")
     order = buffer.order
     if isinstance(routing, SavedPlan):
         mode = routing.rows

@@ -30,7 +30,7 @@ from crossdock.memo import PlanMemo
 from crossdock.pending import Pending
 from crossdock.plan import Plan
 from crossdock.received import Received
-from crossdock.routing import check_picks
+from crossdock.routing import check_picks, picks_of_ranks
 from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
@@ -304,7 +304,9 @@ class Buffer:
             x: [T, H] rows in the wire's dtype, rows to be cast (narrow wires), or ``Quantized``; T may differ between
                 ranks, and be 0.
             routing: ``topk_idx`` int64 or int32 [T, K], distinct experts, -1 for no pick; or the plan of an earlier
-                dispatch, to send other rows the same way (no counts are exchanged).
+                dispatch, to send other rows the same way (no counts are exchanged). Compact rows may also go by ranks:
+                bool [T, P], a row to each rank where it is True, K of them at most. Each counts as a pick of that
+                rank's first expert, in the order of ranks.
             weights: float32 [T, K], which travel with the rows.
             extras: tensors [T, ...] of any dtype that travel with the rows; room for them is ``spec.extra_bytes``.
             rows: ``"exact"``: ``recv.x`` has as many rows as came, and an overflow raises at once (the default, but for
@@ -315,7 +317,8 @@ class Buffer:
             rows lie
                 where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own format;
                 calls in flight are finished first. The same on all ranks.
-            copy: give rows of their own, which no later dispatch overwrites.
+            copy: give rows of their own, which no later dispatch overwrites. As many are copied as came, also where
+                only the device knows how many; what ``recv.x`` has behind them is nobody's.
             num_sms: for this call, in place of the buffer's.
             after: on CUDA, an event (``torch.cuda.Event``) that the call's work waits for, beside what the current
                 stream has by now; the host does not wait.
@@ -407,7 +410,8 @@ class Buffer:
         call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, counters)
         steps = self._backend.dispatch(call, batch, routing)
 
-        finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copy=copy, poisons=self._debug)
+        copies = self._backend.copied if copy else None
+        finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copies=copies, poisons=self._debug)
         pending = self._queue.start(verb, call.sequence, steps, finish, (batch, routing), self._slots, counters)
         if not at_once:
             self._slots.fill(slot, pending)
@@ -450,7 +454,7 @@ class Buffer:
                     f"x has {num_tokens} tokens, the plan was made for {routing.num_tokens}; pass as many"
                 )
         else:
-            inputs.check_topk_idx(self.spec, routing, num_tokens)
+            inputs.check_topk_idx(self.spec, routing, num_tokens, num_ranks=self.topology.num_ranks)
             # By strides: one token has no gaps, whatever its kind has with more.
             kind.takes_picks_as_given = routing.dtype == torch.int64 and routing.stride() == (self.spec.num_topk, 1)
         inputs.check_weights(self.spec, weights, num_tokens)
@@ -460,11 +464,16 @@ class Buffer:
         return kind
 
     def _picks(self, topk_idx: Tensor) -> Tensor:
-        """Picks as int64 without gaps, and without those of masked ranks.
+        """Picks as int64 without gaps, of a mask of ranks too, and without those of masked ranks.
 
         Raises:
             ConfigError: a value is not allowed; on CUDA kernels look at them.
         """
+        if topk_idx.dtype == torch.bool:
+            if self.device.type == "cpu":
+                inputs.check_places(self.spec, topk_idx)
+            num_local = self.spec.num_local_experts(self.topology.num_ranks)
+            topk_idx = picks_of_ranks(topk_idx, num_local=num_local, num_topk=self.spec.num_topk)
         if self.device.type == "cpu":
             check_picks(topk_idx, num_experts=self.spec.num_experts)
         return self.drop_masked(topk_idx.to(torch.int64)).contiguous()

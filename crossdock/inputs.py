@@ -135,15 +135,37 @@ def check_ranks(ranks: Sequence[int], *, num_ranks: int) -> None:
             raise ConfigError(f"mask() was given rank {rank}; ranks are 0 to {num_ranks - 1}")
 
 
-def check_topk_idx(spec: Spec, topk_idx: Tensor, num_tokens: int) -> None:
-    """Picks: int64 or int32 [T, K]."""
+def check_topk_idx(spec: Spec, topk_idx: Tensor, num_tokens: int, *, num_ranks: int) -> None:
+    """Picks: int64 or int32 [T, K]; or, for Compact, the ranks that a token goes to: bool [T, P]."""
     _check_tensor("topk_idx", topk_idx)
+    if topk_idx.dtype == torch.bool:
+        if spec.layout.per_pick:
+            raise ConfigError(
+                f"routing is bool {_shape(topk_idx)}, a mask of ranks, by which only Compact rows go: {spec.layout} "
+                f"has rows of experts; pass topk_idx as int64, or make the Spec with layout=Compact()"
+            )
+        if topk_idx.shape != (num_tokens, num_ranks):
+            raise ConfigError(
+                f"routing is bool {_shape(topk_idx)}; pass which ranks each token goes to, [tokens={num_tokens}, "
+                f"ranks={num_ranks}], or topk_idx as int64"
+            )
+        return
     if topk_idx.dtype not in (torch.int64, torch.int32):
         raise ConfigError(f"topk_idx is {_name(topk_idx)}; pass int64 or int32")
     if topk_idx.shape != (num_tokens, spec.num_topk):
         raise ConfigError(
             f"topk_idx has shape {_shape(topk_idx)}; pass [tokens={num_tokens}, num_topk={spec.num_topk}], with -1 "
             f"where a token has fewer picks"
+        )
+
+
+def check_places(spec: Spec, goes: Tensor) -> None:
+    """To how many ranks tokens go, on the host: K at most. On CUDA kernels refuse more."""
+    num_places = goes.sum(dim=1)
+    if goes.shape[0] and (most := int(num_places.max())) > spec.num_topk:
+        raise ConfigError(
+            f"routing sends token {int(num_places.argmax())} to {most} ranks; a token goes to at most "
+            f"num_topk={spec.num_topk}: make the Spec with num_topk={most}"
         )
 
 

@@ -17,8 +17,11 @@ from torch import Tensor
 from crossdock.backends.base import Metadata
 from crossdock.errors import ConfigError
 from crossdock.plan import Plan
-from crossdock.scales import ScaleLayout, cloned
+from crossdock.scales import ScaleLayout
 from crossdock.wire import Quantized
+
+CopyRows = Callable[[Plan, "Tensor | Quantized"], "Tensor | Quantized"]
+"""``Backend.copied``."""
 
 
 class LazyMetadata:
@@ -191,14 +194,10 @@ class Received:
         self._lease.check()
         return self._outputs
 
-    def copied(self) -> Received:
-        """The same with rows ``x`` of its own, which no later dispatch overwrites."""
-        rows = self.x
+    def copied(self, copies: CopyRows) -> Received:
+        """The same with rows ``x`` of its own, which no later dispatch overwrites; of those that came, no others."""
         copy = Received(self.plan, self._lease, self._metadata, self._views, self._region, self._num_rows)
-        if isinstance(rows, Quantized):
-            copy._owned = Quantized(cloned(rows.data), self._views.scales.copied(rows.scale))
-        else:
-            copy._owned = cloned(rows)
+        copy._owned = copies(self.plan, self.x)
         return copy
 
     @cached_property

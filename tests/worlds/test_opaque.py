@@ -19,6 +19,7 @@ from crossdock import (
     autograd,
     nn,
 )
+from crossdock.masks import drop_picks
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
 from tests.world import open_buffer
@@ -209,6 +210,26 @@ def test_they_have_no_gradients():
             autograd.dispatch(buffer, torch.zeros(1, 8, dtype=torch.uint8), torch.tensor([[0]]))
         with pytest.raises(ConfigError, match=says):
             nn.ExpertParallel(nn.Gate(8, num_experts=2, num_topk=1), nn.GroupedExperts(2, 8, 16), buffer)
+
+
+def go_on_without(group, case):
+    """A rank leaves, the others mask it and go on."""
+    with open_buffer(group, case.spec) as buffer:
+        if buffer.rank == 1:
+            return None
+        buffer.mask(1)
+        return observed(buffer.dispatch(case.x[buffer.rank], case.topk[buffer.rank]))
+
+
+@pytest.mark.worlds("inproc-3")
+def test_ranks_go_on_without_one_that_is_gone(world):
+    spec = spec_of(Expanded(alignment=8), WIRES["nvfp4"], num_experts=6)
+    case = make_case(spec, [5, 0, 4])
+    meant = replace(case, topk=[drop_picks(idx, (1,), num_local=2) for idx in case.topk])
+    got = world.run(go_on_without, case)
+    wants = oracle.received(spec, meant.topk, meant.x)
+    for rank in (0, 2):
+        assert all(same_bits(got[rank][key], wants[rank][key]) for key in wants[rank])
 
 
 def set_up(group, wires):

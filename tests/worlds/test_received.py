@@ -91,6 +91,36 @@ def test_counts_are_there_as_integers_where_the_host_has_waited_for_them(world, 
             assert listed == wanted
 
 
+def copy_what_came(group, case):
+    """A slot that nobody has filled is 0 behind the rows that came; memory that nobody has written is NaN in tests."""
+    with open_buffer(group, case.spec) as buffer:
+        r = buffer.rank
+        recv = buffer.dispatch(case.x[r], case.topk[r], rows="capacity", copy=True)
+        again = buffer.dispatch(case.x[r], recv.plan, rows="capacity", copy=True)
+        wide = buffer.dispatch(case.x[r], recv.plan, rows="capacity", copy=True, unquantized=True)
+        return [(each.x.clone(), each.src_idx) for each in (recv, again, wide)]
+
+
+@pytest.mark.worlds("inproc-2", "interpreted-2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_a_copy_has_the_rows_that_came_and_touches_no_others(world, layout):
+    (case,) = cases_of(world, layout, 1, Fp32())
+    wants = oracle.received(case.spec, case.topk, case.x)
+    for copies, want in zip(world.run(copy_what_came, case), wants, strict=True):
+        for rows, src_idx in copies:
+            flat, sources = rows.flatten(0, -2), src_idx.flatten()
+            num_rows = want["data"].shape[0]
+            is_row = want["src_idx"] >= 0
+            assert torch.equal(sources[:num_rows], want["src_idx"])
+            assert same_bits(flat[:num_rows][is_row], want["data"][is_row])
+            if isinstance(layout, Padded):
+                assert flat[sources < 0].isnan().all()
+            else:  # the gaps of an alignment are zero
+                assert same_bits(flat[:num_rows], want["data"])
+                assert flat[num_rows:].isnan().all()
+            assert num_rows < flat.shape[0] or isinstance(layout, Padded)
+
+
 def keep_a_copy(group, cases):
     with Buffer(group, cases[0].spec, debug=True) as buffer:
         kept = dispatch(buffer, cases[0], copy=True)

@@ -178,6 +178,14 @@ class CpuBackend:
             partial_rows=tensors.partial_rows if self._arena.spec.ranks_sum_picks else None,
         )
 
+    def copied(self, plan: Plan, rows: Tensor | Quantized) -> Tensor | Quantized:
+        """See Backend."""
+        if not isinstance(rows, Quantized):
+            return self._rows.copied(_of_host(plan), rows)
+        scales = self._arena.scales
+        scale = scales.copied(rows.scale) if scales.column_major else self._rows.copied(_of_host(plan), rows.scale)
+        return Quantized(self._rows.copied(_of_host(plan), rows.data), scale)
+
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""
         return own_rows(self._arena.spec, rows, src_idx)

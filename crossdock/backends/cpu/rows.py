@@ -18,7 +18,7 @@ from crossdock.arena import Arena, Control
 from crossdock.backends.base import Batch, Metadata
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Word, stamped
-from crossdock.layout import Expanded
+from crossdock.layout import Expanded, Padded
 from crossdock.plan import Hop, HostPlan, Terms, partial_rows_to_send
 from crossdock.scales import as_integers
 from crossdock.transport.host import HostTransport
@@ -121,6 +121,18 @@ class CpuRows:
             num_pairs = int(plan.back.counts[:, self._rank].sum())
             plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
         return plan, self._unpack_metadata(metadata, is_real, batch)
+
+    def copied(self, plan: HostPlan, rows: Tensor) -> Tensor:
+        """A copy of rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came."""
+        copy = torch.empty(rows.shape, dtype=rows.dtype, device="cpu")
+        starts, ends = [0], [plan.num_rows]
+        if isinstance(self._arena.spec.layout, Padded):
+            starts = plan.segment_starts.tolist()[:-1]
+            ends = [start + length for start, length in zip(starts, plan.segment_rows.tolist(), strict=True)]
+        to_rows, from_rows = (as_integers(each).view(-1, rows.shape[-1]) for each in (copy, rows))
+        for start, end in zip(starts, ends, strict=True):
+            to_rows[start:end].copy_(from_rows[start:end])
+        return copy
 
     def push_outputs(self, plan: HostPlan, y: Tensor, weights: Tensor | None, words: Sequence[Word]) -> None:
         """Writes outputs y [R, H] to their owners, or their sums, weighted by [R], where ranks sum.

@@ -471,6 +471,11 @@ class CudaBackend:
         assert isinstance(plan, DevicePlan), "the plan of another backend"
         return self._planner.as_remade(plan, tensors)
 
+    def copied(self, plan: Plan, rows: Tensor | Quantized) -> Tensor | Quantized:
+        """See Backend."""
+        assert isinstance(plan, DevicePlan), "the plan of another backend"
+        return self._training.copied(plan.memory, rows)
+
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""
         return self._training.own_rows(rows, src_idx)
