@@ -5,7 +5,7 @@ from types import ModuleType
 
 from crossdock import autograd
 from crossdock.arena import Arena
-from crossdock.backends.base import PlanTensors
+from crossdock.backends.base import Counters, PlanTensors
 from crossdock.buffer import Buffer, Stats
 from crossdock.connection import Connection
 from crossdock.errors import (
@@ -33,9 +33,10 @@ from crossdock.routing import (
     zipf_load,
 )
 from crossdock.spec import Spec, Topology
+from crossdock.transport.base import Group
 from crossdock.transport.inproc import ThreadGroup, run_local
 from crossdock.version import __version__
-from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Quantized, Wire
+from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Opaque, Quantized, Wire
 
 __all__ = [
     "Arena",
@@ -46,14 +47,17 @@ __all__ = [
     "Compact",
     "ConfigError",
     "Connection",
+    "Counters",
     "CrossdockError",
     "Expanded",
     "Fp8",
     "Fp16",
     "Fp32",
+    "Group",
     "Hop",
     "Layout",
     "NotSupported",
+    "Opaque",
     "Padded",
     "PeerFailed",
     "PeerTimeout",

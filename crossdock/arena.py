@@ -20,7 +20,6 @@ from crossdock.layout import Padded
 from crossdock.masks import num_words
 from crossdock.scales import ScaleLayout
 from crossdock.spec import Spec, Topology
-from crossdock.wire import Fp8
 
 PAGE = 4096
 _LINE = 64
@@ -177,7 +176,7 @@ class Arena(_Table):
             segment_rows=spec.capacity(num_ranks),
             num_scales=spec.wire.num_scales(spec.hidden),
             dtype=spec.wire.scale_dtype,
-            column_major=isinstance(spec.wire, Fp8) and spec.wire.column_major,
+            column_major=spec.wire.column_major,
         )
 
     @cached_property
@@ -194,7 +193,7 @@ class Arena(_Table):
         whole_rows = math.lcm(_LINE, hidden * out.itemsize)
         table = _Regions(end=self.begin)
         add = table.add
-        add("data", (slots, rows, hidden), spec.wire.dtype, "peers: dispatched rows", PAGE)
+        add("data", (slots, rows, spec.wire.num_columns(hidden)), spec.wire.dtype, "peers: dispatched rows", PAGE)
         if self.scales.num_scales:
             add("scale", (slots, *self.scales.shape), spec.wire.scale_dtype, "peers: their scales", PAGE)
         add("metadata", (slots, rows, self.metadata_bytes), torch.uint8, "peers: source, ids, weights, extras", PAGE)
@@ -223,8 +222,10 @@ class Arena(_Table):
         return replace(self, control=self.control_words, first=first)
 
     def region_of_rows(self, *, unquantized: bool) -> str:
-        """The region where dispatched rows arrive: ``data``, or ``outputs`` if their dtype is not the wire's."""
-        return "outputs" if unquantized and self.spec.combine_dtype != self.spec.wire.dtype else "data"
+        """The region where dispatched rows arrive: ``data``, or ``outputs`` if their format is not the wire's."""
+        wire = self.spec.wire
+        is_the_wires = wire.is_unquantized and self.spec.combine_dtype == wire.dtype
+        return "outputs" if unquantized and not is_the_wires else "data"
 
     @property
     def num_bytes(self) -> int:

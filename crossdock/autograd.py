@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossdock import ops
+from crossdock import inputs, ops
 from crossdock.backends.base import RowCount
 from crossdock.buffer import Buffer
 from crossdock.errors import ConfigError
@@ -104,6 +104,9 @@ def dispatch(
     """
     if isinstance(routing, Plan):
         raise ConfigError("routing is the plan of a plain dispatch; pass topk_idx, or recv.plan of autograd.dispatch")
+    inputs.check_trains(buffer.spec)
+    if isinstance(routing, Tensor) and routing.dtype == torch.bool:
+        raise ConfigError("routing is bool, a mask of ranks; with gradients pass topk_idx, int64 or int32 [T, K]")
     order = buffer.order
     if isinstance(routing, SavedPlan):
         mode = routing.rows

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from crossdock import inputs
-from crossdock.backends.base import Batch, Call, LaunchOptions, PlanTensors, RowCount
+from crossdock.backends.base import Batch, Call, Counters, Event, LaunchOptions, Outputs, PlanTensors, RowCount
 from crossdock.connection import AnyGroup, Connection, Stats
 from crossdock.consent import CALL_SIGNATURE_BITS, PUSHED, Kind, Word
 from crossdock.errors import ConfigError
@@ -30,7 +30,7 @@ from crossdock.memo import PlanMemo
 from crossdock.pending import Pending
 from crossdock.plan import Plan
 from crossdock.received import Received
-from crossdock.routing import check_picks
+from crossdock.routing import check_picks, picks_of_ranks
 from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
@@ -53,9 +53,10 @@ class Buffer:
     the ``with`` block) raises there, and ``PeerFailed`` at once on the others; the next call works again.
 
     Args:
-        group: a ``torch.distributed`` process group of one host or a 1-D ``DeviceMesh``, None for the default group, or
-            a ``ThreadGroup``: the Buffer makes a connection of its own. Or a ``Connection``: the Buffer lies over it,
-            beside others, and is made without a word to the peers.
+        group: a ``torch.distributed`` process group of one host or a 1-D ``DeviceMesh``, None for the default group, a
+            ``ThreadGroup``, or any object with rank, size and an all-gather (``Group``): the Buffer makes a connection
+            of its own. Or a ``Connection``: the Buffer lies over it, beside others, and is made without a word to the
+            peers.
         spec: what travels, the same on all ranks.
         device: where rows are moved and tensors lie: ``"cpu"``, ``"cuda"`` (the current device) or ``"cuda:1"``; None:
             the current CUDA device when the process group has NCCL for it, else the CPU.
@@ -294,6 +295,8 @@ class Buffer:
         unquantized: bool = False,
         copy: bool = False,
         num_sms: int | None = None,
+        after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Received:
         """Sends each token to the ranks that hold its experts; gives what came here. Collective.
 
@@ -301,7 +304,9 @@ class Buffer:
             x: [T, H] rows in the wire's dtype, rows to be cast (narrow wires), or ``Quantized``; T may differ between
                 ranks, and be 0.
             routing: ``topk_idx`` int64 or int32 [T, K], distinct experts, -1 for no pick; or the plan of an earlier
-                dispatch, to send other rows the same way (no counts are exchanged).
+                dispatch, to send other rows the same way (no counts are exchanged). Compact rows may also go by ranks:
+                bool [T, P], a row to each rank where it is True, K of them at most. Each counts as a pick of that
+                rank's first expert, in the order of ranks.
             weights: float32 [T, K], which travel with the rows.
             extras: tensors [T, ...] of any dtype that travel with the rows; room for them is ``spec.extra_bytes``.
             rows: ``"exact"``: ``recv.x`` has as many rows as came, and an overflow raises at once (the default, but for
@@ -312,8 +317,12 @@ class Buffer:
             rows lie
                 where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own format;
                 calls in flight are finished first. The same on all ranks.
-            copy: give rows of their own, which no later dispatch overwrites.
+            copy: give rows of their own, which no later dispatch overwrites. As many are copied as came, also where
+                only the device knows how many; what ``recv.x`` has behind them is nobody's.
             num_sms: for this call, in place of the buffer's.
+            after: on CUDA, an event (``torch.cuda.Event``) that the call's work waits for, beside what the current
+                stream has by now; the host does not wait.
+            counters: tensors that the call adds to: tokens that came for each local expert, and waits for each rank.
 
         Raises:
             ConfigError: bad input here; the other ranks raise PeerFailed.
@@ -321,8 +330,9 @@ class Buffer:
         """
         with self._queue.turn:
             return self._start_dispatch(
-                x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms
-            ).finished()
+                x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms,
+                after=after, counters=counters,
+            ).finished()  # fmt: skip
 
     def dispatch_start(
         self,
@@ -335,12 +345,15 @@ class Buffer:
         unquantized: bool = False,
         copy: bool = False,
         num_sms: int | None = None,
+        after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Pending[Received]:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         with self._queue.turn:
             return self._start_dispatch(
-                x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms
-            )
+                x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms,
+                after=after, counters=counters,
+            )  # fmt: skip
 
     def _start_dispatch(
         self,
@@ -354,6 +367,8 @@ class Buffer:
         unquantized: bool,
         copy: bool,
         num_sms: int | None,
+        after: Event | None,
+        counters: Counters | None,
     ) -> Pending[Received]:
         row_count = rows or self._default_row_count
         self._check_ready()
@@ -375,6 +390,8 @@ class Buffer:
                 kind = self._vetted_dispatch(batch, routing, rows, num_sms)
             if not isinstance(routing, Plan) and (self._looks_at_picks or self.masked or not kind.takes_picks_as_given):
                 routing = self._picks(routing)
+            if after is not None or counters is not None:
+                self._take_beside(after, counters, at_once=at_once, brings_rows=True)
         except Exception as error:
             self._queue.refuse(error)
             raise
@@ -390,11 +407,12 @@ class Buffer:
             kind, verb, slot, PUSHED, plan, (row_count, unquantized, weights is None, _shapes(extras))
         )
         is_first = not self._queue.running
-        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms)
+        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, counters)
         steps = self._backend.dispatch(call, batch, routing)
 
-        finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copy=copy, poisons=self._debug)
-        pending = self._queue.start(verb, call.sequence, steps, finish, (batch, routing), self._slots)
+        copies = self._backend.copied if copy else None
+        finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copies=copies, poisons=self._debug)
+        pending = self._queue.start(verb, call.sequence, steps, finish, (batch, routing), self._slots, counters)
         if not at_once:
             self._slots.fill(slot, pending)
         self._queue.drive()
@@ -436,7 +454,7 @@ class Buffer:
                     f"x has {num_tokens} tokens, the plan was made for {routing.num_tokens}; pass as many"
                 )
         else:
-            inputs.check_topk_idx(self.spec, routing, num_tokens)
+            inputs.check_topk_idx(self.spec, routing, num_tokens, num_ranks=self.topology.num_ranks)
             # By strides: one token has no gaps, whatever its kind has with more.
             kind.takes_picks_as_given = routing.dtype == torch.int64 and routing.stride() == (self.spec.num_topk, 1)
         inputs.check_weights(self.spec, weights, num_tokens)
@@ -446,11 +464,16 @@ class Buffer:
         return kind
 
     def _picks(self, topk_idx: Tensor) -> Tensor:
-        """Picks as int64 without gaps, and without those of masked ranks.
+        """Picks as int64 without gaps, of a mask of ranks too, and without those of masked ranks.
 
         Raises:
             ConfigError: a value is not allowed; on CUDA kernels look at them.
         """
+        if topk_idx.dtype == torch.bool:
+            if self.device.type == "cpu":
+                inputs.check_places(self.spec, topk_idx)
+            num_local = self.spec.num_local_experts(self.topology.num_ranks)
+            topk_idx = picks_of_ranks(topk_idx, num_local=num_local, num_topk=self.spec.num_topk)
         if self.device.type == "cpu":
             check_picks(topk_idx, num_experts=self.spec.num_experts)
         return self.drop_masked(topk_idx.to(torch.int64)).contiguous()
@@ -463,7 +486,11 @@ class Buffer:
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        partial_rows: Tensor | None = None,
+        out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Tensor: ...
     @overload
     def combine(
@@ -474,7 +501,10 @@ class Buffer:
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         extras: Sequence[Tensor],
+        out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
+        counters: Counters | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
     def combine(
         self,
@@ -483,8 +513,12 @@ class Buffer:
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        partial_rows: Tensor | None = None,
         extras: Sequence[Tensor] | None = None,
+        out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Brings outputs back to the tokens' owners and sums them. Collective.
 
@@ -499,21 +533,30 @@ class Buffer:
             weights: float32. With ``reduce="token"``, [T, K] of this rank's picks; a row that serves several picks is
                 multiplied by the sum of theirs. With ``reduce="rank"``, one per row that came: ``recv.weights``.
             bias: [T, H] or [H], added to each sum.
+            partial_rows: int32 [pairs, K], in place of ``plan.partial_rows``, where ranks sum picks (``reduce="rank"``,
+                Expanded or Padded): the rows of y that this rank sums for each (token, rank) pair, -1 for none. y is
+                then [N, H] with as many rows as you like, and weights [N]; there may be more pairs than the plan has.
+                This rank's own matter, which peers need not do too. Not together with extras.
             extras: float32 tensors [R, ...] (or [L, C, ...]) that go home with the rows, 4 * K + ``extra_bytes`` bytes
                 per row at most.
+            out: where to write the sums: [T, H] in the combine format, contiguous, in memory of its own that no other
+                argument overlaps; None: a new tensor. Undefined until the call has been waited for, and when it failed.
             num_sms: for this call, in place of the buffer's.
+            after: as in ``dispatch``.
+            counters: tensors that the call adds to: waits for each rank.
 
         Returns:
-            [T, H] in the combine format. With ``extras``, also the extras that came home: [T, ...], summed over ranks,
-            for Compact; [T, K, ...], 0 where there is no pick, where a row is one pick.
+            [T, H] in the combine format, ``out`` itself if it was given. With ``extras``, also those that came home:
+            [T, ...], summed over ranks, for Compact; [T, K, ...], 0 where there is no pick, where a row is one pick.
 
         Raises:
             ConfigError: bad input here; the other ranks raise PeerFailed.
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
         with self._queue.turn:
+            given = Outputs(y, weights, bias, extras, partial_rows, out)
             result: Tensor | tuple[Tensor, tuple[Tensor, ...]] = self._start_combine(
-                y, plan, weights, bias, extras, at_once=True, num_sms=num_sms
+                given, plan, at_once=True, num_sms=num_sms, after=after, counters=counters
             ).finished()
             return result
 
@@ -525,7 +568,11 @@ class Buffer:
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        partial_rows: Tensor | None = None,
+        out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Pending[Tensor]: ...
     @overload
     def combine_start(
@@ -536,7 +583,10 @@ class Buffer:
         weights: Tensor | None = None,
         bias: Tensor | None = None,
         extras: Sequence[Tensor],
+        out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Pending[tuple[Tensor, tuple[Tensor, ...]]]: ...
     def combine_start(
         self,
@@ -545,42 +595,54 @@ class Buffer:
         *,
         weights: Tensor | None = None,
         bias: Tensor | None = None,
+        partial_rows: Tensor | None = None,
         extras: Sequence[Tensor] | None = None,
+        out: Tensor | None = None,
         num_sms: int | None = None,
+        after: Event | None = None,
+        counters: Counters | None = None,
     ) -> Pending[Any]:
         """``combine`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         with self._queue.turn:
-            return self._start_combine(y, plan, weights, bias, extras, at_once=False, num_sms=num_sms)
+            given = Outputs(y, weights, bias, extras, partial_rows, out)
+            return self._start_combine(given, plan, at_once=False, num_sms=num_sms, after=after, counters=counters)
 
     def _start_combine(
         self,
-        y: Tensor,
+        given: Outputs,
         plan: Plan,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: Sequence[Tensor] | None,
         *,
         at_once: bool,
         num_sms: int | None,
+        after: Event | None,
+        counters: Counters | None,
     ) -> Pending[Any]:
+        y, weights, bias, extras, partial_rows, out = given
         self._check_ready()
         try:
             if self._share.user is not self._slots:
                 self._share.take(self._slots, self._queue)
             if self._backend.overflows:
                 self.check_overflow()
-            key = key_of(("combine", extras is None, at_once, num_sms), (y, plan, weights, bias, *(extras or ())))
+            tensors = (y, plan, weights, bias, partial_rows, out, *(extras or ()))
+            key = key_of(("combine", extras is None, at_once, num_sms), tensors)
             known = self._kinds.get(key) if key else None
-            if known is not None and self._fits_combine(y, plan, weights, bias, extras):
+            if known is not None and self._fits_combine(given, plan):
                 kind = known
             else:
-                kind = self._vetted_combine(y, plan, weights, bias, extras, num_sms)
-            returned = inputs.flat_extras(extras, y.shape[:-1])
+                kind = self._vetted_combine(given, plan, num_sms)
+            if partial_rows is not None and self._looks_at_picks:
+                inputs.check_row_numbers(partial_rows, num_rows=y.shape[0])
+            if out is not None:
+                inputs.check_out(self.spec, plan, given, self._transport.segment)
+            returned = inputs.flat_extras(extras, y.shape[:-1]) if extras else ()
             output_slot = self._slots.output_slot(y, plan.stamp)
+            if after is not None or counters is not None:
+                self._take_beside(after, counters, at_once=at_once, brings_rows=False)
         except Exception as error:
             self._queue.refuse(error)
             raise
-        if weights is not None and self._ranks_sum:
+        if weights is not None and self._ranks_sum and weights.dim() != 1:
             weights = weights.reshape(-1)  # [R]
         if self._ranks_sum and (self.spec.layout.per_pick or weights is not None):
             output_slot = PUSHED  # they are summed here
@@ -589,61 +651,62 @@ class Buffer:
             kind, Kind.COMBINE, slot, output_slot, plan, None if extras is None else _shapes(returned)
         )
         is_first = not self._queue.running
-        call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms)
-        flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED else y
-        steps = self._backend.combine(call, plan, flat, weights, bias, None if extras is None else returned)
+        call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms, counters)
+        flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED and y.dim() != 2 else y
+        if flat is not y or weights is not given.weights or extras is not None:
+            given = Outputs(flat, weights, bias, None if extras is None else returned, partial_rows, out)
+        steps = self._backend.combine(call, plan, given)
         pending: Pending[Any] = self._queue.start(
-            Kind.COMBINE, call.sequence, steps, held=(plan, flat, weights, bias, returned), owner=self._slots
+            Kind.COMBINE, call.sequence, steps, held=(plan, given), owner=self._slots, counters=counters
         )
         self._queue.drive()
         if key and kind is not known:
             self._kinds.keep(key, kind)
         return pending
 
-    def _fits_combine(
-        self, y: Tensor, plan: Plan, weights: Tensor | None, bias: Tensor | None, extras: Sequence[Tensor] | None
-    ) -> bool:
+    def _fits_combine(self, given: Outputs, plan: Plan) -> bool:
         """Whether outputs of a kind that has been seen are allowed too: their numbers of rows, and the plan."""
+        y, weights, bias, extras, partial_rows, _ = given
         lead = y.shape[:-1]
         fits = plan.buffer_id == self._id and plan.masked == self.masked
-        fits = fits and inputs.fits_lead(self.spec, plan, lead, self._slot_rows)
+        if partial_rows is None:
+            fits = fits and inputs.fits_lead(self.spec, plan, lead, self._slot_rows)
+        else:
+            fits = fits and len(lead) == 1 and partial_rows.shape[0] >= plan.num_partial_rows
         if weights is not None:
             fits = fits and (weights.shape == lead if self._ranks_sum else weights.shape[0] == plan.num_tokens)
         if bias is not None:
             fits = fits and bias.shape in ((plan.num_tokens, self.spec.hidden), (self.spec.hidden,))
         return fits and (not extras or all(extra.shape[: len(lead)] == lead for extra in extras))
 
-    def _vetted_combine(
-        self,
-        y: Tensor,
-        plan: Plan,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: Sequence[Tensor] | None,
-        num_sms: int | None,
-    ) -> CallKind:
+    def _vetted_combine(self, given: Outputs, plan: Plan, num_sms: int | None) -> CallKind:
         """The kind of a combine of which everything is allowed.
 
         Raises:
             ConfigError: anything is not.
         """
+        y, weights, bias, extras, partial_rows, out = given
         self._check_sms(num_sms)
-        inputs.check_device(self.device, {"y": y, "weights": weights, "bias": bias, "extras": extras})
-        inputs.check_no_grad(y, weights, bias, *(extras or ()))
+        inputs.check_device(self.device, given._asdict())
+        inputs.check_no_grad(y, weights, bias, out, *(extras or ()))
         inputs.check_plan(plan, self._id, self.masked)
-        inputs.check_outputs(self.spec, plan, y, self._slot_rows)
+        if partial_rows is None:
+            inputs.check_outputs(self.spec, plan, y, self._slot_rows)
+        else:
+            inputs.check_partial_rows(self.spec, plan, given)
         lead = tuple(y.shape[:-1])
         inputs.check_combine_weights(self.spec, plan, weights, lead=lead)
         inputs.check_bias(self.spec, plan, bias)
         inputs.check_row_extras(extras or (), lead=lead, limit=self.arena.return_bytes)
         return CallKind()
 
-    def return_extras(self, plan: Plan, extras: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def return_extras(self, plan: Plan, extras: Sequence[Tensor], *, after: Event | None = None) -> tuple[Tensor, ...]:
         """Brings small tensors home as ``combine(extras=)`` does, without outputs. Collective.
 
         Args:
             plan: of the dispatch that brought the rows.
             extras: float32 tensors [R, ...] (or [L, C, ...]), at least one; 4 * K + ``extra_bytes`` bytes per row.
+            after: as in ``dispatch``.
 
         Returns:
             [T, ...], summed over ranks, for Compact; [T, K, ...], 0 where there is no pick, where a row is one pick.
@@ -653,9 +716,9 @@ class Buffer:
             PeerFailed, PeerTimeout: see ``Pending.wait``.
         """
         with self._queue.turn:
-            return self._start_return(plan, extras).finished()
+            return self._start_return(plan, extras, after).finished()
 
-    def _start_return(self, plan: Plan, extras: Sequence[Tensor]) -> Pending[tuple[Tensor, ...]]:
+    def _start_return(self, plan: Plan, extras: Sequence[Tensor], after: Event | None) -> Pending[tuple[Tensor, ...]]:
         self._check_ready()
         try:
             if self._share.user is not self._slots:
@@ -667,6 +730,8 @@ class Buffer:
             lead = inputs.check_lone_extras(self.spec, plan, extras, self._slot_rows)
             inputs.check_row_extras(extras, lead=lead, limit=self.arena.return_bytes)
             returned = inputs.flat_extras(extras, lead)
+            if after is not None:
+                self._backend.wait_for(after, at_once=True)
         except Exception as error:
             self._queue.refuse(error)
             raise
@@ -716,6 +781,31 @@ class Buffer:
             src_idx: as the dispatch gave it; gradients are 0 where it is -1, whatever y and weights are there.
         """
         return self._backend.weigh_gradients(grads, y, weights, src_idx)
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """On CUDA, where calls run that are only started: a stream of the buffer's, or the one that this was set to.
+
+        Set it, to None for the buffer's own again, between calls: those that are started from then on run there, behind
+        those before. Calls that are waited for at once, and fused ones, run on the current stream. None on CPUs.
+
+        Raises:
+            ConfigError: when it is set on CPUs, or to what is no stream of the buffer's device.
+        """
+        stream: torch.cuda.Stream | None = self._backend.stream
+        return stream
+
+    @stream.setter
+    def stream(self, stream: torch.cuda.Stream | None) -> None:
+        with self._queue.turn:
+            self._backend.use_stream(stream)
+
+    def _take_beside(self, after: Event | None, counters: Counters | None, *, at_once: bool, brings_rows: bool) -> None:
+        """Checks the tensors that a call is to count in, and lets its work wait for an event."""
+        if counters is not None:
+            inputs.check_counters(self.spec, self.device, self.topology.num_ranks, counters, brings_rows=brings_rows)
+        if after is not None:
+            self._backend.wait_for(after, at_once=at_once)
 
     @property
     def has_pairs(self) -> bool:

@@ -18,7 +18,7 @@ from crossdock.consent import Consent
 from crossdock.errors import BackendUnavailable, ConfigError
 from crossdock.spec import Spec
 from crossdock.transport import inproc, shm
-from crossdock.transport.base import ProcessGroup, Transport, raise_on_all
+from crossdock.transport.base import Group, ProcessGroup, Transport, raise_on_all
 
 OLDEST_TRITON = (3, 6)
 
@@ -39,9 +39,7 @@ class Connected:
     lay: Lay
 
 
-def vet(
-    members: inproc.ThreadGroup | ProcessGroup, device: torch.device | str | None
-) -> tuple[torch.device, str | None]:
+def vet(members: Group, device: torch.device | str | None) -> tuple[torch.device, str | None]:
     """Where rows are moved, and what is wrong with what was asked for; the other ranks are to hear of it."""
     try:
         return choose_device(members, device), None
@@ -58,7 +56,7 @@ def problem_with(launch_options: LaunchOptions, spec: Spec, device: torch.device
     return None
 
 
-def choose_device(members: inproc.ThreadGroup | ProcessGroup, device: torch.device | str | None) -> torch.device:
+def choose_device(members: Group, device: torch.device | str | None) -> torch.device:
     """Where rows are moved: as asked for; else on the current CUDA device if the process group is one for it."""
     if device is None:
         backend = str(dist.get_backend_config(members.process_group)) if isinstance(members, ProcessGroup) else ""
@@ -76,7 +74,7 @@ def choose_device(members: inproc.ThreadGroup | ProcessGroup, device: torch.devi
 
 
 def connect(
-    members: inproc.ThreadGroup | ProcessGroup,
+    members: Group,
     control: Control,
     num_bytes: int,
     device: torch.device,

@@ -31,12 +31,11 @@ from crossdock.masks import listed
 from crossdock.pending import CallQueue, Pending
 from crossdock.spec import MAX_SLOTS, Spec, Topology
 from crossdock.trace import TracedConsent, TracedQueue, Tracer, open_problem
-from crossdock.transport.base import ProcessGroup
-from crossdock.transport.inproc import ThreadGroup
+from crossdock.transport.base import Group, group_of
 
 Self = TypeVar("Self", bound="Connection")
 Value = TypeVar("Value")
-AnyGroup = dist.ProcessGroup | DeviceMesh | ThreadGroup | None
+AnyGroup = dist.ProcessGroup | DeviceMesh | Group | None
 
 
 class Order:
@@ -86,7 +85,7 @@ class Laid(Protocol):
 class _Agreed(NamedTuple):
     """What all ranks know of a connection before there is one."""
 
-    members: ThreadGroup | ProcessGroup
+    members: Group
     control: Control
     body: Body
     device: torch.device
@@ -566,11 +565,9 @@ class Connection:
             raise ConfigError(self.refusal)
 
 
-def _members_of(
-    group: AnyGroup, trace: str | os.PathLike[str] | None
-) -> tuple[ThreadGroup | ProcessGroup, Tracer | None, str | None]:
+def _members_of(group: AnyGroup, trace: str | os.PathLike[str] | None) -> tuple[Group, Tracer | None, str | None]:
     """The ranks that a user's group names; what writes a trace of them, if one is wanted; why there cannot be one."""
-    members = group if isinstance(group, ThreadGroup) else ProcessGroup(group)
+    members = group_of(group)
     folder = trace_folder() if trace is None else trace
     if folder is None:
         return members, None, None

@@ -54,7 +54,7 @@ def receiver_can_expand(spec: Spec) -> bool:
     multiples of 16 bytes.
     """
     out_bytes = spec.hidden * spec.combine_dtype.itemsize
-    data_bytes = spec.hidden * spec.wire.dtype.itemsize
+    data_bytes = spec.wire.data_bytes(spec.hidden)
     fits = spec.row_bytes() <= out_bytes and data_bytes % 16 == 0 and out_bytes % 16 == 0
     return spec.layout.per_pick and fits
 

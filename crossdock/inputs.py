@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from crossdock.backends.base import Counters, Outputs
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
 from crossdock.masks import made_before
 from crossdock.plan import Plan
 from crossdock.spec import Spec
-from crossdock.wire import Fp8, Quantized
+from crossdock.wire import Fp8, Opaque, Quantized
 
 _QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -31,6 +32,40 @@ def check_no_grad(*tensors: Tensor | Quantized | None) -> None:
                 "an input requires grad, and this verb records no gradient; use crossdock.autograd.dispatch and "
                 "combine, which do, or pass x.detach(), or call it under torch.no_grad()"
             )
+
+
+def check_trains(spec: Spec) -> None:
+    """What autograd and layers dispatch has values, and so gradients."""
+    if isinstance(spec.wire, Opaque):
+        raise ConfigError(
+            f"wire={spec.wire} carries opaque rows, whose values and gradients the library does not know; make the "
+            f"Spec with a wire such as Bf16() or Fp8(), or use Buffer.dispatch and combine, which record no gradient"
+        )
+
+
+def check_counters(spec: Spec, device: torch.device, num_ranks: int, counters: Counters, *, brings_rows: bool) -> None:
+    """Tensors that a call adds to: contiguous, on its device; of tokens only where rows come."""
+    if not isinstance(counters, Counters):
+        raise ConfigError(f"counters is a {type(counters).__name__}; pass crossdock.Counters(...)")
+    tokens, waits = counters
+    if tokens is not None and not brings_rows:
+        raise ConfigError(
+            "counters.num_tokens_per_expert was given, and a combine brings no tokens; pass wait_ns= alone"
+        )
+    num_local = spec.num_local_experts(num_ranks)
+    for name, tensor, dtypes, size in (
+        ("num_tokens_per_expert", tokens, (torch.int32, torch.int64), num_local),
+        ("wait_ns", waits, (torch.int64,), num_ranks),
+    ):
+        if tensor is None:
+            continue
+        _check_tensor(f"counters.{name}", tensor)
+        if tensor.dtype not in dtypes or tuple(tensor.shape) != (size,) or not tensor.is_contiguous():
+            raise ConfigError(
+                f"counters.{name} is {_name(tensor)} {_shape(tensor)}; pass a contiguous "
+                f"{' or '.join(map(_plain, dtypes))} [{size}]"
+            )
+        check_device(device, {f"counters.{name}": tensor})
 
 
 def check_device(device: torch.device, tensors: Mapping[str, object]) -> None:
@@ -56,8 +91,12 @@ def check_tokens(spec: Spec, x: Tensor | Quantized, *, unquantized: bool) -> int
     """Checks rows to dispatch, [T, H] (``unquantized``: in the combine format), and gives T."""
     data = x.data if isinstance(x, Quantized) else x
     _check_tensor("x", data)
-    if data.dim() != 2 or data.shape[1] != spec.hidden:
-        raise ConfigError(f"x has shape {_shape(data)}; this buffer takes [tokens, hidden={spec.hidden}]")
+    num_columns = spec.hidden if unquantized else spec.wire.num_columns(spec.hidden)
+    if isinstance(spec.wire, Opaque) and not unquantized:
+        _check_opaque(spec, spec.wire, x)
+    if data.dim() != 2 or data.shape[1] != num_columns:
+        takes = f"hidden={spec.hidden}" if num_columns == spec.hidden else f"{num_columns} of hidden={spec.hidden}"
+        raise ConfigError(f"x has shape {_shape(data)}; this buffer takes [tokens, {takes}]")
     if data.shape[0] > spec.max_tokens:
         raise ConfigError(
             f"x has {data.shape[0]} tokens, more than max_tokens={spec.max_tokens}; split the batch, or make the "
@@ -96,15 +135,37 @@ def check_ranks(ranks: Sequence[int], *, num_ranks: int) -> None:
             raise ConfigError(f"mask() was given rank {rank}; ranks are 0 to {num_ranks - 1}")
 
 
-def check_topk_idx(spec: Spec, topk_idx: Tensor, num_tokens: int) -> None:
-    """Picks: int64 or int32 [T, K]."""
+def check_topk_idx(spec: Spec, topk_idx: Tensor, num_tokens: int, *, num_ranks: int) -> None:
+    """Picks: int64 or int32 [T, K]; or, for Compact, the ranks that a token goes to: bool [T, P]."""
     _check_tensor("topk_idx", topk_idx)
+    if topk_idx.dtype == torch.bool:
+        if spec.layout.per_pick:
+            raise ConfigError(
+                f"routing is bool {_shape(topk_idx)}, a mask of ranks, by which only Compact rows go: {spec.layout} "
+                f"has rows of experts; pass topk_idx as int64, or make the Spec with layout=Compact()"
+            )
+        if topk_idx.shape != (num_tokens, num_ranks):
+            raise ConfigError(
+                f"routing is bool {_shape(topk_idx)}; pass which ranks each token goes to, [tokens={num_tokens}, "
+                f"ranks={num_ranks}], or topk_idx as int64"
+            )
+        return
     if topk_idx.dtype not in (torch.int64, torch.int32):
         raise ConfigError(f"topk_idx is {_name(topk_idx)}; pass int64 or int32")
     if topk_idx.shape != (num_tokens, spec.num_topk):
         raise ConfigError(
             f"topk_idx has shape {_shape(topk_idx)}; pass [tokens={num_tokens}, num_topk={spec.num_topk}], with -1 "
             f"where a token has fewer picks"
+        )
+
+
+def check_places(spec: Spec, goes: Tensor) -> None:
+    """To how many ranks tokens go, on the host: K at most. On CUDA kernels refuse more."""
+    num_places = goes.sum(dim=1)
+    if goes.shape[0] and (most := int(num_places.max())) > spec.num_topk:
+        raise ConfigError(
+            f"routing sends token {int(num_places.argmax())} to {most} ranks; a token goes to at most "
+            f"num_topk={spec.num_topk}: make the Spec with num_topk={most}"
         )
 
 
@@ -151,14 +212,45 @@ def check_plan(plan: Plan, buffer_id: int, masked: tuple[int, ...]) -> None:
 
 def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> None:
     """Experts' outputs of a plan: shaped as the rows that came, in the combine format."""
-    _check_tensor("y", y)
-    if y.dtype != spec.combine_dtype:
-        raise ConfigError(f"y is {_name(y)}; outputs go home as {spec.combine_dtype}: pass y.to({spec.combine_dtype})")
+    _check_format_of_outputs(spec, y)
     *lead, hidden = y.shape or (0,)
     leads = _leads(spec, plan, slot_rows)
     if hidden != spec.hidden or tuple(lead) not in leads:
         shapes = " or ".join(str([*allowed, spec.hidden]) for allowed in leads)
         raise ConfigError(f"y has shape {_shape(y)}; pass the outputs in the places of the rows that came, {shapes}")
+
+
+def check_partial_rows(spec: Spec, plan: Plan, given: Outputs) -> None:
+    """Which rows of y [N, H], however many, a rank sums: int32 [pairs, K], for each pair of the plan at least."""
+    y, partial_rows = given.y, given.partial_rows
+    assert partial_rows is not None
+    if not spec.ranks_sum_picks:
+        raise ConfigError(
+            f"partial_rows says which rows this rank sums, and with reduce={spec.reduce!r} and {spec.layout} it sums "
+            f"none; make the Spec with reduce='rank' and Expanded() or Padded(), or leave partial_rows out"
+        )
+    if given.extras is not None:
+        raise ConfigError("extras go home with the rows that came, and partial_rows with others; pass one of them")
+    _check_format_of_outputs(spec, y)
+    if y.dim() != 2 or y.shape[1] != spec.hidden:
+        raise ConfigError(f"y has shape {_shape(y)}; with partial_rows= pass [rows, hidden={spec.hidden}]")
+    _check_tensor("partial_rows", partial_rows)
+    shape, num_pairs = tuple(partial_rows.shape), plan.num_partial_rows
+    if partial_rows.dtype != torch.int32 or shape[1:] != (spec.num_topk,) or shape[0] < num_pairs:
+        raise ConfigError(
+            f"partial_rows is {_name(partial_rows)} {list(shape)}; pass int32 [pairs={num_pairs} or more, "
+            f"num_topk={spec.num_topk}], as plan.partial_rows has them"
+        )
+
+
+def check_row_numbers(partial_rows: Tensor, *, num_rows: int) -> None:
+    """The rows that are summed, on the host: 0 .. N - 1, or negative for none. On CUDA those beyond count as none."""
+    if partial_rows.numel() and (most := int(partial_rows.max())) >= num_rows:
+        pair, pick = divmod(int(partial_rows.argmax()), partial_rows.shape[1])
+        raise ConfigError(
+            f"partial_rows[{pair}, {pick}] = {most}; y has rows 0 to {num_rows - 1}, and -1 is none: pass a y that has "
+            f"all rows"
+        )
 
 
 def check_lone_extras(spec: Spec, plan: Plan, extras: Sequence[Tensor], slot_rows: int) -> tuple[int, ...]:
@@ -195,6 +287,31 @@ def check_bias(spec: Spec, plan: Plan, bias: Tensor | None) -> None:
             f"bias is {_name(bias)} {_shape(bias)}; pass a floating-point [tokens={plan.num_tokens}, "
             f"hidden={spec.hidden}] or [hidden={spec.hidden}]"
         )
+
+
+def check_out(spec: Spec, plan: Plan, given: Outputs, segment: Tensor) -> None:
+    """Where sums are written: contiguous [T, H] in the combine format, in memory of its own.
+
+    Args:
+        segment: this rank's, which peers write.
+    """
+    out = given.out
+    assert out is not None
+    _check_tensor("out", out)
+    is_dense = out.is_contiguous()
+    if out.dtype != spec.combine_dtype or tuple(out.shape) != (plan.num_tokens, spec.hidden) or not is_dense:
+        raise ConfigError(
+            f"out is {_name(out)} {_shape(out)}{'' if is_dense else ' with gaps'}; pass a contiguous "
+            f"{_plain(spec.combine_dtype)} [tokens={plan.num_tokens}, hidden={spec.hidden}], or None for a new tensor"
+        )
+    first, end = _span(out)
+    others = given._replace(out=None, extras=None)._asdict() | {"the buffer's own memory": segment}
+    others |= {f"extras[{i}]": extra for i, extra in enumerate(given.extras or ())}
+    for name, tensor in others.items():
+        if tensor is not None:
+            begin, behind = _span(tensor)
+            if first < behind and begin < end:
+                raise ConfigError(f"out overlaps {name}; pass memory of its own, or None for a new tensor")
 
 
 def check_row_extras(extras: Sequence[Tensor], *, lead: tuple[int, ...], limit: int) -> None:
@@ -239,9 +356,10 @@ def _leads(spec: Spec, plan: Plan, slot_rows: int) -> list[tuple[int, ...]]:
 
 def _check_quantized(spec: Spec, x: Quantized) -> None:
     wire = spec.wire
-    if not isinstance(wire, Fp8):
+    if wire.is_unquantized:
         raise ConfigError(
-            f"x is Quantized, the wire is {wire}; make the Spec with wire=Fp8(...), or pass a plain tensor"
+            f"x is Quantized, the wire is {wire}; make the Spec with wire=Fp8(...) or Opaque(...), or pass a plain "
+            f"tensor"
         )
     if x.data.dtype != wire.dtype:
         raise ConfigError(f"x.data is {_name(x.data)}; {wire} takes {wire.dtype}")
@@ -251,6 +369,36 @@ def _check_quantized(spec: Spec, x: Quantized) -> None:
         raise ConfigError(
             f"x.scale is {_name(x.scale)} {_shape(x.scale)}; {wire} takes {wire.scale_dtype} {list(expected)}"
         )
+
+
+def _check_opaque(spec: Spec, wire: Opaque, x: Tensor | Quantized) -> None:
+    """Nothing is cast: rows come with scales if the wire has them, and in its dtype."""
+    data = x.data if isinstance(x, Quantized) else x
+    num_scales = wire.num_scales(spec.hidden)
+    if isinstance(x, Quantized) != (num_scales > 0) or data.dtype != wire.dtype:
+        rows = f"data {_plain(wire.dtype)} [tokens, {wire.num_columns(spec.hidden)}]"
+        takes = rows
+        if num_scales:
+            takes = f"Quantized(data, scale), {rows} and scale {_plain(wire.scale_dtype)} [tokens, {num_scales}]"
+        raise ConfigError(
+            f"x is {'Quantized ' if isinstance(x, Quantized) else ''}{_name(data)}; {wire} casts nothing: pass "
+            f"{takes}, or make the Spec with wire=Fp8(...), which casts"
+        )
+
+
+def _check_format_of_outputs(spec: Spec, y: Tensor) -> None:
+    _check_tensor("y", y)
+    if y.dtype != spec.combine_dtype:
+        raise ConfigError(f"y is {_name(y)}; outputs go home as {spec.combine_dtype}: pass y.to({spec.combine_dtype})")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte, and of the one behind its last."""
+    if not tensor.numel():
+        return 0, 0
+    first = tensor.data_ptr()
+    num_elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + num_elements * tensor.element_size()
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -268,4 +416,8 @@ def _shape(tensor: Tensor) -> list[int]:
 
 
 def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return _plain(tensor.dtype)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -45,7 +45,6 @@ from crossdock.layout import Padded
 from crossdock.plan import Plan
 from crossdock.received import Received
 from crossdock.spec import Spec
-from crossdock.wire import Fp8
 
 _IN_BACKWARD = (
     "this was a backward pass, which all ranks run: where one rank's loss leaves a layer's output out, pass it through "
@@ -385,7 +384,7 @@ def _no_ids(like: Tensor, num_topk: int) -> Tensor:
 
 
 def _row_dtype(spec: Spec, *, unquantized: bool) -> torch.dtype:
-    return spec.combine_dtype if unquantized or isinstance(spec.wire, Fp8) else spec.wire.dtype
+    return spec.combine_dtype if unquantized or not spec.wire.is_unquantized else spec.wire.dtype
 
 
 def _empty_weights(spec: Spec, like: Tensor, lead: Sequence[Any], weights: Tensor | None) -> Tensor:

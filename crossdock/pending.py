@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from crossdock.backends.base import Event, Outcome
+from crossdock.backends.base import Counters, Event, Outcome
 from crossdock.consent import Consent, Kind, Missing, Steps
 from crossdock.errors import ConfigError, CrossdockError, PeerTimeout, TransportError
 from crossdock.spec import Spec
@@ -55,6 +55,7 @@ class Pending(Generic[Result]):
         self.has_sent = False
         """Whether the next call may begin though this one is not done."""
         self.outcome: Outcome[Any] | None = None
+        self.counters: Counters | None = None
         self.error: BaseException | None = None
         """What ``wait()`` raises, when the call has failed."""
         self._queue = queue
@@ -188,6 +189,7 @@ class CallQueue:
         finish: Callable[[Any], Result] | None = None,
         held: tuple[object, ...] = (),
         owner: Owner | None = None,
+        counters: Counters | None = None,
     ) -> Pending[Result]:
         """Puts a call behind the others; ``drive`` moves it.
 
@@ -195,8 +197,10 @@ class CallQueue:
             finish: makes the call's result of what its steps gave, when it is waited for.
             held: what its work reads, kept for as long as it may.
             owner: whose calls may be only so many in flight.
+            counters: tensors of the caller's; on CPUs, what the host waits for peers is added to them.
         """
         pending = Pending(self, kind, sequence, steps, finish, held, owner)
+        pending.counters = counters
         self.last_error = None
         self.running.append(pending)
         self._unwaited.append(pending)
@@ -366,6 +370,8 @@ class CallQueue:
         if call is patience.call:
             for peer in missing.peers:
                 self.wait_s[peer] += now - patience.last
+                if call.counters is not None and call.counters.wait_ns is not None and call.counters.wait_ns.is_cpu:
+                    call.counters.wait_ns[peer] += round(1e9 * (now - patience.last))
         else:
             patience.call, patience.num_polls, patience.began, patience.gone = call, 0, now, None
         patience.last = now

@@ -114,6 +114,16 @@ class Plan:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, num_tokens={self.num_tokens}, num_rows={self.num_rows})"
 
+    @property
+    def num_tokens_per_expert_list(self) -> list[int] | None:
+        """``num_tokens_per_expert`` on the host; None where it does not know it: see ``num_rows``."""
+        return None if self.num_rows is None else self.num_tokens_per_expert.tolist()
+
+    @property
+    def num_partial_rows(self) -> int:
+        """Rows of ``partial_rows``, as far as the host knows; 0 where there is none."""
+        return 0 if self.partial_rows is None else self.partial_rows.shape[0]
+
     @cached_property
     def num_tokens(self) -> int:
         """T, the tokens of this rank."""

@@ -20,6 +20,9 @@ from crossdock.plan import Plan
 from crossdock.scales import ScaleLayout
 from crossdock.wire import Quantized
 
+CopyRows = Callable[[Plan, "Tensor | Quantized"], "Tensor | Quantized"]
+"""``Backend.copied``."""
+
 
 class LazyMetadata:
     """What travelled with rows, read when somebody asks for them, and before their slot comes round."""
@@ -128,6 +131,21 @@ class Received:
         """int32 [L], the picks of each local expert."""
         return self.plan.num_tokens_per_expert
 
+    @property
+    def num_tokens_per_expert_list(self) -> list[int]:
+        """The same as integers on the host, of the read that ``rows="exact"`` makes: nothing is waited for again.
+
+        Raises:
+            ConfigError: the host has not been told: on CUDA with ``rows="capacity"``, also where a plan was made so.
+        """
+        counts = self.plan.num_tokens_per_expert_list
+        if counts is None:
+            raise ConfigError(
+                "the host was not told how many tokens came: it waits for nothing with rows='capacity'; dispatch with "
+                "rows='exact', or ask for recv.num_tokens_per_expert.tolist(), which waits for the device"
+            )
+        return counts
+
     @cached_property
     def expert_offsets(self) -> Tensor | None:
         """Expanded: int32 [L + 1], where each expert's rows start, and the end."""
@@ -176,14 +194,10 @@ class Received:
         self._lease.check()
         return self._outputs
 
-    def copied(self) -> Received:
-        """The same with rows ``x`` of its own, which no later dispatch overwrites."""
-        rows = self.x
+    def copied(self, copies: CopyRows) -> Received:
+        """The same with rows ``x`` of its own, which no later dispatch overwrites; of those that came, no others."""
         copy = Received(self.plan, self._lease, self._metadata, self._views, self._region, self._num_rows)
-        if isinstance(rows, Quantized):
-            copy._owned = Quantized(rows.data.clone(), self._views.scales.copied(rows.scale))
-        else:
-            copy._owned = rows.clone()
+        copy._owned = copies(self.plan, self.x)
         return copy
 
     @cached_property

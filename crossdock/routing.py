@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Float32, Int, Int64, Real
+from jaxtyping import Bool, Float, Float32, Int, Int64, Real
 from torch import Tensor
 
 from crossdock.errors import ConfigError
@@ -397,6 +397,28 @@ def _check_picks(topk_idx: Int[Tensor, "T K"], source: str, *, num_experts: int)
             f"{source} picks expert {int(ordered[token, pick])} twice at token {token}; "
             "a token's picks must be distinct: where they may repeat, as with a hash, put -1 in place of the repeats"
         )
+
+
+def picks_of_ranks(goes: Bool[Tensor, "T P"], *, num_local: int, num_topk: int) -> Int64[Tensor, "T K"]:
+    """Picks that send a token to each rank where its row is True: the first expert of each, ranks ascending, then -1.
+
+    Where a token goes to more than K ranks its first pick is E, which is no expert: ``check_picks``, or on CUDA the
+    kernels refuse that.
+
+    >>> picks_of_ranks(torch.tensor([[True, False, True], [False, False, False]]), num_local=4, num_topk=2)
+    tensor([[ 0,  8],
+            [-1, -1]])
+    """
+    num_ranks = goes.shape[1]
+    nobody = num_ranks * num_local
+    first = torch.arange(0, nobody, num_local, dtype=torch.int64, device=goes.device)
+    experts = torch.where(goes, first, nobody).sort(dim=1).values  # [T, P]
+    if num_ranks <= num_topk:
+        experts = torch.nn.functional.pad(experts, (0, num_topk - num_ranks), value=nobody)
+        return torch.where(experts == nobody, -1, experts)
+    picks = torch.where(experts == nobody, -1, experts)[:, :num_topk].contiguous()
+    picks[:, 0] = torch.where(experts[:, num_topk] == nobody, picks[:, 0], nobody)
+    return picks
 
 
 def check_picks(topk_idx: Tensor, *, num_experts: int) -> None:

@@ -98,7 +98,7 @@ class ScaleLayout:
     def copied(self, scale: Tensor) -> Tensor:
         """A copy of scales ``[..., R, G]`` in the same order; column-major with the padding for R rows."""
         if not self.column_major:
-            return scale.clone()
+            return cloned(scale)
         *lead, num_rows, num_scales = scale.shape
         padded = scale.new_empty(*lead, num_scales, _room(num_rows, self.dtype) // self.dtype.itemsize)
         own = padded.transpose(-1, -2)[..., :num_rows, :]
@@ -106,9 +106,17 @@ class ScaleLayout:
         return own
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
 def as_integers(scale: Tensor) -> Tensor:
-    """A view of scales as integers of the same size, for torch operations that take no FP8 dtypes. Any strides."""
-    return scale.view(torch.int32 if scale.dtype.itemsize == 4 else torch.uint8)
+    """A view as integers of the same size, for torch operations that take few dtypes. Any strides."""
+    return scale.view(_INTEGERS[scale.dtype.itemsize])
+
+
+def cloned(tensor: Tensor) -> Tensor:
+    """A clone with all bits; torch's own makes 1 of every bool that is not 0."""
+    return as_integers(tensor).clone().view(tensor.dtype)
 
 
 def _room(num_rows: int, dtype: torch.dtype) -> int:

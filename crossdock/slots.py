@@ -11,7 +11,7 @@ from crossdock.consent import PUSHED
 from crossdock.errors import ConfigError
 from crossdock.layout import Expanded, Padded
 from crossdock.pending import CallQueue, Pending
-from crossdock.received import LazyMetadata, Lease, Received
+from crossdock.received import CopyRows, LazyMetadata, Lease, Received
 from crossdock.wire import Quantized
 
 
@@ -102,11 +102,13 @@ class ReceiveSlots:
         """Says which call, that was only started, the slot was taken for."""
         self._calls[slot] = call
 
-    def lend(self, arrived: Arrived, *, slot: int, unquantized: bool, copy: bool, poisons: bool) -> Received:
+    def lend(
+        self, arrived: Arrived, *, slot: int, unquantized: bool, copies: CopyRows | None, poisons: bool
+    ) -> Received:
         """What a dispatch gives: the rows that have just arrived in a slot, until it comes round.
 
         Args:
-            copy: give rows of their own in place of views.
+            copies: makes copies of rows, to be given in place of views.
             poisons: fill the slot's output rows with NaN.
         """
         self._calls[slot] = None
@@ -117,7 +119,7 @@ class ReceiveSlots:
         if poisons and region == "data":
             self.poison(slot, "outputs")
         recv = Received(plan, lease, metadata, self, region, num_rows)
-        return recv.copied() if copy else recv
+        return recv if copies is None else recv.copied(copies)
 
     def _shaped(self, metadata: Metadata, num_rows: int) -> Metadata:
         """Of the first rows, with their leading dimensions: [R], or [L, C] for Padded."""

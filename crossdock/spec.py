@@ -14,7 +14,7 @@ import torch
 
 from crossdock.errors import ConfigError
 from crossdock.layout import Compact, Layout, Padded
-from crossdock.wire import Bf16, Fp8, Wire
+from crossdock.wire import Bf16, Wire
 
 MAX_COUNT = 2**24 - 1
 """The largest row count that a count word can hold: 24 bits."""
@@ -101,7 +101,7 @@ class Spec:
             casts the sum once to the combine format; one row per rank returns, and the owner sums these in the order
             of ranks. All sums are float32, with one cast at the end.
         combine_wire: row format of a combine and of its result, an unquantized one. None: ``wire``, or Bf16() if
-            ``wire`` is Fp8.
+            ``wire`` is a quantised one, such as Fp8 or Opaque.
         extra_bytes: bytes per token for opaque tensors that travel with a row (``extras=``).
         num_slots: receive slots, used in turn, 1 to 6; also the most calls that may be started and not yet waited for.
 
@@ -141,8 +141,10 @@ class Spec:
             )
         if self.reduce not in ("token", "rank"):
             raise ConfigError(f"reduce={self.reduce!r} is not a place to sum at; pass 'token' or 'rank'")
-        if isinstance(self.combine_wire, Fp8):
-            raise ConfigError(f"combine_wire={self.combine_wire} is narrow; pass Bf16(), Fp16() or Fp32()")
+        if self.combine_wire is not None and not self.combine_wire.is_unquantized:
+            raise ConfigError(
+                f"combine_wire={self.combine_wire} cannot be summed; pass an unquantized one: Bf16(), Fp16() or Fp32()"
+            )
         if self.extra_bytes < 0:
             raise ConfigError(f"extra_bytes={self.extra_bytes}; pass 0 or the bytes that travel with each token")
         if not 1 <= self.num_slots <= MAX_SLOTS:
@@ -154,7 +156,7 @@ class Spec:
         """Dtype of the experts' outputs and of the combined result."""
         if self.combine_wire is not None:
             return self.combine_wire.dtype
-        return torch.bfloat16 if isinstance(self.wire, Fp8) else self.wire.dtype
+        return self.wire.dtype if self.wire.is_unquantized else torch.bfloat16
 
     @property
     def ranks_sum_picks(self) -> bool:
@@ -169,7 +171,7 @@ class Spec:
     def row_bytes(self) -> int:
         """Bytes of a dispatched row: data and scales, without metadata."""
         num_scales = self.wire.num_scales(self.hidden)
-        return self.hidden * self.wire.dtype.itemsize + num_scales * self.wire.scale_dtype.itemsize
+        return self.wire.data_bytes(self.hidden) + num_scales * self.wire.scale_dtype.itemsize
 
     def capacity(self, num_ranks: int) -> int:
         """C, rows of a receive slot (Padded: of one expert): the layout's capacity, limited to the worst case.

@@ -1,4 +1,4 @@
-"""Row formats: unquantized ones, FP8 with a scale per block, and rows that the caller has quantised.
+"""Row formats: unquantized ones, FP8 with a scale per block, and opaque ones, which only the caller understands.
 
 Shapes: T tokens (or rows), H hidden, G = H / block scale groups per row; L, C, R as in ``layout``.
 """
@@ -24,7 +24,8 @@ class Quantized(NamedTuple):
     """Rows in a quantised format: passed to a dispatch, or received from one.
 
     data: [..., H] in the wire's dtype. scale: [..., G] in the wire's ``scale_dtype`` (packed: ``[..., ceil(G / 4)]``
-    int32). The value of an element is ``data * scale`` of its block.
+    int32). The value of an element is ``data * scale`` of its block. What ``Opaque`` rows mean, and how many columns
+    they have, is up to the caller.
     """
 
     data: Shaped[Tensor, "*rows H"]
@@ -35,7 +36,26 @@ class Quantized(NamedTuple):
 class Wire:
     """A row format. ``dtype`` is the dtype of the data; an unquantized format has no scales."""
 
-    dtype: ClassVar[torch.dtype]
+    is_unquantized: ClassVar[bool] = True
+    """Whether rows are values that can be summed, and so a combine may have the format too."""
+
+    @property
+    def column_major(self) -> bool:
+        """Whether received scales lie column-major."""
+        return False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the data."""
+        raise NotImplementedError
+
+    def num_columns(self, hidden: int) -> int:
+        """Columns of the data for rows of ``hidden`` values."""
+        return hidden
+
+    def data_bytes(self, hidden: int) -> int:
+        """Bytes of the data of a row of ``hidden`` values."""
+        return self.num_columns(hidden) * self.dtype.itemsize
 
     def num_scales(self, hidden: int) -> int:
         """Columns of the scale tensor for rows of ``hidden`` values; 0 for an unquantized format."""
@@ -113,6 +133,7 @@ class Fp8(Wire):
     """
 
     dtype = torch.float8_e4m3fn
+    is_unquantized = False
     block: int = 128
     scale: Literal["f32", "ue8m0"] = "f32"
     pow2: bool = False
@@ -209,3 +230,72 @@ class Fp8(Wire):
             scale = scale.clone(memory_format=torch.contiguous_format)
         exponents = scale.view(torch.uint8)[..., :num_groups].to(torch.int32)
         return (exponents << 23).view(torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opaque(Wire):
+    """Rows that the caller has quantised in a way that the library need not know: all bits arrive as they were sent.
+
+    The library neither casts nor sums them. A dispatch takes ``Quantized(data, scale)``, or a plain tensor where there
+    are no scales; a combine has a format of its own, ``Spec.combine_wire`` (Bf16() by default). They have no gradients.
+
+    A row of H values has ``H / values_per_element`` elements of data, and ``ceil(H / block)`` scale words: data
+    [T, H / values_per_element], scale [T, ceil(H / block)], and received so: [R, ...], or [L, C, ...] for Padded.
+
+    Args:
+        dtype: of the data, of 1 to 4 bytes.
+        values_per_element: values of a row in one element of data, such as 2 for 4-bit values in bytes; must divide
+            hidden.
+        block: values of a row per scale word, which need not divide hidden; None: no scales. Where one word holds
+            several scales, all their values count: 512 for four scales of 128 values in an int32.
+        scale_dtype: of a scale word, of 1 to 4 bytes.
+        column_major: memory order of received scales, as in ``Fp8``.
+
+    Raises:
+        ConfigError: a dtype has no, or more than 4 bytes, or a number is not positive; ``Spec`` raises it if
+            values_per_element does not divide hidden.
+
+    >>> nvfp4 = Opaque(values_per_element=2, block=16, scale_dtype=torch.float8_e4m3fn)  # two values in a byte
+    >>> nvfp4.num_columns(2880), nvfp4.num_scales(2880), nvfp4.data_bytes(2880)
+    (1440, 180, 1440)
+    >>> mxfp8 = Opaque(dtype=torch.float8_e4m3fn, block=32, scale_dtype=torch.float8_e8m0fnu)
+    >>> int8_per_row = Opaque(dtype=torch.int8, block=2880)
+    >>> Opaque(dtype=torch.float8_e4m3fn, block=128).num_scales(2880)  # the last block has 64 values
+    23
+    """
+
+    is_unquantized = False
+    dtype: torch.dtype = torch.uint8
+    values_per_element: int = 1
+    block: int | None = None
+    scale_dtype: torch.dtype = torch.float32
+    column_major: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "scale_dtype"):
+            dtype = getattr(self, name)
+            if not isinstance(dtype, torch.dtype) or dtype.itemsize > 4 or dtype in _WITH_SCALES:
+                raise ConfigError(f"{name}={dtype!r}; pass a torch.dtype of 1 to 4 bytes, such as torch.uint8")
+        for name in ("values_per_element", *(() if self.block is None else ("block",))):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r}; pass a positive integer")
+        if self.column_major and self.block is None:
+            raise ConfigError("column_major=True says how scales lie, and block=None has none; pass block= with it")
+
+    def num_columns(self, hidden: int) -> int:
+        return hidden // self.values_per_element
+
+    def num_scales(self, hidden: int) -> int:
+        return 0 if self.block is None else -(-hidden // self.block)
+
+    def check_hidden(self, hidden: int) -> None:
+        if hidden % self.values_per_element:
+            raise ConfigError(
+                f"hidden={hidden} is not divisible by values_per_element={self.values_per_element}; pass a divisor of "
+                f"hidden, or pad the rows"
+            )
+
+
+_WITH_SCALES = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
+"""Dtypes of tensors of torch's that have scales of their own, and so are more than their bits."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from crossdock import Compact, Padded, Quantized, Received, Spec
+from crossdock import Compact, Opaque, Padded, Quantized, Received, Spec
 from tests import oracle
 
 
@@ -18,7 +18,7 @@ class Case:
 
     name: str
     spec: Spec
-    x: list[Tensor]  # [T, H] each
+    x: list[Tensor | Quantized]  # [T, H] each; of opaque rows all bits at random
     topk: list[Tensor]  # [T, K] each
     weights: list[Tensor]  # [T, K] each
     extras: list[tuple[Tensor, ...]]  # [T, ...] each
@@ -42,7 +42,10 @@ def make_case(spec: Spec, num_tokens: Sequence[int], *, picks: str = "some", see
     dtype = spec.combine_dtype
     x, topk, weights, extras = [], [], [], []
     for t in num_tokens:
-        x.append((torch.randn(t, spec.hidden, generator=g) * 3).to(dtype))
+        if isinstance(spec.wire, Opaque):
+            x.append(opaque_rows(spec, t, g))
+        else:
+            x.append((torch.randn(t, spec.hidden, generator=g) * 3).to(dtype))
         picked = torch.rand(t, spec.num_experts, generator=g).topk(num_topk, 1).indices
         if picks == "one":
             picked[:, 1:] = -1
@@ -64,6 +67,18 @@ def make_case(spec: Spec, num_tokens: Sequence[int], *, picks: str = "some", see
         y_extras.append((here[1].view(*lead, 3), here[2].view(*lead, 1)))
     name = f"{picks} picks of {list(num_tokens)} tokens"
     return Case(name=name, spec=spec, x=x, topk=topk, weights=weights, extras=extras, y=y, y_extras=y_extras)
+
+
+def opaque_rows(spec: Spec, num_tokens: int, generator: torch.Generator) -> Tensor | Quantized:
+    """Rows of an opaque wire, with whatever bits, as a dispatch takes them."""
+
+    def bits(num_columns: int, dtype: torch.dtype) -> Tensor:
+        shape = (num_tokens, num_columns * dtype.itemsize)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).view(dtype)
+
+    wire, num_scales = spec.wire, spec.wire.num_scales(spec.hidden)
+    data = bits(wire.num_columns(spec.hidden), wire.dtype)
+    return Quantized(data, bits(num_scales, wire.scale_dtype)) if num_scales else data
 
 
 def loads(spec: Spec, num_ranks: int) -> list[Case]:

@@ -7,7 +7,7 @@ and constants of its arguments.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -41,9 +41,19 @@ class Launch:
 
 
 def compile_launches(
-    spec: Spec, num_ranks: int, target: GPUTarget, *, only: Container[str] | None = None, **launch_options: Any
+    spec: Spec,
+    num_ranks: int,
+    target: GPUTarget,
+    *,
+    only: Container[str] | None = None,
+    then: Callable[[Any], None] = lambda _: None,
+    **launch_options: Any,
 ) -> list[Launch]:
-    """Every different launch of a rank's buffer, or those of kernels of some names."""
+    """Every different launch of a rank's buffer, or those of kernels of some names.
+
+    Args:
+        then: what to do with its backend, for launches that its making does not have.
+    """
     from crossdock.backends.cuda.calls import CudaCalls
     from crossdock.transport.device import DeviceTransport
 
@@ -67,7 +77,8 @@ def compile_launches(
             launches[key] = Launch(kernel.fn.__name__, special.named, code, special.options, is_ahead=warmup)
 
     with _driver_for(target), mock.patch.object(JITFunction, "run", run):
-        CudaCalls(transport, words, timeout_s=1).lay(arena, LaunchOptions(**launch_options), buffer_id=1)
+        calls = CudaCalls(transport, words, timeout_s=1)
+        then(calls.lay(arena, LaunchOptions(**launch_options), buffer_id=1))
     return list(launches.values())
 
 

@@ -73,8 +73,8 @@ def received(
             "src_idx": torch.tensor([-1 if r is None else r.source * spec.max_tokens + r.token for r in rows]).int(),
             "counts": torch.stack([(experts == rank * num_local + e).sum() for e in range(num_local)]).int(),
         }
-        if isinstance(spec.wire, Fp8):
-            got["scale"] = gather([rows.scale for rows in x])
+        if spec.wire.num_scales(spec.hidden):
+            got["scale"] = gather([rows.scale for rows in x if isinstance(rows, Quantized)])
         if isinstance(spec.layout, Compact):
             got["topk_idx"] = local.int()
         if weights is not None:

@@ -5,9 +5,9 @@ Letters: T tokens here, K top-k, H hidden, R rows received, P ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,6 +84,31 @@ class Batch(NamedTuple):
     """x travels in the combine format; ``Arena.region_of_rows`` says where its rows arrive."""
 
 
+class Counters(NamedTuple):
+    """Tensors on the buffer's device that a call adds to, also each time that a CUDA graph replays it.
+
+    >>> Counters(num_tokens_per_expert=torch.zeros(2, dtype=torch.int32))
+    Counters(num_tokens_per_expert=tensor([0, 0], dtype=torch.int32), wait_ns=None)
+    """
+
+    num_tokens_per_expert: Tensor | None = None
+    """int32 or int64 [L]: of a dispatch, the picks of each local expert that came; nothing where the call was void."""
+    wait_ns: Tensor | None = None
+    """int64 [P]: nanoseconds that the call has waited for each rank, on CUDA in its kernels."""
+
+
+class Outputs(NamedTuple):
+    """What a combine brings back: outputs, how they are summed, what goes home beside them, where sums are written."""
+
+    y: Tensor  # [R, H]
+    weights: Tensor | None = None  # [T, K] float32, or [R] where ranks sum
+    bias: Tensor | None = None  # [T, H] or [H]
+    extras: Sequence[Tensor] | None = None  # [R, ...] each
+    partial_rows: Tensor | None = None  # [pairs, K] int32
+    """In place of the plan's: y, and weights, then have any number of rows."""
+    out: Tensor | None = None  # [T, H]
+
+
 class Metadata(NamedTuple):
     """What travelled with rows: copies, which no later dispatch overwrites."""
 
@@ -130,6 +155,8 @@ class Call(NamedTuple):
     """Whether every call before it has been driven to its end."""
     num_sms: int | None = None
     """SMs for this call; None: the buffer's."""
+    counters: Counters | None = None
+    """What its caller wants counted; waits of the host are not the backend's."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +195,24 @@ class Backend(Protocol):
         """[P] float64, seconds that its kernels have waited for each peer; 0 where the host waits."""
         raise NotImplementedError
 
+    @property
+    def stream(self) -> Any:
+        """The stream on which started calls run; None where there are none."""
+
+    def use_stream(self, stream: Any) -> None:
+        """From now on started calls run on that stream; None: on one of the backend's own.
+
+        Raises:
+            ConfigError: it is no stream of the backend's device.
+        """
+
+    def wait_for(self, event: Event, *, at_once: bool) -> None:
+        """The work of the next call, waited for at once or only started, comes after the event.
+
+        Raises:
+            ConfigError: it is no event of the backend's device.
+        """
+
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         """Moves each row of the batch into its final place, at every rank that the routing names.
 
@@ -180,18 +225,11 @@ class Backend(Protocol):
         """
 
     def combine(
-        self,
-        call: Call,
-        plan: Plan,
-        y: Tensor,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
+        self, call: Call, plan: Plan, given: Outputs
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
-        """The sum of each token's rows [T, H], and the extras that came back with them if any were given.
+        """The sum of each token's rows [T, H], in ``out`` if given; and the extras that came back, if any were given.
 
-        Owners pull the rows y [R, H] from ``call.word.output_slot``, or this rank pushes them if it is PUSHED.
-        Weights are of picks [T, K], or of rows [R] where ranks sum.
+        Owners pull the rows from ``call.word.output_slot``, or this rank pushes them if it is PUSHED.
         """
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
@@ -208,6 +246,13 @@ class Backend(Protocol):
         """What ``remake_plan`` would give from the tensors of a dispatch that has brought its rows, of its own plan.
 
         The same stamp, and the same on all ranks, or not all could take it for the same plan.
+        """
+        raise NotImplementedError
+
+    def copied(self, plan: Plan, rows: Tensor | Quantized) -> Tensor | Quantized:
+        """A copy of rows of a receive slot, as they are, on the caller's stream: only those that came are read.
+
+        The rest of it is nobody's, as ``torch.empty`` leaves it.
         """
         raise NotImplementedError
 

@@ -25,6 +25,7 @@ def sum_rows(
     dtype: torch.dtype,
     weights: Float32[Tensor, "n"] | None = None,
     bias: Float[Tensor, "T H"] | Float[Tensor, "H"] | None = None,
+    out: Float[Tensor, "T H"] | None = None,
 ) -> Float[Tensor, "T H"]:
     """``cast(0 + w0 * source[i0] + w1 * source[i1] + ... + bias)`` for each sum; ``terms`` has its rows ``i``.
 
@@ -34,14 +35,18 @@ def sum_rows(
     Args:
         weights: one per term; None: no product.
         bias: one row per sum, or one for all.
+        out: where to write the sums, of that dtype; None: a new tensor.
 
     >>> terms = Terms(torch.tensor([0, 2, 3]), torch.tensor([2, 0, 1]))
     >>> sum_rows(torch.tensor([[1.0], [2.0], [4.0]]), terms, dtype=torch.float32).tolist()
     [[5.0], [2.0]]
     """
     if weights is None and bias is None and source.dtype == dtype and dtype in _SPARSE_DTYPES:
-        return _sparse_sums(source, terms)
-    return _plain_sums(source, terms, dtype, weights, bias)
+        sums = _sparse_sums(source, terms)
+        return sums if out is None else out.copy_(sums)
+    if out is None:
+        out = torch.empty(terms.offsets.shape[0] - 1, source.shape[1], dtype=dtype, device="cpu")
+    return _plain_sums(source, terms, out, weights, bias)
 
 
 def chunk_rows(hidden: int) -> int:
@@ -60,13 +65,10 @@ def _sparse_sums(source: Tensor, terms: Terms) -> Tensor:
     return sums
 
 
-def _plain_sums(
-    source: Tensor, terms: Terms, dtype: torch.dtype, weights: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """The definition of the sums: gather, multiply, add."""
+def _plain_sums(source: Tensor, terms: Terms, out: Tensor, weights: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The definition of the sums, into ``out``: gather, multiply, add."""
     offsets, rows = terms.offsets.numpy(), terms.rows.numpy()
     lengths = np.diff(offsets)
-    out = torch.empty(lengths.size, source.shape[1], dtype=dtype, device="cpu")
     num_rows = chunk_rows(source.shape[1])
     for start in range(0, lengths.size, num_rows):
         here = slice(start, min(start + num_rows, lengths.size))
@@ -99,7 +101,7 @@ def _sparse_sums_are_ours(dtype: torch.dtype) -> bool:
             sums = _sparse_sums(source, terms)
         except (RuntimeError, NotImplementedError):
             return False
-    return torch.equal(sums, _plain_sums(source, terms, dtype, None, None))
+    return torch.equal(sums, _plain_sums(source, terms, torch.empty_like(sums), None, None))
 
 
 _SPARSE_DTYPES = frozenset(filter(_sparse_sums_are_ours, (torch.bfloat16, torch.float16, torch.float32)))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from crossdock import autograd
+from crossdock import autograd, inputs
 from crossdock.autograd import Dispatched
 from crossdock.buffer import Buffer
 from crossdock.errors import ConfigError
@@ -139,8 +139,7 @@ class ExpertParallel(nn.Module):
 
     def _exchange(self, buffer: Buffer, tokens: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         spec = buffer.spec
-        is_wide = spec.wire.num_scales(spec.hidden) == 0
-        x = tokens.to(spec.wire.dtype) if is_wide else tokens
+        x = tokens.to(spec.wire.dtype) if spec.wire.is_unquantized else tokens
         sums_here = spec.reduce == "rank" or not spec.layout.per_pick
         recv = autograd.dispatch(buffer, x, topk_idx, weights=topk_weights if sums_here else None)
         y = self._outputs(recv).to(spec.combine_dtype)
@@ -163,6 +162,7 @@ class ExpertParallel(nn.Module):
 
     def _check_fits(self, spec: Spec, num_ranks: int) -> None:
         """Raises ConfigError unless gate and experts are such that the Spec was made for; a part may be silent."""
+        inputs.check_trains(spec)
         wants: list[tuple[str, Any, int]] = [
             ("the gate has hidden", getattr(self.gate, "hidden", None), spec.hidden),
             ("the gate has num_topk", getattr(self.gate, "num_topk", None), spec.num_topk),

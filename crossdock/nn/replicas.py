@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from crossdock.errors import ConfigError
 from crossdock.nn.experts import local
 from crossdock.nn.placement import Placement
-from crossdock.transport.base import Group, ProcessGroup
+from crossdock.transport.base import Group, group_of
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def sum_replica_gradients(
     Raises:
         ConfigError: a parameter does not hold one matrix per physical expert of this rank.
     """
-    members: Group = group if isinstance(group, Group) else ProcessGroup(group)
+    members = group_of(group)
     num_local = placement.num_physical // members.size
     here = placement.physical_to_logical[members.rank * num_local :][:num_local]  # [L]
     is_copied = placement.num_replicas > 1  # [E]
@@ -68,13 +68,11 @@ def sum_replica_gradients(
 def _summed(own: Tensor, group: dist.ProcessGroup | DeviceMesh | Group | None) -> Tensor:
     """The ranks' tensors added up; of a group that gathers values, in the order of ranks."""
     if isinstance(group, Group):
-        if own.is_cuda:
-            torch.cuda.current_stream(own.device).synchronize()  # the others read it on streams of their own
-        first, *others = group.all_gather(own)
+        first, *others = group.all_gather(own.cpu())  # ranks' devices may have other numbers here
         total = first.clone()
         for other in others:
             total += other
-        return total
+        return total.to(own.device)
     process_group = group.get_group() if isinstance(group, DeviceMesh) else group
     if own.is_cuda and "nccl" not in str(dist.get_backend_config(process_group)):  # as where ranks share a GPU
         on_host = own.cpu()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.backends.base import Backend, Outcome
+from crossdock.backends.base import Backend, Counters, Outcome
 from crossdock.connect import Connected
 from crossdock.consent import Consent, Missing, Steps, Waiting, Word
 from crossdock.pending import CallKind, CallQueue, Owner, Pending
@@ -199,11 +199,12 @@ class TracedQueue(CallQueue):
         finish: Callable[[Any], Result] | None = None,
         held: tuple[object, ...] = (),
         owner: Owner | None = None,
+        counters: Counters | None = None,
     ) -> Pending[Result]:
         """See CallQueue."""
         call = TracedCall(self._part, kind, sequence, self._notes.posted.pop(sequence, 0), held)
         self._traced_turn.call = call.name
-        return super().start(kind, sequence, self._watched(call, steps, owner), finish, held, owner)
+        return super().start(kind, sequence, self._watched(call, steps, owner), finish, held, owner, counters)
 
     def forget(self, pending: Pending[Any]) -> None:
         """See CallQueue."""

@@ -65,13 +65,55 @@ class Transport(Mailbox, Protocol):
 
 @runtime_checkable
 class Group(Protocol):
-    """The ranks that set up a buffer together."""
+    """Ranks that know each other, as far as a ``Buffer`` needs it to be set up: any object with these three will do.
+
+    Rows and words do not go through it: after set-up a buffer calls it in ``gather_stats`` only.
+
+    >>> class Alone:
+    ...     rank, size = 0, 1
+    ...
+    ...     def all_gather(self, value):
+    ...         return [value]
+    >>> isinstance(Alone(), Group)
+    True
+    """
 
     rank: int
+    """0 to size - 1."""
     size: int
 
     def all_gather(self, value: Value) -> list[Value]:
-        """Every rank's value, by rank. Collective."""
+        """Every rank's value, by rank: whatever can be pickled. Collective, and returns once all have given theirs."""
+
+
+def group_of(given: dist.ProcessGroup | DeviceMesh | Group | None) -> Group:
+    """What ranks were given to meet by, as a Group.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if given is None or isinstance(given, DeviceMesh) or _is_torchs(given):
+        return ProcessGroup(given)  # type: ignore[arg-type]
+    if not isinstance(given, Group):
+        raise ConfigError(
+            f"group is a {type(given).__name__}; pass a group of torch.distributed, a 1-D DeviceMesh, None for the "
+            f"default group, a ThreadGroup, or any object with rank, size and all_gather (crossdock.Group)"
+        )
+    rank: object = given.rank
+    size: object = given.size
+    if not isinstance(rank, int) or not isinstance(size, int) or not 0 <= rank < size:
+        raise ConfigError(
+            f"the group, a {type(given).__name__}, has rank={rank!r} and size={size!r}; give it integers, the rank "
+            f"from 0 to size - 1 (crossdock.Group)"
+        )
+    return given
+
+
+def _is_torchs(given: object) -> bool:
+    """Whether that is a process group, or what torch gives for one to a process that is no member."""
+    if not dist.is_available():
+        return False
+    return isinstance(given, dist.ProcessGroup) or given is dist.GroupMember.NON_GROUP_MEMBER
 
 
 class ProcessGroup:

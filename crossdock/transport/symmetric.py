@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 from crossdock import _env
 from crossdock.arena import Control
 from crossdock.errors import NotSupported, TransportError
-from crossdock.transport.base import ProcessGroup, raise_on_all
+from crossdock.transport.base import Group, ProcessGroup, raise_on_all
 from crossdock.transport.device import DeviceTransport
 from crossdock.transport.presence import Presence
 
+_c10d: Any = _distributed_c10d
+"""What torch's own Python makes process groups of, in all versions; their types have changed."""
 _OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 
 
-def connect(
-    group: ProcessGroup, control: Control, num_bytes: int, device: torch.device, *, name: str
-) -> DeviceTransport:
+def connect(group: Group, control: Control, num_bytes: int, device: torch.device, *, name: str) -> DeviceTransport:
     """Allocates this rank's segment on its device and maps everybody's. Collective.
 
     Args:
@@ -52,8 +57,9 @@ def connect(
         )
     raise_on_all(group, problem, TransportError)
     assert segment is not None
+    store_path = _env.shm_dir() / f"{name}-store"
     try:
-        handle = symmetric_memory.rendezvous(segment, group.process_group or dist.distributed_c10d._get_default_group())  # noqa: SLF001
+        handle = _rendezvous(group, segment, name, store_path)
         views = [
             segment if rank == group.rank else handle.get_buffer(rank, (num_bytes,), torch.uint8)
             for rank in range(group.size)
@@ -63,7 +69,10 @@ def connect(
             f"cannot map the segments of its peers ({_first_line(error)}): GPUs must be of one scale-up domain "
             f"(NVLink, or one GPU that processes share)"
         )
-    raise_on_all(group, problem, NotSupported)
+    try:
+        raise_on_all(group, problem, NotSupported)
+    finally:
+        store_path.unlink(missing_ok=True)  # everybody has read it by now
     presence = Presence(group, _env.shm_dir() / f"{name}-{group.rank}")
     transport = DeviceTransport(
         views,
@@ -75,6 +84,41 @@ def connect(
     )
     group.all_gather(None)  # nobody writes to a segment that its owner has still to zero
     return transport
+
+
+def _rendezvous(group: Group, segment: torch.Tensor, name: str, store_path: Path) -> Any:
+    """Maps everybody's segments, through whatever group there is. Collective."""
+    if isinstance(group, ProcessGroup):
+        of_torch = group.process_group or dist.distributed_c10d._get_default_group()
+        return symmetric_memory.rendezvous(segment, of_torch)
+    with as_torchs(group, name, store_path) as store:
+        try:
+            return _c10d._SymmetricMemory.rendezvous(segment, name)
+        except RuntimeError as error:
+            if "no group info" not in str(error):
+                raise
+            # Before it looked for process groups, torch wanted to be told; nothing has been exchanged by then.
+            _c10d._SymmetricMemory.set_group_info(name, group.rank, group.size, store)
+            return _c10d._SymmetricMemory.rendezvous(segment, name)
+
+
+@contextmanager
+def as_torchs(group: Group, name: str, path: Path) -> Iterator[Any]:
+    """A process group of torch's with that name, of the ranks of any group, until it ends; gives its store.
+
+    It has no backend, and moves nothing: who asks for it gets rank, size and store.
+
+    Args:
+        path: of the store, a file that the ranks share.
+    """
+    store = _c10d.FileStore(str(path), group.size)
+    made = _c10d.ProcessGroup(store, group.rank, group.size)
+    made._set_group_name(name)
+    _c10d._register_process_group(name, made)
+    try:
+        yield store
+    finally:
+        _c10d._unregister_process_group(name)
 
 
 def _first_line(error: Exception) -> str:

@@ -188,6 +188,35 @@ def test_two_micro_batches_overlap(world, layout, reduce):
             assert all(same_bits(mine[2 + i], want) for mine, want in zip(seen, wants[i], strict=True))
 
 
+def come_after_events(group, case):
+    """Inputs that another stream makes late, of which calls know by events alone; started ones on a stream of ours."""
+    with open_buffer(group, case.spec) as buffer:
+        r, seen = buffer.rank, []
+        maker, buffer.stream = torch.cuda.Stream(), torch.cuda.Stream()
+        beside = {"weights": case.weights[r], "extras": case.extras[r]}
+        for starts in (False, True, True):
+            with torch.cuda.stream(maker):
+                x, y = late(case.x[r]), late(case.y[r])
+                made = maker.record_event()
+            if starts:
+                recv = buffer.dispatch_start(x, case.topk[r], after=made, **beside).wait()
+                out = buffer.combine_start(y, recv.plan, after=made).wait()
+            else:
+                recv = buffer.dispatch(x, case.topk[r], after=made, **beside)
+                out = buffer.combine(y, recv.plan, after=made)
+            seen.append((observed(recv), out.clone()))
+        buffer.check()
+        torch.cuda.synchronize()
+        return list(zip(*seen, strict=True))
+
+
+@pytest.mark.worlds("cuda-2")
+@pytest.mark.parametrize("layout", [Compact(), ALIGNED], ids=repr)
+def test_calls_come_after_the_events_that_they_are_given(world, layout):
+    case = cases_of(world, layout, "token", 2)[1]
+    check_pairs(world.run(come_after_events, case), [case] * 3)
+
+
 def check_pairs(got, cases):
     """Of each rank, what came and what was summed, by case."""
     for i, case in enumerate(cases):

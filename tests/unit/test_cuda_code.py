@@ -19,7 +19,9 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the kernels are written in Triton: pip install triton")
 
-from crossdock import Bf16, Compact, Expanded, Fp8, Padded, Quantized, Spec  # noqa: E402 - behind the skip
+from crossdock import Bf16, Compact, Counters, Expanded, Fp8, Opaque, Padded, Quantized, Spec  # noqa: E402 - behind the skip
+from crossdock.backends.base import Call, Outputs  # noqa: E402
+from crossdock.consent import PUSHED, Kind, Word  # noqa: E402
 from tests.compiled import AMD, CUDA, Launch, compile_launches, lone_buffer  # noqa: E402
 from tests.unit.test_cuda_sync import (  # noqa: E402
     amdgcn_steps,
@@ -45,6 +47,13 @@ COLUMNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "expanded at the receiver, scales column-major": (
         {"layout": Expanded(alignment=8, capacity=4096), "wire": Fp8(column_major=True)},
+        {"expand": "receiver"},
+    ),
+    "expanded at the receiver, opaque": (
+        {
+            "layout": Expanded(alignment=8, capacity=4096),
+            "wire": Opaque(values_per_element=2, block=16, scale_dtype=torch.float8_e4m3fn),
+        },
         {"expand": "receiver"},
     ),
 }
@@ -213,11 +222,53 @@ def test_scales_that_arrive_column_major_are_moved_without_local_memory(pool):
     assert names == SCALES
 
 
+def _launch_what_comes_late(backend: Any) -> None:
+    """Sums of the caller's rows, and tensors to count in."""
+    spec, on = backend._spec, backend._on
+    plan, call = backend._planner.blank(1, 0), Call(0, Word(Kind.COMBINE, 0, PUSHED))
+    y, rows = torch.zeros(3, spec.hidden, dtype=spec.combine_dtype), torch.zeros(1, spec.num_topk, dtype=torch.int32)
+    for weights in (None, torch.zeros(3)):
+        backend._return(call, plan, Outputs(y, weights, partial_rows=rows), pushes=True, sums=True)
+    for tokens in (None, *(torch.zeros(on.num_local, dtype=dtype) for dtype in (torch.int32, torch.int64))):
+        counters = Counters(tokens, torch.zeros(on.num_ranks, dtype=torch.int64))
+        backend._counters.end(counters, backend._counters.begin(0), plan.memory, 0)
+
+
+def _compiled_late(backend: str) -> list[Launch]:
+    spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, **CASES["expanded fp8 at the receiver"][0])
+    target = {"cuda": CUDA, "hip": AMD}[backend]
+    return compile_launches(spec, 8, target, only=LATE, then=_launch_what_comes_late, expand="receiver")
+
+
+LATE = {"push_sums", "note_waits", "add_counters"}
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_what_is_compiled_when_it_first_comes_uses_no_local_memory(backend, pool):
+    launches = pool.apply(_compiled_late, (backend,))
+    late = [launch for launch in launches if not launch.is_ahead]
+    assert {launch.name for launch in late} == LATE
+    assert sum(launch.constants.get("how.GIVEN", False) for launch in late) == 2
+    for launch in late:
+        assert not re.search(r"\b(?:ld|st)\.local\b|\.local \.align|scratch_(?:load|store)", launch.code), launch.name
+
+
 def _at(offset: int, tensor: torch.Tensor) -> torch.Tensor:
     """The same, ``offset`` elements behind an address that is a multiple of 64 bytes."""
     memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)
     memory[offset:].view_as(tensor).copy_(tensor)
     return memory[offset:].view_as(tensor)
+
+
+def _kinds_of(spec: Spec, wide: torch.Tensor) -> list[torch.Tensor | Quantized]:
+    """Rows ``[T, H]`` in all ways in which they may be given to a dispatch."""
+    if isinstance(spec.wire, Fp8):
+        return [wide, spec.wire.quantize(wide)]
+    if isinstance(spec.wire, Opaque):
+        num_columns, num_scales = spec.wire.num_columns(spec.hidden), spec.wire.num_scales(spec.hidden)
+        data = torch.zeros(wide.shape[0], num_columns, dtype=spec.wire.dtype)
+        return [Quantized(data, torch.zeros(wide.shape[0], num_scales).to(spec.wire.scale_dtype))]
+    return [wide]
 
 
 def _call_oddly(case: str, hidden: int) -> int:
@@ -235,11 +286,13 @@ def _call_oddly(case: str, hidden: int) -> int:
                 topk_idx = _at(offset, torch.zeros(num_tokens, 3, dtype=dtype) - 1)
                 weights = _at(offset, torch.zeros(num_tokens, 3))
                 extras = [_at(offset, torch.zeros(num_tokens, n, dtype=torch.uint8)) for n in (3, 10)]
-                kinds: list[torch.Tensor | Quantized] = [wide]
-                if isinstance(spec.wire, Fp8):
-                    quantized = spec.wire.quantize(wide)
-                    kinds.append(Quantized(_at(offset, quantized.data), _at(offset, quantized.scale)))
-                    kinds.append(Quantized(quantized.data, quantized.scale.t().contiguous().t()))
+                kinds: list[torch.Tensor | Quantized] = []
+                for x in _kinds_of(spec, wide):
+                    if isinstance(x, Quantized):
+                        kinds.append(Quantized(_at(offset, x.data), _at(offset, x.scale)))
+                        kinds.append(Quantized(x.data, x.scale.t().contiguous().t()))
+                    else:
+                        kinds.append(x)
                 for x in [*kinds, *kinds]:  # what has been compiled is launched as it was, by addresses
                     plan = buffer.dispatch(x, topk_idx, weights=weights, rows="capacity").plan
                     buffer.dispatch(x, plan, extras=extras[: 1 + offset % 2])
@@ -249,10 +302,12 @@ def _call_oddly(case: str, hidden: int) -> int:
                 at_rows = _at(offset, torch.zeros(rows))
                 given = at_rows if spec.reduce == "rank" else weights
                 bias = _at(offset, torch.zeros(hidden, dtype=spec.combine_dtype))
-                buffer.combine(y, plan, weights=given, bias=bias)
+                out = _at(offset, torch.zeros(num_tokens, hidden, dtype=spec.combine_dtype))
+                buffer.combine(y, plan, weights=given, bias=bias, out=out)
                 buffer.combine(y, plan, bias=bias.expand(num_tokens, hidden).contiguous(), extras=[at_rows])
                 for _ in range(2):
                     buffer.combine(recv.output_rows(), plan, weights=given)
+                    buffer.combine(recv.output_rows(), plan, weights=given, out=out)
         return len(watch.compiled)
 
 
@@ -273,8 +328,7 @@ def _call_plainly(case: str) -> list[str]:
             topk_idx = torch.full((num_tokens, 8), -1, dtype=dtype)
             weights = torch.zeros(num_tokens, 8)
             extras = [torch.zeros(num_tokens, 4), torch.zeros(num_tokens, dtype=torch.uint8)]
-            kinds = [wide, spec.wire.quantize(wide)] if isinstance(spec.wire, Fp8) else [wide]
-            for x in kinds:
+            for x in _kinds_of(spec, wide):
                 plan = buffer.dispatch(x, topk_idx, rows="capacity").plan
                 buffer.dispatch(x, topk_idx, weights=weights, extras=extras, rows="exact")
                 buffer.dispatch(x, plan, weights=weights, extras=extras[:1], rows="capacity")

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crossdock.errors import ConfigError
+from crossdock import Buffer, ConfigError, PeerFailed, Spec, run_local
 from crossdock.routing import (
     group_limited_topk,
     hot_expert_load,
+    picks_of_ranks,
     record_load,
     recorded_load,
     softmax_topk,
@@ -458,3 +459,33 @@ def test_record_load_refuses_picks_that_do_not_fit(path: Path, topk_idx: Tensor,
     with pytest.raises(ConfigError, match=message):
         record_load(path, topk_idx)
     assert not path.exists()
+
+
+BAD_MASKS = {
+    "too many ranks": (torch.tensor([[False] * 4, [True, False, True, True]]), "token 1 to 3 ranks; .*num_topk=3"),
+    "columns": (torch.ones(2, 3, dtype=torch.bool), r"routing is bool \[2, 3\]; .*\[tokens=2, ranks=4\]"),
+    "dimensions": (torch.ones(2, dtype=torch.bool), r"routing is bool \[2\]; .*\[tokens=2, ranks=4\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_a_mask_of_ranks_that_cannot_be_is_refused(name):
+    mask, says = BAD_MASKS[name]
+    spec = Spec(num_experts=8, num_topk=2, hidden=4, max_tokens=4)
+
+    def program(group):
+        with Buffer(group, spec) as buffer, pytest.raises((ConfigError, PeerFailed), match=says):
+            buffer.dispatch(torch.zeros(2, 4).bfloat16(), mask)
+
+    run_local(program, 4)
+
+
+@pytest.mark.parametrize("num_topk", [1, 3, 4, 6])
+def test_picks_of_ranks_are_first_experts_in_the_order_of_ranks(num_topk):
+    goes = torch.rand(50, 4, generator=torch.Generator().manual_seed(num_topk)) < 0.5
+    for mask, picks in zip(goes.tolist(), picks_of_ranks(goes, num_local=5, num_topk=num_topk).tolist(), strict=True):
+        firsts = [5 * rank for rank, is_its in enumerate(mask) if is_its]
+        if len(firsts) <= num_topk:
+            assert picks == firsts + [-1] * (num_topk - len(firsts))
+        else:
+            assert picks[0] == 20  # no expert: refused

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from crossdock import Bf16, CapacityError, Compact, ConfigError, Expanded, Fp8, Fp32, Padded, Spec, Topology
+from crossdock import Bf16, CapacityError, Compact, ConfigError, Expanded, Fp8, Fp32, Opaque, Padded, Spec, Topology
 from crossdock.plan import check_capacity, local_counts
 
 
@@ -42,6 +42,9 @@ def test_row_bytes_counts_data_and_scales():
     assert spec_of(wire=Fp8()).row_bytes() == 7168 + 4 * 56
     assert spec_of(wire=Fp8(scale="ue8m0")).row_bytes() == 7168 + 56
     assert spec_of(wire=Fp8(block=256, scale="ue8m0", packed=True)).row_bytes() == 7168 + 4 * 7
+    nvfp4 = Opaque(values_per_element=2, block=16, scale_dtype=torch.float8_e4m3fn)
+    assert spec_of(wire=nvfp4).row_bytes() == 7168 // 2 + 7168 // 16
+    assert spec_of(wire=Opaque(block=128, scale_dtype=torch.int32), hidden=2880).row_bytes() == 2880 + 4 * 23
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,7 @@ def test_row_bytes_counts_data_and_scales():
         ({"wire": Fp32()}, torch.float32),
         ({"wire": Fp8()}, torch.bfloat16),
         ({"wire": Fp8(), "combine_wire": Fp32()}, torch.float32),
+        ({"wire": Opaque(dtype=torch.float16)}, torch.bfloat16),
         ({"wire": Fp32(), "combine_wire": Bf16()}, torch.bfloat16),
     ],
 )
@@ -81,7 +85,7 @@ def test_capacity_error_names_place_need_and_remedy():
         ({"num_topk": 257}, "num_topk=257 picks of num_experts=256; picks are distinct"),
         ({"max_tokens": 2**21}, "max_tokens . num_topk = 16777216 rows of one rank; .* at most 16777215"),
         ({"reduce": "node"}, "reduce='node' is not a place to sum at; pass 'token' or 'rank'"),
-        ({"combine_wire": Fp8()}, "is narrow; pass Bf16.., Fp16.. or Fp32"),
+        ({"combine_wire": Fp8()}, "cannot be summed; pass an unquantized one: Bf16"),
         ({"extra_bytes": -1}, "extra_bytes=-1; pass 0 or the bytes"),
         ({"num_slots": 0}, "num_slots=0 receive slots; pass 1 to 6"),
         ({"num_slots": 7}, "num_slots=7 receive slots; pass 1 to 6"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crossdock import Bf16, ConfigError, Fp8, Quantized, Spec
+from crossdock import Bf16, ConfigError, Fp8, Opaque, Quantized, Spec
 
 F32 = Fp8(block=4)
 POW2 = Fp8(block=4, pow2=True)
@@ -142,6 +142,20 @@ def test_every_e4m3_value_survives_the_cast():
     [
         (lambda: Fp8(block=0), "block=0 values per scale; pass a positive divisor of hidden"),
         (lambda: Fp8(scale="e8m0"), "scale='e8m0' is not a scale format; pass 'f32' or 'ue8m0'"),
+        (lambda: Opaque(dtype=torch.float64), "dtype=torch.float64; pass a torch.dtype of 1 to 4 bytes"),
+        (lambda: Opaque(dtype=torch.qint8), "dtype=torch.qint8; pass a torch.dtype of 1 to 4 bytes"),
+        (lambda: Opaque(scale_dtype="f32"), "scale_dtype='f32'; pass a torch.dtype"),
+        (lambda: Opaque(values_per_element=0), "values_per_element=0; pass a positive integer"),
+        (lambda: Opaque(block=0), "block=0; pass a positive integer"),
+        (lambda: Opaque(column_major=True), "column_major=True says how scales lie, and block=None has none"),
+        (
+            lambda: Spec(num_experts=8, num_topk=2, hidden=15, max_tokens=4, wire=Opaque(values_per_element=2)),
+            "hidden=15 is not divisible by values_per_element=2; pass a divisor of hidden, or pad",
+        ),
+        (
+            lambda: Spec(num_experts=8, num_topk=2, hidden=16, max_tokens=4, combine_wire=Opaque()),
+            "combine_wire=Opaque.* cannot be summed; pass an unquantized one: Bf16",
+        ),
         (lambda: Fp8(packed=True), "packed=True packs exponent bytes, but scale='f32'; pass scale='ue8m0'"),
         (
             lambda: Spec(num_experts=8, num_topk=2, hidden=100, max_tokens=4, wire=Fp8()),

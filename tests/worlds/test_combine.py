@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crossdock import Bf16, Compact, Expanded, Fp8, Fp16, Fp32, Padded, Spec
+from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Fp16, Fp32, Padded, Spec, ThreadGroup
 from tests import oracle
 from tests.cases import EXTRA_BYTES, loads, make_case, same_bits
 from tests.world import device, open_buffer
@@ -28,7 +28,7 @@ def biases(case, rank):
 
 
 def combine_each(group, cases):
-    """For each case: pushed and pulled, without and with weights, each kind of bias; and extras both ways."""
+    """For each case: pushed and pulled, without and with weights, each kind of bias, some into a tensor; and extras."""
     with open_buffer(group, cases[0].spec, debug=True) as buffer:
         r, outs = buffer.rank, []
         for case in cases:
@@ -39,11 +39,23 @@ def combine_each(group, cases):
                 y = case.y[r] if way == "pushed" else recv.output_rows().copy_(case.y[r])
                 for is_weighted, i in OPTIONS:
                     given, bias = weights if is_weighted else None, biases(case, r)[i]
-                    here[way, is_weighted, i] = buffer.combine(y, recv.plan, weights=given, bias=bias)
+                    if (is_weighted, i) == (True, 2):
+                        out = unwritten(case, r)
+                        assert buffer.combine(y, recv.plan, weights=given, bias=bias, out=out) is out
+                    else:
+                        out = buffer.combine(y, recv.plan, weights=given, bias=bias)
+                    here[way, is_weighted, i] = out
                 here[way, "extras"] = buffer.combine(y, recv.plan, extras=case.y_extras[r])
             here["extras alone"] = buffer.return_extras(recv.plan, case.y_extras[r])
             outs.append(here)
         return outs
+
+
+def unwritten(case, rank):
+    """Room for a rank's sums, at no multiple of 16 bytes."""
+    num_values = case.topk[rank].shape[0] * case.spec.hidden
+    room = torch.full((1 + num_values,), float("nan"), dtype=case.spec.combine_dtype, device=device())
+    return room[1:].view(-1, case.spec.hidden)
 
 
 def row_weights(recv):
@@ -135,6 +147,95 @@ def test_some_ranks_push_while_others_are_pulled_from(world, layout, reduce):
     weights = case.weights if reduce == "token" else None
     got = world.run(combine_in_mixed_ways, case)
     assert all(map(same_bits, got, oracle.combined(case.spec, case.topk, case.flat_y(), weights)))
+
+
+def combine_into(group, case):
+    """Started, with extras, twice into the same tensor."""
+    with open_buffer(group, case.spec) as buffer:
+        r, outs = buffer.rank, []
+        recv = buffer.dispatch(case.x[r], case.topk[r])
+        out = unwritten(case, r)
+        for y in (case.y[r], recv.output_rows().copy_(case.y[r])):
+            pending = buffer.combine_start(y, recv.plan, out=out)
+            assert pending.wait() is out
+            outs.append(out.clone())
+            got, _ = buffer.combine_start(y, recv.plan, extras=case.y_extras[r], out=out.zero_()).wait()
+            assert got is out
+            outs.append(out.clone())
+        return outs
+
+
+@pytest.mark.worlds("inproc-2", "processes-2", "interpreted-2")
+@pytest.mark.parametrize("layout", [Compact(), Padded()], ids=repr)
+def test_started_sums_are_written_where_the_caller_wants_them(world, layout):
+    case = make_case(spec_of(layout, Fp32(), "token", num_experts=4, num_topk=3, max_tokens=4), [4, 3])
+    wants = oracle.combined(case.spec, case.topk, case.flat_y())
+    for outs, want in zip(world.run(combine_into, case), wants, strict=True):
+        assert all(same_bits(out, want) for out in outs)
+
+
+def combine_other_rows(group, case, numbers, y, weights):
+    """The rows that a caller has in other places, in other numbers: without weights and with."""
+    with open_buffer(group, case.spec) as buffer:
+        r = buffer.rank
+        recv = buffer.dispatch(case.x[r], case.topk[r], rows="exact")
+        old = recv.plan.partial_rows
+        mine = numbers[r]
+        moved = torch.where(old >= 0, mine[old.clamp(min=0).long()], -1).int()
+        more = torch.cat([moved, moved.new_zeros(3, moved.shape[1])])  # of no pair
+        wide = torch.cat([more[:, :1], more], dim=1)[:, 1:]  # no two rows next to each other
+        outs = [buffer.combine(y[r], recv.plan, partial_rows=moved)]
+        outs.append(buffer.combine_start(y[r], recv.plan, partial_rows=wide, weights=weights[r]).wait())
+        outs.append(buffer.combine(y[r], recv.plan, partial_rows=more if r == 0 else moved, weights=weights[r]))
+        return outs
+
+
+@pytest.mark.worlds("inproc-2", "processes-2", "interpreted-2")
+@pytest.mark.parametrize("layout", [Expanded(alignment=4), Padded()], ids=repr)
+def test_sums_are_of_the_rows_that_the_caller_names(world, layout):
+    """Rows behind and between others, which are NaN."""
+    spec = spec_of(layout, Fp32(), "rank", num_experts=4, num_topk=3, max_tokens=4)
+    case = make_case(spec, [4, 3])
+    numbers, ys, weights = [], [], []
+    for rank, y in enumerate(case.flat_y()):
+        order = torch.randperm(2 * y.shape[0], generator=torch.Generator().manual_seed(rank))[: y.shape[0]]
+        dense = torch.full((2 * y.shape[0] + 5, spec.hidden), float("nan"))
+        dense[order] = y
+        of_rows = torch.full((dense.shape[0],), float("nan"))
+        of_rows[order] = weights_of_rows(case)[rank]
+        numbers.append(order)
+        ys.append(dense)
+        weights.append(of_rows)
+    plain = oracle.combined(spec, case.topk, case.flat_y())
+    weighted = oracle.combined(spec, case.topk, case.flat_y(), weights_of_rows(case))
+    for rank, outs in enumerate(world.run(combine_other_rows, case, numbers, ys, weights)):
+        for out, want in zip(outs, (plain, weighted, weighted), strict=True):
+            assert same_bits(out, want[rank])
+
+
+BAD_ROWS = {
+    "rows that y does not have": (lambda rows: rows + 99, "partial_rows.* = 1.*; y has rows 0 to .*-1 is none"),
+    "pairs": (lambda rows: rows[:-1], "partial_rows is int32 .*or more, num_topk=2"),
+    "picks": (lambda rows: rows[:, :1], r"partial_rows is int32 \[.*, 1\]; pass int32 \[pairs="),
+    "dtype": (lambda rows: rows.long(), "partial_rows is int64"),
+    "a list": (lambda rows: rows.tolist(), "partial_rows is a list; pass a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_rows_that_cannot_be_summed_are_refused(name):
+    make, says = BAD_ROWS[name]
+    spec = Spec(num_experts=4, num_topk=2, hidden=4, max_tokens=3, wire=Fp32(), layout=Expanded(), reduce="rank")
+    with Buffer(ThreadGroup.world(1)[0], spec) as buffer:
+        recv = buffer.dispatch(torch.ones(3, 4), torch.tensor([[0, 1], [2, -1], [3, 0]]))
+        rows = recv.plan.partial_rows
+        with pytest.raises(ConfigError, match=says):
+            buffer.combine(recv.x, recv.plan, partial_rows=make(rows))
+        with pytest.raises(ConfigError, match="extras go home with the rows that came"):
+            buffer.combine(recv.x, recv.plan, partial_rows=rows, extras=[recv.x[:, 0].clone()])
+        with pytest.raises(ConfigError, match=r"y has shape .*; with partial_rows= pass \[rows, hidden=4\]"):
+            buffer.combine(recv.x[:, :2], recv.plan, partial_rows=rows)
+        assert buffer.combine(recv.x, recv.plan, partial_rows=rows)[:, 0].tolist() == [2.0, 1.0, 2.0]
 
 
 def combine_at_capacity(group, case):

@@ -207,6 +207,48 @@ def start_two(group, cases, patience):
         return rows, [pending.wait() for pending in sums], progress
 
 
+def call_behind_events(group, case):
+    """All verbs with an event, started ones on another stream; and what is neither event nor stream."""
+    with open_buffer(group, case.spec) as buffer:
+        r, waited = buffer.rank, []
+        wait_for = CallStreams.wait_for
+
+        def noted(streams, event, *, on_side):
+            waited.append((event, on_side))
+            wait_for(streams, event, on_side=on_side)
+
+        events = [torch.cuda.Event() for _ in range(5)]
+        chosen = torch.cuda.Stream()
+        chosen.device = buffer.device
+        buffer.stream = chosen
+        assert buffer.stream is chosen
+        with mock.patch.object(CallStreams, "wait_for", noted):
+            recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], after=events[0])
+            recv = buffer.dispatch_start(case.x[r], recv.plan, after=events[1]).wait()
+            out = buffer.combine(case.y[r], recv.plan, after=events[2])
+            same = buffer.combine_start(case.y[r], recv.plan, after=events[3]).wait()
+            buffer.return_extras(recv.plan, [case.y_extras[r][1]], after=events[4])
+        assert torch.equal(out, same)
+        texts = []
+        for wrong in (lambda: buffer.dispatch(case.x[r], case.topk[r], after=3), lambda: setattr(buffer, "stream", 3)):
+            with pytest.raises(ConfigError) as caught:
+                wrong()
+            texts.append(str(caught.value))
+        buffer.stream = None
+        assert buffer.stream is not chosen
+        return out, [(events.index(event), on_side) for event, on_side in waited], texts
+
+
+@pytest.mark.worlds("interpreted-1")
+def test_calls_wait_for_events_where_they_run(world):
+    case = make_case(spec_of(Compact(), 1, num_experts=4), [4])
+    ((out, waited, texts),) = world.run(call_behind_events, case)
+    assert same_bits(out, oracle.combined(case.spec, case.topk, case.flat_y())[0])
+    assert waited == [(0, False), (1, True), (2, False), (3, True), (4, False)]
+    assert "after is a int; pass a torch.cuda.Event, such as Pending.event, or None" in texts[0]
+    assert "buffer.stream was set to a int; set it to a torch.cuda.Stream of" in texts[1]
+
+
 def start_or_call(group, cases):
     """One batch dispatched around the combine of another: rank 0 waits behind that, the others at once."""
     with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(fused, "_PATIENCE", 0):

@@ -179,6 +179,45 @@ def test_gives_the_same_bits_on_every_run(world, layout):
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def dispatch_by_ranks(group, goes, x, y):
+    """Rows to the ranks of a mask, and the sum of what comes home."""
+    spec = spec_of(Compact(), Fp32(), num_experts=6, num_topk=2, hidden=4, extra_bytes=0)
+    with open_buffer(group, spec) as buffer:
+        r = buffer.rank
+        recv = buffer.dispatch(x[r], goes[r])
+        rows = recv.x.clone(), recv.src_idx, recv.topk_idx, recv.num_tokens_per_expert
+        out = buffer.combine(y[r], recv.plan, weights=torch.tensor([1.0, 10.0]).repeat(x[r].shape[0], 1))
+        again = buffer.dispatch(x[r], goes[r]).x.clone()
+        none = buffer.dispatch(x[r][:0], goes[r][:0]).num_rows
+        return *rows, out, again, none
+
+
+@pytest.mark.worlds("inproc-3", "interpreted-3")
+def test_rows_may_go_to_ranks_instead_of_experts(world):
+    g = torch.Generator().manual_seed(3)
+    goes = [torch.rand(t, 3, generator=g) < 0.6 for t in (5, 0, 9)]
+    for mask in goes:
+        mask[mask.all(1), 1] = False  # two ranks at most
+    x = [torch.randn(mask.shape[0], 4, generator=g) for mask in goes]
+    rows = [[(s, t) for s, mask in enumerate(goes) for t in range(mask.shape[0]) if mask[t, r]] for r in range(3)]
+    y = [torch.randn(len(mine), 4, generator=g) for mine in rows]
+    for rank, (came, src_idx, topk_idx, counts, out, again, none) in enumerate(
+        world.run(dispatch_by_ranks, goes, x, y)
+    ):
+        want = torch.stack([x[s][t] for s, t in rows[rank]])
+        assert same_bits(came, want)
+        assert same_bits(again, want)
+        assert src_idx.tolist() == [9 * s + t for s, t in rows[rank]]
+        assert counts.tolist() == [len(rows[rank]), 0]
+        assert (topk_idx >= 0).sum(1).tolist() == [1] * len(rows[rank])
+        for t in range(x[rank].shape[0]):
+            total = torch.zeros(4)
+            for weight, place in zip((1.0, 10.0), goes[rank][t].nonzero().flatten().tolist(), strict=False):
+                total = total + weight * y[place][rows[place].index((rank, t))]
+            assert same_bits(out[t], total)
+        assert none == 0
+
+
 def dispatch_cached(group, cases):
     """The first case's plan carries the others' rows; T is the same."""
     with open_buffer(group, cases[0].spec, debug=True) as buffer:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Padded, PeerFailed, Quantized, Spec
+from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Fp32, Padded, PeerFailed, Quantized, Spec
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, make_case, observed, same_bits
+from tests.world import open_buffer
 
 LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
 
@@ -54,6 +55,70 @@ def test_rows_go_stale_when_their_slot_comes_round_and_the_plan_does_not(world, 
     assert all(same_bits(out, want) for (_, out, _), want in zip(got, wants, strict=True))
     object.__setattr__(cases[3], "topk", cases[0].topk)
     check_received(cases[3], [again for _, _, again in got], weights=False, extras=False)
+
+
+def list_counts(group, cases):
+    """The lists of a fresh dispatch, of one on its plan, of one in two halves; of one whose rows nobody counts, or why
+    there is none; and what the tensors say."""
+    with open_buffer(group, cases[0].spec) as buffer:
+        first = dispatch(buffer, cases[0], rows="exact")
+        r = buffer.rank
+        again = buffer.dispatch(cases[0].x[r], first.plan)
+        other = buffer.dispatch_start(cases[1].x[r], cases[1].topk[r], rows="exact").wait()
+        pairs = [
+            (recv.num_tokens_per_expert_list, recv.num_tokens_per_expert.tolist()) for recv in (first, again, other)
+        ]
+        uncounted = dispatch(buffer, cases[1], rows="capacity")
+        try:
+            return pairs, uncounted.num_tokens_per_expert_list, uncounted.num_tokens_per_expert.tolist()
+        except ConfigError as error:
+            return pairs, str(error), None
+
+
+@pytest.mark.worlds("inproc-2", "processes-2", "interpreted-2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_counts_are_there_as_integers_where_the_host_has_waited_for_them(world, layout):
+    for pairs, listed, wanted in world.run(list_counts, cases_of(world, layout, 2, Fp32())):
+        assert all(isinstance(count, int) for mine, _ in pairs for count in mine)
+        for mine, theirs in pairs:
+            assert mine == theirs
+            assert sum(mine) > 0
+        if world.kind == "interpreted":
+            assert "the host was not told" in listed
+            assert "rows='exact'" in listed
+            assert "num_tokens_per_expert.tolist()" in listed
+        else:
+            assert listed == wanted
+
+
+def copy_what_came(group, case):
+    """A slot that nobody has filled is 0 behind the rows that came; memory that nobody has written is NaN in tests."""
+    with open_buffer(group, case.spec) as buffer:
+        r = buffer.rank
+        recv = buffer.dispatch(case.x[r], case.topk[r], rows="capacity", copy=True)
+        again = buffer.dispatch(case.x[r], recv.plan, rows="capacity", copy=True)
+        wide = buffer.dispatch(case.x[r], recv.plan, rows="capacity", copy=True, unquantized=True)
+        return [(each.x.clone(), each.src_idx) for each in (recv, again, wide)]
+
+
+@pytest.mark.worlds("inproc-2", "interpreted-2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_a_copy_has_the_rows_that_came_and_touches_no_others(world, layout):
+    (case,) = cases_of(world, layout, 1, Fp32())
+    wants = oracle.received(case.spec, case.topk, case.x)
+    for copies, want in zip(world.run(copy_what_came, case), wants, strict=True):
+        for rows, src_idx in copies:
+            flat, sources = rows.flatten(0, -2), src_idx.flatten()
+            num_rows = want["data"].shape[0]
+            is_row = want["src_idx"] >= 0
+            assert torch.equal(sources[:num_rows], want["src_idx"])
+            assert same_bits(flat[:num_rows][is_row], want["data"][is_row])
+            if isinstance(layout, Padded):
+                assert flat[sources < 0].isnan().all()
+            else:  # the gaps of an alignment are zero
+                assert same_bits(flat[:num_rows], want["data"])
+                assert flat[num_rows:].isnan().all()
+            assert num_rows < flat.shape[0] or isinstance(layout, Padded)
 
 
 def keep_a_copy(group, cases):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Arrived, Batch, Call, Launch, LaunchOptions, Outcome, PlanTensors
+from crossdock.backends.base import Arrived, Batch, Call, Event, Launch, LaunchOptions, Outcome, Outputs, PlanTensors
 from crossdock.backends.cpu.rows import CpuRows
 from crossdock.backends.cpu.timed import TimedRows
 from crossdock.backends.training import own_rows, weigh_gradients
 from crossdock.consent import PUSHED, Consent, Steps, Word
-from crossdock.errors import CapacityError
+from crossdock.errors import CapacityError, ConfigError
 from crossdock.masks import has_rows_of, made_before
 from crossdock.plan import HostPlan, Plan, check_capacity, local_counts, make_plan
 from crossdock.transport.host import HostTransport
@@ -54,6 +54,19 @@ class CpuBackend:
         self._slot_rows = spec.num_slot_rows(transport.num_ranks)
         self._masked: tuple[int, ...] = ()
 
+    stream: None = None
+
+    def use_stream(self, stream: object) -> None:
+        """See Backend."""
+        raise ConfigError(f"buffer.stream was set to a {type(stream).__name__}; there are none on CPUs: leave it")
+
+    def wait_for(self, event: Event, *, at_once: bool) -> None:
+        """See Backend."""
+        raise ConfigError(
+            f"after is a {type(event).__name__}; on CPUs the host does the work of a call, and Pending.event is None: "
+            f"pass None, once what is to come before has been waited for"
+        )
+
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         """See Backend."""
         routing = routing if isinstance(routing, Plan) else routing.clone()
@@ -70,44 +83,38 @@ class CpuBackend:
         yield from self._consent.arrivals(call.sequence, words, from_all=True)
         if not batch.unquantized:
             self.num_tokens_per_expert += plan.num_tokens_per_expert
+        if call.counters is not None and call.counters.num_tokens_per_expert is not None:
+            call.counters.num_tokens_per_expert.add_(plan.num_tokens_per_expert)
         num_rows = self._slot_rows if call.row_count == "capacity" else plan.num_rows
         plan, metadata = self._rows.take(plan, batch, call.word.slot, num_rows)
         return Outcome(Arrived(plan, num_rows, lambda: metadata))
 
     def combine(
-        self,
-        call: Call,
-        plan: Plan,
-        y: Tensor,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
+        self, call: Call, plan: Plan, given: Outputs
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """See Backend."""
         is_posted = self._post(call, plan, may_wait=False)
-        return self._combine(call, _of_host(plan), y, weights, bias, extras, is_posted=is_posted)
+        host_plan = _of_host(plan)
+        if given.partial_rows is not None:
+            host_plan = replace(host_plan, partial_rows=given.partial_rows)
+        return self._combine(call, host_plan, given, is_posted=is_posted)
 
     def _combine(
-        self,
-        call: Call,
-        plan: HostPlan,
-        y: Tensor,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
-        *,
-        is_posted: bool,
+        self, call: Call, plan: HostPlan, given: Outputs, *, is_posted: bool
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         words = yield from self._words(call, None if is_posted else plan)
         is_pushed, sums_here = call.word.output_slot == PUSHED, self._arena.spec.reduce == "rank"
+        weights, extras = given.weights, given.extras
         if is_pushed:
-            self._rows.push_outputs(plan, y, weights if sums_here else None, words)
+            self._rows.push_outputs(plan, given.y, weights if sums_here else None, words)
         if extras:
             self._rows.push_extras(plan, extras, words)
         if is_pushed or extras:
             self._consent.signal(call.sequence)
         yield from self._consent.arrivals(call.sequence, words, from_all=bool(extras))
-        out = self._rows.sum_rows(plan, None if sums_here else weights, bias, words, call.word.slot)
+        out = self._rows.sum_rows(
+            plan, None if sums_here else weights, given.bias, words, return_slot=call.word.slot, out=given.out
+        )
         self._consent.check(call.sequence)
         if extras is None:
             return Outcome(out)
@@ -170,6 +177,14 @@ class CpuBackend:
             stamp=zlib.crc32(tensors.counts.numpy().tobytes()) + 1,  # 0 is no plan's
             partial_rows=tensors.partial_rows if self._arena.spec.ranks_sum_picks else None,
         )
+
+    def copied(self, plan: Plan, rows: Tensor | Quantized) -> Tensor | Quantized:
+        """See Backend."""
+        if not isinstance(rows, Quantized):
+            return self._rows.copied(_of_host(plan), rows)
+        scales = self._arena.scales
+        scale = scales.copied(rows.scale) if scales.column_major else self._rows.copied(_of_host(plan), rows.scale)
+        return Quantized(self._rows.copied(_of_host(plan), rows.data), scale)
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""

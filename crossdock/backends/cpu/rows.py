@@ -18,7 +18,7 @@ from crossdock.arena import Arena, Control
 from crossdock.backends.base import Batch, Metadata
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Word, stamped
-from crossdock.layout import Expanded
+from crossdock.layout import Expanded, Padded
 from crossdock.plan import Hop, HostPlan, Terms, partial_rows_to_send
 from crossdock.scales import as_integers
 from crossdock.transport.host import HostTransport
@@ -114,13 +114,25 @@ class CpuRows:
         for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True):
             is_real[start : start + length] = True
             if isinstance(self._arena.spec.layout, Expanded) and start + length < end:
-                data[start + length : end].zero_()
+                as_integers(data[start + length : end]).zero_()
                 if scale is not None:
                     as_integers(self._arena.scales.of_block(scale, slice(start + length, end))).zero_()
         if plan.hops[0] is not plan.back:
             num_pairs = int(plan.back.counts[:, self._rank].sum())
             plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
         return plan, self._unpack_metadata(metadata, is_real, batch)
+
+    def copied(self, plan: HostPlan, rows: Tensor) -> Tensor:
+        """A copy of rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came."""
+        copy = torch.empty(rows.shape, dtype=rows.dtype, device="cpu")
+        starts, ends = [0], [plan.num_rows]
+        if isinstance(self._arena.spec.layout, Padded):
+            starts = plan.segment_starts.tolist()[:-1]
+            ends = [start + length for start, length in zip(starts, plan.segment_rows.tolist(), strict=True)]
+        to_rows, from_rows = (as_integers(each).view(-1, rows.shape[-1]) for each in (copy, rows))
+        for start, end in zip(starts, ends, strict=True):
+            to_rows[start:end].copy_(from_rows[start:end])
+        return copy
 
     def push_outputs(self, plan: HostPlan, y: Tensor, weights: Tensor | None, words: Sequence[Word]) -> None:
         """Writes outputs y [R, H] to their owners, or their sums, weighted by [R], where ranks sum.
@@ -142,9 +154,20 @@ class CpuRows:
             self._returned_extras[peer][words[peer].slot, there, : packed.shape[1]] = packed[here]
 
     def sum_rows(
-        self, plan: HostPlan, weights: Tensor | None, bias: Tensor | None, words: Sequence[Word], return_slot: int
+        self,
+        plan: HostPlan,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        words: Sequence[Word],
+        *,
+        return_slot: int,
+        out: Tensor | None,
     ) -> Tensor:
-        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from this rank's."""
+        """The sum of each token's rows [T, H], pulled from the peers' output slots or, if pushed, from this rank's.
+
+        Args:
+            out: where to write them; None: a new tensor.
+        """
         back, spec = plan.back, self._arena.spec
         returned = self._first_row("returned", self._rank, return_slot)
         first_output = np.array(
@@ -157,7 +180,7 @@ class CpuRows:
         sent_rows = np.where(first < 0, returned + np.arange(first.size), first + back.send_dst_rows)
         terms = Terms(plan.terms.offsets, torch.from_numpy(sent_rows)[plan.terms.rows])
         term_weights = None if weights is None else _weights_of_terms(plan, weights)
-        return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias)
+        return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias, out=out)
 
     def returned_extras(self, plan: HostPlan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
         """Extras that came back, shaped as these: [T, ...] summed over ranks, or [T, K, ...] where rows are picks."""
@@ -316,9 +339,9 @@ def _weights_of_terms(plan: HostPlan, weights: Tensor) -> Tensor:
 
 
 def _movable(rows: Tensor) -> Tensor:
-    """Rows as a type that gathers know how to move: one-byte formats travel as integers."""
+    """Rows as a type that gathers know how to move: integers, wider ones where there is a choice."""
     if rows.dtype.itemsize > 1:
-        return rows
+        return as_integers(rows)
     rows = rows.contiguous()
     return rows.view(torch.int16 if rows.shape[1] % 2 == 0 and rows.storage_offset() % 2 == 0 else torch.uint8)
 

@@ -13,15 +13,17 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crossdock.arena import Arena, Control
-from crossdock.backends.base import Arrived, Batch, Call, LaunchOptions, Metadata, Outcome, PlanTensors
+from crossdock.backends.base import Arrived, Batch, Call, Event, LaunchOptions, Metadata, Outcome, Outputs, PlanTensors
 from crossdock.backends.cuda.config import LaunchConfig, agreed_topology, decide
 from crossdock.backends.cuda.consent import DeviceConsent, Passing
 from crossdock.backends.cuda.copies import push_blocks
+from crossdock.backends.cuda.counters import CounterKernels
 from crossdock.backends.cuda.fused import At, FusedCalls
 from crossdock.backends.cuda.kernels import metadata as kernels
 from crossdock.backends.cuda.kernels import sums as sum_kernels
@@ -29,7 +31,7 @@ from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher
 from crossdock.backends.cuda.metadata import MetadataReader
 from crossdock.backends.cuda.plan import DevicePlan, HostStamp
 from crossdock.backends.cuda.planner import REMADE, Planner
-from crossdock.backends.cuda.scales import as_kernels_take
+from crossdock.backends.cuda.scales import as_kernels_take, dtype_of
 from crossdock.backends.cuda.sends import SendKind, SendKinds
 from crossdock.backends.cuda.state import CallState, DeviceState
 from crossdock.backends.cuda.stream import CallStreams
@@ -40,8 +42,10 @@ from crossdock.errors import CapacityError, ConfigError
 from crossdock.kinds import Kinds
 from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
+from crossdock.scales import as_integers
+from crossdock.spec import Spec
 from crossdock.transport.device import DeviceTransport
-from crossdock.wire import Fp8, Quantized
+from crossdock.wire import Fp8, Opaque, Quantized
 
 _TELLS, _WEIGHTS, _EXTRAS = (given.value for given in (kernels.TELLS, kernels.WEIGHTS, kernels.EXTRAS))
 _BIAS_ROWS, _UNCHECKED = (given.value for given in (sum_kernels.BIAS_ROWS, sum_kernels.UNCHECKED))
@@ -64,6 +68,7 @@ class CudaBackend:
         self._on = on = launcher.state
         self.has_pairs = on.num_pairs > 0
         self._spec, self._out_dtype = spec, spec.combine_dtype
+        self._is_opaque = isinstance(spec.wire, Opaque)
         self._transport = transport
         self._launcher = launcher
         self._streams = launcher.streams
@@ -72,6 +77,7 @@ class CudaBackend:
         self._planner = Planner(arena, on, launcher.streams, buffer_id=buffer_id)
         self._reader = MetadataReader(launcher)
         self._training = TrainingKernels(launcher)
+        self._counters = CounterKernels(launcher)
         self._send_kinds, self._sum_kinds = SendKinds(launcher), SumKinds(launcher)
         self._sends: Kinds[SendKind] = Kinds(NUM_KINDS)
         self._sums: Kinds[SumKind] = Kinds(NUM_KINDS)
@@ -89,8 +95,37 @@ class CudaBackend:
         """See Backend."""
         return self._on.waits_ns.double() / 1e9
 
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """See Backend."""
+        return self._streams.side
+
+    def use_stream(self, stream: Any) -> None:
+        """See Backend."""
+        device = self._on.device
+        if stream is not None and not (isinstance(stream, torch.cuda.Stream) and stream.device == device):
+            at = f" of {stream.device}" if isinstance(stream, torch.cuda.Stream) else ""
+            raise ConfigError(
+                f"buffer.stream was set to a {type(stream).__name__}{at}; set it to a torch.cuda.Stream of {device}, "
+                f"or to None for the buffer's own"
+            )
+        self._streams.use(stream)
+
+    def wait_for(self, event: Event, *, at_once: bool) -> None:
+        """See Backend."""
+        if not isinstance(event, torch.cuda.Event):
+            raise ConfigError(
+                f"after is a {type(event).__name__}; pass a torch.cuda.Event, such as Pending.event, or None"
+            )
+        if at_once or self.fused is not None:  # started ones too then run on the caller's stream
+            self._streams.wait_for(event, on_side=False)
+        if not at_once:
+            self._streams.wait_for(event, on_side=True)
+
     def dispatch(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Steps[Outcome[Arrived]]:
         """See Backend."""
+        if self._is_opaque and not batch.unquantized and isinstance(batch.x, Tensor):
+            batch = batch._replace(x=as_integers(batch.x))
         fused = self.fused
         if fused is not None and isinstance(routing, Tensor) and not (batch.unquantized or batch.extras):
             return self._dispatch_fused(fused, call, batch, routing)
@@ -122,6 +157,7 @@ class CudaBackend:
         plan, room = self._planner.blank(topk_idx.shape[0], call.sequence), self._on.next_call()
         stream = self._streams.enter()
         self._remember(plan)
+        seen = None if call.counters is None else self._counters.begin(stream)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
         try:
             fused.dispatch(call, plan, batch, topk_idx, At(stream, room), begins=True, awaits=call.at_once)
@@ -134,6 +170,8 @@ class CudaBackend:
         self._planner.placed(plan, call.sequence, call.row_count, stream)
         if self._zero_gaps is not None:
             self._zero_gaps(0, stream, plan.memory, room, plan.num_tokens, self._on.rank)
+        if call.counters is not None and seen is not None:
+            self._counters.end(call.counters, seen, plan.memory, stream)
         event = None if call.at_once else self._streams.event()
         if call.row_count == "exact":
             plan = yield from self._told(plan)
@@ -182,6 +220,7 @@ class CudaBackend:
             assert isinstance(routing, DevicePlan), "the plan of another backend"
             topk_idx, plan = on.flags, routing
         stream = self._streams.enter() if at_once else self._streams.enter_side()
+        seen = None if call.counters is None else self._counters.begin(stream)
         if weights is not None:
             weights = self._dense(weights, stream).view(torch.int32)
         extras = (self._packed(batch.extras, stream),) if batch.extras else ()
@@ -232,34 +271,23 @@ class CudaBackend:
             kind.finish(0, stream, room, rank, on.max_polls, memory)
         if kind.expand is not None:
             kind.expand(0, stream, memory, room, num_tokens, rank)
+        if call.counters is not None and seen is not None:
+            self._counters.end(call.counters, seen, memory, stream)
         return plan
 
     def combine(
-        self,
-        call: Call,
-        plan: Plan,
-        y: Tensor,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
+        self, call: Call, plan: Plan, given: Outputs
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """See Backend."""
         assert isinstance(plan, DevicePlan), "the plan of another backend"
-        is_pushed = call.word.output_slot == PUSHED
-        if self.fused is not None and not is_pushed and extras is None:
-            return self._combine_fused(self.fused, call, plan, weights, bias)
+        if self.fused is not None and call.word.output_slot != PUSHED and given.extras is None:
+            return self._combine_fused(self.fused, call, plan, given)
         if not (call.at_once or call.is_first):
             self._streams.order()
-        return self._combine(call, plan, y if is_pushed else None, weights, bias, extras)
+        return self._combine(call, plan, given)
 
     def _combine(
-        self,
-        call: Call,
-        plan: DevicePlan,
-        y: Tensor | None,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...] | None,
+        self, call: Call, plan: DevicePlan, given: Outputs
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         if not call.is_first:
             yield _TURN
@@ -267,14 +295,14 @@ class CudaBackend:
             yield from self._consent.opening(call.sequence)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
         try:
-            out, results = self._return(call, plan, y, weights, bias, extras or (), sums=True)
+            out, results = self._return(call, plan, given, pushes=call.word.output_slot == PUSHED, sums=True)
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         event = None if call.at_once else self._streams.event()
-        return Outcome(out if extras is None else (out, results), event)
+        return Outcome(out if given.extras is None else (out, results), event)
 
     def _combine_fused(
-        self, fused: FusedCalls, call: Call, plan: DevicePlan, weights: Tensor | None, bias: Tensor | None
+        self, fused: FusedCalls, call: Call, plan: DevicePlan, given: Outputs
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         """A call that is only started yields after this rank's word."""
         if call.at_once and not call.is_first:  # its kernel waits for peers
@@ -282,17 +310,22 @@ class CudaBackend:
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
         stream, room = self._streams.enter(), self._on.next_call()
+        seen = None if call.counters is None else self._counters.begin(stream)
         if not call.at_once:
             fused.begin_combine(call.word, At(stream, room))
             yield _LEFT
             stream = self._streams.enter()
-        weights, bias = (None if given is None else self._dense(given, stream) for given in (weights, bias))
-        out = self._on.state.new_empty((plan.num_tokens, self._spec.hidden), dtype=self._out_dtype)
+        weights, bias = (None if some is None else self._dense(some, stream) for some in (given.weights, given.bias))
+        out = given.out
+        if out is None:
+            out = self._on.state.new_empty((plan.num_tokens, self._spec.hidden), dtype=self._out_dtype)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
         try:
             fused.combine(call, plan, out, weights, bias, At(stream, room), begins=call.at_once)
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+        if call.counters is not None and seen is not None:
+            self._counters.end(call.counters, seen, plan.memory, stream)
         return Outcome(out, None if call.at_once else self._streams.event())
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
@@ -309,47 +342,47 @@ class CudaBackend:
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        _, results = self._return(call, plan, None, None, None, extras, sums=False)
+        given = Outputs(y=self._on.flags, extras=extras)
+        _, results = self._return(call, plan, given, pushes=False, sums=False)
         return Outcome(results, None if call.at_once else self._streams.event())
 
-    def _return(
-        self,
-        call: Call,
-        plan: DevicePlan,
-        y: Tensor | None,
-        weights: Tensor | None,
-        bias: Tensor | None,
-        extras: tuple[Tensor, ...],
-        *,
-        sums: bool,
+    def _return(  # noqa: PLR0912, PLR0915 - in one place: each function would be one more call of Python in each call
+        self, call: Call, plan: DevicePlan, given: Outputs, *, pushes: bool, sums: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Issues a combine of several kernels (y None: pulled), or a return of extras; what comes of it."""
+        """Issues a combine of several kernels (outputs pushed, or pulled), or a return of extras; what comes of it."""
         on, spec, num_tokens, rank = self._on, self._spec, plan.num_tokens, self._on.rank
-        out = on.state.new_empty((num_tokens, spec.hidden), dtype=self._out_dtype) if sums else on.flags
+        y, weights, bias, extras, rows, out = given
+        if not sums:
+            out = on.flags
+        elif out is None:
+            out = on.state.new_empty((num_tokens, spec.hidden), dtype=self._out_dtype)
         width, came = 0, on.flags
         if extras:
             width = sum(math.prod(extra.shape[1:]) for extra in extras)
             lead = (num_tokens, spec.num_topk) if spec.layout.per_pick else (num_tokens,)
             came = on.empty(*lead, width, dtype=torch.float32)
         stream = self._streams.enter() if call.at_once else self._streams.enter_side()
-        if y is not None and y.stride(1) != 1 and y.shape[1] != 1:
+        seen = None if call.counters is None else self._counters.begin(stream)
+        if pushes and y.stride(1) != 1 and y.shape[1] != 1:
             y = self._dense(y, stream)
         weights = None if weights is None else self._dense(weights, stream)
         bias = None if bias is None else self._dense(bias, stream)
-        sent = self._side_by_side(extras, stream) if width else None
-        key = self._sum_kinds.key(y, weights, bias, sent, call.num_sms, sums=sums)
+        rows = None if rows is None else self._dense(rows, stream)
+        pushed, sent = y if pushes else None, self._side_by_side(extras, stream) if extras and width else None
+        key = self._sum_kinds.key(pushed, weights, bias, rows, sent, out, call.num_sms, sums=sums)
         kind = self._sums.get(key)
         if kind is None:
             config = self.launch.using(call.num_sms)
-            kind = self._sums.keep(key, self._sum_kinds.make(y, weights, bias, sent, config, sums=sums))
+            kind = self._sums.keep(key, self._sum_kinds.make(pushed, weights, bias, rows, sent, config, sums=sums))
         room, memory, payload = on.next_call(), plan.memory, call.word.payload()
-        if y is None and sent is None:
+        if pushed is None and sent is None:
             kind.begin(0, stream, room, payload, rank, on.max_polls)
         else:
             kind.begin(0, stream, memory, room, num_tokens, payload, rank, on.max_polls)
             last = (memory, room, num_tokens, rank, on.max_polls if call.at_once else 0)
             if kind.push is not None and kind.is_summed:
-                kind.push(0, stream, y, on.flags if weights is None else weights, *last)
+                how = on.flags if weights is None else weights, on.flags if rows is None else rows, y.shape[0]
+                kind.push(0, stream, y, *how, *last)
             elif kind.push is not None:
                 kind.push(0, stream, y, *last)
             if kind.extras is not None:
@@ -368,6 +401,8 @@ class CudaBackend:
                 kind.check(0, stream, room, rank)
         elif kind.gather is not None and width:
             kind.gather(num_tokens, stream, came, width, memory, room, num_tokens, rank)
+        if call.counters is not None and seen is not None:
+            self._counters.end(call.counters, seen, memory, stream)
         return out, self._apart(came, extras, stream) if extras else ()
 
     def _packed(self, extras: tuple[Tensor, ...], stream: int) -> Tensor:
@@ -380,14 +415,14 @@ class CudaBackend:
             packed[:, : raw.shape[1]].copy_(raw)
             return packed.view(torch.int32)
 
-    def _side_by_side(self, extras: tuple[Tensor, ...], stream: int) -> Tensor:
+    def _side_by_side(self, extras: Sequence[Tensor], stream: int) -> Tensor:
         """Extras ``[R, ...]`` that go back, float32 ``[R, width]``: where there is one, itself."""
         if len(extras) == 1:
             return self._dense(extras[0], stream)
         with self._streams.context(stream):
             return torch.cat([extra.reshape(extra.shape[0], math.prod(extra.shape[1:])) for extra in extras], dim=1)
 
-    def _apart(self, came: Tensor, extras: tuple[Tensor, ...], stream: int) -> tuple[Tensor, ...]:
+    def _apart(self, came: Tensor, extras: Sequence[Tensor], stream: int) -> tuple[Tensor, ...]:
         """What has come back ``[..., width]``, for each of the extras ``[R, ...]``: where there is one, itself."""
         lead = came.shape[:-1]
         if len(extras) == 1:
@@ -436,6 +471,11 @@ class CudaBackend:
         assert isinstance(plan, DevicePlan), "the plan of another backend"
         return self._planner.as_remade(plan, tensors)
 
+    def copied(self, plan: Plan, rows: Tensor | Quantized) -> Tensor | Quantized:
+        """See Backend."""
+        assert isinstance(plan, DevicePlan), "the plan of another backend"
+        return self._training.copied(plan.memory, rows)
+
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""
         return self._training.own_rows(rows, src_idx)
@@ -477,10 +517,7 @@ class CudaBackend:
         picks = torch.full((1, spec.num_topk), -1, dtype=torch.int64, device=device)
         weights = torch.zeros(1, spec.num_topk, dtype=torch.float32, device=device)
         wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=device)
-        kinds: list[Tensor | Quantized] = [wide.to(spec.wire.dtype)]
-        if isinstance(spec.wire, Fp8):
-            kinds = [spec.wire.quantize(wide), wide]
-        batches = [Batch(x=x, weights=weights, extras=()) for x in kinds]
+        batches = [Batch(x=x, weights=weights, extras=()) for x in _all_kinds_of(wide, spec)]
         if self._on.arena.region_of_rows(unquantized=True) == "outputs":
             batches.append(Batch(x=wide, weights=weights, extras=(), unquantized=True))
         else:  # the same rows, which do not count
@@ -492,19 +529,19 @@ class CudaBackend:
         given_weights = row_weights if spec.reduce == "rank" else weights
         for given, bias in itertools.product((None, given_weights), (None, wide, wide.float())):
             combine = Call(0, Word(Kind.COMBINE, 0, PUSHED))
-            for y in (wide, None):
-                self._return(combine, plan, y, given, bias, (), sums=True)
+            for pushes in (True, False):
+                self._return(combine, plan, Outputs(wide, given, bias), pushes=pushes, sums=True)
             if self.fused is not None:
                 at = At(self._streams.enter(), self._on.next_call())
                 self.fused.begin_combine(combine.word, at)
                 self.fused.combine(combine, plan, wide, given, bias, at, begins=True)
         extra = torch.zeros(1, 1, dtype=torch.float32, device=device)
         started = Call(0, Word(Kind.COMBINE, 0, PUSHED), at_once=False)
-        for y in (wide, None):
-            self._return(started, plan, y, None, None, (), sums=True)
+        for pushes in (True, False):
+            self._return(started, plan, Outputs(wide), pushes=pushes, sums=True)
             for given in (None, row_weights if spec.reduce == "rank" else None):
-                self._return(started, plan, y, given, None, (extra,), sums=True)
-        self._return(started, plan, None, None, None, (extra,), sums=False)
+                self._return(started, plan, Outputs(wide, given, extras=(extra,)), pushes=pushes, sums=True)
+        self._return(started, plan, Outputs(wide, extras=(extra,)), pushes=False, sums=False)
         self._fill(self._planner.blank(1, 0), picks, plan.counts)
         stream, room = self._streams.enter(), self._on.next_call()
         for sends in self._sends.values():
@@ -576,6 +613,19 @@ class CudaCalls:
                     backend.warm_up()
             backend.warm_up()
         return backend
+
+
+def _all_kinds_of(wide: Tensor, spec: Spec) -> list[Tensor | Quantized]:
+    """One row of zeros ``[1, H]``, in all ways in which it may be given to a dispatch."""
+    wire = spec.wire
+    if isinstance(wire, Fp8):
+        return [wire.quantize(wide), wide]
+    if not isinstance(wire, Opaque):
+        return [wide.to(wire.dtype)]
+    num_columns, num_scales = wire.num_columns(spec.hidden), wire.num_scales(spec.hidden)
+    data = torch.zeros(1, num_columns, dtype=dtype_of(wire.dtype.itemsize), device=wide.device)
+    scale = torch.zeros(1, num_scales, dtype=dtype_of(wire.scale_dtype.itemsize), device=wide.device)
+    return [Quantized(data, scale) if num_scales else data]
 
 
 def _raw(extra: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ class FusedCalls:
         key = (
             None if weights is None else weights.data_ptr() & 15,
             None if bias is None else (bias.dtype, bias.data_ptr() & 15),
+            out.data_ptr() & 15,
             call.num_sms,
         )
         launch = self._sums.get(key)
@@ -167,7 +168,7 @@ class FusedCalls:
     def _bind_dispatch(self, data: Tensor, scale: Tensor | None, config: LaunchConfig) -> Launch:
         """The kernel of dispatches of tensors of these kinds."""
         on, spec, wire, layout = self._on, self._spec, self._spec.wire, self._on.arena.scales
-        size, row_bytes = data.element_size(), spec.hidden * wire.dtype.itemsize
+        size, row_bytes = data.element_size(), wire.data_bytes(spec.hidden)
         is_cast = isinstance(wire, Fp8) and scale is None
         block, unit, is_exponents, is_pow2, scales_of_word = 0, 1, False, False, 1
         places, scale_stride, num_scales, scale_word = places_of(layout), 0, 0, 1

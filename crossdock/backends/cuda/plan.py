@@ -164,6 +164,8 @@ class DevicePlan(Plan):
     """None when the host knows already."""
     num_pairs: int | None = None
     """Pairs that came here, where the host was told."""
+    told_tokens: list[int] | None = None
+    """Picks of each local expert, where the host was told."""
     src_idx: Int32[Tensor, "R"] | None = None
     """Of plans that were made again: then nothing has to travel beside rows."""
     local_idx: Int32[Tensor, "R K"] | None = None
@@ -174,6 +176,18 @@ class DevicePlan(Plan):
         plan = cls.__new__(cls)
         plan.__dict__.update(fields)
         return plan
+
+    @property
+    def num_tokens_per_expert_list(self) -> list[int] | None:
+        """See Plan."""
+        return self.told_tokens
+
+    @property
+    def num_partial_rows(self) -> int:
+        """See Plan. Where the host was not told, those for which there is room."""
+        if not self.shape.num_pairs:
+            return 0
+        return self.shape.part("partial_rows", 0).shape[0] if self.num_pairs is None else self.num_pairs
 
     def changed(self, **fields: Any) -> DevicePlan:
         """The same with other fields."""

@@ -70,13 +70,16 @@ class Planner:
             "local_idx": None,
         }
         """Fields of all plans of dispatches."""
-        rows = _pinned_rows(NUM_HOST_COUNTS + 1)
+        num_words = HOST_WORDS.value + -(-state.num_local // 2) * 2
+        self._end_of_tokens = HOST_WORDS.value + state.num_local
+        self._words_of_row = num_words
+        rows = _pinned_rows(NUM_HOST_COUNTS + 1, num_words)
         self.nobody = rows[-1]
         """Host counts that nobody reads."""
         self._host_counts = [HostCounts(row, row.numpy(), is_captured=False) for row in rows[:-1].unbind()]
         self._captured: list[HostCounts] = []
         """Those that graphs write, whenever they are replayed."""
-        self._rows_to_capture = list(_pinned_rows(_NUM_CAPTURED).unbind())
+        self._rows_to_capture = list(_pinned_rows(_NUM_CAPTURED, num_words).unbind())
         """Room for more of them."""
         self.overflows: list[tuple[int, CapacityError]] = []
         """See Backend."""
@@ -118,7 +121,7 @@ class Planner:
                 self._until_done(number - NUM_HOST_COUNTS)
             host_counts = self._host_counts[number % NUM_HOST_COUNTS]
             if len(self._rows_to_capture) < _NUM_CAPTURED // 2:
-                self._rows_to_capture += _pinned_rows(_NUM_CAPTURED).unbind()
+                self._rows_to_capture += _pinned_rows(_NUM_CAPTURED, self._words_of_row).unbind()
             host_counts.number, host_counts.stamp, told = number, stamp, host_counts.told
             told[HOST_NEEDED.value] = told[HOST_STAMP.value] = 0  # if that was void, nobody has looked
         num_words = self._fixed_words + num_tokens * self._token_words
@@ -182,10 +185,12 @@ class Planner:
             raise error
         if is_its and host_counts.tells:
             num_rows, num_pairs = int(host_counts.told[HOST_ROWS.value]), int(host_counts.told[HOST_PAIRS.value])
+            tokens = host_counts.told[HOST_WORDS.value : self._end_of_tokens].tolist()
         else:  # nobody has asked for them yet, or so long ago that the host counts are another dispatch's by now
             scalars = plan.table("scalars").tolist()
             num_rows, num_pairs = scalars[NUM_ROWS.value], scalars[NUM_PAIRS.value]
-        made = plan.changed(num_rows=num_rows, num_pairs=num_pairs, host_counts=None)
+            tokens = plan.num_tokens_per_expert.tolist()
+        made = plan.changed(num_rows=num_rows, num_pairs=num_pairs, told_tokens=tokens, host_counts=None)
         self._plans.append(ref(made))
         return made
 
@@ -253,6 +258,6 @@ class Planner:
         return self._captured[-1]
 
 
-def _pinned_rows(num: int) -> Tensor:
-    """Host memory that a device writes to, int64 ``[num, HOST_WORDS]``, zeroed."""
-    return torch.zeros(num, HOST_WORDS.value, dtype=torch.int64, pin_memory=True)
+def _pinned_rows(num: int, num_words: int) -> Tensor:
+    """Host memory that a device writes to, int64 ``[num, words]``, zeroed."""
+    return torch.zeros(num, num_words, dtype=torch.int64, pin_memory=True)

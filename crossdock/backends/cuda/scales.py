@@ -9,7 +9,7 @@ import torch
 
 from crossdock.backends.cuda.config import power_of_two
 from crossdock.backends.cuda.kernels.groups import WORDS, ScalePlaces, ScalesCopied
-from crossdock.scales import ScaleLayout
+from crossdock.scales import ScaleLayout, as_integers
 from crossdock.wire import Quantized
 
 _AT_ONCE = 1024
@@ -47,6 +47,5 @@ def dtype_of(num_bytes: int) -> torch.dtype:
 
 
 def as_kernels_take(x: Quantized) -> Quantized:
-    """Quantised rows as bytes, and their scales, where these are exponents: of dtypes that every target knows."""
-    scale = x.scale.view(torch.uint8) if x.scale.element_size() == 1 else x.scale
-    return Quantized(x.data.view(torch.uint8), scale)
+    """Quantised rows and their scales as integers: of dtypes that every target knows."""
+    return Quantized(as_integers(x.data), as_integers(x.scale))

@@ -156,16 +156,16 @@ class SendKinds:
         spec, region = self._spec, self.arena.region_of_rows(unquantized=batch.unquantized)
         out_bytes = spec.hidden * spec.combine_dtype.itemsize
         is_staged = config.expand == "receiver" and region == "data"
-        is_narrow = isinstance(spec.wire, Fp8) and region == "data"
-        row_bytes = spec.hidden * spec.wire.dtype.itemsize if region == "data" else out_bytes
+        is_wires = region == "data"
+        row_bytes = spec.wire.data_bytes(spec.hidden) if is_wires else out_bytes
         layout = self.arena.scales
         return Sent(
             region="outputs" if is_staged else region,
             is_staged=is_staged,
-            is_cast=is_narrow and isinstance(batch.x, Tensor),
+            is_cast=is_wires and isinstance(spec.wire, Fp8) and isinstance(batch.x, Tensor),
             row_bytes=row_bytes,
             between=out_bytes if is_staged else row_bytes,
-            scale_bytes=layout.num_scales * layout.dtype.itemsize if is_narrow else 0,
+            scale_bytes=layout.num_scales * layout.dtype.itemsize if is_wires else 0,
         )
 
     def _arrivals(self, sent: Sent) -> Any:
@@ -225,8 +225,6 @@ class SendKinds:
         num_extra = (arena.metadata_bytes - arena.extras_offset) // 4 if has_metadata else 0
         num_words = 1 + (1 if spec.layout.per_pick else 2 * spec.num_topk) + num_extra
         row_word = math.gcd(8, sent.row_bytes)
-        if sent.is_staged:
-            row_word = math.gcd(8, spec.hidden * spec.wire.dtype.itemsize)
         has_gaps = isinstance(spec.layout, ExpandedLayout) and spec.layout.alignment > 1 and batch is not None
         is_column = layout.column_major
         scale_word = layout.dtype.itemsize if is_column else math.gcd(8, sent.scale_bytes)

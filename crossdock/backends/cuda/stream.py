@@ -19,14 +19,16 @@ class CallStreams:
     """Where calls are issued, and in which order.
 
     Calls that are waited for at once run on the caller's current stream, behind those issued before, wherever these
-    were. Calls that are only started run on a stream of ours, ``side``, behind the caller's current stream too, so that
-    what the caller issues next can run beside them.
+    were. Calls that are only started run on a stream beside it, ``side``, behind the caller's current stream too, so
+    that what the caller issues next can run beside them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._index = device.index or 0
-        self.side: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._own: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self.side = self._own
+        """Where calls run that are only started: our own stream, or the caller's choice."""
         self._last = self.side
         self._last_raw = self.side.cuda_stream
         self._entered: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -54,6 +56,18 @@ class CallStreams:
         """What the caller has issued by now on its current stream comes before what is launched on our own."""
         self._entered.record(torch.cuda.current_stream(self._device))
         self.side.wait_event(self._entered)
+
+    def use(self, stream: torch.cuda.Stream | None) -> None:
+        """From now on started calls run on that stream, behind those before; None: on our own."""
+        self.side = self._own if stream is None else stream
+
+    def wait_for(self, event: torch.cuda.Event, *, on_side: bool) -> None:
+        """What is issued from now on, on the caller's current stream or on ``side``, comes after the event."""
+        if not on_side:
+            torch.cuda.current_stream(self._device).wait_event(event)
+            return
+        self.order()  # also where a graph is captured: the other stream is of it then
+        self.side.wait_event(event)
 
     def context(self, raw: int) -> AbstractContextManager[object]:
         """In which torch and Triton issue on a stream that ``enter`` or ``enter_side`` has given."""

@@ -63,12 +63,14 @@ class SumKinds:
         self._spec = launcher.state.arena.spec
         self._of_pairs = self._spec.ranks_sum_picks
 
-    def key(
+    def key(  # noqa: PLR0913 - in a group they would cost one more call of Python in each call
         self,
         y: Tensor | None,
         weights: Tensor | None,
         bias: Tensor | None,
+        rows: Tensor | None,
         extras: Tensor | None,
+        out: Tensor,
         num_sms: int | None,
         *,
         sums: bool,
@@ -78,7 +80,9 @@ class SumKinds:
             None if y is None else (y.stride(0), y.stride(1), y.data_ptr() & 15),
             None if weights is None else weights.data_ptr() & 15,
             None if bias is None else (bias.dtype, bias.data_ptr() & 15),
+            None if rows is None else rows.data_ptr() & 15,
             None if extras is None else extras.data_ptr() & 15,
+            out.data_ptr() & 15,
             num_sms,
             sums,
         )
@@ -88,6 +92,7 @@ class SumKinds:
         y: Tensor | None,
         weights: Tensor | None,
         bias: Tensor | None,
+        rows: Tensor | None,
         extras: Tensor | None,
         config: LaunchConfig,
         *,
@@ -96,6 +101,7 @@ class SumKinds:
         """What such a combine launches; see ``key``.
 
         Args:
+            rows: which of y this rank sums, in place of the plan's.
             sums: whether there are outputs to be summed; else extras alone.
         """
         sums_here = self._spec.reduce == "rank"
@@ -104,7 +110,7 @@ class SumKinds:
         push = None
         if y is not None:
             ends = last if extras is None else Ends(POSTS=False, AWAITS=_NOBODY, COUNTED=False)
-            push = self._bind_push(y, weights if sums_here else None, config, ends)
+            push = self._bind_push(y, weights if sums_here else None, rows, config, ends)
         summed = self._bind_sum(None if sums_here else weights, bias, config) if sums else None
         return SumKind(
             begin=self._bind_begin(config, pushes=y is not None or extras is not None),
@@ -131,7 +137,9 @@ class SumKinds:
     def _bind_finish(self, ends: Ends) -> Launch:
         return self._launcher.bind(call_kernels.finish_call, 1, self._on.own, as_constants(ends), num_warps=1)
 
-    def _bind_push(self, y: Tensor, weights: Tensor | None, config: LaunchConfig, ends: Ends) -> Launch:
+    def _bind_push(
+        self, y: Tensor, weights: Tensor | None, rows: Tensor | None, config: LaunchConfig, ends: Ends
+    ) -> Launch:
         """Outputs ``y [R, H]``, or this rank's sums of them, to their owners."""
         hidden, size = self._spec.hidden, y.element_size()
         shape = self._return_shape(hidden * size, config)
@@ -144,6 +152,7 @@ class SumKinds:
             PIECE=max(1, shape.piece_bytes // word),
             OF_PAIRS=self._of_pairs,
             HAS_WEIGHTS=weights is not None,
+            GIVEN=rows is not None,
             ends=ends,
         )
         return self._launcher.bind(
@@ -190,6 +199,7 @@ class SumKinds:
             PIECE=1,
             OF_PAIRS=False,
             HAS_WEIGHTS=False,
+            GIVEN=False,
             ends=ends,
         )
 

@@ -16,6 +16,7 @@ from crossdock.backends.cuda.kernels import gradients, own
 from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher, kind_of
 from crossdock.backends.cuda.scales import dtype_of
 from crossdock.kinds import Kinds
+from crossdock.layout import Padded
 from crossdock.scales import as_integers
 from crossdock.wire import Fp8, Quantized
 
@@ -34,6 +35,40 @@ class TrainingKernels:
         self._spec = launcher.state.arena.spec
         self._launches: Kinds[Launch] = Kinds(NUM_KINDS)
         self._programs = launcher.config.visible_sms * PROGRAMS_PER_SM
+
+    def copied(self, plan: Tensor, rows: Tensor | Quantized) -> Tensor | Quantized:
+        """See Backend; ``plan`` is its memory."""
+        if not isinstance(rows, Quantized):
+            return self._copied(plan, rows)
+        scales = self._on.arena.scales
+        scale = scales.copied(rows.scale) if scales.column_major else self._copied(plan, rows.scale)
+        return Quantized(self._copied(plan, rows.data), scale)
+
+    def _copied(self, plan: Tensor, rows: Tensor) -> Tensor:
+        """A copy of rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came."""
+        out = self._on.empty(*rows.shape, dtype=rows.dtype)
+        if not out.numel():
+            return out
+        pair = [as_integers(each).view(-1, rows.shape[-1]) for each in (out, rows)]
+        num_bytes = rows.shape[-1] * rows.element_size()
+        word = math.gcd(8, num_bytes, rows.data_ptr() & 15)
+        words, source = (each.view(dtype_of(word)) for each in pair)
+        num_words = words.shape[1]
+        piece = min(power_of_two(num_words), 4096 // word)
+        is_padded, places = isinstance(self._spec.layout, Padded), self._on.plan_shape.places
+        self._launch(
+            own.copy_arrived,
+            words.shape[0] * -(-num_words // piece),
+            (words, source, plan, words.shape[0]),
+            {
+                "ROW": num_words,
+                "PIECE": piece,
+                "SEGMENT": rows.shape[1] if is_padded else 0,
+                "COUNTS_AT": places.tokens if is_padded else places.scalars,
+            },
+            num_warps=max(1, piece * word // 1024),
+        )
+        return out
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""
@@ -90,10 +125,23 @@ class TrainingKernels:
             scale = self._on.arena.scales.of_rows(view("scale", 0), data.shape[0])
             for src_idx in (None, none):
                 self._dequantize(wide, data.view(torch.uint8)[:1], scale, src_idx)
-        else:
+        elif spec.wire.is_unquantized:
             self.own_rows(data[:1], none)
         self.own_rows(wide, none)
+        self._warm_up_copies()
         self.weigh_gradients(wide, wide, weights, none)
+
+    def _warm_up_copies(self) -> None:
+        """Of whole slots, whose shapes are constants of the kernel, on a plan without rows."""
+        plan = torch.zeros(self._on.plan_shape.num_words(0), dtype=torch.int32, device=self._on.device)
+        for region in {self._on.arena.region_of_rows(unquantized=unquantized) for unquantized in (False, True)}:
+            data = self._on.view(region, 0)
+            if isinstance(self._spec.layout, Padded):
+                data = data.view(self._on.num_local, -1, data.shape[-1])
+            self._copied(plan, data)
+        scales = self._on.arena.scales
+        if scales.num_scales and not scales.column_major:
+            self._copied(plan, scales.of_rows(self._on.view("scale", 0), self._spec.num_slot_rows(self._on.num_ranks)))
 
     def _dequantize(self, out: Tensor, data: Tensor, scale: Tensor, src_idx: Tensor | None) -> None:
         """``out [R, H]`` from bytes ``data [R, H]``; ``scale`` is of as many rows, or of more."""

@@ -183,7 +183,7 @@ def dispatch_rows(
         if (steps & AWAITS) != 0:
             if good:
                 await_rows(own, call, tables.tokens, rank, max_polls, ALL, True)
-            tell_host(host_counts, tables.scalars, steps & TELLS)
+            tell_host(host_counts, tables, steps & TELLS, own.sizes)
 
 
 @triton.jit(do_not_specialize=["payload", "rank"])

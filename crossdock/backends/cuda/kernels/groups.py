@@ -283,6 +283,8 @@ class Returned(NamedTuple):
     OF_PAIRS: tl.constexpr
     """Whether they are of pairs."""
     HAS_WEIGHTS: tl.constexpr
+    GIVEN: tl.constexpr
+    """Whether the caller says which rows are of a pair, and not the plan."""
     ends: Ends
 
 

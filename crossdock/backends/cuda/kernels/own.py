@@ -13,6 +13,7 @@ import triton.language as tl
 from crossdock.backends.cuda.kernels.cast import E4M3_NAN
 from crossdock.backends.cuda.kernels.metadata import as_int64
 from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
+from crossdock.backends.cuda.kernels.tables import at_bytes
 
 E4M3_SHIFT = tl.constexpr(23 - 3)
 """From e4m3's mantissa to float32's."""
@@ -35,6 +36,33 @@ def e4m3_values(bits):
         sign = (bits.to(tl.int32) & 0x80) << 24
         value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     return value
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def copy_arrived(
+    out,
+    rows,
+    plan,
+    num_rows,
+    ROW: tl.constexpr,
+    PIECE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    COUNTS_AT: tl.constexpr,
+):
+    """Copies words of rows ``[R, ROW]`` to ``out``, as far as rows came; what is behind them is not touched.
+
+    Args:
+        SEGMENT: rows of a segment, of which as many came as counts at COUNTS_AT in the plan say; 0: there is one.
+    """
+    PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
+    counts = at_bytes(plan, COUNTS_AT, tl.int32)
+    for i in range(tl.program_id(0), num_rows * PIECES, tl.num_programs(0)):
+        row = i // PIECES
+        nth = row % SEGMENT if SEGMENT > 0 else row
+        came = nth < (tl.load(counts + row // SEGMENT) if SEGMENT > 0 else tl.load(counts))
+        at = i % PIECES * PIECE + tl.arange(0, PIECE)
+        there = as_int64(row) * ROW + at
+        tl.store(out + there, tl.load(rows + there, mask=(at < ROW) & came), mask=(at < ROW) & came)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -46,7 +46,8 @@ HOST_NEEDED = tl.constexpr(3)
 HOST_STAMP = tl.constexpr(4)
 HOST_WORDS = tl.constexpr(6)
 """Entries of the host counts, int64, in whole multiples of 16 bytes: those scalars, and a stamp that comes last,
-1. Rows, pairs and stamp are written where the host waits for them, the other two where rows do not fit."""
+1; behind HOST_WORDS the picks of each local expert. All is written where the host waits for it, but for the two of an
+overflow, which are written where rows do not fit."""
 
 
 @triton.jit
@@ -353,11 +354,12 @@ def place_chunk(num_tokens, sub, tables, good, scratch, sizes, IS_PAIRS: tl.cons
 
 
 @triton.jit
-def tell_host(host_counts, scalars, tells):
+def tell_host(host_counts, tables, tells, sizes):
     """What the host is told of a dispatch: how many rows come, if it waits for that; an overflow in any case.
 
     Only then, because what is stored for the host takes a kernel microseconds.
     """
+    scalars = tables.scalars
     needed = tl.load(scalars + NEEDED)
     if needed > 0:
         tl.store(host_counts + HOST_NEEDED, needed.to(tl.int64))
@@ -365,6 +367,9 @@ def tell_host(host_counts, scalars, tells):
     if tells != 0:
         tl.store(host_counts + HOST_ROWS, tl.load(scalars + NUM_ROWS).to(tl.int64))
         tl.store(host_counts + HOST_PAIRS, tl.load(scalars + NUM_PAIRS).to(tl.int64))
+        local = tl.arange(0, triton.next_power_of_2(sizes.L))
+        tokens = tl.load(tables.tokens + local, mask=local < sizes.L)
+        tl.store(host_counts + HOST_WORDS + local, tokens.to(tl.int64), mask=local < sizes.L)
         release_to_host(host_counts + HOST_STAMP, tl.full([], 1, tl.int64))
 
 
@@ -394,7 +399,7 @@ def place_rows(
     """
     tables = tables_of(plan, num_tokens, own.sizes)
     if tl.program_id(0) == 0:
-        tell_host(host_counts, tables.scalars, carries & TELLS)
+        tell_host(host_counts, tables, carries & TELLS, own.sizes)
     good = is_ok(own.state) & (tl.load(tables.scalars + OVERFLOW) == 0)
     sub = tl.program_id(0)
     if sub * S < num_tokens:

@@ -102,10 +102,12 @@ def sum_rows(out, bias, weights, plan, call, num_tokens, rank, ways, results, wi
                 look_for_abort(own, call, rank)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "rank", "max_polls"])
+@triton.jit(do_not_specialize=["num_given", "num_tokens", "rank", "max_polls"])
 def push_sums(
     y,
     row_weights,
+    rows,
+    num_given,
     plan,
     call,
     num_tokens,
@@ -121,6 +123,8 @@ def push_sums(
 
     Args:
         row_weights: float32 ``[R]``.
+        rows, num_given: with GIVEN int32 ``[pairs, K]``, which rows of ``y [num_given, H]`` are of a pair; those that
+            are not of y are none.
     """
     K: tl.constexpr = own.sizes.K
     H: tl.constexpr = how.ROW
@@ -130,6 +134,7 @@ def push_sums(
     NUM: tl.constexpr = NUM_PAIRS if how.OF_PAIRS else NUM_ROWS
     tables = tables_of(plan, num_tokens, own.sizes)
     src_rows = scratch.pair_src_rows if how.OF_PAIRS else scratch.src_rows
+    partial_rows = rows if how.GIVEN else tables.partial_rows
     if is_ok(own.state):
         for i in range(tl.program_id(0), tl.load(tables.scalars + NUM) * PIECES, tl.num_programs(0)):
             pair = i // PIECES
@@ -137,7 +142,9 @@ def push_sums(
             is_value = at < H
             total = tl.zeros([PIECE], tl.float32)
             for k in tl.static_range(K if how.OF_PAIRS else 1):
-                row = tl.load(tables.partial_rows + pair * K + k) if how.OF_PAIRS else pair
+                row = tl.load(partial_rows + pair * K + k) if how.OF_PAIRS else pair
+                if how.GIVEN:
+                    row = tl.where(row < num_given, row, -1)
                 value = tl.load(y + as_int64(row) * stride + at, mask=is_value & (row >= 0), other=0.0)
                 value = value.to(tl.float32)
                 if how.HAS_WEIGHTS:
