@@ -100,9 +100,9 @@ class _Agreed(NamedTuple):
 class Connection:
     """Ranks that have met: one segment of memory at each, one sequence of calls. Collective to make, local to close.
 
-    Any number of ``Buffer(connection, spec)``s lie over one, each with its Spec, and share its bytes and its order of
-    calls: prefill and decode, several batch sizes, forward and backward of several models. All ranks make the same
-    Buffers in the same order, and issue the same calls in the same order, whatever Spec each call is of.
+    Any number of Buffers lie over one, ``Buffer(connection, spec)``, each with its Spec, and share its bytes and its
+    order of calls: prefill and decode, several batch sizes, forward and backward of several models. All ranks make the
+    same Buffers in the same order, and issue the same calls in the same order, whatever Spec each call is of.
 
     Args:
         group: as for ``Buffer``.
