@@ -168,6 +168,10 @@ def combine_into(group, case):
 @pytest.mark.worlds("inproc-2", "processes-2", "interpreted-2")
 @pytest.mark.parametrize("layout", [Compact(), Padded()], ids=repr)
 def test_started_sums_are_written_where_the_caller_wants_them(world, layout):
+    check_into(world, layout)
+
+
+def check_into(world, layout):
     case = make_case(spec_of(layout, Fp32(), "token", num_experts=4, num_topk=3, max_tokens=4), [4, 3])
     wants = oracle.combined(case.spec, case.topk, case.flat_y())
     for outs, want in zip(world.run(combine_into, case), wants, strict=True):
@@ -193,6 +197,10 @@ def combine_other_rows(group, case, numbers, y, weights):
 @pytest.mark.worlds("inproc-2", "processes-2", "interpreted-2")
 @pytest.mark.parametrize("layout", [Expanded(alignment=4), Padded()], ids=repr)
 def test_sums_are_of_the_rows_that_the_caller_names(world, layout):
+    check_other_rows(world, layout)
+
+
+def check_other_rows(world, layout):
     """Rows behind and between others, which are NaN."""
     spec = spec_of(layout, Fp32(), "rank", num_experts=4, num_topk=3, max_tokens=4)
     case = make_case(spec, [4, 3])

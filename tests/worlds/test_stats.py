@@ -7,7 +7,7 @@ import torch
 
 from crossdock import Buffer, CapacityError, Compact, ConfigError, Counters, Expanded, Fp32, Padded, Spec, ThreadGroup
 from tests.cases import make_case
-from tests.world import open_buffer
+from tests.world import device, open_buffer
 
 
 def spec_of(layout):
@@ -59,13 +59,13 @@ def count_in_tensors(group, cases, dtype):
     with open_buffer(group, cases[0].spec) as buffer:
         r, num_ranks = buffer.rank, buffer.topology.num_ranks
         num_local = cases[0].spec.num_experts // num_ranks
-        tokens = torch.full((num_local,), 100, dtype=dtype)
-        waits, of_combines = torch.zeros(num_ranks, dtype=torch.int64), torch.zeros(num_ranks, dtype=torch.int64)
+        tokens = torch.full((num_local,), 100, dtype=dtype, device=device())
+        waits, of_combines = torch.zeros(2, num_ranks, dtype=torch.int64, device=device()).unbind()
         began = buffer.stats.wait_s
         both = Counters(tokens, waits)
         plan = buffer.dispatch(cases[0].x[r], cases[0].topk[r], counters=both).plan
         recv = buffer.dispatch_start(cases[1].x[r], cases[1].topk[r], counters=both).wait()
-        y = torch.zeros(*recv.src_idx.shape, cases[0].spec.hidden)
+        y = torch.zeros(*recv.src_idx.shape, cases[0].spec.hidden, device=device())
         buffer.combine(y, recv.plan, counters=Counters(wait_ns=of_combines))
         outputs = recv.output_rows().zero_()
         buffer.combine_start(outputs, recv.plan, counters=Counters(wait_ns=of_combines)).wait()
@@ -78,6 +78,10 @@ def count_in_tensors(group, cases, dtype):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("layout", [Compact(), Padded()], ids=repr)
 def test_calls_count_in_the_callers_tensors(world, layout, dtype):
+    check_counted(world, layout, dtype)
+
+
+def check_counted(world, layout, dtype):
     spec = Spec(num_experts=8, num_topk=3, hidden=16, max_tokens=7, layout=layout, wire=Fp32())
     cases = [make_case(spec, [7, 3], seed=i) for i in range(2)]
     for tokens, waits, of_combines, waited, counted in world.run(count_in_tensors, cases, dtype):

@@ -124,15 +124,16 @@ class CpuRows:
 
     def copied(self, plan: HostPlan, rows: Tensor) -> Tensor:
         """A copy of rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came."""
-        copy = torch.empty(rows.shape, dtype=rows.dtype, device="cpu")
+        numbers = as_integers(rows)  # of all dtypes there is memory, but torch cannot fill that of some
+        copy = torch.empty(rows.shape, dtype=numbers.dtype, device="cpu")
         starts, ends = [0], [plan.num_rows]
         if isinstance(self._arena.spec.layout, Padded):
             starts = plan.segment_starts.tolist()[:-1]
             ends = [start + length for start, length in zip(starts, plan.segment_rows.tolist(), strict=True)]
-        to_rows, from_rows = (as_integers(each).view(-1, rows.shape[-1]) for each in (copy, rows))
+        to_rows, from_rows = (each.view(-1, rows.shape[-1]) for each in (copy, numbers))
         for start, end in zip(starts, ends, strict=True):
             to_rows[start:end].copy_(from_rows[start:end])
-        return copy
+        return copy.view(rows.dtype)
 
     def push_outputs(self, plan: HostPlan, y: Tensor, weights: Tensor | None, words: Sequence[Word]) -> None:
         """Writes outputs y [R, H] to their owners, or their sums, weighted by [R], where ranks sum.

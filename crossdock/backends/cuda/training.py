@@ -46,10 +46,11 @@ class TrainingKernels:
 
     def _copied(self, plan: Tensor, rows: Tensor) -> Tensor:
         """A copy of rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came."""
-        out = self._on.empty(*rows.shape, dtype=rows.dtype)
+        numbers = as_integers(rows)  # of all dtypes there is memory, but torch cannot fill that of some
+        out = self._on.empty(*rows.shape, dtype=numbers.dtype)
         if not out.numel():
-            return out
-        pair = [as_integers(each).view(-1, rows.shape[-1]) for each in (out, rows)]
+            return out.view(rows.dtype)
+        pair = [each.view(-1, rows.shape[-1]) for each in (out, numbers)]
         num_bytes = rows.shape[-1] * rows.element_size()
         word = math.gcd(8, num_bytes, rows.data_ptr() & 15)
         words, source = (each.view(dtype_of(word)) for each in pair)
@@ -68,7 +69,7 @@ class TrainingKernels:
             },
             num_warps=max(1, piece * word // 1024),
         )
-        return out
+        return out.view(rows.dtype)
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""
