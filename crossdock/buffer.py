@@ -180,6 +180,8 @@ class Buffer:
         """Ends its connection, if that is its own: ``Connection.close``. Else it only makes no more calls. Local."""
         if self._owns_connection:
             self.connection.close()
+        elif not self._queue.turn.is_of_this_process:
+            self._is_closed = True
         elif not self._is_closed:
             with self._queue.turn:
                 self._queue.drain()

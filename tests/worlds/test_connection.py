@@ -423,3 +423,25 @@ def test_memory_is_given_back_and_taken_again(world):
         assert held[0] > 64 << 20
         assert held[1] < 1 << 20
         assert held[2] == held[0]
+
+
+def leave_in_a_child(group, num_bytes):
+    """Rank 1 forks; the child leaves both blocks, as a program does that ends, and has no part in either."""
+    x, topk_idx = torch.ones(2, 37), torch.tensor([[0, 1, 2], [3, 4, 23]])
+    with Connection(group, num_bytes, max_experts=64) as connection, Buffer(connection, A) as buffer:
+        buffer.dispatch(x, topk_idx)
+        code = None
+        if connection.rank == 1:
+            child = os.fork()
+            if not child:
+                code = 3 * ("which was forked" in refusal(lambda: buffer.dispatch(x, topk_idx)))
+                buffer.__exit__(SystemExit, SystemExit(0), None)
+                connection.__exit__(SystemExit, SystemExit(0), None)
+                os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return code, buffer.dispatch(x, topk_idx).num_rows > 0
+
+
+@pytest.mark.worlds("processes-2")
+def test_a_child_has_no_part_in_a_connection(world):
+    assert world.run(leave_in_a_child, need(2, A)) == [(None, True), (3, True)]
