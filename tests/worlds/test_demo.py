@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -151,3 +152,12 @@ def test_ctrl_c_ends_the_run(tmp_path, capsys, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_on_gpus_its_calls_are_timed_as_bench_does(capsys):
+    config = demo.bench_config(demo.make_shape(2), demo.make_recipe(1, 0), num_ranks=2, device="cpu")
+    assert (config.tokens, config.hidden, config.experts, config.topk) == (1024, 128, 32, 4)
+    demo.print_bench(replace(config, tokens=16, repeats=2))
+    said = capsys.readouterr().out
+    assert "as crossdock bench times them" in said
+    assert re.search(r"dispatch .*\n(.*\n)*.*combine", said)

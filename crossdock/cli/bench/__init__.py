@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from crossdock.cli.bench.config import LAYOUTS, WIRES, Config, make_job
+from crossdock.cli.bench.config import LAYOUTS, WIRES, Config, Job, make_job
 from crossdock.cli.bench.cuda_measure import measure_on_gpus
 from crossdock.cli.bench.figures import figures, limits_of
 from crossdock.cli.bench.measure import measure
@@ -74,27 +74,10 @@ def run(args: argparse.Namespace) -> None:
     from crossdock.cli.bench import report  # noqa: PLC0415 - it imports rich, which is an extra
 
     config = make_config(args)
-    job = make_job(config)
     for path, option in ((args.json, "json"), (args.plot, "plot")):
         if path is not None:
             open_to_write(path, option).close()
-    device = torch.device(config.device)
-    with (
-        report.progress_bar() as show,
-        gpus_for(device, config.ranks, percentage=config.mps_percentage) as gpus,
-    ):
-        program = measure if gpus is None else measure_on_gpus
-        ranks = run_world(program, job, num_ranks=config.ranks, on_progress=show, gpus=gpus)
-    limit = limits_of(ranks)
-    outcome = Outcome(
-        config=config,
-        figures=figures([rank.samples for rank in ranks], limit),
-        sweep=figures([rank.sweep for rank in ranks], limit),
-        limits=limit,
-        machine=this_machine(with_gpu=config.device == "cuda"),
-        gpu=ranks[0].gpu,
-        sharing=None if gpus is None else gpus.sharing,
-    )
+    outcome = bench(config, make_job(config))
     report.print_outcome(outcome)
     if args.json is not None:
         with open_to_write(args.json, "json") as file:
@@ -103,6 +86,33 @@ def run(args: argparse.Namespace) -> None:
         from crossdock.cli.bench.chart import sweep_page  # noqa: PLC0415 - it imports plotly, which is an extra
 
         args.plot.write_text(sweep_page(outcome), encoding="utf-8")
+
+
+def bench(config: Config, job: Job) -> Outcome:
+    """Starts the ranks, and measures; shows a bar meanwhile.
+
+    Raises:
+        CrossdockError: a rank failed, or an operation gave wrong rows.
+    """
+    from crossdock.cli.bench import report  # noqa: PLC0415 - it imports rich, which is an extra
+
+    device = torch.device(config.device)
+    with (
+        report.progress_bar() as show,
+        gpus_for(device, config.ranks, percentage=config.mps_percentage) as gpus,
+    ):
+        program = measure if gpus is None else measure_on_gpus
+        ranks = run_world(program, job, num_ranks=config.ranks, on_progress=show, gpus=gpus)
+    limit = limits_of(ranks)
+    return Outcome(
+        config=config,
+        figures=figures([rank.samples for rank in ranks], limit),
+        sweep=figures([rank.sweep for rank in ranks], limit),
+        limits=limit,
+        machine=this_machine(with_gpu=config.device == "cuda"),
+        gpu=ranks[0].gpu,
+        sharing=None if gpus is None else gpus.sharing,
+    )
 
 
 def make_config(args: argparse.Namespace) -> Config:

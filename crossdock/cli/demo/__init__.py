@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from crossdock._env import num_cores
+from crossdock.cli.bench.config import Config
+from crossdock.cli.bench.config import make_job as make_bench_job
 from crossdock.cli.demo import estimate
 from crossdock.cli.demo.generate import prompts_of
 from crossdock.cli.demo.model import Shape
@@ -35,6 +37,7 @@ _GROUPS_PER_TOKEN = 2
 _REPLAYED = 10
 """Steps that one process repeats."""
 _SEEDS = 2**31
+_BENCH_REPEATS = 10
 _SEQUENCES = 8
 """Sequences that each rank writes."""
 _OPENINGS = (b"def main(argv):\n    ", b"class Reader:\n    def ", b"    raise ValueError(")
@@ -115,6 +118,35 @@ def run(args: argparse.Namespace) -> None:
     )
     report.write_text(page.render(outcome), encoding="utf-8")
     screen.print_outcome(outcome, [("report", report), ("trace", trace)])
+    if device.type == "cuda":
+        print_bench(bench_config(shape, recipe, num_ranks=args.ranks, device=device.type))
+
+
+def bench_config(shape: Shape, recipe: Recipe, *, num_ranks: int, device: str) -> Config:
+    """What ``crossdock bench`` is asked for calls as large as those of training."""
+    return Config(
+        ranks=num_ranks,
+        tokens=-(-recipe.num_sequences // num_ranks) * shape.context,
+        hidden=shape.hidden,
+        experts=shape.num_experts,
+        topk=shape.num_topk,
+        wire="fp32",
+        layout="expanded",
+        reduce="rank",
+        load="uniform",
+        seed=recipe.seed,
+        repeats=_BENCH_REPEATS,
+        baseline="fresh",
+        device=device,
+    )
+
+
+def print_bench(config: Config) -> None:
+    """What ``crossdock bench`` prints: on a GPU the demo's own times are mostly those of its small kernels."""
+    from crossdock.cli.bench import bench, report  # noqa: PLC0415 - it imports rich, which is an extra
+
+    print("\nThe same calls alone, as crossdock bench times them:")
+    report.print_outcome(bench(config, make_bench_job(config)))
 
 
 def make_shape(num_ranks: int) -> Shape:
