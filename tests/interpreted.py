@@ -126,6 +126,9 @@ def without_a_gpu() -> None:
     """torch.cuda as the backend uses it, for a machine that has none; in a process that is made for that."""
     if isinstance(torch.cuda.Stream, type) and issubclass(torch.cuda.Stream, _Nothing):
         return
+    from crossdock.backends.cuda import stream
+
+    stream._current_stream = lambda _: 0  # a torch for CUDA asks the driver, which is not there
     nothing = _Nothing()
     torch.cuda.Stream = torch.cuda.Event = _Nothing
     torch.cuda.stream = lambda _: contextlib.nullcontext()
