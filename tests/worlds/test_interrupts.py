@@ -73,6 +73,7 @@ def interrupted_by_a_signal(group):
     buffer = Buffer(group, SPEC, timeout_s=20)
     step(buffer)
     if buffer.rank == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
         signal.setitimer(signal.ITIMER_REAL, 0.3)
     else:
