@@ -125,9 +125,10 @@ class Buffer:
         self._transport, self._consent, self._queue = connection.transport, connection.consent, connection.queue
         with torch.inference_mode(mode=False), self._queue.turn:  # what is made here outlives the mode it is made in
             self._backend = connection.lay(self, self.arena, options, buffer_id=self._id)
-            self._slots = ReceiveSlots(self.arena, self._transport.segment)
+            self._segment = self._transport.segment
+            self._slots = ReceiveSlots(self.arena, self._segment)
         if self._owns_connection:
-            connection.meet()  # no rank is kept waiting by a peer that compiles
+            connection.gather(None)  # no rank is kept waiting by a peer that compiles
         self._share.add(self._slots)
         self.launch = self._backend.launch
         """How kernels are launched, printable; None on CPUs."""
@@ -217,7 +218,8 @@ class Buffer:
                 raise error
 
     def forget_overflows(self) -> None:
-        """Nobody raises them any more."""
+        """Nobody raises them any more, of all that was issued."""
+        self._backend.synchronize()
         self._backend.overflows.clear()
 
     def without(self, masked: tuple[int, ...]) -> None:
@@ -315,10 +317,9 @@ class Buffer:
                 Padded); ``"capacity"``: it has as many as the slot has room for, and an overflow gives zero counts and
                 raises later: in ``check()``, or in the next call (on CUDA after 32 fresh dispatches, for the host does
                 not wait). The same on all ranks.
-            unquantized: x is in the combine format and travels as it is, whatever the wire, as gradients do. The
-            rows lie
-                where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own format;
-                calls in flight are finished first. The same on all ranks.
+            unquantized: x is in the combine format and travels as it is, whatever the wire, as gradients do. The rows
+                lie where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own
+                format; calls in flight are finished first. The same on all ranks.
             copy: give rows of their own, which no later dispatch overwrites. As many are copied as came, also where
                 only the device knows how many; what ``recv.x`` has behind them is nobody's.
             num_sms: for this call, in place of the buffer's.
@@ -636,7 +637,7 @@ class Buffer:
             if partial_rows is not None and self._looks_at_picks:
                 inputs.check_row_numbers(partial_rows, num_rows=y.shape[0])
             if out is not None:
-                inputs.check_out(self.spec, plan, given, self._transport.segment)
+                inputs.check_out(self.spec, plan, given, self._segment)
             returned = inputs.flat_extras(extras, y.shape[:-1]) if extras else ()
             output_slot = self._slots.output_slot(y, plan.stamp)
             if after is not None or counters is not None:

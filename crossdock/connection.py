@@ -71,7 +71,7 @@ class Laid(Protocol):
         """Raises a CapacityError that was not raised yet."""
 
     def forget_overflows(self) -> None:
-        """Nobody raises them any more."""
+        """Nobody raises them any more, of all that was issued."""
 
     def without(self, masked: tuple[int, ...]) -> None:
         """Goes on without these ranks."""
@@ -399,7 +399,6 @@ class Connection:
         """
         with self.queue.turn:
             self.check_open()
-            self._synchronize()
             for laid in self._all_laid():
                 laid.forget_overflows()
             self.queue.reset()
@@ -437,7 +436,6 @@ class Connection:
             self.check_open()
             self._check_no_capture()
             self.queue.give_up("it restarts its buffer; call restart() on all ranks")
-            self._synchronize()
             for laid in self._all_laid():
                 laid.forget_overflows()
             meeting: Pending[int] = self.queue.start("restart", self.consent.next_sequence, self._meet_again())
@@ -539,10 +537,6 @@ class Connection:
         is_ours = self.queue.turn.is_of_this_process and not self.is_closed
         if error is not None and self.queue.last_error is None and is_ours:
             self.abort(f"{type(error).__name__}: {error}")
-
-    def meet(self) -> None:
-        """Returns once all ranks have come. Collective; for set-up, as the group waits for all."""
-        self._members.all_gather(None)
 
     def gather(self, value: Value) -> list[Value]:
         """Everybody's, by rank. Collective; the group waits for all."""

@@ -445,3 +445,23 @@ def leave_in_a_child(group, num_bytes):
 @pytest.mark.worlds("processes-2")
 def test_a_child_has_no_part_in_a_connection(world):
     assert world.run(leave_in_a_child, need(2, A)) == [(None, True), (3, True)]
+
+
+def write_sums_into_a_slot(group, num_bytes):
+    """A tensor for sums that lies where peers write, before and after the memory has grown: how it is refused."""
+    x, topk_idx = torch.ones(2, 16), torch.tensor([[0, 1], [2, 3]])
+    spec = Spec(num_experts=4, num_topk=2, hidden=16, max_tokens=4, wire=Fp32())
+    with Connection(group, num_bytes, max_experts=64) as connection, Buffer(connection, spec) as buffer:
+        texts = []
+        for size in (1, 2 * num_bytes):
+            connection.reserve(size)
+            recv = buffer.dispatch(x, topk_idx)
+            y, slot = recv.x.clone(), recv.output_rows()[:2]
+            texts.append(refusal(lambda y=y, slot=slot, plan=recv.plan: buffer.combine(y, plan, out=slot)))
+        return texts
+
+
+def test_sums_are_not_written_where_peers_write_also_once_the_memory_has_grown():
+    (before, after), *_ = run_local(lambda group: write_sums_into_a_slot(group, 1 << 20), 1)
+    assert before == after
+    assert before != "done"
