@@ -12,6 +12,7 @@ from rich.table import Table
 
 from crossdock.cli.bench.figures import Figure
 from crossdock.cli.bench.outcome import Outcome
+from crossdock.cli.terminal import console_of
 
 _WIDTH = 110
 """Columns of the output if it is no terminal."""
@@ -33,9 +34,7 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
 
 def print_outcome(outcome: Outcome) -> None:
     """Prints configuration, figures and notes to stdout."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = console_of(_WIDTH)
     console.print(str(outcome.config), highlight=False, markup=False, style="bold")
     console.print(_table(outcome.figures, outcome.baseline))
     if outcome.sweep:

@@ -16,6 +16,7 @@ from rich.text import Text
 from crossdock.cli.demo.estimate import Estimate
 from crossdock.cli.demo.outcome import Outcome
 from crossdock.cli.demo.replay import TOLERANCE, Compared
+from crossdock.cli.terminal import console_of
 
 _WIDTH = 100
 """Columns where the output is no terminal."""
@@ -101,9 +102,7 @@ def _seconds(seconds: float) -> str:
 
 def print_outcome(outcome: Outcome, paths: Sequence[tuple[str, Path]]) -> None:
     """What there is to show, on stdout, and where the files are."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = console_of(_WIDTH)
 
     def line(text: str = "", style: str = "") -> None:
         console.print(text, highlight=False, markup=False, style=style, soft_wrap=True)

@@ -54,12 +54,11 @@ def plain_lines(report: Report) -> list[str]:
 
 
 def _print_tables(report: Report) -> None:
-    from rich.console import Console  # noqa: PLC0415 - an extra, which this command does without
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415 - an extra, which this command does without
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    from crossdock.cli.terminal import console_of  # noqa: PLC0415
+
+    console = console_of(_WIDTH)
     for section in filter(lambda section: section.facts, report.sections):
         rows = [
             (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +12,7 @@ from crossdock.cli import page
 from crossdock.cli.load.charts import expert_chart, link_chart, placement_chart, rank_chart
 from crossdock.cli.load.figures import Figures, Imbalance
 from crossdock.cli.page import Card, Chart, as_json
+from crossdock.cli.terminal import without_trailing_blanks
 from crossdock.spec import Topology
 from crossdock.version import __version__
 
@@ -34,10 +34,7 @@ def render(figures: Figures, source: str) -> str:
 
 def print_figures(figures: Figures, path: Path | None) -> None:
     """What matters, on stdout, and where the page is."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    with console.capture() as said:
+    with without_trailing_blanks(_WIDTH) as console:
         console.print(Text(title(figures), style="bold"))
         console.print(_loads(figures))
         for line in lines(figures):
@@ -46,7 +43,6 @@ def print_figures(figures: Figures, path: Path | None) -> None:
         console.print(Text(fitted(figures), style="dim"))
         if path is not None:
             console.print(Text(f"page    {path}"), soft_wrap=True)
-    print("\n".join(line.rstrip() for line in said.get().splitlines()))
 
 
 def _loads(figures: Figures) -> Table:

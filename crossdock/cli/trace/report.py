@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from crossdock.cli import page
 from crossdock.cli.page import Card, Chart, as_json
+from crossdock.cli.terminal import without_trailing_blanks
 from crossdock.cli.trace.charts import expert_chart, link_chart, time_chart, wait_chart
 from crossdock.cli.trace.figures import REASONS, REST, ROWS, WORDS_OF_COMBINE, WORDS_OF_DISPATCH, Figures
 from crossdock.version import __version__
@@ -26,10 +26,7 @@ _MOST_FAILURES = 4
 
 def print_figures(figures: Figures, files: Sequence[tuple[str, Path]]) -> None:
     """What matters, on stdout, and where the files are."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    with console.capture() as said:
+    with without_trailing_blanks(_WIDTH) as console:
         console.print(Text(title(figures), style="bold"))
         console.print(_table([HEADINGS, *rows(figures)]))
         if len(figures.ranks) <= _MOST_RANKS and figures.waits.any():
@@ -39,7 +36,6 @@ def print_figures(figures: Figures, files: Sequence[tuple[str, Path]]) -> None:
         console.print()
         for name, path in files:
             console.print(Text(f"{name:8}{path}"), soft_wrap=True)
-    print("\n".join(line.rstrip() for line in said.get().splitlines()))
 
 
 def render(figures: Figures, source: str) -> str:
