@@ -95,10 +95,7 @@ class Segments:
     def allocate(self, rank: int, num_bytes: int) -> str | None:
         """Gives a rank's file so many bytes, and memory for all of them; or says why not."""
         try:
-            if self._is_lazy or not hasattr(os, "posix_fallocate"):
-                os.ftruncate(self._fds[rank], num_bytes)
-            else:
-                os.posix_fallocate(self._fds[rank], 0, num_bytes)
+            (os.ftruncate if self._is_lazy else allocate)(self._fds[rank], num_bytes)
         except OSError as error:
             return no_room(_env.shm_dir(), num_bytes) if error.errno in NO_ROOM else str(error)
         return None
@@ -126,6 +123,14 @@ def no_room(folder: Path, num_bytes: int) -> str:
         f"remount,size=8g {folder}), set CROSSDOCK_SHM_DIR to a larger memory file system, or pass a smaller "
         f"max_tokens or capacity="
     )
+
+
+def allocate(fd: int, num_bytes: int) -> None:
+    """Makes a file so large, with memory for all of it where the system can give that ahead; raises OSError."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, num_bytes)
+    else:
+        os.ftruncate(fd, num_bytes)
 
 
 def close_all(fds: list[int]) -> None:

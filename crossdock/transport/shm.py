@@ -12,6 +12,7 @@ from crossdock.transport.base import Group, raise_on_all
 from crossdock.transport.host import HostTransport
 from crossdock.transport.presence import is_unlocked, lock
 from crossdock.transport.segments import NO_ROOM, Segments, close_all, no_room
+from crossdock.transport.segments import allocate as take
 
 
 def connect(group: Group, control: Control, num_bytes: int, *, name: str, row_bytes: int = 1) -> HostTransport:
@@ -78,10 +79,7 @@ def allocate(path: Path, num_bytes: int, fds: list[int]) -> str | None:
     try:
         fd = lock(path)
         fds.append(fd)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, num_bytes)
-        else:
-            os.ftruncate(fd, num_bytes)
+        take(fd, num_bytes)
     except OSError as error:
         if error.errno not in NO_ROOM:
             return f"cannot create its segment {path} ({error.strerror}); set CROSSDOCK_SHM_DIR to a memory file system"
