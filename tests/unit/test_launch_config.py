@@ -205,7 +205,11 @@ def test_sums_of_more_rows_get_wider_programs(row_bytes):
     check_pieces(few, row_bytes, most_bytes=2048, at_once=2048)
     check_pieces(many, row_bytes, most_bytes=4096, at_once=4096)
     capped = decided(num_sms=5)
-    assert capped.sums(row_bytes, 5) == capped.rows(row_bytes, is_counted=True)
+    for num_rows in (1, 2, 5, 64):
+        shape, rows = capped.sums(row_bytes, num_rows), capped.rows(row_bytes, is_counted=True)
+        assert replace(shape, num_rows=rows.num_rows) == rows
+        assert 1 <= shape.num_rows <= rows.num_rows
+        assert shape.num_rows == 1 or shape.num_rows * num_rows * shape.piece_bytes <= 131072
 
 
 def test_it_is_a_value():

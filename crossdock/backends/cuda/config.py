@@ -11,6 +11,8 @@ from crossdock.backends.base import LaunchOptions
 from crossdock.spec import Spec, Topology
 
 _MOST_ROWS = 32
+_LOADED_BYTES = 131072
+"""Of rows to be summed that a program of 32 warps has on their way at a time; there are no registers for more."""
 _SRC_CELLS = 16384
 """Rows times blocks of rows that a program compares."""
 _COUNTS = 4096
@@ -88,9 +90,9 @@ class LaunchConfig:
         CUDA calls a programmatic dependent launch.
 
     With all visible SMs there is a program of one or two warps for each piece of some KiB; with fewer, one
-    program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under
-    MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by SMs of a rank (and
-    by KiB and warps of a piece, where it sees no more; with fewer than 16 of 8 ranks in an earlier run)::
+    program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums up to 128 KiB of
+    them. On an H200 under MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by SMs of a
+    rank (and by KiB and warps of a piece, where it sees no more; with fewer than 16 of 8 ranks in an earlier run)::
 
         8 ranks  dispatch  16: 814 (2, 1: 816; 4, 4: 816; 2, 2: 816)             8: 903   4: 1704
                  combine   16: 774 (2, 1: 857; 2, 2: 823; 4, 4: 816; 1, 1: 783)  8: 1227  4: 2351
@@ -134,7 +136,8 @@ class LaunchConfig:
     def sums(self, row_bytes: int, num_rows: int) -> Shape:
         """For kernels that load up to ``num_rows`` rows and store their sum."""
         if self.is_capped:
-            return self.rows(row_bytes, is_counted=True)
+            shape = self.rows(row_bytes, is_counted=True)
+            return replace(shape, num_rows=max(1, min(shape.num_rows, _LOADED_BYTES // (num_rows * shape.piece_bytes))))
         if num_rows <= 4:
             return _shape(row_bytes, piece_bytes=2048, num_warps=1)
         return _shape(row_bytes, piece_bytes=4096, num_warps=2)
