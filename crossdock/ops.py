@@ -75,11 +75,9 @@ def dispatch(
         plan = recv.plan
         num_topk = owner.spec.num_topk
         saved = PlanTensors(
-            topk_idx=plan.topk_idx,
-            counts=_apart(plan.counts, plan.topk_idx),
-            partial_rows=_no_ids(x, num_topk)
-            if plan.partial_rows is None
-            else _apart(plan.partial_rows, plan.topk_idx),
+            topk_idx=_apart(plan.topk_idx, plan.counts),
+            counts=plan.counts,
+            partial_rows=_no_ids(x, num_topk) if plan.partial_rows is None else _apart(plan.partial_rows, plan.counts),
             src_idx=recv.src_idx,
             local_idx=_no_ids(x, num_topk) if recv.topk_idx is None else recv.topk_idx,
         )
@@ -361,7 +359,7 @@ def _plan(owner: Buffer, tensors: Sequence[Tensor]) -> Plan:
 
 
 def _apart(tensor: Tensor, other: Tensor) -> Tensor:
-    """The tensor, or a copy: a plan's tables may lie in one allocation, and what an op gives may not."""
+    """The tensor, or a copy: a plan's tables may lie in one allocation, ``other`` first, an op's results may not."""
     is_shared = tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
     return tensor.clone() if is_shared else tensor
 
