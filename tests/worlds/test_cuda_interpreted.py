@@ -60,6 +60,13 @@ def test_brings_every_row_to_its_place(world, layout, wire, expand):
     dispatch.check_each(world, loads(spec_of(layout, wire=wire), 2)[1:6])
 
 
+@two_ranks
+@layouts
+def test_every_kind_of_call_on_no_rows_leaves_nothing_behind(world, layout):
+    """As on a GPU, where that compiles and loads all kernels before the first call."""
+    dispatch.check_each(world.opening(warms_up=True), loads(spec_of(layout, wire=Fp8(block=8)), 2)[1:3])
+
+
 COLUMNS = [
     Fp8(block=8, column_major=True),
     Fp8(block=4, scale="ue8m0", column_major=True),
