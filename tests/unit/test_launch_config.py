@@ -35,6 +35,12 @@ def decided(spec=None, topology=NVLINK, visible_sms=132, ranks_here=1, **launch_
 def test_by_default_twice_the_multiprocessors_that_fill_the_link(bandwidth):
     config = decided(topology=Topology(num_ranks=8, link_bandwidth=bandwidth))
     assert config.num_sms == 2 * cost.sms_to_fill(bandwidth)
+    assert config.num_load_sms == 3 * cost.sms_to_fill(bandwidth)
+    assert config.rows(14336, is_counted=True).programs == config.num_sms
+    assert config.sums(14336, 2).programs == config.num_load_sms
+    for num_sms in (5, 132):
+        asked = config.using(num_sms)
+        assert (asked.num_sms, asked.num_load_sms) == (num_sms, num_sms)
     assert config.is_capped
     assert config.visible_sms == 132
 
@@ -222,12 +228,13 @@ def test_it_is_a_value():
 
 def test_it_prints_on_one_line_what_was_decided_and_from_what():
     config = LaunchConfig(
-        num_sms=8, visible_sms=66, expand="receiver", mover="kernel",
+        num_sms=8, num_load_sms=8, visible_sms=66, expand="receiver", mover="kernel",
         topology=Topology(num_ranks=2, link_bandwidth=1.5e12, memory_bandwidth=2e12),
     )  # fmt: skip
     assert str(config) == (
         "LaunchConfig(num_sms=8 of 66, expand='receiver', mover='kernel', link 1500 GB/s, memory 2000 GB/s)"
     )
+    assert str(replace(config, num_load_sms=12)).startswith("LaunchConfig(num_sms=8 to store and 12 to load of 66, ")
 
 
 @pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=128, capacity=65536), Padded()], ids=repr)
