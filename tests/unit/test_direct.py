@@ -14,7 +14,14 @@ from crossdock import autograd as ag
 from crossdock.wire import Fp32
 
 SPEC = Spec(
-    num_experts=2, num_topk=2, hidden=4, max_tokens=3, layout=Compact(), wire=Fp32(), combine_wire=Fp32(), reduce="token"
+    num_experts=2,
+    num_topk=2,
+    hidden=4,
+    max_tokens=3,
+    layout=Compact(),
+    wire=Fp32(),
+    combine_wire=Fp32(),
+    reduce="token",
 )
 OURS = ["dispatch", "combine", "send", "weigh_gradients", "return_weights", "bring"]
 """What a step calls."""

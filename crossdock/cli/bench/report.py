@@ -14,7 +14,7 @@ from crossdock.cli.bench.figures import Figure
 from crossdock.cli.bench.outcome import Outcome
 from crossdock.cli.terminal import console_of
 
-_WIDTH = 110
+_WIDTH = 124
 """Columns of the output if it is no terminal."""
 
 
