@@ -39,10 +39,12 @@ def install(*, v2: bool = False, replace: bool = False) -> ModuleType:
     >>> sys.modules["deep_ep"] is module, "ElasticBuffer" in dir(module)
     (True, True)
     """
-    names = {"deep_ep": _HOME, "deep_ep_cpp": f"{_HOME}.cpp"} | ({"deep_ep_v2": _HOME} if v2 else {})
+    names = {"deep_ep": _HOME, "deep_ep_cpp": f"{_HOME}.cpp", "deep_ep._C": f"{_HOME}.cpp"}
+    if v2:
+        names["deep_ep_v2"] = _HOME
     if not replace:
         for name in names:
-            _check_free(name)
+            _check_free(name.partition(".")[0])
     for name, home in names.items():
         for part in _MODULES if home == _HOME else ("",):
             sys.modules[name + part] = importlib.import_module(home + part)

@@ -19,7 +19,7 @@ from crossdock.arena import Arena
 from crossdock.buffer import Buffer
 from crossdock.compat.deep_ep.events import EventHandle, EventOverlap, Previous, moment_of
 from crossdock.connection import Connection
-from crossdock.errors import CapacityError, ConfigError, NotSupported
+from crossdock.errors import ConfigError, NotSupported
 from crossdock.layout import Compact
 from crossdock.spec import Spec
 from crossdock.wire import Fp32
@@ -149,19 +149,6 @@ class Engine:
             num_experts=self.num_ranks, num_topk=self.num_ranks, hidden=1, max_tokens=1, wire=Fp32(), layout=Compact()
         )
 
-    def growing(self, call: Callable[[int], Result], capacity: int, worst: int) -> tuple[Result, int]:
-        """A call with room for that many rows, or for twice as many, until it has enough; and for how many it had.
-
-        Every rank raises the same CapacityError, so all of them grow together.
-        """
-        while True:
-            try:
-                return call(capacity), capacity
-            except CapacityError:
-                if capacity >= worst:
-                    raise
-                capacity = min(2 * capacity, worst)
-
     def _lay(self, spec: Spec, device: torch.device) -> Buffer:
         self.check_open()
         self.settle()
@@ -200,21 +187,21 @@ class Engine:
         return connection
 
     @contextmanager
-    def beside(self, previous: Previous) -> Iterator[EventOverlap]:
-        """A block whose work runs on the communication stream, behind an event or the current stream.
+    def beside(self, *previous: Previous) -> Iterator[EventOverlap]:
+        """A block whose work runs on the communication stream, behind events, or the current stream without any.
 
         Gives what says when it ends: to be waited for by whoever wants to, or by nobody.
         """
         overlap, stream = EventOverlap(), self.comm_stream
-        moment = moment_of(previous)
+        moments = [moment.event for moment in map(moment_of, previous) if moment is not None]
         if stream is None:
             yield overlap
             overlap.event = EventHandle()
             return
-        if moment is None or moment.event is None:
+        for event in filter(None, moments):
+            stream.wait_event(event)
+        if not any(moments):
             stream.wait_stream(torch.cuda.current_stream(self.device))
-        else:
-            stream.wait_event(moment.event)
         with torch.cuda.stream(stream):
             yield overlap
             overlap.event = EventHandle()
@@ -235,10 +222,30 @@ class Engine:
                     tensor.record_stream(current)
 
     @staticmethod
-    def wait_for(previous: Previous) -> None:
-        """The current stream comes after an event."""
-        if (moment := moment_of(previous)) is not None:
-            moment.current_stream_wait()
+    def wait_for(*previous: Previous) -> None:
+        """The current stream comes after events."""
+        for each in previous:
+            if (moment := moment_of(each)) is not None:
+                moment.current_stream_wait()
+
+    def barrier(self, *, beside: bool, waits: bool) -> None:
+        """All ranks have come here: their streams on CUDA, where the host waits if it is asked to. Collective."""
+        self.check_open()
+        self.settle()
+        stream = self.comm_stream
+        if stream is None:
+            self.connection.gather(None)
+            return
+        current = torch.cuda.current_stream(self.device)
+        if beside:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                self.connection.exchange_words(1)
+            current.wait_stream(stream)
+        else:
+            self.connection.exchange_words(1)
+        if waits:
+            self.connection.check()
 
     def check_open(self) -> None:
         """Raises ConfigError once it has been destroyed."""
