@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from crossdock.compat.deep_ep.comm import get_logical_domain_size, get_physical_domain_size
+from crossdock.compat.deep_ep.utils.gathers import gather_as_nccl_does
 
 __all__ = [
     "dist_print",
@@ -40,6 +41,8 @@ def init_dist(
     shares = num_devices < num_local_ranks
     address = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "8361")
     num_nodes, node = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if shares or not num_devices:
+        gather_as_nccl_does()
     if num_devices:
         torch.cuda.set_device(local_rank % num_devices)
     dist.init_process_group(

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossdock.wire import Fp8, Quantized
-
 _BLOCK = 128
 _PER_WORD = 4
 _E4M3_MAX = 448.0
@@ -127,11 +125,11 @@ def per_token_cast_back(data: Tensor, scales: Tensor, gran_k: int = _BLOCK, **_:
         return data.to(torch.bfloat16)
     *lead, hidden = data.shape
     num_blocks = ceil_div(hidden, gran_k)
-    if scales.dtype == torch.int32:
-        wire = Fp8(block=gran_k, scale="ue8m0", packed=True)
-        if hidden % gran_k == 0:
-            return wire.dequantize(Quantized(data, scales))
-        scales = ((scales.contiguous().view(torch.uint8).to(torch.int32) << 23).view(torch.float32))[..., :num_blocks]
+    if scales.dtype == torch.int32:  # whatever shape their words have been given, the bytes of a row are together
+        exponents = (
+            scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).reshape(*lead, -1)[..., :num_blocks]
+        )
+        scales = (exponents.to(torch.int32) << 23).view(torch.float32)
     padded = torch.nn.functional.pad(data.float(), (0, -hidden % gran_k)).view(*lead, num_blocks, gran_k)
     wide = (padded * scales.reshape(*lead, num_blocks, 1)).view(*lead, num_blocks * gran_k)
     return wide[..., :hidden].to(torch.bfloat16)
