@@ -1,8 +1,8 @@
 """What holds for all calls, point by point, as programs rely on it; some points have files of their own.
 
-1 empty ranks, rows of no picks, other numbers of tokens. 2 handles in any order, gradients wanted, inference mode. 3
-events. 4 streams (tests/gpu). 5 graphs (tests/gpu). 6 two results outstanding, switching. 7 groups and hints. 8 kinds of
-groups. 9 imports and classes. 10 default dtype. 11 refusals.
+1 empty ranks, rows of no picks. 2 handles in any order, gradients wanted, inference mode. 3 events. 4 streams and 5
+graphs (tests/gpu). 6 two results outstanding, switching. 7 groups and hints. 8 kinds of groups. 9 imports and classes.
+10 default dtype. 11 refusals.
 """
 
 import gc

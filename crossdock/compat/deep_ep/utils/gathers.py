@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def gather_as_nccl_does() -> None:
-    """From now on ``dist.all_gather`` and ``all_gather_into_tensor`` of this process do; for programs of tests alone."""
+    """From now on ``all_gather`` and ``all_gather_into_tensor`` of this process do; for programs of tests alone."""
     if getattr(dist.all_gather, "is_crossdocks", False):
         return
     dist.all_gather, dist.all_gather_into_tensor = _wrapped(dist.all_gather)
