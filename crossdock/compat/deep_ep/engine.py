@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from crossdock.layout import Compact
 from crossdock.spec import Spec
 from crossdock.wire import Fp32
 
-Result = TypeVar("Result")
 _MAX_EXPERTS = 1024
 """Experts that a connection is made for at first."""
 
@@ -44,24 +43,30 @@ class CommunicatorGroup:
 
 
 class Started:
-    """A call that was only started: finished by its client, or before a call that it would be in the way of."""
+    """A call that was only started: finished by its client, or before a call that it would be in the way of.
 
-    def __init__(self, buffer: Buffer, finish: Callable[[], Any]) -> None:
+    Called, it finishes and gives nothing, as a hook does; ``result`` gives what the call gives.
+    """
+
+    def __init__(self, buffer: Buffer, finish: Callable[[], Any], unfinished: list[Started]) -> None:
         self.buffer = buffer
         self._finish: Callable[[], Any] | None = finish
         self._result: Any = None
+        self._unfinished = unfinished
+        unfinished.append(self)
 
-    def __call__(self) -> Any:
-        """What it gives; done the first time."""
+    def __call__(self) -> None:
+        """Finishes it, the first time."""
         finish, self._finish = self._finish, None
         if finish is not None:
+            if self in self._unfinished:
+                self._unfinished.remove(self)
             self._result = finish()
-        return self._result
 
-    @property
-    def is_done(self) -> bool:
-        """Whether it has been finished."""
-        return self._finish is None
+    def result(self) -> Any:
+        """What it gives; finishes it if nobody has."""
+        self()
+        return self._result
 
 
 class Engine:
@@ -84,7 +89,8 @@ class Engine:
         self._outgrown: list[Connection] = []
         """Connections that became too small: plans of their Buffers are still good."""
         self._buffers: dict[Hashable, Buffer] = {}
-        self._started: list[Started] = []
+        self.unfinished: list[Started] = []
+        """Calls that were started, the oldest first."""
         self.num_tokens = 0
         """Tokens of a rank that V1's normal calls have room for by now."""
         self.is_closed = False
@@ -109,27 +115,24 @@ class Engine:
         found = self._buffers.get((key, device))
         if found is None:
             found = self._buffers[key, device] = self._lay(make_spec(), device)
-        if self._started:
+        if self.unfinished:
             self.use(found)
         return found
 
-    def started(self, buffer: Buffer, finish: Callable[[], Result]) -> Callable[[], Result]:
+    def started(self, buffer: Buffer, finish: Callable[[], Any]) -> Started:
         """Keeps account of a call that was started, and finishes it in any case when the next one needs its room."""
-        call = Started(buffer, finish)
-        self._started.append(call)
-        return call
+        return Started(buffer, finish, self.unfinished)
 
     def use(self, buffer: Buffer) -> None:
         """Finishes what would be in the way of a call of this Buffer."""
-        self._started = [call for call in self._started if not call.is_done]
-        while self._started and (self._started[0].buffer is not buffer or len(self._started) >= buffer.spec.num_slots):
-            self._started.pop(0)()
+        started = self.unfinished
+        while started and (started[0].buffer is not buffer or len(started) >= buffer.spec.num_slots):
+            started[0]()
 
     def settle(self) -> None:
         """Finishes what was started."""
-        for call in self._started:
-            call()
-        self._started.clear()
+        while self.unfinished:
+            self.unfinished[0]()
 
     def most_tokens(self, num_tokens: int, device: torch.device) -> int:
         """Room for the tokens of every rank, a power of two, the same on all: where no size has been agreed on.

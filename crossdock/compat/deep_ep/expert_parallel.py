@@ -163,7 +163,7 @@ class ExpertParallel:
                 self._grow(shape)
                 return with_room()
 
-        return self._engine.started(buffer, finish)
+        return self._engine.started(buffer, finish).result
 
     def _again(self, wanted: Dispatch, handle: EPHandle, *, starts: bool = False) -> Callable[[], Dispatched]:
         routed = handle.routed()
@@ -187,7 +187,7 @@ class ExpertParallel:
         def given() -> Dispatched:
             return (*self._rows(came.wait() if starts else came, scales), handle)
 
-        return self._engine.started(buffer, given) if starts else given
+        return self._engine.started(buffer, given).result if starts else given
 
     def _rows(self, recv: Received, scales: Tensor | None) -> tuple[Rows, Tensor | None, Tensor | None]:
         rows = as_given(recv.x, None if scales is None else scales.shape[1])
@@ -217,19 +217,19 @@ class ExpertParallel:
         rows = self._rewritten(wanted.handle, routed)
         extras = self._weights(wanted, routed)
         if wanted.bias is not None or (rows is not None and extras is not None):
-            return self._engine.started(buffer, lambda: self.combine(wanted))
+            return self._engine.started(buffer, lambda: self.combine(wanted)).result
         self._engine.use(buffer)
         num_sms = self._sms(wanted.num_sms)
         if extras is None:
             summed = buffer.combine_start(y, plan, partial_rows=rows, num_sms=num_sms)
-            return self._engine.started(buffer, lambda: (summed.wait(), None))
+            return self._engine.started(buffer, lambda: (summed.wait(), None)).result
         both = buffer.combine_start(y, plan, extras=extras, num_sms=num_sms)
 
         def finish() -> Combined:
             out, (weights,) = both.wait()
             return out, weights
 
-        return self._engine.started(buffer, finish)
+        return self._engine.started(buffer, finish).result
 
     def _outputs(self, wanted: Combine) -> Routed:
         if not isinstance(wanted.handle, EPHandle):

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from crossdock.backends.base import Counters
 from crossdock.buffer import Buffer as NativeBuffer
 from crossdock.compat.deep_ep import refused
-from crossdock.compat.deep_ep.engine import Engine, plain
+from crossdock.compat.deep_ep.engine import Engine, Started, plain
 from crossdock.compat.deep_ep.events import EventOverlap
 from crossdock.compat.deep_ep.masks import Masks
 from crossdock.compat.deep_ep.scratch import Scratch
@@ -25,6 +25,8 @@ from crossdock.received import Received
 from crossdock.spec import Spec
 from crossdock.wire import Bf16, Fp8, Quantized
 
+_FEW_ROUNDS = 64
+"""Rounds that are kept before those whose tensors are gone are looked for."""
 Hook = Callable[[], None]
 Handle = tuple[Tensor, Tensor, int, int, int]
 """src_info int32 [L, R * M], layout_range int64 [L, R] of begin << 32 | count, M, hidden, E."""
@@ -38,11 +40,6 @@ class Packed(NamedTuple):
     num_rows: Tensor  # int32 [L]
     src_info: Tensor  # int32 [L, R * M]
     layout_range: Tensor  # int64 [L, R]
-
-    @property
-    def rows(self) -> Any:
-        """As the client takes them."""
-        return self.x if self.scale is None else (self.x, self.scale)
 
 
 class Round:
@@ -65,11 +62,14 @@ class Rounds:
 
     def __init__(self) -> None:
         self._rounds: dict[int, tuple[StorageWeakRef, Round]] = {}
+        self._most = _FEW_ROUNDS
 
     def keep(self, tensor: Tensor, of: Round) -> None:
         """From now on ``find`` gives it."""
         storage = tensor.untyped_storage()
-        self._rounds = {key: entry for key, entry in self._rounds.items() if not _is_gone(entry[0])}
+        if len(self._rounds) >= self._most:
+            self._rounds = {key: entry for key, entry in self._rounds.items() if not _is_gone(entry[0])}
+            self._most = 2 * len(self._rounds) + _FEW_ROUNDS
         self._rounds[storage._cdata] = StorageWeakRef(storage), of  # type: ignore[no-untyped-call] # noqa: SLF001
 
     def find(self, handle: object) -> Round:
@@ -100,6 +100,7 @@ class LowLatency:
 
     def _begin_low_latency(self) -> None:
         self._rounds = Rounds()
+        self._rooms: dict[NativeBuffer, Room] = {}
         self._masks = Masks(self._engine, is_enabled=self.enable_shrink)
         self._scratch = Scratch(self._engine.device, self.num_nvl_bytes, self.num_rdma_bytes)
 
@@ -134,7 +135,8 @@ class LowLatency:
             Rows [L, R * M, H], with scales [L, R * M, H / 128] behind them if they were cast; rows that came for each
             local expert, int32 [L]; the handle; an event; the hook, or None.
         """
-        self._check_call(async_finish, return_recv_hook)
+        if not self.low_latency_mode or (async_finish and return_recv_hook):
+            raise self._refusal()
         if use_ue8m0 and not round_scale:
             raise ConfigError("use_ue8m0=True has scales that are powers of two; pass round_scale=True with it")
         num_tokens, hidden = x.shape
@@ -189,7 +191,8 @@ class LowLatency:
         Returns:
             The sums [T, H], an event, the hook or None.
         """
-        self._check_call(async_finish, return_recv_hook)
+        if not self.low_latency_mode or (async_finish and return_recv_hook):
+            raise self._refusal()
         if use_logfmt:
             raise refused.error("use_logfmt")
         of = self._rounds.find(handle)
@@ -201,7 +204,7 @@ class LowLatency:
             if out is None:
                 out = torch.empty(topk_idx.shape[0], handle[3], dtype=torch.bfloat16, device=y.device)
             pending = buffer.combine_start(y, recv.plan, weights=weights, out=out, counters=counters)
-            return out, EventOverlap(), _nothing_of(self._engine.started(buffer, pending.wait))
+            return out, EventOverlap(), self._engine.started(buffer, pending.wait)
         if not async_finish:
             out = buffer.combine(y, recv.plan, weights=weights, out=out, counters=counters)
             return out, EventOverlap(), None
@@ -242,15 +245,15 @@ class LowLatency:
         """Nothing, as long as nobody is masked; a mask is for good."""
         self._masks.clean()
 
-    def _check_call(self, async_finish: bool, return_recv_hook: bool) -> None:
-        if not self.low_latency_mode:
-            raise ConfigError("a low-latency call of a buffer without low_latency_mode=True; pass that when it is made")
-        if async_finish and return_recv_hook:
-            raise ConfigError("async_finish and return_recv_hook are both True; pass one of them")
+    def _refusal(self) -> ConfigError:
+        if self.low_latency_mode:
+            return ConfigError("async_finish and return_recv_hook are both True; pass one of them")
+        return ConfigError("a low-latency call of a buffer without low_latency_mode=True; pass that when it is made")
 
     def _packed(self, buffer: NativeBuffer, recv: Received) -> tuple[Any, Tensor, Handle]:
         """Rows, counts and the handle of a dispatch that has been waited for, in memory of their own."""
-        rows, scale = recv.x if isinstance(recv.x, Quantized) else (recv.x, None)
+        x = recv.x
+        rows, scale = x if isinstance(x, Quantized) else (x, None)
         packed = Packed(rows, scale, recv.num_tokens_per_expert.clone(), _src_info(recv, buffer), _ranges(recv, buffer))
         return self._given(packed, Round(buffer, recv.without_copy()))
 
@@ -258,36 +261,33 @@ class LowLatency:
         self, buffer: NativeBuffer, x: Tensor, topk_idx: Tensor, counters: Counters | None
     ) -> tuple[Any, Tensor, Handle, EventOverlap, Hook]:
         pending = buffer.dispatch_start(x, topk_idx, counters=counters)
-        packed = _room_for(buffer, x.device)
+        room = self._rooms.get(buffer)
+        if room is None:
+            room = self._rooms[buffer] = Room.of(buffer)
+        packed, num_tokens = room.packed(x.device), buffer.spec.max_tokens
 
         def receive() -> Received:
             recv = pending.wait()
-            rows, scale = recv.x if isinstance(recv.x, Quantized) else (recv.x, None)
-            _copy(packed.x, rows)
-            if packed.scale is not None and scale is not None:
-                _copy(packed.scale, scale)
+            rows = recv.x
+            if not isinstance(rows, Quantized):
+                packed.x.copy_(rows)
+            elif packed.scale is not None:
+                packed.x.view(torch.uint8).copy_(rows.data.view(torch.uint8))  # all bits, also of FP8
+                packed.scale.copy_(rows.scale)
             packed.num_rows.copy_(recv.num_tokens_per_expert)
-            packed.src_info.copy_(_src_info(recv, buffer))
+            torch.remainder(recv.src_idx, num_tokens, out=packed.src_info)
             packed.layout_range.copy_(_ranges(recv, buffer))
             return recv
 
-        hook = self._engine.started(buffer, receive)
-        return (*self._given(packed, Round(buffer, hook)), EventOverlap(), _nothing_of(hook))
+        hook = Started(buffer, receive, self._engine.unfinished)
+        return (*self._given(packed, Round(buffer, hook.result)), EventOverlap(), hook)
 
     def _given(self, packed: Packed, of: Round) -> tuple[Any, Tensor, Handle]:
         self._rounds.keep(packed.layout_range, of)
         spec = of.buffer.spec
         handle = packed.src_info, packed.layout_range, spec.max_tokens, spec.hidden, spec.num_experts
-        return packed.rows, packed.num_rows, handle
-
-
-def _nothing_of(call: Callable[[], Any]) -> Hook:
-    """A hook, which gives nothing."""
-
-    def hook() -> None:
-        call()
-
-    return hook
+        rows = packed.x if packed.scale is None else (packed.x, packed.scale)
+        return rows, packed.num_rows, handle
 
 
 def _spec(sizes: tuple[int, int, int, int], wire: str, num_ranks: int) -> Spec:
@@ -308,29 +308,39 @@ def _spec(sizes: tuple[int, int, int, int], wire: str, num_ranks: int) -> Spec:
     )
 
 
-def _room_for(buffer: NativeBuffer, device: torch.device) -> Packed:
-    """Tensors to be filled when rows have come."""
-    spec, num_ranks = buffer.spec, buffer.topology.num_ranks
-    num_local, num_rows = spec.num_local_experts(num_ranks), num_ranks * spec.max_tokens
-    scale = None
-    if num_scales := spec.wire.num_scales(spec.hidden):
-        room = -(-num_rows // 4) * 4
-        scale = torch.empty(num_local, num_scales, room, dtype=spec.wire.scale_dtype, device=device)
-        scale = scale.transpose(1, 2)[:, :num_rows]
-    return Packed(
-        torch.empty(num_local, num_rows, spec.hidden, dtype=spec.wire.dtype, device=device),
-        scale,
-        torch.empty(num_local, dtype=torch.int32, device=device),
-        torch.empty(num_local, num_rows, dtype=torch.int32, device=device),
-        torch.empty(num_local, num_ranks, dtype=torch.int64, device=device),
-    )
+class Room(NamedTuple):
+    """What tensors to be filled are made of."""
 
+    num_local: int
+    num_ranks: int
+    num_rows: int
+    hidden: int
+    dtype: torch.dtype
+    num_scales: int
+    scale_dtype: torch.dtype
 
-def _copy(into: Tensor, rows: Tensor) -> None:
-    """All bits, also of FP8."""
-    if into.element_size() == 1:
-        into, rows = into.view(torch.uint8), rows.view(torch.uint8)
-    into.copy_(rows)
+    @classmethod
+    def of(cls, buffer: NativeBuffer) -> Room:
+        """Of a Buffer's calls."""
+        spec, num_ranks = buffer.spec, buffer.topology.num_ranks
+        num_local, num_scales = spec.num_local_experts(num_ranks), spec.wire.num_scales(spec.hidden)
+        rows = num_ranks * spec.max_tokens
+        return cls(num_local, num_ranks, rows, spec.hidden, spec.wire.dtype, num_scales, spec.wire.scale_dtype)
+
+    def packed(self, device: torch.device) -> Packed:
+        """Tensors to be filled when rows have come."""
+        lead, scale = (self.num_local, self.num_rows), None
+        if self.num_scales:
+            aligned = -(-self.num_rows // 4) * 4
+            scale = torch.empty(self.num_local, self.num_scales, aligned, dtype=self.scale_dtype, device=device)
+            scale = scale.transpose(1, 2)[:, : self.num_rows]
+        return Packed(
+            torch.empty(*lead, self.hidden, dtype=self.dtype, device=device),
+            scale,
+            torch.empty(self.num_local, dtype=torch.int32, device=device),
+            torch.empty(lead, dtype=torch.int32, device=device),
+            torch.empty(self.num_local, self.num_ranks, dtype=torch.int64, device=device),
+        )
 
 
 def _src_info(recv: Received, buffer: NativeBuffer) -> Tensor:
@@ -340,7 +350,7 @@ def _src_info(recv: Received, buffer: NativeBuffer) -> Tensor:
 
 def _ranges(recv: Received, buffer: NativeBuffer) -> Tensor:
     """Of each local expert and source rank, its first row and how many there are: int64 [L, R]."""
-    num_local = buffer.spec.num_local_experts(buffer.topology.num_ranks)
+    num_local = recv.plan.num_tokens_per_expert.shape[0]
     counts = recv.plan.counts[:, buffer.rank * num_local :][:, :num_local].t()
     return (counts.cumsum(1) - counts).bitwise_left_shift_(32).bitwise_or_(counts)
 
