@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crossdock.backends.base import Counters
 from crossdock.buffer import Buffer
+from crossdock.compat.deep_ep import tables
 from crossdock.compat.deep_ep.engine import Engine, plain
 from crossdock.compat.deep_ep.ep_handle import EPHandle, Routed
 from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, read, wire_of
@@ -259,7 +260,11 @@ class ExpertParallel:
         rows = handle.rewritten_rows() if routed.is_expanded else None
         if rows is None or not self._sums_at_rank:
             return None
-        return rows[: routed.recv.plan.num_partial_rows].to(torch.int32).contiguous()
+        num_pairs = routed.recv.plan.num_partial_rows
+        if (missing := num_pairs - rows.shape[0]) > 0:  # the host was not told that fewer tokens came
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, missing), value=-1)
+        rows = rows[:num_pairs].to(torch.int32).contiguous()
+        return rows if routed.asks_host else tables.without_tail(rows, routed.psum_of_ranks()[-1])
 
     def _sms(self, num_sms: int) -> int | None:
         """As many as were asked for on CUDA; 0 is as many as the links can feed. An odd number is rounded up."""

@@ -68,14 +68,19 @@ def expanded_metadata(src_idx: Tensor, partial_rows: Tensor, num_pairs: Tensor, 
         partial_rows: int32 [N, K], or more, of which the first ``num_pairs`` are of tokens.
         num_pairs: how many tokens came, on the device.
     """
-    is_token = torch.arange(partial_rows.shape[0], dtype=torch.int64, device=partial_rows.device) < num_pairs
-    rows = partial_rows.masked_fill(~is_token.unsqueeze(1), -1)
+    rows = without_tail(partial_rows, num_pairs)
     some_row = rows.amax(dim=1)
     if src_idx.shape[0]:
         source = src_idx[some_row.clamp(min=0, max=src_idx.shape[0] - 1).to(torch.int64)].where(some_row >= 0, -1)
     else:
         source = some_row.clone()
     return metadata(source, rows >= 0, rows, num_tokens)
+
+
+def without_tail(rows: Tensor, num_pairs: Tensor) -> Tensor:
+    """The rows of picks [N, K], -1 in all but the first ones, which are as many as a number on the device says."""
+    is_token = torch.arange(rows.shape[0], dtype=torch.int64, device=rows.device) < num_pairs
+    return rows.masked_fill(~is_token.unsqueeze(1), -1)
 
 
 def pairs_of_rows(src_idx: Tensor, picks: Tensor, ends: Tensor, first_expert: int, most_sources: int) -> Tensor:
