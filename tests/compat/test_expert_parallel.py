@@ -350,11 +350,11 @@ def test_the_most_tokens_may_change_per_call(world, kind):
 
 def crowded(group):
     """All to one rank, with less room than that at first: all ranks make more together."""
-    from crossdock.compat.deep_ep import expert_parallel  # noqa: PLC0415
+    from crossdock.compat.deep_ep import shapes  # noqa: PLC0415
 
     batch, buffer = make(group, "V2")
     r, num_ranks = buffer.rank_idx, batch.num_ranks
-    expert_parallel.MAX_DEFAULT_BYTES, kept = 1, expert_parallel.MAX_DEFAULT_BYTES
+    shapes.MAX_DEFAULT_BYTES, kept = 1, shapes.MAX_DEFAULT_BYTES
     group.all_gather(None)
     try:
         idx = torch.tensor([[0, 1, 2]]).expand(M, 3).contiguous()
@@ -367,7 +367,7 @@ def crowded(group):
         assert torch.equal(out, 3 * x)
     finally:
         group.all_gather(None)
-        expert_parallel.MAX_DEFAULT_BYTES = kept
+        shapes.MAX_DEFAULT_BYTES = kept
 
 
 @pytest.mark.worlds("inproc-1", "inproc-2")

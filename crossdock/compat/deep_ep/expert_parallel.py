@@ -17,12 +17,11 @@ from crossdock.buffer import Buffer
 from crossdock.compat.deep_ep import tables
 from crossdock.compat.deep_ep.engine import Engine, plain
 from crossdock.compat.deep_ep.ep_handle import EPHandle, Routed
-from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, read, wire_of
+from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, read
 from crossdock.compat.deep_ep.normal import aligned, bias_of
+from crossdock.compat.deep_ep.shapes import Shapes
 from crossdock.errors import CapacityError, ConfigError
-from crossdock.layout import Compact, Expanded, Layout
 from crossdock.received import Received
-from crossdock.spec import MAX_DEFAULT_BYTES, Spec
 
 Dispatched = tuple[Rows, "Tensor | None", "Tensor | None", EPHandle]
 Combined = tuple[Tensor, "Tensor | None"]
@@ -58,22 +57,6 @@ class Combine(NamedTuple):
     num_sms: int
 
 
-class Shape(NamedTuple):
-    """What decides a Spec, beside the rows of a slot."""
-
-    is_expanded: bool
-    num_experts: int
-    num_topk: int
-    hidden: int
-    max_tokens: int
-    alignment: int
-    dtype: torch.dtype
-    packed: int
-    """Values in one element of data."""
-    scales: tuple[int, torch.dtype] | None
-    turns_scales: bool
-
-
 class ExpertParallel:
     """The calls of one buffer.
 
@@ -91,11 +74,11 @@ class ExpertParallel:
     ) -> None:  # fmt: skip
         self._engine = engine
         self._max_tokens = max_tokens
-        self._hidden = hidden
         self._sums_at_rank = sums_at_rank
         self._watches = watches_topk_idx
-        self._num_slots = num_slots
-        self._capacities: dict[Shape, int] = {}
+        self._shapes = Shapes(
+            engine, max_tokens=max_tokens, hidden=hidden, sums_at_rank=sums_at_rank, num_slots=num_slots
+        )
 
     def dispatch(self, wanted: Dispatch) -> Dispatched:
         """Rows, picks or None, weights or None, and the handle."""
@@ -114,13 +97,24 @@ class ExpertParallel:
         topk_idx, weights = wanted.topk_idx, wanted.topk_weights
         num_tokens, asks_host = self._checked(wanted, data), wanted.asks_host is not False
         assert topk_idx is not None
-        shape = self._shape(wanted, data, scales, num_tokens, asks_host=asks_host)
+        assert wanted.num_experts is not None
+        shape = self._shapes.shape(
+            data,
+            scales,
+            expands=wanted.expands,
+            num_experts=wanted.num_experts,
+            num_topk=topk_idx.shape[1],
+            num_tokens=num_tokens,
+            alignment=wanted.alignment or 1,
+            turns_scales=wanted.turns_scales,
+            asks_host=asks_host,
+        )
         topk_idx, weights = plain(topk_idx), None if weights is None else plain(weights)
         counters = None if wanted.stats is None else Counters(wanted.stats)
         extras = (topk_idx.to(torch.int32),) if wanted.expands and not self._sums_at_rank else ()
 
         def call(verb: str) -> tuple[Buffer, Any]:
-            buffer = self._buffer(shape, asks_host=asks_host, device=data.device)
+            buffer = self._shapes.buffer(shape, asks_host=asks_host, device=data.device)
             recv = getattr(buffer, verb)(
                 as_native(data, scales, buffer.spec.wire, shape.hidden),
                 topk_idx,
@@ -151,7 +145,7 @@ class ExpertParallel:
                 try:
                     return given(*call("dispatch"))
                 except CapacityError:
-                    self._grow(shape)
+                    self._shapes.grow(shape)
 
         if not starts:
             return with_room
@@ -161,7 +155,7 @@ class ExpertParallel:
             try:
                 return given(buffer, pending.wait())
             except CapacityError:
-                self._grow(shape)
+                self._shapes.grow(shape)
                 return with_room()
 
         return self._engine.started(buffer, finish).result
@@ -170,7 +164,7 @@ class ExpertParallel:
         routed = handle.routed()
         _check_same(wanted, routed)
         data, scales = read(wanted.x)
-        buffer, unquantized = self._carrier(routed, data, scales, turns=wanted.turns_scales)
+        buffer, unquantized = self._shapes.carrier(routed, data, scales, turns=wanted.turns_scales)
         self._engine.use(buffer)
         verb = buffer.dispatch_start if starts else buffer.dispatch
         weights = wanted.topk_weights
@@ -291,105 +285,6 @@ class ExpertParallel:
                 f"ranks, or fewer tokens"
             )
         return num_tokens
-
-    def _shape(
-        self, wanted: Dispatch, data: Tensor, scales: Tensor | None, num_tokens: int, *, asks_host: bool
-    ) -> Shape:
-        assert wanted.topk_idx is not None
-        assert wanted.num_experts is not None
-        columns = data.shape[1]
-        packed = 1
-        if scales is not None and columns and self._hidden > columns and self._hidden % columns == 0:
-            packed = self._hidden // columns
-        return Shape(
-            is_expanded=wanted.expands,
-            num_experts=wanted.num_experts,
-            num_topk=wanted.topk_idx.shape[1],
-            hidden=columns * packed,
-            # Where the host knows how many came, few Specs serve all M; else rows are as many as M says.
-            max_tokens=self._room(num_tokens) if asks_host else num_tokens,
-            alignment=wanted.alignment or 1,
-            dtype=data.dtype,
-            packed=packed,
-            scales=None if scales is None else (scales.shape[1], scales.dtype),
-            turns_scales=wanted.turns_scales and scales is not None,
-        )
-
-    def _room(self, num_tokens: int) -> int:
-        """The buffer's own M or a power of two, whichever is smaller and enough."""
-        room = 1 << (num_tokens - 1).bit_length()
-        return min(room, self._max_tokens) if num_tokens <= self._max_tokens else room
-
-    def _layout(self, shape: Shape) -> Layout:
-        return Expanded(alignment=shape.alignment) if shape.is_expanded else Compact()
-
-    def _worst(self, shape: Shape) -> int:
-        return self._layout(shape).worst_case(
-            num_ranks=self._engine.num_ranks,
-            max_tokens=shape.max_tokens,
-            num_topk=shape.num_topk,
-            num_local_experts=shape.num_experts // self._engine.num_ranks,
-        )
-
-    def _capacity(self, shape: Shape) -> int:
-        """Rows of a slot: the worst case, unless that is much; then those of Compact, until a call needs more."""
-        known = self._capacities.get(shape)
-        if known is None:
-            worst = self._worst(shape)
-            is_much = 2 * worst * shape.hidden > MAX_DEFAULT_BYTES
-            known = min(worst, self._engine.num_ranks * shape.max_tokens) if is_much else worst
-            self._capacities[shape] = known
-        return known
-
-    def _grow(self, shape: Shape) -> None:
-        """Twice the rows from now on; every rank raises the same CapacityError, so all of them grow together."""
-        self._capacities[shape] = min(2 * self._capacity(shape), self._worst(shape))
-
-    def _buffer(self, shape: Shape, *, asks_host: bool, device: torch.device) -> Buffer:
-        capacity = self._capacity(shape) if asks_host else None
-
-        def make_spec() -> Spec:
-            layout: Layout = Compact(capacity=capacity or self._worst(shape))
-            if shape.is_expanded:
-                layout = Expanded(alignment=shape.alignment, capacity=capacity or self._worst(shape))
-            sums_at_rank = self._sums_at_rank or not shape.is_expanded
-            return Spec(
-                num_experts=shape.num_experts,
-                num_topk=shape.num_topk,
-                hidden=shape.hidden,
-                max_tokens=shape.max_tokens,
-                wire=wire_of(
-                    shape.dtype, shape.hidden, shape.scales, packed=shape.packed, column_major=shape.turns_scales
-                ),
-                layout=layout,
-                reduce="rank" if sums_at_rank else "token",
-                extra_bytes=0 if sums_at_rank else 4 * shape.num_topk,
-                num_slots=self._num_slots,
-            )
-
-        return self._engine.buffer((shape, capacity), make_spec, device)
-
-    def _carrier(self, routed: Routed, data: Tensor, scales: Tensor | None, *, turns: bool) -> tuple[Buffer, bool]:
-        """The Buffer that carries such rows on a known plan, and whether they go in the combine format."""
-        spec = routed.buffer.spec
-        wire = spec.wire
-        if scales is None:
-            return routed.buffer, not wire.is_unquantized
-        if (
-            data.dtype == wire.dtype
-            and scales.dtype == wire.scale_dtype
-            and scales.shape[1] == wire.num_scales(spec.hidden)
-            and turns == wire.column_major
-        ):
-            return routed.buffer, False
-        packed = spec.hidden // data.shape[1]
-        shape = Shape(
-            routed.is_expanded, spec.num_experts, spec.num_topk, spec.hidden, spec.max_tokens, routed.alignment,
-            data.dtype, packed, (scales.shape[1], scales.dtype), turns,
-        )  # fmt: skip
-        assert spec.layout.capacity is not None
-        self._capacities[shape] = spec.layout.capacity
-        return self._buffer(shape, asks_host=True, device=data.device), False
 
 
 def _check_same(wanted: Dispatch, routed: Routed) -> None:
