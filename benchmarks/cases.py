@@ -248,9 +248,13 @@ def _flashinfer(recipe: Recipe) -> Exchange:
     )
 
 
-def _deepep_v1(recipe: Recipe) -> Exchange:
+_FACADE = "crossdock.compat.deep_ep"
+"""The same code with Crossdock in DeepEP's place."""
+
+
+def _deepep_v1(recipe: Recipe, module: str = "deep_ep") -> Exchange:
     """``deep_ep.Buffer``'s high-throughput calls, with tensors for the worst case, hence without a host sync."""
-    buffer_class: Any = importlib.import_module("deep_ep").Buffer
+    buffer_class: Any = importlib.import_module(module).Buffer
     buffer_class.set_num_sms(_num_sms())
     num_ranks, x = recipe.num_ranks, _given(recipe)
     configs = (buffer_class.get_dispatch_config(num_ranks), buffer_class.get_combine_config(num_ranks))
@@ -279,9 +283,9 @@ def _deepep_v1(recipe: Recipe) -> Exchange:
     )
 
 
-def _deepep_low_latency(recipe: Recipe) -> Exchange:
+def _deepep_low_latency(recipe: Recipe, module: str = "deep_ep") -> Exchange:
     """``deep_ep.Buffer``'s low-latency calls: rows by expert, cast as they are sent if the wire is FP8."""
-    buffer_class: Any = importlib.import_module("deep_ep").Buffer
+    buffer_class: Any = importlib.import_module(module).Buffer
     spec, num_ranks, num_tokens = recipe.spec, recipe.num_ranks, recipe.num_tokens
     is_fp8 = isinstance(spec.wire, Fp8)
     buffer = buffer_class(
@@ -310,10 +314,10 @@ def _deepep_low_latency(recipe: Recipe) -> Exchange:
     )
 
 
-def _deepep_v2(recipe: Recipe) -> Exchange:
+def _deepep_v2(recipe: Recipe, module: str = "deep_ep") -> Exchange:
     """``deep_ep.ElasticBuffer``: a row per (token, rank), without a host sync."""
     spec, num_sms, x = recipe.spec, _num_sms(), _given(recipe)
-    buffer = importlib.import_module("deep_ep").ElasticBuffer(
+    buffer = importlib.import_module(module).ElasticBuffer(
         dist.group.WORLD,
         num_max_tokens_per_rank=recipe.num_tokens,
         hidden=spec.hidden,
@@ -345,7 +349,9 @@ def _came(got: Any) -> tuple[Tensor, ...]:
 
 
 def _num_sms() -> int:
-    """SMs for DeepEP: three quarters of those that the rank sees, an even number, at most 24."""
+    """SMs for DeepEP: three quarters of those that the rank sees, an even number, at most 24; 20, of none, on CPUs."""
+    if not torch.cuda.is_available():
+        return 20
     visible = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     return min(24, visible * 3 // 8 * 2)
 
@@ -367,6 +373,10 @@ def _opener(compact: Callable[[Recipe], Exchange], padded: Callable[[Recipe], Ex
 OPENERS: dict[str, Opener] = {
     "crossdock": open_crossdock,
     "flashinfer": _opener(_flashinfer),
+    "facade-v1": _opener(
+        functools.partial(_deepep_v1, module=_FACADE), functools.partial(_deepep_low_latency, module=_FACADE)
+    ),
+    "facade-v2": _opener(functools.partial(_deepep_v2, module=_FACADE)),
     "deepep-v1": _opener(_deepep_v1, _deepep_low_latency),
     "deepep-v2": _opener(_deepep_v2),
     "nccl": _opener(_all_to_all, _all_to_all),

@@ -200,6 +200,10 @@ class Received:
         copy._owned = copies(self.plan, self.x)
         return copy
 
+    def without_copy(self) -> Received:
+        """The same, whose ``x`` is a view again: it keeps no copy of the rows alive."""
+        return Received(self.plan, self._lease, self._metadata, self._views, self._region, self._num_rows)
+
     @cached_property
     def _rows(self) -> Tensor | Quantized:
         return self._views.received(self._region, self._lease.slot, self._num_rows)

@@ -29,6 +29,7 @@ _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = {
     "pip install .": "it would change the environment that runs the tests, and wants the network",
     "pip install '.[cli]'": "the same",
+    "pip install ./compat-dist": "the same",
     "docker run --shm-size=8g my-image": "there is no docker where the tests run, and no such image",
     "crossdock mps -- torchrun --nproc-per-node 2 examples/cuda_graph.py": "it needs a GPU",
     "crossdock mps -- torchrun --nproc-per-node 2 examples/decode.py": "it needs a GPU",

@@ -125,6 +125,28 @@ def check_copies(world, layout):
             assert num_rows < flat.shape[0] or isinstance(layout, Padded)
 
 
+def give_the_copy_back(group, case):
+    with Buffer(group, case.spec) as buffer:
+        recv = dispatch(buffer, case, copy=True)
+        view = recv.without_copy()
+        rows = (recv.x.data, view.x.data) if isinstance(recv.x, Quantized) else (recv.x, view.x)
+        assert same_bits(rows[0], rows[1])
+        assert rows[0].data_ptr() != rows[1].data_ptr() or not rows[0].numel()
+        assert view.plan is recv.plan
+        assert view.src_idx is recv.src_idx
+        for _ in range(case.spec.num_slots):
+            dispatch(buffer, case)
+        assert recv.x is rows[0] or isinstance(recv.x, Quantized)
+        with pytest.raises(ConfigError, match="these rows are stale"):
+            view.x  # noqa: B018 - looked at
+
+
+@pytest.mark.worlds("inproc-2")
+def test_a_copy_can_be_given_back_for_the_view(world):
+    (case,) = cases_of(world, Compact(), 1, Fp32())
+    world.run(give_the_copy_back, case)
+
+
 def keep_a_copy(group, cases):
     with Buffer(group, cases[0].spec, debug=True) as buffer:
         kept = dispatch(buffer, cases[0], copy=True)

@@ -1,0 +1,281 @@
+"""The only place that makes native Buffers: what a call needs -> Spec -> Buffer, over a connection with room for it.
+
+DeepEP's constructors know bytes, or a few sizes; experts, picks, formats and layouts come with a call. So a Buffer is
+laid when a call of its kind first comes, on all ranks alike, and found by the same key from then on.
+
+Letters: P ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossdock.arena import Arena
+from crossdock.buffer import Buffer
+from crossdock.compat.deep_ep.events import EventHandle, EventOverlap, Previous, moment_of
+from crossdock.connection import Connection
+from crossdock.errors import ConfigError, NotSupported
+from crossdock.layout import Compact
+from crossdock.spec import Spec
+from crossdock.wire import Fp32
+
+_MAX_EXPERTS = 1024
+"""Experts that a connection is made for at first."""
+
+
+class CommunicatorGroup:
+    """A communicator of mpi4py (``comm=``) as ranks of Crossdock."""
+
+    def __init__(self, comm: Any) -> None:
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self._comm = comm
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """See ``crossdock.Group``."""
+        gathered: list[Any] = self._comm.allgather(value)
+        return gathered
+
+
+class Started:
+    """A call that was only started: finished by its client, or before a call that it would be in the way of.
+
+    Called, it finishes and gives nothing, as a hook does; ``result`` gives what the call gives.
+    """
+
+    def __init__(self, buffer: Buffer, finish: Callable[[], Any], unfinished: list[Started]) -> None:
+        self.buffer = buffer
+        self._finish: Callable[[], Any] | None = finish
+        self._result: Any = None
+        self._unfinished = unfinished
+        unfinished.append(self)
+
+    def __call__(self) -> None:
+        """Finishes it, the first time."""
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            if self in self._unfinished:
+                self._unfinished.remove(self)
+            self._result = finish()
+
+    def result(self) -> Any:
+        """What it gives; finishes it if nobody has."""
+        self()
+        return self._result
+
+
+class Engine:
+    """A DeepEP buffer's native side. Collective to make; so is the first call of each kind.
+
+    Args:
+        group: as for ``crossdock.Buffer``.
+        num_bytes: to be taken at once on a GPU, as memory that lasts; on CPUs it is taken as it is needed.
+        takes_all: on CPUs too: once ranks are masked, no more can be.
+        timeout_s: how long a call waits for a peer.
+    """
+
+    def __init__(self, group: Any, *, num_bytes: int = 0, takes_all: bool = False, timeout_s: float = 100) -> None:
+        self.group = group
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._timeout_s = timeout_s
+        self._connections: dict[torch.device, Connection] = {}
+        self._outgrown: list[Connection] = []
+        """Connections that became too small: plans of their Buffers are still good."""
+        self._buffers: dict[Hashable, Buffer] = {}
+        self.unfinished: list[Started] = []
+        """Calls that were started, the oldest first."""
+        self.num_tokens = 0
+        """Tokens of a rank that V1's normal calls have room for by now."""
+        self.is_closed = False
+        self.comm_stream: torch.cuda.Stream | None = None
+        """Where asynchronous calls run; None on CPUs."""
+        if self.device.type == "cuda":
+            self.comm_stream = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
+        at_once = num_bytes if takes_all or self.device.type == "cuda" else 0
+        connection = self._connect(self.device, at_once, _MAX_EXPERTS)
+        self.rank, self.num_ranks = connection.rank, connection.topology.num_ranks
+
+    @property
+    def connection(self) -> Connection:
+        """That of calls on the device of the process."""
+        return self._connections[self.device]
+
+    def buffer(self, key: Hashable, make_spec: Callable[[], Spec], device: torch.device) -> Buffer:
+        """The Buffer of that key; the first time it is laid, on all ranks.
+
+        Calls of other Buffers that were started are finished first: their rows lie in the same bytes.
+        """
+        found = self._buffers.get((key, device))
+        if found is None:
+            found = self._buffers[key, device] = self._lay(make_spec(), device)
+        if self.unfinished:
+            self.use(found)
+        return found
+
+    def started(self, buffer: Buffer, finish: Callable[[], Any]) -> Started:
+        """Keeps account of a call that was started, and finishes it in any case when the next one needs its room."""
+        return Started(buffer, finish, self.unfinished)
+
+    def use(self, buffer: Buffer) -> None:
+        """Finishes what would be in the way of a call of this Buffer."""
+        started = self.unfinished
+        while started and (started[0].buffer is not buffer or len(started) >= buffer.spec.num_slots):
+            started[0]()
+
+    def settle(self) -> None:
+        """Finishes what was started."""
+        while self.unfinished:
+            self.unfinished[0]()
+
+    def most_tokens(self, num_tokens: int, device: torch.device) -> int:
+        """Room for the tokens of every rank, a power of two, the same on all: where no size has been agreed on.
+
+        Ranks tell each other their numbers in a dispatch of one row.
+        """
+        buffer = self.buffer("tokens", self._spec_of_numbers, device)
+        number = torch.full((1, 1), num_tokens, dtype=torch.float32, device=device)
+        goes = torch.ones(1, self.num_ranks, dtype=torch.bool, device=device)
+        rows = buffer.dispatch(number, goes).x
+        assert isinstance(rows, Tensor)
+        self.num_tokens = max(self.num_tokens, _power_of_two(int(rows.max())))
+        return self.num_tokens
+
+    def _spec_of_numbers(self) -> Spec:
+        return Spec(
+            num_experts=self.num_ranks, num_topk=self.num_ranks, hidden=1, max_tokens=1, wire=Fp32(), layout=Compact()
+        )
+
+    def _lay(self, spec: Spec, device: torch.device) -> Buffer:
+        self.check_open()
+        self.settle()
+        connection = self._connections.get(device) or self._connect(device, 0, _MAX_EXPERTS)
+        need = Arena(spec, connection.topology, connection.control).num_body_bytes
+        if spec.num_experts > connection.control.max_experts:
+            connection = self._connect(device, max(need, connection.num_bytes), _power_of_two(spec.num_experts))
+        elif need > connection.num_bytes:
+            connection = self._grow(connection, need)
+        return Buffer(connection, spec)
+
+    def _grow(self, connection: Connection, num_bytes: int) -> Connection:
+        """The connection with more room, or another one with room where that cannot be."""
+        try:
+            connection.reserve(num_bytes)
+        except NotSupported:
+            return self._connect(connection.device, num_bytes, connection.control.max_experts)
+        return connection
+
+    def _connect(self, device: torch.device, num_bytes: int, max_experts: int) -> Connection:
+        outgrown = self._connections.pop(device, None)
+        if outgrown is not None:
+            outgrown.check()  # all that was issued there is done: its order with other calls ends here
+            if any(buffer.connection is outgrown for buffer in self._buffers.values()):
+                self._outgrown.append(outgrown)
+                self._buffers = {
+                    key: buffer for key, buffer in self._buffers.items() if buffer.connection is not outgrown
+                }
+            else:
+                outgrown.gather(None)
+                outgrown.close()
+        connection = Connection(
+            self.group, num_bytes or None, device=device, max_experts=max_experts, timeout_s=self._timeout_s
+        )
+        self._connections[device] = connection
+        return connection
+
+    @contextmanager
+    def beside(self, *previous: Previous) -> Iterator[EventOverlap]:
+        """A block whose work runs on the communication stream, behind events, or the current stream without any.
+
+        Gives what says when it ends: to be waited for by whoever wants to, or by nobody.
+        """
+        overlap, stream = EventOverlap(), self.comm_stream
+        moments = [moment.event for moment in map(moment_of, previous) if moment is not None]
+        if stream is None:
+            yield overlap
+            overlap.event = EventHandle()
+            return
+        for event in filter(None, moments):
+            stream.wait_event(event)
+        if not any(moments):
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            yield overlap
+            overlap.event = EventHandle()
+
+    def lend(self, *given: object) -> None:
+        """Tells the allocator that the communication stream uses these too, until now; on CPUs nothing."""
+        if self.comm_stream is not None:
+            for tensor in _tensors(given):
+                if tensor.is_cuda:
+                    tensor.record_stream(self.comm_stream)
+
+    def hand_out(self, *made: object) -> None:
+        """Tells the allocator that tensors of the communication stream are used on the current one."""
+        if self.comm_stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            for tensor in _tensors(made):
+                if tensor.is_cuda:
+                    tensor.record_stream(current)
+
+    @staticmethod
+    def wait_for(*previous: Previous) -> None:
+        """The current stream comes after events."""
+        for each in previous:
+            if (moment := moment_of(each)) is not None:
+                moment.current_stream_wait()
+
+    def barrier(self, *, beside: bool, waits: bool) -> None:
+        """All ranks have come here: their streams on CUDA, where the host waits if it is asked to. Collective."""
+        self.check_open()
+        self.settle()
+        stream = self.comm_stream
+        if stream is None:
+            self.connection.gather(None)
+            return
+        current = torch.cuda.current_stream(self.device)
+        if beside:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                self.connection.exchange_words(1)
+            current.wait_stream(stream)
+        else:
+            self.connection.exchange_words(1)
+        if waits:
+            self.connection.check()
+
+    def check_open(self) -> None:
+        """Raises ConfigError once it has been destroyed."""
+        if self.is_closed:
+            raise ConfigError("the buffer was destroyed; make a new one")
+
+    def close(self) -> None:
+        """Leaves, as ``Connection.close``. Local; a second time it does nothing."""
+        if not self.is_closed:
+            self.is_closed = True
+            for connection in (*self._connections.values(), *self._outgrown):
+                connection.close()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor as a value: the calls record no gradient, whatever their inputs want."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _tensors(given: object) -> Iterator[Tensor]:
+    """All tensors in tuples of tuples."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, (tuple, list)):
+        for each in given:
+            yield from _tensors(each)
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()

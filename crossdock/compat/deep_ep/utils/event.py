@@ -1,0 +1,5 @@
+"""Events, where some programs look for them."""
+
+from crossdock.compat.deep_ep.events import EventHandle, EventOverlap
+
+__all__ = ["EventHandle", "EventOverlap"]

@@ -1,0 +1,282 @@
+"""What holds for all calls, point by point, as programs rely on it; some points have files of their own.
+
+1 empty ranks, rows of no picks. 2 handles in any order, gradients wanted, inference mode. 3 events. 4 streams and 5
+graphs (tests/gpu). 6 two results outstanding, switching. 7 groups and hints. 8 kinds of groups. 9 imports and classes.
+10 default dtype. 11 refusals.
+"""
+
+import gc
+import inspect
+import weakref
+
+import pytest
+import torch
+
+from crossdock import ConfigError
+from crossdock.compat import deep_ep
+from tests.compat.batches import NUM_LOCAL, make_batch
+from tests.compat.test_expert_parallel import make as make_elastic
+from tests.compat.test_normal import check_sums, group_size
+from tests.compat.test_normal import dispatched as dispatch_v1
+
+HIDDEN = 128
+
+
+def extremes(group):
+    """1: all ranks but one are empty; no rank has a pick; all tokens at one expert."""
+    size = group_size(group)
+    buffer = deep_ep.Buffer(group, low_latency_mode=True)
+    elastic = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=8, hidden=HIDDEN)
+    for tokens, fill in (([0] * size, None), ([4] + [0] * (size - 1), None), ([3] * size, -1), ([5] * size, 0)):
+        batch = make_batch(size, tokens=tokens)
+        for idx in batch.topk_idx:
+            if fill is not None:
+                idx[:] = -1
+                idx[:, 0] = fill
+        recv_x, *_, handle, _ = dispatch_v1(buffer, batch)
+        assert len(recv_x) == len(batch.pairs(buffer.rank))
+        check_sums(batch, buffer, buffer.combine(recv_x, handle)[0])
+        r = buffer.rank
+        idx, weights = batch.topk_idx[r], batch.topk_weights[r]
+        recv_x, count, handle, _, _ = buffer.low_latency_dispatch(batch.x[r], idx, 8, batch.num_experts, use_fp8=False)
+        assert count.tolist() == batch.counts(r)
+        out, _, _ = buffer.low_latency_combine(recv_x, idx, weights, handle)
+        factors = weights.where(idx >= 0, 0.0).sum(1, keepdim=True)
+        assert torch.equal(out, (batch.x[r].float() * factors).bfloat16())
+        for expands in (False, True):
+            recv_x, _, _, handle, _ = elastic.dispatch(
+                batch.x[r], idx, weights, num_experts=batch.num_experts, do_expand=expands
+            )
+            out, _, _ = elastic.combine(recv_x, handle)
+            times = (idx >= 0).sum(1, keepdim=True) if expands else batch.num_homes(r).unsqueeze(1)
+            assert torch.equal(out, (batch.x[r].float() * times).bfloat16())
+
+
+def test_1_ranks_may_be_empty_and_tokens_go_nowhere(world):
+    world.run(extremes)
+
+
+def gradients_wanted(group):
+    """2: inputs require grad, and nothing is recorded; the same buffer in inference mode and outside."""
+    batch = make_batch(group_size(group))
+    with torch.inference_mode():
+        buffer = deep_ep.Buffer(group, low_latency_mode=True)
+        elastic = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=16, hidden=HIDDEN)
+    r = buffer.rank
+    for is_inference in (True, False, True):
+        with torch.inference_mode(is_inference):
+            x = batch.x[r].clone().requires_grad_(not is_inference)
+            weights = batch.topk_weights[r].clone().requires_grad_(not is_inference)
+            recv_x, _, recv_weights, _, handle, _ = dispatch_v1(buffer, batch, x=x, topk_weights=weights)
+            out, out_weights, _ = buffer.combine(recv_x.requires_grad_(not is_inference), handle, recv_weights, bias=x)
+            check_sums(batch, buffer, out, out_weights, bias=batch.x[r].float())
+            recv_x, _, again, _, _ = buffer.low_latency_dispatch(x, batch.topk_idx[r], 16, batch.num_experts)
+            low, _, _ = buffer.low_latency_combine(
+                torch.zeros(NUM_LOCAL, 16 * batch.num_ranks, HIDDEN).bfloat16(), batch.topk_idx[r], weights, again
+            )
+            rows, _, _, other, _ = elastic.dispatch(
+                x, batch.topk_idx[r], weights, num_experts=batch.num_experts, do_expand=True
+            )
+            summed, sum_weights, _ = elastic.combine(rows, other, torch.ones(len(rows)), bias=(x, x))
+            for tensor in (out, out_weights, low, summed, sum_weights, rows, recv_x[0]):
+                assert not tensor.requires_grad
+                assert tensor.grad_fn is None
+
+
+def test_2_gradients_are_not_recorded_in_or_out_of_inference_mode(world):
+    world.run(gradients_wanted)
+
+
+def events(group):
+    """3: what captures give, what a synchronous call gives, and that any of it is a previous event."""
+    batch, elastic = make_elastic(group, "V2")
+    buffer = deep_ep.Buffer(group)
+    assert isinstance(deep_ep.Buffer.capture(), deep_ep.EventOverlap)
+    assert isinstance(deep_ep.ElasticBuffer.capture(), deep_ep.EventHandle)
+    assert isinstance(deep_ep.EPBuffer.capture(), deep_ep.EventHandle)
+    previous = [
+        None, deep_ep.EventOverlap(), deep_ep.EventOverlap(deep_ep.EventHandle()), deep_ep.EventHandle(),
+        buffer.get_dispatch_layout(batch.topk_idx[buffer.rank], batch.num_experts)[-1],
+    ]  # fmt: skip
+    r = buffer.rank
+    for event in previous:
+        for is_async in (False, True):
+            recv_x, *_, handle, done = dispatch_v1(buffer, batch, previous_event=event, async_finish=is_async)
+            assert (done.event is None) == (not is_async)
+            out, _, done = buffer.combine(recv_x, handle, previous_event=event, async_finish=is_async)
+            check_sums(batch, buffer, out)
+            elastic.dispatch(
+                batch.x[r], batch.topk_idx[r], num_experts=batch.num_experts, previous_event=event,
+                previous_event_before_epilogue=event, async_with_compute_stream=is_async,
+                allocate_on_comm_stream=event is not None,
+            )  # fmt: skip
+    kept = deep_ep.EventOverlap(deep_ep.EventHandle(), [out])
+    assert kept.extra_tensors == [out]
+    kept.current_stream_wait(release_handle=True)
+    assert kept.event is None
+    assert kept.extra_tensors is None
+
+
+def test_3_events_of_every_kind_go_on(world):
+    world.run(events)
+
+
+def switching(group):
+    """6: normal, low-latency and normal again on one buffer, with two results outstanding, and another M."""
+    batch = make_batch(group_size(group))
+    buffer = deep_ep.Buffer(group, low_latency_mode=True)
+    r = buffer.rank
+    idx, weights = batch.topk_idx[r], batch.topk_weights[r]
+    factors = weights.where(idx >= 0, 0.0).sum(1, keepdim=True)
+    kept = dispatch_v1(buffer, batch)
+    for num_tokens in (16, 11):
+        buffer.clean_low_latency_buffer(num_tokens, HIDDEN, batch.num_experts)
+        first = buffer.low_latency_dispatch(batch.x[r], idx, num_tokens, batch.num_experts, use_fp8=False)
+        second = buffer.low_latency_dispatch(batch.x[r], idx, num_tokens, batch.num_experts, use_fp8=False)
+        for recv_x, _, handle, _, _ in (first, second):
+            out, _, _ = buffer.low_latency_combine(recv_x, idx, weights, handle)
+            assert torch.equal(out, (batch.x[r].float() * factors).bfloat16())
+        check_sums(batch, buffer, buffer.combine(kept[0], kept[4])[0])
+
+
+def test_6_modes_may_be_switched(world):
+    world.run(switching)
+
+
+def many(group):
+    """7, 9: the group is the same object; several buffers live at once; those that are dropped block nobody."""
+    batch = make_batch(group_size(group))
+    buffers = [deep_ep.Buffer(group) for _ in range(3)]
+    for buffer in buffers:
+        assert buffer.group is group
+        recv_x, *_, handle, _ = dispatch_v1(buffer, batch)
+        check_sums(batch, buffer, buffer.combine(recv_x, handle)[0])
+    dropped = weakref.ref(buffers.pop())
+    del buffer
+    gc.collect()
+    assert dropped() is None
+    check_sums(batch, buffers[0], buffers[0].combine(*_rows_and_handle(buffers[0], batch))[0])
+    for n in (1, 2, 3, 5, 8, 24, 144):
+        assert deep_ep.Buffer.get_dispatch_config(n).get_nvl_buffer_size_hint(256, n) > 0
+        assert deep_ep.Buffer.get_combine_config(n).get_rdma_buffer_size_hint(256, n) >= 0
+
+
+def _rows_and_handle(buffer, batch):
+    recv_x, *_, handle, _ = dispatch_v1(buffer, batch)
+    return recv_x, handle
+
+
+def test_7_groups_stay_and_buffers_are_many(world):
+    world.run(many)
+
+
+class Communicator:
+    """What mpi4py's communicator has, over the threads of a world."""
+
+    def __init__(self, group):
+        self.group = group
+
+    def Get_rank(self):  # noqa: N802 - mpi4py's name
+        return self.group.rank
+
+    def Get_size(self):  # noqa: N802 - mpi4py's name
+        return self.group.size
+
+    def allgather(self, value):
+        return self.group.all_gather(value)
+
+
+def of_communicator(group):
+    """8: comm= in place of a group."""
+    batch = make_batch(group.size)
+    buffer = deep_ep.Buffer(None, 1 << 16, comm=Communicator(group))
+    assert (buffer.group, buffer.rank, buffer.group_size) == (None, group.rank, group.size)
+    check_sums(batch, buffer, buffer.combine(*_rows_and_handle(buffer, batch))[0])
+
+
+@pytest.mark.worlds("inproc-1", "inproc-4")
+def test_8_a_communicator_of_mpi_is_a_group(world):
+    world.run(of_communicator)
+
+
+def wrapped(group):
+    """9: slime's way: __init__ is replaced by one that calls it, keyword arguments and all."""
+    made = []
+    original = deep_ep.Buffer.__init__
+
+    def noted(self, *args, **kwargs):
+        made.append(inspect.signature(original).bind(self, *args, **kwargs).arguments["num_nvl_bytes"])
+        return original(self, *args, **kwargs)
+
+    deep_ep.Buffer.__init__ = noted
+    try:
+        buffer = deep_ep.Buffer(group, num_nvl_bytes=1 << 12, num_rdma_bytes=0)
+    finally:
+        deep_ep.Buffer.__init__ = original
+    assert made == [1 << 12]
+    assert (buffer.num_nvl_bytes, buffer.num_rdma_bytes) == (1 << 12, 0)
+    with pytest.raises(TypeError, match="no_such"):
+        deep_ep.Buffer(group, no_such=True)
+
+
+@pytest.mark.worlds("inproc-1")
+def test_9_a_constructor_may_be_wrapped(world):
+    world.run(wrapped)
+
+
+def ends(group):
+    """9: destroy() where it was announced, and then every call says that it is over."""
+    batch = make_batch(group_size(group))
+    buffer = deep_ep.Buffer(group, explicitly_destroy=True)
+    buffer.destroy()
+    with pytest.raises(ConfigError, match="make a new one"):
+        dispatch_v1(buffer, batch)
+
+
+def test_9_a_buffer_ends(world):
+    world.run(ends)
+
+
+def other_defaults(group, kinds):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for kind in kinds:
+            kind(group)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.worlds("processes-2")
+def test_10_the_default_dtype_may_be_another(world):
+    """10: DeepEP's own init_dist sets it, and servers do while they build a model; what tests make names its own."""
+    world.run(other_defaults, [under_bfloat16])
+
+
+def under_bfloat16(group):
+    batch = make_batch(group_size(group))
+    weights = [each.to(torch.float32) for each in batch.topk_weights]
+    buffer = deep_ep.Buffer(group, low_latency_mode=True)
+    elastic = deep_ep.EPBuffer(group, num_max_tokens_per_rank=16, hidden=HIDDEN)
+    r = buffer.rank
+    recv_x, _, recv_weights, _, handle, _ = dispatch_v1(buffer, batch, topk_weights=weights[r])
+    assert recv_weights.dtype == torch.float32
+    out, out_weights, _ = buffer.combine(recv_x, handle, recv_weights)
+    check_sums(batch, buffer, out, None)
+    assert torch.equal(out_weights, weights[r].where(batch.topk_idx[r] >= 0, 0.0))
+    recv_x, _, handle, _, _ = buffer.low_latency_dispatch(
+        batch.x[r], batch.topk_idx[r], 16, batch.num_experts, use_fp8=False
+    )
+    thirds = weights[r] / 3
+    low, _, _ = buffer.low_latency_combine(recv_x, batch.topk_idx[r], thirds, handle)
+    factors = thirds.where(batch.topk_idx[r] >= 0, 0.0)
+    want = torch.zeros(batch.x[r].shape, dtype=torch.float32)
+    for k in range(3):
+        want += batch.x[r].float() * factors[:, k : k + 1]
+    assert torch.equal(low, want.bfloat16())
+    rows, _, row_weights, other, _ = elastic.dispatch(
+        batch.x[r], batch.topk_idx[r], weights[r], num_experts=batch.num_experts, do_expand=True
+    )
+    assert row_weights.dtype == torch.float32
+    summed, home, _ = elastic.combine(rows, other, row_weights)
+    assert torch.equal(summed.float(), batch.x[r].float() * (batch.topk_idx[r] >= 0).sum(1, keepdim=True))
+    assert torch.equal(home, weights[r].where(batch.topk_idx[r] >= 0, 0.0))
