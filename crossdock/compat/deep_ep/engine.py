@@ -274,10 +274,11 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def _tensors(given: object) -> Iterator[Tensor]:
-    """All tensors in tuples of tuples."""
+    """All tensors in tuples of tuples; a handle's are its own matter."""
     if isinstance(given, Tensor):
         yield given
-    elif isinstance(given, (tuple, list)):
+    elif type(given) in (tuple, list):
+        assert isinstance(given, (tuple, list))
         for each in given:
             yield from _tensors(each)
 
