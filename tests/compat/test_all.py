@@ -280,3 +280,45 @@ def under_bfloat16(group):
     summed, home, _ = elastic.combine(rows, other, row_weights)
     assert torch.equal(summed.float(), batch.x[r].float() * (batch.topk_idx[r] >= 0).sum(1, keepdim=True))
     assert torch.equal(home, weights[r].where(batch.topk_idx[r] >= 0, 0.0))
+
+
+def on_another_device(group):
+    """10: tensors that a program makes without saying where would be elsewhere; none of ours are."""
+    batch, r = make_batch(group_size(group)), group.rank()
+    x, idx, weights = batch.x[r], batch.topk_idx[r], batch.topk_weights[r]
+    torch.set_default_device("meta")
+    try:
+        buffer = deep_ep.Buffer(group, 0, 1 << 12, low_latency_mode=True)
+        elastic = deep_ep.EPBuffer(group, num_max_tokens_per_rank=16, hidden=HIDDEN)
+        recv_x, _, recv_weights, _, handle, _ = dispatch_v1(buffer, batch)
+        copied = tuple(tensor.clone() for tensor in handle)
+        given = [*buffer.combine(recv_x, copied, recv_weights, bias=(x, x))[:2], *copied]
+        given.append(buffer.dispatch(x, handle=copied)[0])
+        given.append(buffer.get_local_buffer_tensor(torch.int32, use_rdma_buffer=True))
+        for hook in (False, True):
+            (rows, scales), count, low, _, call = buffer.low_latency_dispatch(
+                x, idx, 16, batch.num_experts, return_recv_hook=hook
+            )
+            if hook:
+                call()
+            y = rows.bfloat16()
+            out, _, call = buffer.low_latency_combine(y, idx, weights, low, return_recv_hook=hook)
+            if hook:
+                call()
+            given += [rows, scales, count, *low[:2], out]
+        for expands in (False, True):
+            rows, picks, row_weights, routed, _ = elastic.dispatch(
+                x, idx, weights, num_experts=batch.num_experts, do_expand=expands, do_cpu_sync=False
+            )
+            out, home, _ = elastic.combine(rows, routed, row_weights)
+            names = ("recv_src_metadata", "psum_num_recv_tokens_per_expert", "dst_buffer_slot_idx")
+            given += [rows, row_weights, out, home, *(getattr(routed, name) for name in names)]
+            given += [] if picks is None else [picks]
+    finally:
+        torch.set_default_device(None)
+    return {tensor.device.type for tensor in given}
+
+
+@pytest.mark.worlds("processes-2")
+def test_10_the_default_device_may_be_another(world):
+    assert world.run(on_another_device) == [{"cpu"}] * 2

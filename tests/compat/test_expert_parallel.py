@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from crossdock import ConfigError
+from crossdock import Arena, Bf16, Compact, ConfigError, Expanded, Fp8, Opaque, Padded, Spec, Topology
 from crossdock.compat import deep_ep
+from crossdock.compat.deep_ep import sizes
 from tests.compat.batches import NUM_LOCAL, fp8_rows, make_batch
 from tests.compat.test_normal import group_size
 
@@ -349,30 +350,50 @@ def test_the_most_tokens_may_change_per_call(world, kind):
 
 
 def crowded(group):
-    """All to one rank, with less room than that at first: all ranks make more together."""
-    from crossdock.compat.deep_ep import shapes  # noqa: PLC0415
-
-    batch, buffer = make(group, "V2")
+    """All to one rank, with less room than that at first: all ranks make more together, also behind a deferred call."""
+    batch, buffer = make(group, "V2.5")
     r, num_ranks = buffer.rank_idx, batch.num_ranks
-    shapes.MAX_DEFAULT_BYTES, kept = 1, shapes.MAX_DEFAULT_BYTES
-    group.all_gather(None)
-    try:
-        idx = torch.tensor([[0, 1, 2]]).expand(M, 3).contiguous()
-        x = torch.full((M, HIDDEN), 1.0 + r).bfloat16()
-        recv_x, _, _, handle, _ = buffer.dispatch(
-            x, idx, torch.ones(M, 3), num_experts=batch.num_experts, do_expand=True
-        )
-        assert recv_x.shape[0] == (3 * M * num_ranks if r == 0 else 0)
+    num_tokens = 12 * M
+    idx = torch.tensor([[0, 1, 2]]).expand(num_tokens, 3).contiguous()
+    x = torch.full((num_tokens, HIDDEN), 1.0 + r).bfloat16()
+    options = {"num_experts": batch.num_experts, "num_max_tokens_per_rank": num_tokens, "do_expand": True}
+    for later in (False, True):
+        if later:
+            buffer._calls._shapes._capacities.clear()
+            event = buffer.dispatch(x, idx, async_with_compute_stream=True, defer_epilogue=True, **options)
+            recv_x, _, _, handle = event.wait()
+        else:
+            recv_x, _, _, handle, _ = buffer.dispatch(x, idx, **options)
+        assert recv_x.shape[0] == (3 * num_tokens * num_ranks if r == 0 else 0)
         out, _, _ = buffer.combine(recv_x, handle)
         assert torch.equal(out, 3 * x)
-    finally:
-        group.all_gather(None)
-        shapes.MAX_DEFAULT_BYTES = kept
 
 
-@pytest.mark.worlds("inproc-1", "inproc-2")
-def test_more_rows_than_there_is_room_for_make_room(world):
+@pytest.mark.worlds("inproc-1", "inproc-4")
+def test_more_rows_than_there_is_room_for_make_room(world, monkeypatch):
+    monkeypatch.setattr(sizes, "rows_at_first", lambda worst, *, num_tokens, **_: min(worst, num_tokens))
     world.run(crowded)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+@pytest.mark.parametrize("num_tokens", [16, 4096])
+def test_a_hint_has_room_for_what_a_call_begins_with(num_ranks, num_tokens):
+    topology = Topology(num_ranks=num_ranks)
+    hint = sizes.elastic(num_tokens, 7168, num_ranks, 8)
+    common = {"num_experts": 32 * num_ranks, "num_topk": 8, "hidden": 7168, "max_tokens": num_tokens, "reduce": "rank"}
+    worst = Expanded(alignment=128).worst_case(
+        num_ranks=num_ranks, max_tokens=num_tokens, num_topk=8, num_local_experts=32
+    )
+    rows = sizes.rows_at_first(worst, num_ranks=num_ranks, num_tokens=num_tokens, num_topk=8)
+    for layout in (Compact(capacity=num_ranks * num_tokens), Expanded(alignment=128, capacity=rows)):
+        for wire in (Bf16(), Opaque(dtype=torch.float8_e4m3fn, block=128)):
+            spec = Spec(layout=layout, wire=wire, num_slots=1, **common)
+            assert Arena(spec, topology).num_body_bytes <= hint
+    hint = sizes.low_latency(num_tokens, 7168, num_ranks, 32 * num_ranks)
+    for wire in (Bf16(), Fp8(column_major=True)):
+        padded = {**common, "reduce": "token"}
+        spec = Spec(layout=Padded(capacity=num_ranks * num_tokens), wire=wire, **padded)
+        assert Arena(spec, topology).num_body_bytes <= hint
 
 
 def identity(group, kind):

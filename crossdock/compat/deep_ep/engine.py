@@ -154,6 +154,11 @@ class Engine:
 
     def _lay(self, spec: Spec, device: torch.device) -> Buffer:
         self.check_open()
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ConfigError(
+                "a CUDA graph is being captured, and this is the first call of its kind (experts, top-k, hidden, "
+                "tokens, format, layout), for which ranks make room together; make such a call once before"
+            )
         self.settle()
         connection = self._connections.get(device) or self._connect(device, 0, _MAX_EXPERTS)
         need = Arena(spec, connection.topology, connection.control).num_body_bytes
@@ -269,10 +274,11 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def _tensors(given: object) -> Iterator[Tensor]:
-    """All tensors in tuples of tuples."""
+    """All tensors in tuples of tuples; a handle's are its own matter."""
     if isinstance(given, Tensor):
         yield given
-    elif isinstance(given, (tuple, list)):
+    elif type(given) in (tuple, list):
+        assert isinstance(given, (tuple, list))
         for each in given:
             yield from _tensors(each)
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from crossdock.buffer import Buffer
+from crossdock.compat.deep_ep import sizes
 from crossdock.compat.deep_ep.engine import Engine
 from crossdock.compat.deep_ep.ep_handle import Routed
 from crossdock.compat.deep_ep.formats import wire_of
 from crossdock.layout import Compact, Expanded, Layout
-from crossdock.spec import MAX_DEFAULT_BYTES, Spec
+from crossdock.spec import Spec
 
 
 class Shape(NamedTuple):
@@ -101,13 +102,15 @@ class Shapes:
         )
 
     def _capacity(self, shape: Shape) -> int:
-        """Rows of a slot: the worst case, unless that is much; then those of Compact, until a call needs more."""
+        """Rows of a slot, where the host knows how many come; more once a call has needed more."""
         known = self._capacities.get(shape)
         if known is None:
-            worst = self._worst(shape)
-            is_much = 2 * worst * shape.hidden > MAX_DEFAULT_BYTES
-            known = min(worst, self._engine.num_ranks * shape.max_tokens) if is_much else worst
-            self._capacities[shape] = known
+            known = self._capacities[shape] = sizes.rows_at_first(
+                self._worst(shape),
+                num_ranks=self._engine.num_ranks,
+                num_tokens=shape.max_tokens,
+                num_topk=shape.num_topk,
+            )
         return known
 
     def grow(self, shape: Shape) -> None:

@@ -10,6 +10,10 @@ from crossdock.layout import Compact, Expanded, Layout, Padded
 from crossdock.spec import Spec, Topology
 
 _LINE = 64
+LITTLE_ROWS = 16384
+"""The worst case is what a call of V2 begins with up to so many rows."""
+_LOCAL_EXPERTS, _ALIGNMENT = 32, 128
+"""Hints leave room for the rows between so many experts."""
 MIN_TOPK = 16
 """Picks that hints leave room for where nobody has said how many there are."""
 
@@ -45,13 +49,31 @@ def normal(num_tokens: int, hidden: int, num_ranks: int) -> int:
 
 
 def elastic(num_tokens: int, hidden: int, num_ranks: int, num_topk: int) -> int:
-    """Of V2's calls in either layout, of as many rows as Compact has at most; a call of more makes room by itself."""
-    topk = num_topk or MIN_TOPK
-    capacity = num_ranks * num_tokens
-    return max(
-        _of(layout, num_tokens, hidden, num_ranks, num_topk=topk)
-        for layout in (Compact(capacity=capacity), Expanded(capacity=capacity))
+    """Of V2's calls in either layout, of as many rows as there is room for at first."""
+    topk, most = num_topk or MIN_TOPK, num_ranks * num_tokens
+    aligned = Expanded(alignment=_ALIGNMENT)
+    worst = aligned.worst_case(
+        num_ranks=num_ranks, max_tokens=num_tokens, num_topk=topk, num_local_experts=_LOCAL_EXPERTS
     )
+    rows = rows_at_first(worst, num_ranks=num_ranks, num_tokens=num_tokens, num_topk=topk)
+    experts = _LOCAL_EXPERTS * num_ranks
+    return max(
+        _of(layout, num_tokens, hidden, num_ranks, num_topk=topk, num_experts=experts)
+        for layout in (Compact(capacity=most), Expanded(alignment=_ALIGNMENT, capacity=rows))
+    )
+
+
+def rows_at_first(worst: int, *, num_ranks: int, num_tokens: int, num_topk: int) -> int:
+    """Rows of a slot that a call begins with where the host knows how many come: the worst case, if that is little.
+
+    Else twice what comes when experts are picked alike, or tokens go to all ranks. A call that needs more makes room.
+
+    >>> rows_at_first(4096, num_ranks=8, num_tokens=64, num_topk=8)
+    4096
+    >>> rows_at_first(8 * 4096 * 8, num_ranks=8, num_tokens=4096, num_topk=8)
+    65536
+    """
+    return worst if worst <= LITTLE_ROWS else min(worst, 2 * max(num_ranks, num_topk) * num_tokens)
 
 
 def _of(

@@ -181,6 +181,8 @@ class Buffer(LowLatency):
             return (*self._normal.dispatch(wanted, handle), EventOverlap())
         with self._engine.beside(previous_event) as overlap:
             result = self._normal.dispatch(wanted, handle)
+            if self._engine.comm_stream is not None and (made := result[4]) is not None:
+                self._engine.hand_out(made.tensors())  # of this stream, whenever they are looked at
             self._engine.lend(x, is_token_in_rank, topk_idx, topk_weights)
         self._engine.hand_out(result)
         return (*result, overlap)
