@@ -81,9 +81,8 @@ class Control(_Table):
 
     @property
     def num_counts(self) -> int:
-        """Counts for which a row has room: E per expert, P per rank, and N per node if N > 1."""
-        num_nodes = self.topology.num_nodes
-        return self.max_experts + self.topology.num_ranks + (num_nodes if num_nodes > 1 else 0)
+        """Counts for which a row has room: E per expert, and P per rank."""
+        return self.max_experts + self.topology.num_ranks
 
     @cached_property
     def regions(self) -> dict[str, Region]:
@@ -164,7 +163,7 @@ class Arena(_Table):
     def num_returned_rows(self) -> int:
         """Most rows that one combine returns to a rank: M * K if each pick's row returns, else M * min(K, P)."""
         spec = self.spec
-        by_pick = spec.layout.per_pick and spec.reduce == "token"
+        by_pick = spec.layout.per_pick and spec.reduce != "rank"
         return spec.max_tokens * (spec.num_topk if by_pick else min(spec.num_topk, self.topology.num_ranks))
 
     @cached_property
@@ -204,6 +203,8 @@ class Arena(_Table):
         writer = "this rank: experts' outputs" + ("; peers: unquantized rows" if has_guests else "")
         add("outputs", (slots, rows, hidden), out, writer, whole_rows)
         add("returned", (slots, self.num_returned_rows, hidden), out, "peers: rows come home", whole_rows)
+        if spec.reduce == "node":
+            add("returned_weights", (slots, self.num_returned_rows), torch.float32, "peers: their weights", PAGE)
         add("returned_extras", (slots, num_sent, self.return_bytes), torch.uint8, "peers: extras come home", PAGE)
         return table
 

@@ -15,7 +15,7 @@ from crossdock.arena import Arena, Control
 from crossdock.backends.base import Backend, LaunchOptions
 from crossdock.backends.cpu.calls import CpuBackend
 from crossdock.consent import Consent
-from crossdock.errors import BackendUnavailable, ConfigError
+from crossdock.errors import BackendUnavailable, ConfigError, NotSupported
 from crossdock.spec import Spec
 from crossdock.transport import inproc, shm
 from crossdock.transport.base import Group, ProcessGroup, Transport, raise_on_all
@@ -54,6 +54,15 @@ def problem_with(launch_options: LaunchOptions, spec: Spec, device: torch.device
     except ConfigError as error:
         return str(error)
     return None
+
+
+def check_support(spec: Spec, device: torch.device) -> None:
+    """Raises NotSupported for what no backend of the device does; the same on all ranks."""
+    if device.type == "cuda" and spec.reduce == "node":
+        raise NotSupported(
+            "reduce='node' is summed on CPUs only, and device='cuda' was asked for; pass reduce='rank' or 'token', or "
+            "device='cpu'"
+        )
 
 
 def choose_device(members: Group, device: torch.device | str | None) -> torch.device:

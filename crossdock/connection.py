@@ -24,7 +24,7 @@ from crossdock.agreement import agree, agree_on_masked
 from crossdock.arena import PAGE, Arena, Control
 from crossdock.backends.base import Backend, LaunchOptions, Outcome
 from crossdock.body import Body, Share
-from crossdock.connect import connect, problem_with, vet
+from crossdock.connect import check_support, connect, problem_with, vet
 from crossdock.consent import Consent, Steps
 from crossdock.errors import ConfigError
 from crossdock.masks import listed
@@ -170,22 +170,25 @@ class Connection:
         device: torch.device | str | None,
         timeout_s: float,
         trace: str | os.PathLike[str] | None,
+        topology: Topology | None = None,
     ) -> Connection:
         """What a Buffer that has one of its own makes: as large as the Spec needs. Collective."""
         if isinstance(group, Spec):
             raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
         members, tracer, no_trace = _members_of(group, trace)
         chosen, problem = vet(members, device)
-        problem = problem or no_trace
+        problem = problem or no_trace or _problem_of_topology(topology, members.size)
         if problem is None and isinstance(spec, Spec):  # what else it may be is told later
             problem = problem_with(launch_options, spec, chosen)
         options: dict[str, object] = {
             "device": chosen.type,
             "expand": launch_options.expand,
             "mover": launch_options.mover,
+            "topology": topology,
         }
         number = agree(members if tracer is None else tracer.members, timeout_s, options, problem, spec)
-        arena = Arena(spec, Topology(num_ranks=members.size))
+        check_support(spec, chosen)
+        arena = Arena(spec, topology or Topology(num_ranks=members.size))
         body = Body(arena.begin, arena.num_bytes - arena.begin)
         made = cls.__new__(cls)
         agreed = _Agreed(
@@ -241,7 +244,9 @@ class Connection:
 
         Raises:
             ConfigError: there is no room for it, or it does not fit the connection.
+            NotSupported: no backend here carries it out.
         """
+        check_support(spec, self.device)
         if spec.num_experts > self.control.max_experts:
             raise ConfigError(
                 f"num_experts={spec.num_experts}, and the connection was made for at most "
@@ -587,6 +592,16 @@ def _problem(
         return f"max_experts={max_experts!r}; pass a positive number"
     if not (isinstance(max_in_flight, int) and 1 <= max_in_flight <= MAX_SLOTS):
         return f"max_in_flight={max_in_flight!r} calls; pass 1 to {MAX_SLOTS}"
-    if topology is not None and topology.num_ranks != num_ranks:
+    return _problem_of_topology(topology, num_ranks)
+
+
+def _problem_of_topology(topology: object, num_ranks: int) -> str | None:
+    if topology is None:
+        return None
+    if not isinstance(topology, Topology):
+        return (
+            f"topology is a {type(topology).__name__}; pass a crossdock.Topology, or None for one domain of all ranks"
+        )
+    if topology.num_ranks != num_ranks:
         return f"the Topology has {topology.num_ranks} ranks, the group {num_ranks}; pass one of as many"
     return None

@@ -264,7 +264,7 @@ def check_lone_extras(spec: Spec, plan: Plan, extras: Sequence[Tensor], slot_row
 
 
 def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lead: tuple[int, ...]) -> None:
-    """Weights of a combine: of this rank's picks [T, K]; where ranks sum, of the rows that came, shaped as they are."""
+    """Weights of a combine: of picks here [T, K]; unless tokens' owners sum all, of rows that came, in their shape."""
     if weights is None or spec.reduce == "token":
         check_weights(spec, weights, plan.num_tokens)
         return
@@ -272,8 +272,8 @@ def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lea
     _check_float32("weights", weights)
     if tuple(weights.shape) != lead:
         raise ConfigError(
-            f"weights has shape {_shape(weights)}; with reduce='rank' rows are weighted where they are: pass one "
-            f"weight per row that came, {list(lead)} (recv.weights, when dispatch was given weights=)"
+            f"weights has shape {_shape(weights)}; with reduce={spec.reduce!r} rows are weighted where they are: pass "
+            f"one weight per row that came, {list(lead)} (recv.weights, when dispatch was given weights=)"
         )
 
 

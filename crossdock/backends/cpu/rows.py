@@ -169,7 +169,15 @@ class CpuRows:
         Args:
             out: where to write them; None: a new tensor.
         """
-        back, spec = plan.back, self._arena.spec
+        sent_rows = self._sent_rows(plan, words, return_slot)
+        terms = Terms(plan.terms.offsets, torch.from_numpy(sent_rows)[plan.terms.rows])
+        term_weights = None if weights is None else _weights_of_terms(plan, weights)
+        dtype = self._arena.spec.combine_dtype
+        return sum_rows(self._all_rows, terms, dtype=dtype, weights=term_weights, bias=bias, out=out)
+
+    def _sent_rows(self, plan: HostPlan, words: Sequence[Word], return_slot: int) -> npt.NDArray[np.int64]:
+        """The number, in the matrix of all rows, of each row that returns, in ``back``'s sending order."""
+        back = plan.back
         returned = self._first_row("returned", self._rank, return_slot)
         first_output = np.array(
             [
@@ -178,10 +186,7 @@ class CpuRows:
             ]
         )
         first = first_output[back.send_blocks // back.num_blocks_per_peer]
-        sent_rows = np.where(first < 0, returned + np.arange(first.size), first + back.send_dst_rows)
-        terms = Terms(plan.terms.offsets, torch.from_numpy(sent_rows)[plan.terms.rows])
-        term_weights = None if weights is None else _weights_of_terms(plan, weights)
-        return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias, out=out)
+        return np.where(first < 0, returned + np.arange(first.size), first + back.send_dst_rows)
 
     def returned_extras(self, plan: HostPlan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
         """Extras that came back, shaped as these: [T, ...] summed over ranks, or [T, K, ...] where rows are picks."""
