@@ -33,6 +33,7 @@ from crossdock.received import Received
 from crossdock.routing import check_picks, picks_of_ranks
 from crossdock.slots import ReceiveSlots
 from crossdock.spec import Spec, Topology
+from crossdock.transport.engines import AnyRail
 from crossdock.wire import Quantized
 
 __all__ = ["Buffer", "Stats"]
@@ -68,6 +69,7 @@ class Buffer:
         mover: on CUDA, ``"kernel"``, or ``"copy"``: rows are packed, and whole blocks go by copy engines (Compact).
         topology: of the ranks, such as ``Topology.grid(nodes=2, local=4)``; None: one scale-up domain of all. It says
             whose rows ``reduce="node"`` sums together.
+        rail: how rows travel between nodes that share no memory, as for ``Connection``.
         timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``; None: 100, or the connection's.
         exclusive: over a ``Connection``: lie apart from other Specs, so that calls in flight, and rows in slots, of
             both can overlap. Else Specs share bytes: a call of one finishes those of others that are in flight, and
@@ -103,6 +105,7 @@ class Buffer:
         expand: Literal["sender", "receiver"] | None = None,
         mover: Literal["kernel", "copy"] = "kernel",
         topology: Topology | None = None,
+        rail: AnyRail = "auto",
         timeout_s: float | None = None,
         exclusive: bool = False,
         debug: bool = False,
@@ -111,12 +114,12 @@ class Buffer:
         options = LaunchOptions(num_sms=num_sms, expand=expand, mover=mover)
         self._owns_connection = not isinstance(group, Connection)
         if isinstance(group, Connection):
-            _check_laying(group, spec, options, device, topology, timeout_s, trace)
+            _check_laying(group, spec, options, device, topology, None if rail == "auto" else rail, timeout_s, trace)
             connection = group
         else:
             limit = _TIMEOUT_S if timeout_s is None else timeout_s
             connection = Connection.of_spec(
-                group, spec, options, device=device, topology=topology, timeout_s=limit, trace=trace
+                group, spec, options, device=device, topology=topology, rail=rail, timeout_s=limit, trace=trace
             )
         self.connection = connection
         self.spec = spec
@@ -881,7 +884,7 @@ def _check_laying(
         raise ConfigError(f"spec is a {type(spec).__name__}; pass a crossdock.Spec")
     if any(given is not None for given in of_connection):
         raise ConfigError(
-            "device, topology, timeout_s and trace are the connection's; pass them to Connection, not to a Buffer "
-            "over it"
+            "device, topology, rail, timeout_s and trace are the connection's; pass them to Connection, not to a "
+            "Buffer over it"
         )
     options.check(spec, connection.device)

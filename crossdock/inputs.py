@@ -14,9 +14,9 @@ from torch import Tensor
 from crossdock.backends.base import Counters, Outputs
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
-from crossdock.masks import made_before
+from crossdock.masks import listed, made_before
 from crossdock.plan import Plan
-from crossdock.spec import Spec
+from crossdock.spec import Spec, Topology
 from crossdock.wire import Fp8, Opaque, Quantized
 
 _QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -198,6 +198,18 @@ def check_token_extras(spec: Spec, extras: Sequence[Tensor], num_tokens: int) ->
             f"extras take {num_bytes} bytes per token, the Spec has extra_bytes={spec.extra_bytes}; make the Spec with "
             f"extra_bytes={num_bytes}"
         )
+
+
+def check_whole_nodes(ranks: set[int], topology: Topology) -> None:
+    """Over a rail whole nodes are masked: without one rank, the others of its local index have no way to its node."""
+    size = topology.node_size
+    for node in {rank // size for rank in ranks}:
+        missing = set(range(node * size, (node + 1) * size)) - ranks
+        if missing:
+            raise ConfigError(
+                f"{listed(ranks)} were to be masked, and {listed(missing)} of node {node} not; between nodes rows go "
+                f"through the ranks of one local index: mask whole nodes"
+            )
 
 
 def check_plan(plan: Plan, buffer_id: int, masked: tuple[int, ...]) -> None:

@@ -243,6 +243,10 @@ class Spec:
         """W, the counts that a rank sends to each rank that has mapped its memory: E per expert, and P per rank."""
         return self.num_experts + topology.num_ranks
 
+    def num_node_counts(self, topology: Topology) -> int:
+        """W, the counts that a rank tells another node: of its rows there per expert, per rank, and over the rail."""
+        return self.num_experts // topology.num_nodes + topology.node_size + 1
+
     def differences(self, other: Spec) -> list[str]:
         """The fields in which the Specs differ, each as ``name: mine != theirs``; empty if they are equal."""
         pairs: list[tuple[str, Any, Any]] = [

@@ -85,6 +85,7 @@ def test_a_buffer_refuses_what_is_no_topology_of_its_ranks():
 
 def test_sums_by_node_are_refused_on_gpus_by_name():
     spec = Spec(num_experts=2, num_topk=1, hidden=8, max_tokens=1, reduce="node")
-    check_support(spec, torch.device("cpu"))
+    flat = Topology.flat(1)
+    check_support(spec, torch.device("cpu"), flat, over_rail=False)
     with pytest.raises(NotSupported, match="reduce='node' is summed on CPUs only"):
-        check_support(spec, torch.device("cuda"))
+        check_support(spec, torch.device("cuda"), flat, over_rail=False)
