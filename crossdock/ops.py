@@ -402,5 +402,6 @@ def _hint_in_backward(is_backward: bool) -> Iterator[None]:
     except (PeerFailed, PeerTimeout) as error:
         if not is_backward:
             raise
-        said = error.reason if isinstance(error, PeerFailed) else str(error)
-        raise type(error)(error.rank, f"{said} ({_IN_BACKWARD})") from error
+        if isinstance(error, PeerTimeout):
+            raise PeerTimeout(error.rank, f"{error} ({_IN_BACKWARD})", error.hop) from error
+        raise PeerFailed(error.rank, f"{error.reason} ({_IN_BACKWARD})") from error

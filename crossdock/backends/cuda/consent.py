@@ -181,7 +181,7 @@ class DeviceConsent(Consent):
         """See Consent. A flag ends the waits of peers for calls that this rank does not take part in."""
         if self.is_open and self.failure() is None:
             flag = Flag(epoch=self.num_ended, first_void=self._first_void(), num_more=0)
-            self._raise_flag(flag, REASON_HEADER.pack(self.rank, False) + b"it has closed its buffer")
+            self._raise_flag(flag, REASON_HEADER.pack(self.rank, 0) + b"it has closed its buffer")
         super().leave()
 
     def _refusal(self, peer: int) -> PeerFailed:
