@@ -27,16 +27,19 @@ def sent_in(call):
     """What the call gives, and the bytes that this host has sent over its link in it, once all ranks are done."""
     dist.barrier()
     before = hosts.sent_bytes()
+    dist.barrier()  # another rank of this host may be ahead, and sends over the same link
     result = call()
     dist.barrier()
-    return result, hosts.sent_bytes() - before
+    after = hosts.sent_bytes()
+    dist.barrier()
+    return result, after - before
 
 
 def round_trips(group, cases):
     """Of each case: rows, sums, and bytes of five dispatches and combines; and the topology that was found."""
     topology, got = Topology.of(group), []
     for case in cases:
-        with Buffer(group, case.spec, topology=topology, timeout_s=30) as buffer:
+        with Buffer(group, case.spec, topology=topology, timeout_s=100) as buffer:
             r = buffer.rank
             recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r])
             rows, plan = observed(recv), recv.plan
