@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PORT = 29743
-LIMIT_S = 300
+LIMIT_S = 240
 
 
 class Setting(NamedTuple):
