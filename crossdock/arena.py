@@ -68,11 +68,13 @@ class Control(_Table):
     Args:
         max_experts: of all ranks, of any Spec that is laid over the connection.
         max_in_flight: calls that may be started and not yet waited for.
+        over_rail: only the ranks of a node map each other's memory; others are reached by messages.
     """
 
     topology: Topology
     max_experts: int
     max_in_flight: int
+    over_rail: bool = False
 
     @property
     def ring(self) -> int:
@@ -81,9 +83,10 @@ class Control(_Table):
 
     @property
     def num_counts(self) -> int:
-        """Counts for which a row has room: E per expert, P per rank, and N per node if N > 1."""
-        num_nodes = self.topology.num_nodes
-        return self.max_experts + self.topology.num_ranks + (num_nodes if num_nodes > 1 else 0)
+        """Counts for which a row has room: E per expert and P per rank; over a rail, those that a node is told."""
+        if self.over_rail:
+            return -(-self.max_experts // self.topology.num_nodes) + self.topology.node_size + 1
+        return self.max_experts + self.topology.num_ranks
 
     @cached_property
     def regions(self) -> dict[str, Region]:
@@ -96,6 +99,10 @@ class Control(_Table):
         table.add("closed", (num_ranks,), torch.int64, "peers: I have left")
         table.add("masks", (2 + num_words(num_ranks), num_ranks), torch.int64, "peers: whom I want masked")
         table.add("restarts", (2, num_ranks), torch.int64, "peers: where to begin again")
+        if self.over_rail:
+            table.add("told", (ring, num_ranks), torch.int64, "mates: your table has my counts")
+            table.add("needs", (ring, num_ranks), torch.int64, "rail: rows that my node needs room for")
+            table.add("about", (1, num_ranks), torch.int64, "peers: whom I wait for")
         table.add("reasons", (num_ranks, REASON_BYTES), torch.uint8, "peers: why")
         table.add("counts", (ring, num_ranks, self.num_counts), torch.int64, "peers: rows to come")
         return table
@@ -164,7 +171,7 @@ class Arena(_Table):
     def num_returned_rows(self) -> int:
         """Most rows that one combine returns to a rank: M * K if each pick's row returns, else M * min(K, P)."""
         spec = self.spec
-        by_pick = spec.layout.per_pick and spec.reduce == "token"
+        by_pick = spec.layout.per_pick and spec.reduce != "rank"
         return spec.max_tokens * (spec.num_topk if by_pick else min(spec.num_topk, self.topology.num_ranks))
 
     @cached_property
@@ -197,13 +204,21 @@ class Arena(_Table):
         if self.scales.num_scales:
             add("scale", (slots, *self.scales.shape), spec.wire.scale_dtype, "peers: their scales", PAGE)
         add("metadata", (slots, rows, self.metadata_bytes), torch.uint8, "peers: source, ids, weights, extras", PAGE)
-        if spec.layout.per_pick:
+        if spec.layout.per_pick and not self.control_words.over_rail:
             shape = (slots, num_ranks * spec.max_tokens, spec.num_topk)
             add("partial_rows", shape, torch.int32, "peers: which rows are one token's", PAGE)
         has_guests = self.region_of_rows(unquantized=True) == "outputs"
         writer = "this rank: experts' outputs" + ("; peers: unquantized rows" if has_guests else "")
         add("outputs", (slots, rows, hidden), out, writer, whole_rows)
+        if self.control_words.over_rail:
+            # Two, in turn: when a call offers outputs, all mates have read those of the call before the last.
+            add("offered", (2, rows, hidden), out, "this rank: outputs from elsewhere", whole_rows)
+            add("offered_weights", (2, rows), torch.float32, "this rank: their weights", PAGE)
+            add("offered_extras", (2, rows, self.return_bytes), torch.uint8, "this rank: extras to go home", PAGE)
+            return table
         add("returned", (slots, self.num_returned_rows, hidden), out, "peers: rows come home", whole_rows)
+        if spec.reduce == "node":
+            add("returned_weights", (slots, self.num_returned_rows), torch.float32, "peers: their weights", PAGE)
         add("returned_extras", (slots, num_sent, self.return_bytes), torch.uint8, "peers: extras come home", PAGE)
         return table
 
@@ -230,7 +245,7 @@ class Arena(_Table):
     @property
     def num_bytes(self) -> int:
         """Bytes of one rank's segment up to the end of these regions, a multiple of the page size."""
-        last = self["returned_extras"]
+        last = list(self._of_spec.values())[-1]
         return _round_up(last.offset + last.num_bytes, PAGE)
 
     @property

@@ -32,7 +32,8 @@ from crossdock.plan import Plan
 from crossdock.received import Received
 from crossdock.routing import check_picks, picks_of_ranks
 from crossdock.slots import ReceiveSlots
-from crossdock.spec import Spec
+from crossdock.spec import Spec, Topology
+from crossdock.transport.engines import AnyRail
 from crossdock.wire import Quantized
 
 __all__ = ["Buffer", "Stats"]
@@ -66,6 +67,9 @@ class Buffer:
             ``"sender"`` (each copy crosses the link) or ``"receiver"`` (one does); None: the cheaper one by
             ``crossdock.cost``. The same bits.
         mover: on CUDA, ``"kernel"``, or ``"copy"``: rows are packed, and whole blocks go by copy engines (Compact).
+        topology: of the ranks, such as ``Topology.grid(nodes=2, local=4)``; None: one scale-up domain of all. It says
+            whose rows ``reduce="node"`` sums together.
+        rail: how rows travel between nodes that share no memory, as for ``Connection``.
         timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``; None: 100, or the connection's.
         exclusive: over a ``Connection``: lie apart from other Specs, so that calls in flight, and rows in slots, of
             both can overlap. Else Specs share bytes: a call of one finishes those of others that are in flight, and
@@ -100,6 +104,8 @@ class Buffer:
         num_sms: int | None = None,
         expand: Literal["sender", "receiver"] | None = None,
         mover: Literal["kernel", "copy"] = "kernel",
+        topology: Topology | None = None,
+        rail: AnyRail = "auto",
         timeout_s: float | None = None,
         exclusive: bool = False,
         debug: bool = False,
@@ -108,11 +114,13 @@ class Buffer:
         options = LaunchOptions(num_sms=num_sms, expand=expand, mover=mover)
         self._owns_connection = not isinstance(group, Connection)
         if isinstance(group, Connection):
-            _check_laying(group, spec, options, device, timeout_s, trace)
+            _check_laying(group, spec, options, device, topology, None if rail == "auto" else rail, timeout_s, trace)
             connection = group
         else:
             limit = _TIMEOUT_S if timeout_s is None else timeout_s
-            connection = Connection.of_spec(group, spec, options, device=device, timeout_s=limit, trace=trace)
+            connection = Connection.of_spec(
+                group, spec, options, device=device, topology=topology, rail=rail, timeout_s=limit, trace=trace
+            )
         self.connection = connection
         self.spec = spec
         self.group, self.device, self.rank = connection.group, connection.device, connection.rank
@@ -137,6 +145,8 @@ class Buffer:
         self._debug = debug
         self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
         self._ranks_sum = spec.reduce == "rank"
+        self._weighs_rows = spec.reduce != "token"
+        """Whether a combine takes a weight of each row, or of each pick."""
         self._moves_blocks = mover == "copy"
         self._looks_at_picks = self.device.type == "cpu"
         """Whether the host does; on CUDA kernels do."""
@@ -534,7 +544,8 @@ class Buffer:
                 ``recv.output_rows()`` (left in place and pulled by the owners). The same bits either way.
             plan: of the dispatch that brought the rows.
             weights: float32. With ``reduce="token"``, [T, K] of this rank's picks; a row that serves several picks is
-                multiplied by the sum of theirs. With ``reduce="rank"``, one per row that came: ``recv.weights``.
+                multiplied by the sum of theirs. With ``"rank"`` and ``"node"``, one per row that came:
+                ``recv.weights``.
             bias: [T, H] or [H], added to each sum.
             partial_rows: int32 [pairs, K], in place of ``plan.partial_rows``, where ranks sum picks (``reduce="rank"``,
                 Expanded or Padded): the rows of y that this rank sums for each (token, rank) pair, -1 for none. y is
@@ -645,13 +656,13 @@ class Buffer:
         except Exception as error:
             self._queue.refuse(error)
             raise
-        if weights is not None and self._ranks_sum and weights.dim() != 1:
+        if weights is not None and self._weighs_rows and weights.dim() != 1:
             weights = weights.reshape(-1)  # [R]
-        if self._ranks_sum and (self.spec.layout.per_pick or weights is not None):
-            output_slot = PUSHED  # they are summed here
+        if self._weighs_rows and (weights is not None or (self._ranks_sum and self.spec.layout.per_pick)):
+            output_slot = PUSHED  # they are summed here, or their weights go with them
         slot = self._next_return_slot()
         word = kind.words.get((slot, output_slot)) or self._word(
-            kind, Kind.COMBINE, slot, output_slot, plan, None if extras is None else _shapes(returned)
+            kind, Kind.COMBINE, slot, output_slot, plan, self._agreed_of_combine(weights, extras, returned)
         )
         is_first = not self._queue.running
         call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms, counters)
@@ -667,6 +678,13 @@ class Buffer:
             self._kinds.keep(key, kind)
         return pending
 
+    def _agreed_of_combine(
+        self, weights: Tensor | None, extras: Sequence[Tensor] | None, returned: Sequence[Tensor]
+    ) -> Hashable:
+        """What must be the same on all ranks: the extras, and whether weights go home with the rows."""
+        shapes = None if extras is None else _shapes(returned)
+        return shapes if self.spec.reduce != "node" else (weights is None, shapes)
+
     def _fits_combine(self, given: Outputs, plan: Plan) -> bool:
         """Whether outputs of a kind that has been seen are allowed too: their numbers of rows, and the plan."""
         y, weights, bias, extras, partial_rows, _ = given
@@ -677,7 +695,7 @@ class Buffer:
         else:
             fits = fits and len(lead) == 1 and partial_rows.shape[0] >= plan.num_partial_rows
         if weights is not None:
-            fits = fits and (weights.shape == lead if self._ranks_sum else weights.shape[0] == plan.num_tokens)
+            fits = fits and (weights.shape == lead if self._weighs_rows else weights.shape[0] == plan.num_tokens)
         if bias is not None:
             fits = fits and bias.shape in ((plan.num_tokens, self.spec.hidden), (self.spec.hidden,))
         return fits and (not extras or all(extra.shape[: len(lead)] == lead for extra in extras))
@@ -866,6 +884,7 @@ def _check_laying(
         raise ConfigError(f"spec is a {type(spec).__name__}; pass a crossdock.Spec")
     if any(given is not None for given in of_connection):
         raise ConfigError(
-            "device, timeout_s and trace are the connection's; pass them to Connection, not to a Buffer over it"
+            "device, topology, rail, timeout_s and trace are the connection's; pass them to Connection, not to a "
+            "Buffer over it"
         )
     options.check(spec, connection.device)

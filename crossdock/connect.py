@@ -11,14 +11,19 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from crossdock import cost
 from crossdock.arena import Arena, Control
 from crossdock.backends.base import Backend, LaunchOptions
 from crossdock.backends.cpu.calls import CpuBackend
+from crossdock.backends.nodes.calls import NodesBackend
+from crossdock.backends.nodes.consent import NodesConsent
 from crossdock.consent import Consent
-from crossdock.errors import BackendUnavailable, ConfigError
-from crossdock.spec import Spec
+from crossdock.errors import BackendUnavailable, ConfigError, NotSupported
+from crossdock.spec import Spec, Topology
 from crossdock.transport import inproc, shm
-from crossdock.transport.base import Group, ProcessGroup, Transport, raise_on_all
+from crossdock.transport.base import Group, NodeGroup, ProcessGroup, Transport, raise_on_all
+from crossdock.transport.nodes import NodesTransport
+from crossdock.transport.rail import Engine
 
 OLDEST_TRITON = (3, 6)
 
@@ -56,6 +61,25 @@ def problem_with(launch_options: LaunchOptions, spec: Spec, device: torch.device
     return None
 
 
+def check_support(spec: Spec, device: torch.device, topology: Topology, *, over_rail: bool) -> None:
+    """Raises NotSupported for what no backend of the device does; the same on all ranks."""
+    if over_rail and device.type == "cuda":
+        raise NotSupported("ranks of several nodes move rows on CPUs only, and device='cuda' was asked for")
+    if over_rail and spec.reduce != "node":
+        by_pick = spec.reduce == "token" and spec.layout.per_pick
+        rows = spec.num_topk if by_pick else cost.ranks_per_token(spec, topology.num_ranks)
+        nodes = cost.ranks_per_token(spec, topology.num_nodes)
+        raise NotSupported(
+            f"reduce={spec.reduce!r} between nodes would bring {rows:.2f} rows of a token home, and reduce='node' "
+            f"brings {nodes:.2f}, one from each of {topology.num_nodes} nodes with a pick: pass reduce='node'"
+        )
+    if device.type == "cuda" and spec.reduce == "node":
+        raise NotSupported(
+            "reduce='node' is summed on CPUs only, and device='cuda' was asked for; pass reduce='rank' or 'token', or "
+            "device='cpu'"
+        )
+
+
 def choose_device(members: Group, device: torch.device | str | None) -> torch.device:
     """Where rows are moved: as asked for; else on the current CUDA device if the process group is one for it."""
     if device is None:
@@ -83,6 +107,7 @@ def connect(
     timeout_s: float,
     row_bytes: int = 1,
     consent_type: type[Consent] = Consent,
+    rail_engine: Engine | None = None,
 ) -> Connected:
     """Makes the parts and connects them to the peers'. Collective.
 
@@ -91,8 +116,19 @@ def connect(
         number: of the connection, the same on all ranks and no other's.
         row_bytes: of the rows that are expected on CPUs, if that is known.
         consent_type: of ranks whose hosts give the words.
+        rail_engine: makes the rail, where there are several nodes that share no memory.
     """
     name = f"crossdock-{number:016x}"
+    if rail_engine is not None:
+        mates = NodeGroup(members, control.topology.node_size)
+        host = (
+            inproc.connect(mates, control, num_bytes, row_bytes=row_bytes)
+            if isinstance(members, inproc.ThreadGroup)
+            else shm.connect(mates, control, num_bytes, name=name, row_bytes=row_bytes)
+        )
+        nodes = NodesTransport(host, rail_engine.connect(members, control.topology), control, rail_engine.box)
+        words = NodesConsent(nodes, ring=control.ring)
+        return Connected(transport=nodes, consent=words, lay=partial(NodesBackend, nodes, words))
     if device.type == "cpu":
         host = (
             inproc.connect(members, control, num_bytes, row_bytes=row_bytes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import NamedTuple, Protocol, TypeVar
 from weakref import ref
@@ -24,14 +24,16 @@ from crossdock.agreement import agree, agree_on_masked
 from crossdock.arena import PAGE, Arena, Control
 from crossdock.backends.base import Backend, LaunchOptions, Outcome
 from crossdock.body import Body, Share
-from crossdock.connect import connect, problem_with, vet
+from crossdock.connect import check_support, connect, problem_with, vet
 from crossdock.consent import Consent, Steps
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, NotSupported
 from crossdock.masks import listed
 from crossdock.pending import CallQueue, Pending
 from crossdock.spec import MAX_SLOTS, Spec, Topology
 from crossdock.trace import TracedConsent, TracedQueue, Tracer, open_problem
 from crossdock.transport.base import Group, group_of
+from crossdock.transport.engines import AnyRail, choose, named, problem_with_rail
+from crossdock.transport.rail import Engine
 
 Self = TypeVar("Self", bound="Connection")
 Value = TypeVar("Value")
@@ -92,6 +94,7 @@ class _Agreed(NamedTuple):
     number: int
     timeout_s: float
     tracer: Tracer | None = None
+    rail_engine: Engine | None = None
     row_bytes: int = 1
     name: str = "connection"
     """What its user has made."""
@@ -109,11 +112,14 @@ class Connection:
         num_bytes: of each rank's segment for rows, all Specs together; what a Spec needs is
             ``Arena(spec, Topology(num_ranks=P)).num_body_bytes``. None: none yet, see ``reserve``.
         device: as for ``Buffer``.
-        topology: of the ranks; None: one scale-up domain of all.
+        topology: of the ranks; None: one scale-up domain of all. ``Topology.of(group)`` finds out which ranks share
+            memory.
         timeout_s: how long a call waits for a peer before it raises ``PeerTimeout``.
         max_experts: the most experts, of all ranks, of any Spec: rows of counts are so long.
         max_in_flight: the most calls that may be started and not yet waited for, 1 to 6; also the most ``num_slots``.
         trace: as for ``Buffer``; of the calls of all Specs.
+        rail: how rows travel between nodes that share no memory: ``"dist"`` (torch.distributed), or an engine;
+            ``"auto"`` takes what is there, and none where all ranks share memory; None: none.
 
     Raises:
         ConfigError: the ranks brought different arguments or versions; on all ranks.
@@ -141,23 +147,31 @@ class Connection:
         max_experts: int = 512,
         max_in_flight: int = MAX_SLOTS,
         trace: str | os.PathLike[str] | None = None,
+        rail: AnyRail = "auto",
     ) -> None:
         members, tracer, no_trace = _members_of(group, trace)
         chosen, problem = vet(members, device)
         problem = problem or no_trace or _problem(num_bytes, max_experts, max_in_flight, topology, members.size)
+        problem = problem or problem_with_rail(rail)
         options = {
             "device": chosen.type,
             "num_bytes": num_bytes,
             "topology": topology,
             "max_experts": max_experts,
             "max_in_flight": max_in_flight,
+            "rail": named(rail),
         }
         number = agree(members if tracer is None else tracer.members, timeout_s, options, problem)
+        topology = topology or Topology(num_ranks=members.size)
+        engine = _engine_of(members, topology, rail, tracer)
         control = Control(
-            topology=topology or Topology(num_ranks=members.size), max_experts=max_experts, max_in_flight=max_in_flight
+            topology=topology,
+            max_experts=max_experts,
+            max_in_flight=max_in_flight,
+            over_rail=engine is not None,
         )
         body = Body(control.num_bytes, _whole_pages(num_bytes or 0))
-        self._join(_Agreed(members, control, body, chosen, number, timeout_s, tracer))
+        self._join(_Agreed(members, control, body, chosen, number, timeout_s, tracer, engine))
         self.group = group
 
     @classmethod
@@ -170,27 +184,35 @@ class Connection:
         device: torch.device | str | None,
         timeout_s: float,
         trace: str | os.PathLike[str] | None,
+        topology: Topology | None = None,
+        rail: AnyRail = "auto",
     ) -> Connection:
         """What a Buffer that has one of its own makes: as large as the Spec needs. Collective."""
         if isinstance(group, Spec):
             raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
         members, tracer, no_trace = _members_of(group, trace)
         chosen, problem = vet(members, device)
-        problem = problem or no_trace
+        problem = problem or no_trace or _problem_of_topology(topology, members.size) or problem_with_rail(rail)
         if problem is None and isinstance(spec, Spec):  # what else it may be is told later
             problem = problem_with(launch_options, spec, chosen)
         options: dict[str, object] = {
             "device": chosen.type,
             "expand": launch_options.expand,
             "mover": launch_options.mover,
+            "topology": topology,
+            "rail": named(rail),
         }
         number = agree(members if tracer is None else tracer.members, timeout_s, options, problem, spec)
-        arena = Arena(spec, Topology(num_ranks=members.size))
+        topology = topology or Topology(num_ranks=members.size)
+        engine = _engine_of(members, topology, rail, tracer)
+        check_support(spec, chosen, topology, over_rail=engine is not None)
+        control = Arena(spec, topology).control_words
+        if engine is not None:
+            control = replace(control, over_rail=True)
+        arena = Arena(spec, topology, control)
         body = Body(arena.begin, arena.num_bytes - arena.begin)
         made = cls.__new__(cls)
-        agreed = _Agreed(
-            members, arena.control_words, body, chosen, number, timeout_s, tracer, arena.row_bytes, "buffer"
-        )
+        agreed = _Agreed(members, control, body, chosen, number, timeout_s, tracer, engine, arena.row_bytes, "buffer")
         made._join(agreed)  # noqa: SLF001 - one of this class
         made.group = group
         return made
@@ -215,6 +237,7 @@ class Connection:
             timeout_s=agreed.timeout_s,
             row_bytes=agreed.row_bytes,
             consent_type=Consent if agreed.tracer is None else TracedConsent,
+            rail_engine=agreed.rail_engine,
         )
         self.transport, self.consent, self._lay = parts.transport, parts.consent, parts.lay
         depth = control.max_in_flight
@@ -241,7 +264,9 @@ class Connection:
 
         Raises:
             ConfigError: there is no room for it, or it does not fit the connection.
+            NotSupported: no backend here carries it out.
         """
+        check_support(spec, self.device, self.topology, over_rail=self.control.over_rail)
         if spec.num_experts > self.control.max_experts:
             raise ConfigError(
                 f"num_experts={spec.num_experts}, and the connection was made for at most "
@@ -481,6 +506,8 @@ class Connection:
             self.queue.renew(f"it masks {', '.join(map(str, ranks))}")
             try:
                 inputs.check_ranks(ranks, num_ranks=self.topology.num_ranks)
+                if self.control.over_rail:
+                    inputs.check_whole_nodes({*self.masked, *ranks}, self.topology)
             except ConfigError as error:
                 self.queue.refuse(error)
                 raise
@@ -568,6 +595,14 @@ def _members_of(group: AnyGroup, trace: str | os.PathLike[str] | None) -> tuple[
     return members, Tracer(folder, members), open_problem(folder)
 
 
+def _engine_of(members: Group, topology: Topology, rail: AnyRail, tracer: Tracer | None) -> Engine | None:
+    """What rails are made by, if the nodes need any. Collective."""
+    engine = choose(members, topology, rail)
+    if engine is not None and tracer is not None:
+        raise NotSupported("calls over nodes are not traced yet; leave trace= and CROSSDOCK_TRACE out")
+    return engine
+
+
 def _whole_pages(num_bytes: int) -> int:
     return -(-num_bytes // PAGE) * PAGE
 
@@ -587,6 +622,16 @@ def _problem(
         return f"max_experts={max_experts!r}; pass a positive number"
     if not (isinstance(max_in_flight, int) and 1 <= max_in_flight <= MAX_SLOTS):
         return f"max_in_flight={max_in_flight!r} calls; pass 1 to {MAX_SLOTS}"
-    if topology is not None and topology.num_ranks != num_ranks:
+    return _problem_of_topology(topology, num_ranks)
+
+
+def _problem_of_topology(topology: object, num_ranks: int) -> str | None:
+    if topology is None:
+        return None
+    if not isinstance(topology, Topology):
+        return (
+            f"topology is a {type(topology).__name__}; pass a crossdock.Topology, or None for one domain of all ranks"
+        )
+    if topology.num_ranks != num_ranks:
         return f"the Topology has {topology.num_ranks} ranks, the group {num_ranks}; pass one of as many"
     return None

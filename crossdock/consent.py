@@ -25,7 +25,7 @@ import struct
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from crossdock.errors import ConfigError, CrossdockError, NotSupported, PeerFailed, PeerTimeout, TransportError
 from crossdock.masks import Proposal, num_words
@@ -62,7 +62,9 @@ PROPOSED, HEARD, FIRST_WORD = 0, 1, 2
 
 Where ranks restart, the first two: the epoch that it could begin, and the one that all can, once it has heard all."""
 
-REASON_HEADER = struct.Struct("<i?")
+REASON_HEADER = struct.Struct("<iB")
+"""Who is at fault, and how: it gave up, or was late, over one axis or the other."""
+_HOPS: tuple[Literal["scale_up", "scale_out"] | None, ...] = (None, "scale_up", "scale_out")
 
 
 @dataclass(frozen=True)
@@ -348,7 +350,8 @@ class Consent:
         """
         culprit = error.rank if isinstance(error, (PeerFailed, PeerTimeout)) else self.rank
         why = error.reason if isinstance(error, PeerFailed) else str(error)
-        reason = REASON_HEADER.pack(culprit, isinstance(error, PeerTimeout)) + why.encode(errors="replace")
+        how = 1 + _HOPS.index(error.hop) if isinstance(error, PeerTimeout) else 0
+        reason = REASON_HEADER.pack(culprit, how) + why.encode(errors="replace")
         for box in ("words", "arrived"):  # nobody writes there before it has seen the flag, or only for void calls
             self._mailbox.forget(box)
         if self.is_open or self._flag is None:
@@ -413,7 +416,7 @@ class Consent:
                 if not said or max(heard.values()) > said:
                     proposals = {peer: load(PROPOSED, peer) for peer in others}
                     absent = [peer for peer in others if proposals[peer] <= self._last_met]  # or as it was then
-                    target = max([own, *proposals.values()])
+                    target = max([own, *proposals.values(), *heard.values()])  # of ranks that only a peer reaches
                     if not absent and target != said:
                         for box in ("words", "arrived"):  # all have ended their epochs: nothing more comes of those
                             self._mailbox.forget(box)
@@ -423,7 +426,7 @@ class Consent:
                     missing = sorted(absent, key=lambda peer: proposals[peer] < 0) or missing  # it waited for others
                 for peer in missing:
                     if self.has_left(peer):
-                        raise PeerFailed(peer, "it has closed its buffer")
+                        raise self.has_closed(peer)
                 yield Missing(missing, "come to")
             is_agreed = True
         finally:
@@ -503,7 +506,7 @@ class Consent:
                 raise flags[0]
             living = [peer for peer in missing if not is_gone(peer)]
             if not living and self.has_left(missing[0]) and not arrived(missing[0]):
-                raise PeerFailed(missing[0], "it has closed its buffer")
+                raise self.has_closed(missing[0])
             yield Missing(living or missing, "agree to")
 
     def mask(self, ranks: Sequence[int]) -> None:
@@ -532,7 +535,7 @@ class Consent:
                 raise flags[0]
             for peer in left:
                 if not arrived(peer):
-                    raise PeerFailed(peer, "it has closed its buffer")
+                    raise self.has_closed(peer)
             yield Missing(missing, what)
 
     def _raise_flag(self, flag: Flag, reason: bytes) -> None:
@@ -552,9 +555,25 @@ class Consent:
         if flag is None or not flag.makes_void(self.num_ended, sequence & CALL_MASK):
             return None
         reason = self._mailbox.read_reason(peer)
-        culprit, timed_out = REASON_HEADER.unpack_from(reason)
+        culprit, how = REASON_HEADER.unpack_from(reason)
         why = reason[REASON_HEADER.size :].rstrip(b"\0").decode(errors="ignore")
-        return PeerTimeout(culprit, why) if timed_out else PeerFailed(culprit, why)
+        return PeerTimeout(culprit, why, _HOPS[how - 1]) if how else PeerFailed(culprit, why)
+
+    def suspect(self, sequence: int, missing: Sequence[int]) -> int:
+        """Whose fault it is that a call waits for these; asked from half of the deadline on, again and again."""
+        return missing[0]
+
+    def hop_to(self, peer: int) -> Literal["scale_up", "scale_out"] | None:
+        """The axis over which a peer is reached; None where there is but one."""
+        return None
+
+    def described(self, peer: int) -> str:
+        """A rank in words."""
+        return f"rank {peer}"
+
+    def has_closed(self, peer: int) -> PeerFailed:
+        """The error of a peer that takes part in nothing any more."""
+        return PeerFailed(peer, "it has closed its buffer")
 
     def has_left(self, peer: int) -> bool:
         """Whether a peer has closed its buffer."""

@@ -6,6 +6,8 @@ Messages say what is wrong, what was got, what is allowed and what to do, in tha
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 
 class CrossdockError(Exception):
     """Base of everything the library raises on purpose."""
@@ -35,15 +37,18 @@ class PeerTimeout(TransportError):
     """A peer did not do its part before the deadline.
 
     Attributes:
-        rank: the peer that was waited for.
+        rank: the peer that was waited for; among several nodes, the one whom all that wait, wait for in the end.
+        hop: the axis over which it was missed, ``"scale_up"`` within a node or ``"scale_out"`` between nodes; None
+            where all ranks are of one scale-up domain.
     """
 
-    def __init__(self, rank: int, message: str) -> None:
+    def __init__(self, rank: int, message: str, hop: Literal["scale_up", "scale_out"] | None = None) -> None:
         super().__init__(message)
         self.rank = rank
+        self.hop = hop
 
-    def __reduce__(self) -> tuple[type[PeerTimeout], tuple[int, str]]:
-        return type(self), (self.rank, str(self))
+    def __reduce__(self) -> tuple[type[PeerTimeout], tuple[Any, ...]]:
+        return type(self), (self.rank, str(self), self.hop)
 
 
 class PeerFailed(TransportError):

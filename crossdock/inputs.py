@@ -14,9 +14,9 @@ from torch import Tensor
 from crossdock.backends.base import Counters, Outputs
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
-from crossdock.masks import made_before
+from crossdock.masks import listed, made_before
 from crossdock.plan import Plan
-from crossdock.spec import Spec
+from crossdock.spec import Spec, Topology
 from crossdock.wire import Fp8, Opaque, Quantized
 
 _QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -200,6 +200,18 @@ def check_token_extras(spec: Spec, extras: Sequence[Tensor], num_tokens: int) ->
         )
 
 
+def check_whole_nodes(ranks: set[int], topology: Topology) -> None:
+    """Over a rail whole nodes are masked: without one rank, the others of its local index have no way to its node."""
+    size = topology.node_size
+    for node in {rank // size for rank in ranks}:
+        missing = set(range(node * size, (node + 1) * size)) - ranks
+        if missing:
+            raise ConfigError(
+                f"{listed(ranks)} were to be masked, and {listed(missing)} of node {node} not; between nodes rows go "
+                f"through the ranks of one local index: mask whole nodes"
+            )
+
+
 def check_plan(plan: Plan, buffer_id: int, masked: tuple[int, ...]) -> None:
     """A plan is good for the buffer that made it, as long as no further rank is masked."""
     if not isinstance(plan, Plan):
@@ -264,7 +276,7 @@ def check_lone_extras(spec: Spec, plan: Plan, extras: Sequence[Tensor], slot_row
 
 
 def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lead: tuple[int, ...]) -> None:
-    """Weights of a combine: of this rank's picks [T, K]; where ranks sum, of the rows that came, shaped as they are."""
+    """Weights of a combine: of picks here [T, K]; unless tokens' owners sum all, of rows that came, in their shape."""
     if weights is None or spec.reduce == "token":
         check_weights(spec, weights, plan.num_tokens)
         return
@@ -272,8 +284,8 @@ def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lea
     _check_float32("weights", weights)
     if tuple(weights.shape) != lead:
         raise ConfigError(
-            f"weights has shape {_shape(weights)}; with reduce='rank' rows are weighted where they are: pass one "
-            f"weight per row that came, {list(lead)} (recv.weights, when dispatch was given weights=)"
+            f"weights has shape {_shape(weights)}; with reduce={spec.reduce!r} rows are weighted where they are: pass "
+            f"one weight per row that came, {list(lead)} (recv.weights, when dispatch was given weights=)"
         )
 
 

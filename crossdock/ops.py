@@ -40,6 +40,7 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from crossdock.backends.base import PlanTensors, RowCount
 from crossdock.buffer import Buffer
+from crossdock.direct import Direct
 from crossdock.errors import PeerFailed, PeerTimeout
 from crossdock.layout import Padded
 from crossdock.plan import Plan
@@ -59,7 +60,7 @@ state of this library's modules beside buffers by handle, as gradient formulas a
 
 
 @torch.library.custom_op("crossdock::dispatch", mutates_args=())
-def dispatch(
+def _dispatch(
     x: Tensor,
     topk_idx: Tensor,
     weights: Tensor | None,
@@ -75,11 +76,9 @@ def dispatch(
         plan = recv.plan
         num_topk = owner.spec.num_topk
         saved = PlanTensors(
-            topk_idx=plan.topk_idx,
-            counts=_apart(plan.counts, plan.topk_idx),
-            partial_rows=_no_ids(x, num_topk)
-            if plan.partial_rows is None
-            else _apart(plan.partial_rows, plan.topk_idx),
+            topk_idx=_apart(plan.topk_idx, plan.counts),
+            counts=plan.counts,
+            partial_rows=_no_ids(x, num_topk) if plan.partial_rows is None else _apart(plan.partial_rows, plan.counts),
             src_idx=recv.src_idx,
             local_idx=_no_ids(x, num_topk) if recv.topk_idx is None else recv.topk_idx,
         )
@@ -87,7 +86,7 @@ def dispatch(
         return (*_own_rows(owner, recv, rows), *saved, _done(x))
 
 
-@dispatch.register_fake
+@_dispatch.register_fake
 def _(
     x: Tensor,
     topk_idx: Tensor,
@@ -122,7 +121,7 @@ def _(
 
 
 @torch.library.custom_op("crossdock::send", mutates_args=())
-def send(  # noqa: PLR0913, PLR0917 - an op's arguments
+def _send(  # noqa: PLR0913, PLR0917 - an op's arguments
     x: Tensor,
     weights: Tensor | None,
     anchor: Tensor | None,
@@ -141,7 +140,7 @@ def send(  # noqa: PLR0913, PLR0917 - an op's arguments
         return (*_own_rows(owner, recv, rows), _done(x))
 
 
-@send.register_fake
+@_send.register_fake
 def _(  # noqa: PLR0913, PLR0917 - an op's arguments
     x: Tensor,
     weights: Tensor | None,
@@ -162,7 +161,7 @@ def _(  # noqa: PLR0913, PLR0917 - an op's arguments
 
 
 @torch.library.custom_op("crossdock::combine", mutates_args=())
-def combine(  # noqa: PLR0913, PLR0917 - an op's arguments
+def _combine(  # noqa: PLR0913, PLR0917 - an op's arguments
     y: Tensor,
     weights: Tensor | None,
     bias: Tensor | None,
@@ -178,7 +177,7 @@ def combine(  # noqa: PLR0913, PLR0917 - an op's arguments
         return owner.combine(y, _plan(owner, plan), weights=weights, bias=bias), _done(y)
 
 
-@combine.register_fake
+@_combine.register_fake
 def _(  # noqa: PLR0913, PLR0917 - an op's arguments
     y: Tensor,
     weights: Tensor | None,
@@ -195,7 +194,7 @@ def _(  # noqa: PLR0913, PLR0917 - an op's arguments
 
 
 @torch.library.custom_op("crossdock::bring", mutates_args=())
-def bring(
+def _bring(
     y: Tensor, row_weights: Tensor | None, plan: Sequence[Tensor], buffer: str, after: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows and of their weights -> of tokens [T, H] and of weights [T, K], done."""
@@ -208,7 +207,7 @@ def bring(
     return out, weights, _done(y)
 
 
-@bring.register_fake
+@_bring.register_fake
 def _(
     y: Tensor, row_weights: Tensor | None, plan: Sequence[Tensor], buffer: str, after: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +221,7 @@ def _(
 
 
 @torch.library.custom_op("crossdock::return_weights", mutates_args=())
-def return_weights(
+def _return_weights(
     row_weights: Tensor, plan: Sequence[Tensor], buffer: str, after: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights where rows came, one per row or [R, K] -> [T, K], done."""
@@ -232,20 +231,20 @@ def return_weights(
     return weights, _done(row_weights)
 
 
-@return_weights.register_fake
+@_return_weights.register_fake
 def _(row_weights: Tensor, plan: Sequence[Tensor], buffer: str, after: Tensor | None) -> tuple[Tensor, Tensor]:
     weights = row_weights.new_empty(plan[0].shape[0], Buffer.of(buffer).spec.num_topk)
     return weights, row_weights.new_empty(1, dtype=torch.int64)
 
 
 @torch.library.custom_op("crossdock::weigh_gradients", mutates_args=())
-def weigh_gradients(grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor, buffer: str) -> tuple[Tensor, Tensor]:
+def _weigh_gradients(grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor, buffer: str) -> tuple[Tensor, Tensor]:
     """See ``Buffer.weigh_gradients``. Local; an op, because a kernel of ours is no operation that compilers know."""
     with torch.no_grad():
         return Buffer.of(buffer).weigh_gradients(grads, y, weights, src_idx)
 
 
-@weigh_gradients.register_fake
+@_weigh_gradients.register_fake
 def _(grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor, buffer: str) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), y.new_empty(y.shape[:-1], dtype=torch.float32)
 
@@ -327,10 +326,11 @@ def _combine_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return grad_y.to(ctx.dtype), grad_weights, grad_bias, grad_link, [None] * 5, None, None, None
 
 
-dispatch.register_autograd(_dispatch_backward, setup_context=_setup_dispatch)
-send.register_autograd(_send_backward, setup_context=_setup_send)
-combine.register_autograd(_combine_backward, setup_context=_setup_combine)
-for _op in (send, bring, return_weights):
+dispatch = Direct(_dispatch, _setup_dispatch, _dispatch_backward)
+send = Direct(_send, _setup_send, _send_backward)
+combine = Direct(_combine, _setup_combine, _combine_backward)
+bring, return_weights, weigh_gradients = Direct(_bring), Direct(_return_weights), Direct(_weigh_gradients)
+for _op in (_send, _bring, _return_weights):
     _register_effectful_op(_op._opoverload, _EffectType.ORDERED)  # noqa: SLF001 - there is no public way to say so
 
 
@@ -352,6 +352,8 @@ def _functional_mode() -> Any:
 
 def _done(like: Tensor) -> Tensor:
     """One element, of no inference mode: a graph that trains may be given it next."""
+    if not torch.is_inference_mode_enabled():
+        return like.new_empty(1, dtype=torch.int64)
     with torch.inference_mode(mode=False):
         return torch.empty(1, dtype=torch.int64, device=like.device)
 
@@ -361,7 +363,7 @@ def _plan(owner: Buffer, tensors: Sequence[Tensor]) -> Plan:
 
 
 def _apart(tensor: Tensor, other: Tensor) -> Tensor:
-    """The tensor, or a copy: a plan's tables may lie in one allocation, and what an op gives may not."""
+    """The tensor, or a copy: a plan's tables may lie in one allocation, ``other`` first, an op's results may not."""
     is_shared = tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
     return tensor.clone() if is_shared else tensor
 
@@ -400,5 +402,6 @@ def _hint_in_backward(is_backward: bool) -> Iterator[None]:
     except (PeerFailed, PeerTimeout) as error:
         if not is_backward:
             raise
-        said = error.reason if isinstance(error, PeerFailed) else str(error)
-        raise type(error)(error.rank, f"{said} ({_IN_BACKWARD})") from error
+        if isinstance(error, PeerTimeout):
+            raise PeerTimeout(error.rank, f"{error} ({_IN_BACKWARD})", error.hop) from error
+        raise PeerFailed(error.rank, f"{error.reason} ({_IN_BACKWARD})") from error

@@ -376,19 +376,27 @@ class CallQueue:
             patience.call, patience.num_polls, patience.began, patience.gone = call, 0, now, None
         patience.last = now
         if patience.gone is not None and patience.gone in missing.peers:  # also after another look at what it did
-            self._give_up(call, patience.gone, f"{missing.what} this {call.kind} and is gone: its process ended, or "
-                                               f"its buffer was dropped; the call is void")  # fmt: skip
+            self._give_up(call, patience.gone, missing, " and is gone: its process ended, or its buffer was dropped")
         elif missing.peers and now - patience.began > self._timeout_s:  # without, the device has the deadline
-            late = f"within timeout_s={self._timeout_s:g}; the call is void"
-            self._give_up(call, missing.peers[0], f"{missing.what} this {call.kind} {late}")
+            culprit = self._consent.suspect(call.sequence, missing.peers)
+            self._give_up(call, culprit, missing, f" within timeout_s={self._timeout_s:g}")
         elif now - patience.looked > _LOOK_AGAIN_S:
             patience.looked = now
             patience.gone = next((peer for peer in missing.peers if not self._transport.is_alive(peer)), None)
+            if 2 * (now - patience.began) > self._timeout_s and missing.peers:
+                self._consent.suspect(call.sequence, missing.peers)
         self._transport.idle(patience.num_polls)
         patience.num_polls += 1
 
-    def _give_up(self, call: Pending[Any], peer: int, what: str) -> None:
-        self._unraised = PeerTimeout(peer, f"rank {peer} did not {what}")
+    def _give_up(self, call: Pending[Any], peer: int, missing: Missing, how: str) -> None:
+        """Fails for a peer that has not done what is missed, or that another has named, which waits for it."""
+        consent = self._consent
+        hop, who = consent.hop_to(peer), consent.described(peer)
+        where = "" if hop is None else f" over {hop}"
+        what = f"{missing.what} this {call.kind}"
+        if peer not in missing.peers:
+            what = f"do its part of this {call.kind}, for which {consent.described(missing.peers[0])} waits"
+        self._unraised = PeerTimeout(peer, f"{who} did not {what}{where}{how}; the call is void", hop)
         self._fail(self._unraised)
 
 

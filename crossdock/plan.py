@@ -1,7 +1,7 @@
 """Where each row goes: counts -> prefix sums -> Plan. Host arithmetic on tensors, without communication.
 
-Letters: T tokens here, K top-k, E experts, L local experts, P ranks, U ranks of a node, N nodes, W = E + P (+ N)
-counts, Q rows this rank sends, n peers of a hop, B blocks of rows of a hop.
+Letters: T tokens here, K top-k, E experts, L local experts, P ranks, W = E + P counts, Q rows this rank sends, n peers
+of a hop, B blocks of rows of a hop.
 
 A *block* is the rows that one rank sends to one segment of one peer. It is contiguous in the sender's order and at the
 receiver. Three small matrices, the same on every rank (``counts``, ``send_starts``, ``dst_starts``, each [n, B]), and
@@ -132,12 +132,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class HostPlan(Plan):
-    """The plan of a backend whose host moves the rows, hop by hop.
-
-    One scale-up domain needs one hop. With several nodes ``hops[0]`` sends rows, and ``carried`` beside them, over the
-    scale-out axis to the rail peers; ``hops[1]`` forwards them over the scale-up axis. ``second_hop`` completes the
-    latter's ``send_idx`` once the rows of ``hops[0]`` have arrived.
-    """
+    """The plan of a backend whose host moves the rows between ranks that have mapped each other's memory: one hop."""
 
     num_rows: int
     hops: tuple[Hop, ...]
@@ -152,8 +147,6 @@ class HostPlan(Plan):
     """True: the owner sums rows in the order of picks; False: in the order of ranks."""
     segment_rows: Int64[Tensor, "segments"]
     """Rows received in each segment of this rank, without padding."""
-    carried: Int64[Tensor, "Q K"] | None = None
-    """With two hops, for each row of ``hops[0]`` and pick: local rank * slot rows + final row there, or -1."""
 
     @cached_property
     def terms(self) -> Terms:
@@ -167,7 +160,7 @@ class HostPlan(Plan):
 
 
 def local_counts(spec: Spec, topology: Topology, topk_idx: Int[Tensor, "T K"]) -> Int64[Tensor, "W"]:
-    """Rows that this rank sends: E per expert, P per rank (a token counts once per rank), and N per node if N > 1.
+    """Rows that this rank sends: E per expert, and P per rank (a token counts once per rank).
 
     >>> spec = Spec(num_experts=4, num_topk=2, hidden=8, max_tokens=4)
     >>> local_counts(spec, Topology(num_ranks=2), torch.tensor([[0, 1], [1, 2], [3, -1]])).tolist()
@@ -177,10 +170,7 @@ def local_counts(spec: Spec, topology: Topology, topk_idx: Int[Tensor, "T K"]) -
     num_local = spec.num_local_experts(topology.num_ranks)
     counts = np.empty(spec.num_counts(topology), dtype=np.int64)
     counts[: spec.num_experts] = np.bincount(picks.ravel() + 1, minlength=spec.num_experts + 1)[1:]
-    at = spec.num_experts
-    for num_places, place in _axes(topology, num_local):
-        counts[at : at + num_places] = _hits(picks // place, num_places).sum(axis=1)
-        at += num_places
+    counts[spec.num_experts :] = _hits(picks // num_local, topology.num_ranks).sum(axis=1)
     return torch.from_numpy(counts)
 
 
@@ -255,10 +245,8 @@ def make_plan(
         segment_starts=torch.from_numpy(base[rank].copy()),
         segment_rows=torch.from_numpy(per_segment[rank].copy()),
     )
-    if topology.num_nodes > 1:
-        return _over_nodes(plan, spec, topology, all_counts, picks // num_local)
     if spec.ranks_sum_picks:
-        per_rank = all_counts[:, spec.num_experts : spec.num_experts + topology.num_ranks]
+        per_rank = all_counts[:, spec.num_experts :]
         send_idx, back_pos = _send_places(picks // num_local, topology.num_ranks)
         back = _hop("scale_up", everyone, rank, send_idx, None, per_rank, _exclusive_cumsum(per_rank, axis=0))
         return replace(plan, back=back, back_pos=back_pos)
@@ -275,57 +263,10 @@ def partial_rows_to_send(plan: HostPlan) -> Int32[Tensor, "Q K"]:
     return torch.from_numpy(np.where(same_rank, rows[tokens], -1).astype(np.int32))
 
 
-def second_hop(plan: HostPlan, carried: Int64[Tensor, "R0 K"]) -> Hop:
-    """The second hop of a two-hop plan, once the rows of the first have arrived.
-
-    Rows are sent in the order of their destinations: by receiver, then row.
-
-    Args:
-        carried: the ``carried`` rows that arrived with them, in order of arrival.
-    """
-    flat = carried.numpy().ravel()
-    order = np.argsort(flat, kind="stable")[int((flat < 0).sum()) :]
-    idx, pick = np.divmod(order, carried.shape[1])
-    return replace(plan.hops[1], send_idx=torch.from_numpy(idx), send_pick=torch.from_numpy(pick))
-
-
-def _over_nodes(plan: HostPlan, spec: Spec, topology: Topology, all_counts: Ints, pick_ranks: Picks) -> HostPlan:
-    """Splits a one-hop plan in two: scale-out to this rank's rail peers, then scale-up within the node."""
-    num_nodes, node_size, num_ranks = topology.num_nodes, topology.node_size, topology.num_ranks
-    node, local = divmod(plan.rank, node_size)
-    flat = plan.hops[0]
-    rail = np.arange(num_nodes) * node_size + local
-    per_node = all_counts[rail][:, spec.num_experts + num_ranks :]  # [N, N]
-    pick_nodes = pick_ranks // node_size
-    send_idx, node_pos = _send_places(pick_nodes, num_nodes)
-    out = _hop("scale_out", tuple(rail.tolist()), node, send_idx, None, per_node, _exclusive_cumsum(per_node, axis=0))
-
-    pos, tokens = plan.pick_pos.numpy(), send_idx.numpy()
-    first = _without_repeats(pos.T).T
-    rows = flat.send_dst_rows[first] if flat.send_dst_rows.size else first
-    final = np.where(first < 0, -1, pick_ranks % node_size * spec.num_slot_rows(num_ranks) + rows)
-    carried = np.where(pick_nodes[tokens] == out.send_blocks[:, None], final[tokens], -1)  # [Q, K]
-
-    def to_this_node(matrix: Tensor) -> Ints:
-        """[P, B] of all ranks -> [U, U * segments * N] of this node: forwarder x (receiver, segment, source node)."""
-        by_source = matrix.numpy().reshape(num_nodes, node_size, num_nodes, -1)[:, :, node]
-        return np.ascontiguousarray(by_source.transpose(1, 2, 0)).reshape(node_size, -1)
-
-    peers = tuple(range(node * node_size, (node + 1) * node_size))
-    nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-    fan_out = _hop("scale_up", peers, local, nothing, nothing, to_this_node(flat.counts), to_this_node(flat.dst_starts))
-    return replace(
-        plan, hops=(out, fan_out), back=out, pick_pos=node_pos, back_pos=node_pos, carried=torch.from_numpy(carried)
-    )
-
-
 def _final_blocks(spec: Spec, topology: Topology, counts: Ints) -> tuple[Ints, Ints, Ints]:
     """Blocks of the one-hop exchange: counts [P, B], end of each rank's rows [P, 1], rows per segment [P, B / P]."""
     num_ranks = topology.num_ranks
-    if spec.layout.per_pick:
-        final = counts[:, : spec.num_experts]
-    else:
-        final = counts[:, spec.num_experts : spec.num_experts + num_ranks]
+    final = counts[:, : spec.num_experts] if spec.layout.per_pick else counts[:, spec.num_experts :]
     per_segment = final.sum(axis=0).reshape(num_ranks, -1)
     return final, spec.layout.segment_starts(per_segment, 0)[:, -1:], per_segment
 
@@ -394,14 +335,6 @@ def _without_repeats(pos: Ints) -> Ints:
         for earlier in range(k):
             first[k] &= pos[k] != pos[earlier]
     return np.where(first, pos, -1)
-
-
-def _axes(topology: Topology, num_local: int) -> list[tuple[int, int]]:
-    """(number of peers, experts per peer) of each axis whose rows are counted: ranks, and nodes if N > 1."""
-    axes = [(topology.num_ranks, num_local)]
-    if topology.num_nodes > 1:
-        axes.append((topology.num_nodes, num_local * topology.node_size))
-    return axes
 
 
 def _exclusive_cumsum(counts: Ints, *, axis: int) -> Ints:

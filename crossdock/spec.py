@@ -63,6 +63,40 @@ class Topology:
                 f"all scale-up domains must have the same number of ranks"
             )
 
+    @staticmethod
+    def grid(*, nodes: int, local: int) -> Topology:
+        """N nodes of U ranks each; rank = node * local + local index.
+
+        >>> Topology.grid(nodes=2, local=4)
+        Topology(num_ranks=8, scale_up=4, link_bandwidth=450000000000.0, memory_bandwidth=4100000000000.0)
+        """
+        if nodes < 1 or local < 1:
+            raise ConfigError(f"nodes={nodes}, local={local}; pass positive numbers of nodes and of ranks of a node")
+        return Topology(num_ranks=nodes * local, scale_up=local)
+
+    @staticmethod
+    def flat(num_ranks: int) -> Topology:
+        """One scale-up domain of all ranks."""
+        return Topology(num_ranks=num_ranks)
+
+    @staticmethod
+    def of(group: Any) -> Topology:
+        """The ranks of a group as nodes, each a set of ranks that can map each other's memory. Collective.
+
+        Found by trying: each rank opens what the others have left in their shared memory. To be told to ``Buffer``,
+        which without a topology takes all ranks for one domain.
+
+        Args:
+            group: as for ``Buffer``, of processes on CPUs; of threads it is one domain.
+
+        Raises:
+            ConfigError: nodes would differ in size, or their ranks do not follow each other; the list says who sees
+                whom.
+        """
+        from crossdock.transport import base, domains  # noqa: PLC0415 - it is made of what lies above
+
+        return domains.find(base.group_of(group))
+
     @property
     def node_size(self) -> int:
         """U, the ranks of one scale-up domain."""
@@ -99,7 +133,9 @@ class Spec:
         reduce: where a token's rows are summed. ``"token"``: every row returns, and the token's owner sums the rows in
             the order of picks. ``"rank"``: each rank first sums its own rows of the token in the order of picks and
             casts the sum once to the combine format; one row per rank returns, and the owner sums these in the order
-            of ranks. All sums are float32, with one cast at the end.
+            of ranks. ``"node"``: each node (``Topology``) first sums the token's rows that are there, in the order of
+            picks (Compact: of ranks), and casts the sum once; the owner sums these in the order of nodes. All sums are
+            float32, with one cast at the end.
         combine_wire: row format of a combine and of its result, an unquantized one. None: ``wire``, or Bf16() if
             ``wire`` is a quantised one, such as Fp8 or Opaque.
         extra_bytes: bytes per token for opaque tensors that travel with a row (``extras=``).
@@ -118,7 +154,7 @@ class Spec:
     max_tokens: int
     wire: Wire = field(default_factory=Bf16)
     layout: Layout = field(default_factory=Compact)
-    reduce: Literal["token", "rank"] = "token"
+    reduce: Literal["token", "rank", "node"] = "token"
     combine_wire: Wire | None = None
     extra_bytes: int = 0
     num_slots: int = 2
@@ -139,8 +175,8 @@ class Spec:
                 f"max_tokens * num_topk = {self.max_tokens * self.num_topk} rows of one rank; a count has 24 bits, "
                 f"so at most {MAX_COUNT}: pass fewer tokens per call"
             )
-        if self.reduce not in ("token", "rank"):
-            raise ConfigError(f"reduce={self.reduce!r} is not a place to sum at; pass 'token' or 'rank'")
+        if self.reduce not in ("token", "rank", "node"):
+            raise ConfigError(f"reduce={self.reduce!r} is not a place to sum at; pass 'token', 'rank' or 'node'")
         if self.combine_wire is not None and not self.combine_wire.is_unquantized:
             raise ConfigError(
                 f"combine_wire={self.combine_wire} cannot be summed; pass an unquantized one: Bf16(), Fp16() or Fp32()"
@@ -204,8 +240,12 @@ class Spec:
         return self.capacity(num_ranks) * self._segments(num_ranks)
 
     def num_counts(self, topology: Topology) -> int:
-        """W, the counts that a rank sends to each rank: E per expert, P per rank, and N per node if N > 1."""
-        return self.num_experts + topology.num_ranks + (topology.num_nodes if topology.num_nodes > 1 else 0)
+        """W, the counts that a rank sends to each rank that has mapped its memory: E per expert, and P per rank."""
+        return self.num_experts + topology.num_ranks
+
+    def num_node_counts(self, topology: Topology) -> int:
+        """W, the counts that a rank tells another node: of its rows there per expert, per rank, and over the rail."""
+        return self.num_experts // topology.num_nodes + topology.node_size + 1
 
     def differences(self, other: Spec) -> list[str]:
         """The fields in which the Specs differ, each as ``name: mine != theirs``; empty if they are equal."""

@@ -45,8 +45,7 @@ def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
     launch_options = LaunchOptions(
         **{name: options.pop(name) for name in ("expand", "num_sms", "mover") if name in options}
     )
-
-    with connecting(launch_options):
+    with connecting(launch_options, warms_up=options.pop("warms_up", False)):
         return Buffer(group, spec, **options)
 
 
@@ -59,8 +58,13 @@ def make_connection(group: Any, num_bytes: int, **options: Any) -> Connection:
         return Connection(group, num_bytes, **options)
 
 
-def connecting(launch_options: LaunchOptions) -> Any:
-    """While connections of processes are on the CUDA backend, over shared memory."""
+def connecting(launch_options: LaunchOptions, *, warms_up: bool = False) -> Any:
+    """While connections of processes are on the CUDA backend, over shared memory.
+
+    Args:
+        warms_up: whether a Buffer does every kind of call on no rows first. There is nothing to compile here, and it
+            takes six times as long as a call.
+    """
 
     def connect(
         members: Any, control: Any, num_bytes: int, _device: Any, *, number: int, timeout_s: float, **_: object
@@ -73,25 +77,33 @@ def connecting(launch_options: LaunchOptions) -> Any:
         transport = DeviceTransport(
             views, control, rank=members.rank, ranks_here=members.size, is_alive=host.is_alive, close=host.close
         )
-        return parts_on(transport, control, launch_options, timeout_s=timeout_s)
+        return parts_on(transport, control, launch_options, timeout_s=timeout_s, warms_up=warms_up)
 
     return mock.patch("crossdock.connection.connect", connect)
 
 
 def parts_on(
-    transport: Any, control: Control, launch_options: LaunchOptions, *, timeout_s: float, arena: Arena | None = None
+    transport: Any,
+    control: Control,
+    launch_options: LaunchOptions,
+    *,
+    timeout_s: float,
+    arena: Arena | None = None,
+    warms_up: bool = True,
 ) -> connect.Connected:
     """The CUDA backend over memory that need not be a GPU's.
 
     Args:
         arena: in place of a Buffer's own.
     """
-    from crossdock.backends.cuda.calls import CudaCalls
+    from crossdock.backends.cuda.calls import CudaBackend, CudaCalls
 
     calls = CudaCalls(transport, control, timeout_s=timeout_s)
 
     def lay(of_buffer: Arena, _: LaunchOptions, *, buffer_id: int) -> Any:
-        return calls.lay(arena or of_buffer, launch_options, buffer_id=buffer_id)
+        warm_up = CudaBackend.warm_up if warms_up else (lambda _: None)
+        with mock.patch.object(CudaBackend, "warm_up", warm_up):
+            return calls.lay(arena or of_buffer, launch_options, buffer_id=buffer_id)
 
     return connect.Connected(transport=transport, consent=calls.consent, lay=lay)
 

@@ -96,8 +96,10 @@ def combined(
     y: Sequence[Tensor],
     weights: Sequence[Tensor] | None = None,
     bias: Sequence[Tensor] | None = None,
+    node_size: int | None = None,
 ) -> list[Tensor]:
-    """The sum at each token's owner. By rank: y [R, H]; weights [T, K], or [R] where ranks sum; bias [T, H] or [H]."""
+    """The sum at each token's owner. By rank: y [R, H]; weights [T, K], [R] unless owners sum; bias [T, H] or [H]."""
+    node_size = node_size or len(topk)
     num_local = spec.num_experts // len(topk)
     place = {(rank, row): r for rank, rows in enumerate(rows_of(spec, topk)) for r, row in enumerate(rows) if row}
     outs = []
@@ -118,6 +120,13 @@ def combined(
                     y[rank][row] if of_picks is None else y[rank][row].float() * sum(of_picks[k] for k in picks)
                     for (rank, row), picks in terms.items()
                 ]
+            elif spec.reduce == "node":
+                addends = []
+                order = sorted(terms) if isinstance(spec.layout, Compact) else terms
+                for node in sorted({rank // node_size for rank, _ in terms}):
+                    here = [at for at in order if at[0] // node_size == node]
+                    parts = [y[q][r] if weights is None else y[q][r].float() * weights[q][r] for q, r in here]
+                    addends.append(_sum(parts, spec.hidden).to(spec.combine_dtype))
             else:
                 addends = []
                 for rank in sorted({rank for rank, _ in terms}):
@@ -132,8 +141,11 @@ def combined(
     return outs
 
 
-def returned_extras(spec: Spec, topk: Sequence[Tensor], extra: Sequence[Tensor]) -> list[Tensor]:
+def returned_extras(
+    spec: Spec, topk: Sequence[Tensor], extra: Sequence[Tensor], node_size: int | None = None
+) -> list[Tensor]:
     """What comes home of extra [R, n] by rank: [T, n] summed in the order of terms (Compact), else [T, K, n]."""
+    node_size = node_size or len(topk)
     num_local = spec.num_experts // len(topk)
     homes = [torch.zeros(*idx.shape, extra[0].shape[1]) for idx in topk]
     if not isinstance(spec.layout, Compact):
@@ -147,8 +159,13 @@ def returned_extras(spec: Spec, topk: Sequence[Tensor], extra: Sequence[Tensor])
     for source, idx in enumerate(topk):
         for token, experts in enumerate(idx.tolist()):
             ranks = list(dict.fromkeys(e // num_local for e in experts if e >= 0))
-            for rank in ranks if spec.reduce == "token" else sorted(ranks):
-                homes[source][token] += extra[rank][place[rank, Row(source, token, None)]]
+            by_node = spec.reduce == "node"
+            for node in sorted({rank // node_size for rank in ranks}) if by_node else [None]:
+                here = torch.zeros(extra[0].shape[1])
+                for rank in ranks if spec.reduce == "token" else sorted(ranks):
+                    if node in (None, rank // node_size):
+                        here += extra[rank][place[rank, Row(source, token, None)]]
+                homes[source][token] += here
     return homes
 
 

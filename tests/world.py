@@ -1,5 +1,8 @@
 """Worlds: run one program on ranks that are threads (``inproc-4``) or processes (``processes-4``).
 
+Those of ``grid-2x3`` are threads of two nodes, with a rail between them whose messages are late; those of ``dist-2x2``
+are processes, with torch.distributed between nodes.
+
 Results and errors are returned by rank. The ranks of ``interpreted-2`` are processes whose buffers use the CUDA backend
 in Triton's interpreter. Those of ``cuda-4`` are processes that share GPUs; those of ``cudathreads-4`` are threads of
 another process, with a stream each. On GPUs a program's arguments are moved to its rank's device, its results to the
@@ -13,6 +16,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import random
 import tempfile
 import threading
 import time
@@ -28,7 +32,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from crossdock import Buffer, Connection, PeerFailed, PeerTimeout, Spec, ThreadGroup, run_local
+from crossdock import Buffer, Connection, PeerFailed, PeerTimeout, Spec, ThreadGroup, Topology, run_local
+from crossdock.transport.rail import Box
+from crossdock.transport.rails.dist import DistEngine
+from crossdock.transport.rails.inproc import InprocEngine
 from tests.gpu.ranks import own_stream, take_all, take_share
 
 LIMIT_S = {"processes": 60, "interpreted": 60, "cuda": 200, "cudathreads": 200}
@@ -51,12 +58,14 @@ class World:
     """
 
     def __init__(self, name: str, pools: Pools, **options: Any) -> None:
-        kind, num_ranks = name.split("-")
+        kind, size = name.split("-")
         self.name = name
-        self.kind = kind
-        self.num_ranks = int(num_ranks)
+        nodes, _, local = size.rpartition("x")
+        self.num_ranks = int(nodes or 1) * int(local)
+        self.node_size = int(local)
+        self.kind = {"grid": "inproc", "dist": "processes"}.get(kind, kind)
         self._pools = pools
-        self._options = options
+        self._options = _over_rails(kind, int(nodes), int(local)) | options if nodes else options
 
     def opening(self, **options: Any) -> World:
         """The same ranks; their programs' buffers are made with these options, whatever the program says."""
@@ -76,6 +85,17 @@ class World:
         if self.kind != "inproc":
             return self._pools.outcomes(self.kind, self.num_ranks, job)
         return run_local(lambda group: _outcome(job, group).value, self.num_ranks)
+
+
+LATEST_S = 0.003
+"""Messages between the nodes of a grid of threads are under way for so long, at most."""
+
+
+def _over_rails(kind: str, nodes: int, local: int) -> dict[str, Any]:
+    """Of buffers in ``grid-2x3`` (threads, whose messages between nodes are late) or ``dist-2x2`` (processes)."""
+    box = Box(chunk_bytes=1024, num_chunks=2)
+    rail = DistEngine(box=box) if kind == "dist" else InprocEngine(lambda: random.random() * LATEST_S, box=box)
+    return {"topology": Topology.grid(nodes=nodes, local=local), "rail": rail}
 
 
 class _Place(threading.local):
@@ -107,7 +127,8 @@ def open_connection(group: Any, num_bytes: int, **options: Any) -> Connection:
     """A connection on this world's device."""
     if _place.device.type != "cpu":
         options = {"device": _place.device, "timeout_s": _TIMEOUT_S} | options
-    return _place.make_connection(group, num_bytes, **options)
+    over_rails = {name: _place.options[name] for name in ("topology", "rail") if name in _place.options}
+    return _place.make_connection(group, num_bytes, **options | over_rails)
 
 
 def meet(group: Any) -> None:

@@ -27,7 +27,11 @@ class Launch(Protocol):
 
     @property
     def num_sms(self) -> int:
-        """SMs that the kernels which move rows may use."""
+        """SMs that the kernels which store rows may use."""
+
+    @property
+    def num_load_sms(self) -> int:
+        """The same of those which load rows, or sum them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,8 +154,29 @@ def _no_member(of_what: str) -> ConfigError:
     )
 
 
+class NodeGroup:
+    """The ranks of this rank's node, as a Group; what they do together, all nodes do.
+
+    Args:
+        whole: the ranks of all nodes.
+        node_size: U.
+    """
+
+    def __init__(self, whole: Group, node_size: int) -> None:
+        self.whole = whole
+        self.first = whole.rank // node_size * node_size
+        """The rank of the node's first rank among all."""
+        self.rank = whole.rank - self.first
+        self.size = node_size
+
+    def all_gather(self, value: Value) -> list[Value]:
+        """The node's values; those of other nodes meet at the same time."""
+        return self.whole.all_gather(value)[self.first : self.first + self.size]
+
+
 def raise_on_all(group: Group, problem: str | None, error: type[CrossdockError]) -> None:
-    """Raises on all ranks when any of them has a problem. Collective."""
-    for rank, theirs in enumerate(group.all_gather(problem)):
+    """Raises on all ranks, of all nodes, when any of them has a problem. Collective."""
+    whole = group.whole if isinstance(group, NodeGroup) else group
+    for rank, theirs in enumerate(whole.all_gather(problem)):
         if theirs is not None:
             raise error(f"rank {rank}: {theirs}")

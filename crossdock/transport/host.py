@@ -64,6 +64,7 @@ class HostTransport:
         control: the words that each of them begins with.
         is_alive: tells whether a peer still exists.
         close: what to let go of.
+        first: the rank whose segment is the first of them; other ranks than theirs are not reached here.
     """
 
     def __init__(
@@ -75,18 +76,21 @@ class HostTransport:
         between_processes: bool,
         is_alive: Callable[[int], bool],
         close: Callable[[], None],
+        first: int = 0,
     ) -> None:
         self.rank = rank
+        self.first = first
         self.num_ranks = control.topology.num_ranks
         self.segments = segments
         self.is_alive = is_alive
         self.close = close
         self._load, self._store = atomics(between_processes=between_processes)
         self._words = segments.side_by_side()
-        self._segments = [self._words.memory.data_ptr() + r * self._words.stride for r in range(self.num_ranks)]
+        at, stride = self._words.memory.data_ptr(), self._words.stride
+        self._segments = {first + i: at + i * stride for i in range(segments.num_ranks)}
         self.linger_s = 0.0
         self._control = control
-        boxes = ("words", "arrived", "aborts", "closed", "masks", "restarts", "reasons")
+        boxes = [name for name in control.regions if name != "counts"]
         self._offsets = {name: control[name].offset for name in boxes}
         self._num_bytes = {name: control[name].num_bytes for name in boxes}
         self._yield: Callable[[], object] = getattr(ctypes.CDLL(None), "sched_yield", os.sched_yield)
@@ -94,7 +98,7 @@ class HostTransport:
     @property
     def segment(self) -> Tensor:
         """See Transport."""
-        return self.segments.side_by_side().segment(self.rank, self.segments.num_bytes)
+        return self.segments.side_by_side().segment(self.rank - self.first, self.segments.num_bytes)
 
     def post(self, peer: int, box: str, index: int, value: int) -> None:
         """See Mailbox."""
@@ -103,6 +107,14 @@ class HostTransport:
     def load(self, box: str, index: int, sender: int) -> int:
         """See Mailbox."""
         return self._load(self._segments[self.rank] + self._offsets[box] + 8 * (index * self.num_ranks + sender))
+
+    def leave(self, box: str, index: int, sender: int, value: int) -> None:
+        """Writes into this rank's own box what a sender that maps no memory here has posted by a message."""
+        self._store(self._segments[self.rank] + self._offsets[box] + 8 * (index * self.num_ranks + sender), value)
+
+    def leave_reason(self, sender: int, text: bytes) -> None:
+        """The same of a reason."""
+        ctypes.memmove(self._reason(self.rank, sender), text[:REASON_BYTES].ljust(REASON_BYTES, b"\0"), REASON_BYTES)
 
     def write_reason(self, peer: int, text: bytes) -> None:
         """See Mailbox."""
@@ -124,20 +136,20 @@ class HostTransport:
     def grow(self, group: Group, num_bytes: int) -> None:
         """See Transport. What was mapped before stays so: it is the same memory."""
         try:
-            raise_on_all(group, self.segments.allocate(self.rank, num_bytes), TransportError)
+            raise_on_all(group, self.segments.allocate(self.rank - self.first, num_bytes), TransportError)
         except TransportError:
-            self.segments.cut(self.rank)
+            self.segments.cut(self.rank - self.first)
             raise
         self.segments.grew(num_bytes)
 
     def release(self, group: Group, first: int) -> None:
         """See Transport."""
         group.all_gather(None)  # nobody is in a call any more
-        raise_on_all(group, self.segments.punch(self.rank, first), NotSupported)
+        raise_on_all(group, self.segments.punch(self.rank - self.first, first), NotSupported)
 
     def reacquire(self, group: Group) -> None:
         """See Transport."""
-        raise_on_all(group, self.segments.allocate(self.rank, self.segments.num_bytes), TransportError)
+        raise_on_all(group, self.segments.allocate(self.rank - self.first, self.segments.num_bytes), TransportError)
 
     def idle(self, num_polls: int) -> None:
         """Yields the core at first: there are often more ranks than cores, and 7 us beat 4 ms. Then sleeps."""

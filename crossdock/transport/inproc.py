@@ -11,7 +11,7 @@ import torch
 
 from crossdock.arena import Control
 from crossdock.errors import ConfigError, PeerFailed, TransportError
-from crossdock.transport.base import raise_on_all
+from crossdock.transport.base import NodeGroup, raise_on_all
 from crossdock.transport.device import DeviceTransport
 from crossdock.transport.host import HostTransport
 from crossdock.transport.segments import Segments
@@ -87,8 +87,8 @@ class ThreadGroup:
         self._meeting.go(self.rank)
 
 
-def connect(group: ThreadGroup, control: Control, num_bytes: int, *, row_bytes: int = 1) -> HostTransport:
-    """Gives every thread the same segments, made by rank 0. Collective.
+def connect(group: ThreadGroup | NodeGroup, control: Control, num_bytes: int, *, row_bytes: int = 1) -> HostTransport:
+    """Gives every thread the same segments, made by rank 0; of a node, by its first rank. Collective.
 
     Args:
         num_bytes: of each segment.
@@ -107,8 +107,16 @@ def connect(group: ThreadGroup, control: Control, num_bytes: int, *, row_bytes: 
     raise_on_all(group, problem, TransportError)
     segments = group.all_gather(segments)[0]
     assert segments is not None
+    first, whole = (group.first, group.whole) if isinstance(group, NodeGroup) else (0, group)
+    assert isinstance(whole, ThreadGroup)
     return HostTransport(
-        segments, control, rank=group.rank, between_processes=False, is_alive=group.is_alive, close=lambda: None
+        segments,
+        control,
+        rank=first + group.rank,
+        between_processes=False,
+        is_alive=whole.is_alive,
+        close=lambda: None,
+        first=first,
     )
 
 

@@ -52,6 +52,7 @@ class Segments:
     def __init__(self, fds: list[int], num_bytes: int, *, is_lazy: bool = False) -> None:
         self._fds = fds
         self._is_lazy = is_lazy
+        self.num_ranks = len(fds)
         self.num_bytes = num_bytes
         self._mapped: list[SideBySide] = []
         self.close = weakref.finalize(self, close_all, fds)

@@ -8,7 +8,7 @@ from pathlib import Path
 from crossdock import _env
 from crossdock.arena import Control
 from crossdock.errors import NotSupported, TransportError
-from crossdock.transport.base import Group, raise_on_all
+from crossdock.transport.base import Group, NodeGroup, raise_on_all
 from crossdock.transport.host import HostTransport
 from crossdock.transport.presence import is_unlocked, lock
 from crossdock.transport.segments import NO_ROOM, Segments, close_all, no_room
@@ -27,7 +27,8 @@ def connect(group: Group, control: Control, num_bytes: int, *, name: str, row_by
         TransportError: a rank's segment could not be allocated; all ranks raise.
         NotSupported: a rank cannot open another's segment, so they are not of one host; all ranks raise.
     """
-    path = _env.shm_dir() / f"{name}-{group.rank}"
+    first = group.first if isinstance(group, NodeGroup) else 0
+    path = _env.shm_dir() / f"{name}-{first + group.rank}"
     fds: list[int] = []
     try:
         raise_on_all(group, allocate(path, num_bytes, fds), TransportError)
@@ -42,7 +43,8 @@ def connect(group: Group, control: Control, num_bytes: int, *, name: str, row_by
             except OSError as error:
                 problem = problem or (
                     f"cannot open the segment of rank {rank} ({error.strerror}): ranks must be processes of one user "
-                    f"on one host that share {peer_path.parent}; ranks of several hosts are not supported yet"
+                    f"on one host that share {peer_path.parent}; for ranks of several hosts pass "
+                    f"topology=Topology.of(group), on all ranks"
                 )
         raise_on_all(group, problem, NotSupported)
         fds[:] = by_rank
@@ -61,10 +63,13 @@ def connect(group: Group, control: Control, num_bytes: int, *, name: str, row_by
     return HostTransport(
         segments,
         control,
-        rank=group.rank,
+        rank=first + group.rank,
         between_processes=True,
-        is_alive=lambda peer: not (peer != group.rank and segments.close.alive and is_unlocked(fds[peer])),
+        is_alive=lambda peer: (
+            not (peer != first + group.rank and segments.close.alive and is_unlocked(fds[peer - first]))
+        ),
         close=segments.close,
+        first=first,
     )
 
 

@@ -35,6 +35,12 @@ def decided(spec=None, topology=NVLINK, visible_sms=132, ranks_here=1, **launch_
 def test_by_default_twice_the_multiprocessors_that_fill_the_link(bandwidth):
     config = decided(topology=Topology(num_ranks=8, link_bandwidth=bandwidth))
     assert config.num_sms == 2 * cost.sms_to_fill(bandwidth)
+    assert config.num_load_sms == 3 * cost.sms_to_fill(bandwidth)
+    assert config.rows(14336, is_counted=True).programs == config.num_sms
+    assert config.sums(14336, 2).programs == config.num_load_sms
+    for num_sms in (5, 132):
+        asked = config.using(num_sms)
+        assert (asked.num_sms, asked.num_load_sms) == (num_sms, num_sms)
     assert config.is_capped
     assert config.visible_sms == 132
 
@@ -205,7 +211,11 @@ def test_sums_of_more_rows_get_wider_programs(row_bytes):
     check_pieces(few, row_bytes, most_bytes=2048, at_once=2048)
     check_pieces(many, row_bytes, most_bytes=4096, at_once=4096)
     capped = decided(num_sms=5)
-    assert capped.sums(row_bytes, 5) == capped.rows(row_bytes, is_counted=True)
+    for num_rows in (1, 2, 5, 64):
+        shape, rows = capped.sums(row_bytes, num_rows), capped.rows(row_bytes, is_counted=True)
+        assert replace(shape, num_rows=rows.num_rows) == rows
+        assert 1 <= shape.num_rows <= rows.num_rows
+        assert shape.num_rows == 1 or shape.num_rows * num_rows * shape.piece_bytes <= 131072
 
 
 def test_it_is_a_value():
@@ -218,12 +228,13 @@ def test_it_is_a_value():
 
 def test_it_prints_on_one_line_what_was_decided_and_from_what():
     config = LaunchConfig(
-        num_sms=8, visible_sms=66, expand="receiver", mover="kernel",
+        num_sms=8, num_load_sms=8, visible_sms=66, expand="receiver", mover="kernel",
         topology=Topology(num_ranks=2, link_bandwidth=1.5e12, memory_bandwidth=2e12),
     )  # fmt: skip
     assert str(config) == (
         "LaunchConfig(num_sms=8 of 66, expand='receiver', mover='kernel', link 1500 GB/s, memory 2000 GB/s)"
     )
+    assert str(replace(config, num_load_sms=12)).startswith("LaunchConfig(num_sms=8 to store and 12 to load of 66, ")
 
 
 @pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=128, capacity=65536), Padded()], ids=repr)

@@ -1,7 +1,6 @@
 """Plans of all ranks of a world that nobody has, without communication, against the oracle and against each other."""
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdock import Compact, Expanded, Padded, Spec, Topology, make_plan
-from crossdock.plan import check_capacity, local_counts, second_hop
+from crossdock.plan import check_capacity, local_counts
 from tests import oracle
 
 LAYOUTS = [Compact(), Expanded(), Expanded(alignment=4), Padded()]
@@ -28,8 +27,8 @@ def random_picks(num_ranks, num_tokens, num_topk, num_experts, seed=0, missing=0
     return topk
 
 
-def plans_of(spec, topk, scale_up=None):
-    topology = Topology(num_ranks=len(topk), scale_up=scale_up)
+def plans_of(spec, topk):
+    topology = Topology(num_ranks=len(topk))
     counts = torch.stack([local_counts(spec, topology, idx) for idx in topk])
     assert counts.shape == (len(topk), spec.num_counts(topology))
     check_capacity(spec, topology, counts)
@@ -57,8 +56,8 @@ def check_places(spec, topk, plans):
         expected = [(GAP, GAP) if row is None else (row.source, row.token) for row in want]
         assert [tuple(row) for row in mine[: len(want)].tolist()] == expected
         assert (mine[len(want) :] == GAP).all()
-        for hop in plan.hops:
-            assert hop.send_idx.shape[0] == int(hop.counts[hop.own].sum())
+        hop = plan.hops[0]
+        assert hop.send_idx.shape[0] == int(hop.counts[hop.own].sum())
         experts = torch.cat([idx.flatten() for idx in topk])
         num_local = spec.num_experts // len(topk)
         local = range(plan.rank * num_local, (plan.rank + 1) * num_local)
@@ -126,36 +125,6 @@ def test_sixty_four_virtual_ranks_need_no_machine(layout):
     plans = plans_of(spec, topk)
     check_places(spec, topk, plans)
     check_tiling(plans)
-
-
-@pytest.mark.parametrize("scale_up", [2, 4, 8])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-def test_two_hops_bring_what_one_hop_brings(layout, scale_up):
-    num_ranks = 16 if scale_up < 8 else 128
-    spec = spec_of(layout, 256, num_topk=4, max_tokens=3)
-    topk = random_picks(num_ranks, 3, 4, 256)
-    flat, two = plans_of(spec, topk), plans_of(spec, topk, scale_up)
-    ids = [np.arange(len(idx)) + 1000 * r for r, idx in enumerate(topk)]
-    wanted = moved([plan.hops[0] for plan in flat], ids, spec.num_slot_rows(num_ranks))
-
-    num_nodes, room = num_ranks // scale_up, num_ranks // scale_up * spec.max_tokens
-    first = [plan.hops[0] for plan in two]
-    rows = moved(first, ids, room)
-    in_order = [replace(hop, send_idx=torch.arange(hop.send_idx.shape[0])) for hop in first]
-    carried = moved(in_order, [plan.carried.numpy() for plan in two], room)
-    second = [
-        second_hop(plan, torch.from_numpy(np.where(c == GAP, -1, c))) for plan, c in zip(two, carried, strict=True)
-    ]
-    got = moved(second, rows, spec.num_slot_rows(num_ranks))
-    assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
-
-    for plan, hop, idx in zip(two, first, topk, strict=True):
-        nodes = torch.where(idx >= 0, idx // (256 // num_nodes), -1)
-        crossings = [(n, t) for n in range(num_nodes) for t in range(len(idx)) if (nodes[t] == n).any()]
-        assert list(zip(hop.send_blocks.tolist(), hop.send_idx.tolist(), strict=True)) == crossings
-        local = plan.rank % scale_up
-        assert hop.peers == tuple(range(local, num_ranks, scale_up))
-        assert plan.hops[1].peers == tuple(range(plan.rank - local, plan.rank - local + scale_up))
 
 
 def test_a_literal_plan():

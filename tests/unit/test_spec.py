@@ -84,7 +84,7 @@ def test_capacity_error_names_place_need_and_remedy():
         ({"hidden": -1}, "hidden=-1; pass a positive integer"),
         ({"num_topk": 257}, "num_topk=257 picks of num_experts=256; picks are distinct"),
         ({"max_tokens": 2**21}, "max_tokens . num_topk = 16777216 rows of one rank; .* at most 16777215"),
-        ({"reduce": "node"}, "reduce='node' is not a place to sum at; pass 'token' or 'rank'"),
+        ({"reduce": "host"}, "reduce='host' is not a place to sum at; pass 'token', 'rank' or 'node'"),
         ({"combine_wire": Fp8()}, "cannot be summed; pass an unquantized one: Bf16"),
         ({"extra_bytes": -1}, "extra_bytes=-1; pass 0 or the bytes"),
         ({"num_slots": 0}, "num_slots=0 receive slots; pass 1 to 6"),

@@ -405,6 +405,16 @@ def test_torch_finds_nothing_wrong_with_the_ops(world, layout, reduce, wire):
         assert outcomes == [{"SUCCESS"}] * 7
 
 
+@pytest.mark.parametrize(
+    "spec", [make_spec(Compact()), make_spec(Expanded(), reduce="rank", wire=Fp8(block=8))], ids=str
+)
+@pytest.mark.worlds("interpreted-1")
+def test_torch_finds_nothing_wrong_with_the_ops_on_cuda(world, spec):
+    """Its plans lie in one allocation, and an op's results may not."""
+    for outcomes in world.run(check_ops, spec):
+        assert outcomes == [{"SUCCESS"}] * 7
+
+
 @pytest.mark.worlds("processes-2")
 def test_torch_finds_nothing_wrong_with_the_ops_among_processes(world):
     for outcomes in world.run(check_ops, make_spec(Expanded(), reduce="rank")):

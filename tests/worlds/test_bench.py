@@ -28,7 +28,8 @@ FIELDS = {
     *("op", "ranks", "tokens", "hidden", "experts", "topk", "wire", "layout", "load", "seed", "repeats", "machine"),
     *("device", "reduce", "alignment", "num_sms", "expand", "mover", "mps_percentage", "sweep_sms", "calls"),
     *("median_us", "p10_us", "p90_us", "bytes", "link_bytes", "limit_us", "floor_us", "baseline", "baseline_us"),
-    *("trip_us", "copy_gb_s", "write_gb_s", "times_dispatch", "gpu", "sharing"),
+    *("trip_us", "copy_gb_s", "write_gb_s", "store_gb_s", "load_gb_s", "times_dispatch", "gpu", "sharing"),
+    *("is_link", "host_us"),
 }
 
 
@@ -310,6 +311,34 @@ def test_figures_of_gpus_by_hand():
         66,
         "3.6.0",
     )
+
+
+def test_the_limit_between_gpus_is_the_tighter_of_memory_and_link(capsys):
+    """Links of 0.25 TB/s each way bring 0.5 MB in 2 us, where memory takes 1; a step's 0.5 MB too, where it takes 4."""
+    outcome = outcome_on_gpus()
+    slow, fast = ([Moved(num_bytes=10**6, seconds=[seconds])] for seconds in (8e-6, 4e-6))
+    ranks = [
+        RankSamples(samples=[], copies=slow, writes=slow, stores=slow, loads=fast),
+        RankSamples(samples=[], copies=slow, writes=slow, stores=fast, loads=slow),
+    ]
+    found = limits_of(ranks)
+    assert (found.store, found.load, found.link) == pytest.approx((0.125e12, 0.125e12, 0.125e12))
+    sample = Sample(
+        op=cuda_cases.CACHED, wire="bf16", num_bytes=10**6, link_bytes=5 * 10**5, copy_bytes=0, write_bytes=10**6,
+        ours_s=[4e-6], baseline_s=[], num_sms=16, host_s=[3e-6, 2e-6, 1e-6],
+    )  # fmt: skip
+    limits = replace(outcome.limits, store=0.25e12, load=0.2e12)
+    (by_link,) = figures([[sample], [replace(sample, host_s=[9e-6])]], limits)
+    (by_memory,) = figures([[replace(sample, link_bytes=10)], [sample]], replace(limits, store=5e12))
+    assert (by_link.is_link, by_link.limit_us, by_link.host_us) == (True, pytest.approx(2), pytest.approx(9))
+    assert (by_memory.is_link, by_memory.limit_us) == (False, pytest.approx(1))
+    report.print_outcome(replace(outcome, figures=[by_link], limits=limits))
+    table = capsys.readouterr().out
+    assert "50% (link)" in table
+    assert "9.0 us" in table
+    assert "stores 250 GB/s" in table
+    (line, *_) = replace(outcome, figures=[by_link], limits=limits).json_lines()
+    assert (json.loads(line)["store_gb_s"], json.loads(line)["load_gb_s"]) == (250, 200)
 
 
 def test_a_table_with_much_in_it_says_the_wire_of_each_row(capsys):

@@ -1,9 +1,11 @@
 """Combine against the oracle, bit for bit: where sums are made, how rows go home, weights, bias, extras."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Fp16, Fp32, Padded, Spec, ThreadGroup
+from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Fp16, Fp32, Padded, Spec, ThreadGroup, Topology
 from tests import oracle
 from tests.cases import EXTRA_BYTES, loads, make_case, same_bits
 from tests.world import device, open_buffer
@@ -76,20 +78,18 @@ def weights_of_rows(case):
     return [summed(w) for w in weights] if isinstance(case.spec.layout, Compact) else weights
 
 
-def check_each(world, cases):
+def check_each(world, cases, node_size=None):
     got = world.run(combine_each, cases)
     for case, here in zip(cases, zip(*got, strict=True), strict=True):
         y = case.flat_y()
         weights = case.weights if case.spec.reduce == "token" else weights_of_rows(case)
-        plain = oracle.combined(case.spec, case.topk, y)
-        extras = [
-            oracle.returned_extras(case.spec, case.topk, [extra[i].flatten(0, -2) for extra in case.y_extras])
-            for i in range(2)
-        ]
+        plain = oracle.combined(case.spec, case.topk, y, node_size=node_size)
+        home = [[extra[i].flatten(0, -2) for extra in case.y_extras] for i in range(2)]
+        extras = [oracle.returned_extras(case.spec, case.topk, extra, node_size) for extra in home]
         for way in ("pushed", "pulled"):
             for is_weighted, i in OPTIONS:
                 bias = None if i == 0 else [biases(case, r)[i] for r in range(world.num_ranks)]
-                wants = oracle.combined(case.spec, case.topk, y, weights if is_weighted else None, bias)
+                wants = oracle.combined(case.spec, case.topk, y, weights if is_weighted else None, bias, node_size)
                 for rank, want in enumerate(wants):
                     label = (case.name, rank, way, is_weighted, f"bias {i}")
                     assert same_bits(here[rank][way, is_weighted, i], want), label
@@ -113,6 +113,44 @@ def test_sums_every_row_in_its_order(world, layout, wire, reduce):
 def test_sums_every_row_in_its_order_among_many_and_odd_ranks(world, layout, reduce):
     num_experts = {3: 6, 4: 160, 8: 384}[world.num_ranks]
     check_each(world, loads(spec_of(layout, Bf16(), reduce, num_experts=num_experts), world.num_ranks)[:3])
+
+
+GRIDS = [(2, 2), (4, 1), (1, 4)]
+
+
+@pytest.mark.worlds("inproc-4", "processes-4")
+@pytest.mark.parametrize("grid", GRIDS, ids=repr)
+@pytest.mark.parametrize("wire", WIRES, ids=lambda wire: type(wire).__name__)
+@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=8), Padded()], ids=repr)
+def test_sums_each_node_first(world, layout, wire, grid):
+    nodes, local = grid
+    world = world.opening(topology=Topology.grid(nodes=nodes, local=local))
+    check_each(world, loads(spec_of(layout, wire, "node"), world.num_ranks), node_size=local)
+
+
+def test_sums_of_nodes_are_not_those_of_ranks_or_of_tokens():
+    """Or the test above would hold whatever ``reduce`` did."""
+    case = make_case(spec_of(Expanded(), Bf16(), "node"), [9] * 4)
+    outs = [
+        torch.cat(oracle.combined(replace(case.spec, reduce=reduce), case.topk, case.flat_y(), node_size=2))
+        for reduce in ("node", "rank", "token")
+    ]
+    assert not same_bits(outs[0], outs[1])
+    assert not same_bits(outs[0], outs[2])
+
+
+def combine_with_weights_on_one(group, case):
+    with open_buffer(group, case.spec, topology=Topology.grid(nodes=2, local=1)) as buffer:
+        r = buffer.rank
+        recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r])
+        return buffer.combine(case.y[r], recv.plan, weights=row_weights(recv) if r else None)
+
+
+@pytest.mark.worlds("inproc-2")
+def test_ranks_agree_on_whether_weights_go_home(world):
+    case = make_case(spec_of(Compact(), Fp32(), "node"), [3, 3])
+    for outcome in world.outcomes(combine_with_weights_on_one, case):
+        assert "presence of weights" in str(outcome)
 
 
 @pytest.mark.worlds("inproc-2")

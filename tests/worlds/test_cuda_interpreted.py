@@ -3,6 +3,7 @@
 Tiny shapes; sums in float32, because the interpreter cuts float32 off where it makes bfloat16 of it.
 """
 
+import contextlib
 from dataclasses import replace
 from unittest import mock
 
@@ -58,6 +59,13 @@ def test_brings_every_row_to_its_place(world, layout, wire, expand):
     elif expand == "receiver":
         pytest.skip("a rank gets a row once here: there is nothing to expand")
     dispatch.check_each(world, loads(spec_of(layout, wire=wire), 2)[1:6])
+
+
+@two_ranks
+@layouts
+def test_every_kind_of_call_on_no_rows_leaves_nothing_behind(world, layout):
+    """As on a GPU, where that compiles and loads all kernels before the first call."""
+    dispatch.check_each(world.opening(warms_up=True), loads(spec_of(layout, wire=Fp8(block=8)), 2)[1:3])
 
 
 COLUMNS = [
@@ -435,6 +443,41 @@ def test_trouble_is_told_to_all_and_the_next_call_works(world, trouble, kinds, w
         assert type(error) is (kind or type(None)), error
         assert text in str(error)
         assert is_well
+
+
+def capture_behind_a_failure(group):
+    """What rank 0 hears of rank 1's abort in a capture, in which device memory cannot be read, and after it."""
+    spec, errors = spec_of(Padded(), max_tokens=4), []
+    case = make_case(spec, [4, 4], seed=3)
+    with open_buffer(group, spec, timeout_s=20) as buffer:
+        x, topk_idx = case.x[buffer.rank], case.topk[buffer.rank]
+        if buffer.rank == 1:
+            buffer.abort("had enough")
+        else:
+            buffer.dispatch(x, topk_idx)
+            capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
+            unread = mock.patch.object(type(buffer.connection.consent), "_state", side_effect=AssertionError("read"))
+            for around in (capturing, contextlib.nullcontext()):
+                with (
+                    around,
+                    unread if around is capturing else contextlib.nullcontext(),
+                    pytest.raises(PeerFailed) as e,
+                ):
+                    buffer.dispatch(x, topk_idx)
+                errors.append(str(e.value))
+        meet(group)
+        recv = buffer.dispatch(x, topk_idx, rows="exact")
+        return errors, recv.num_rows is not None
+
+
+@two_ranks
+def test_in_a_capture_a_failure_before_it_has_a_name_and_is_told_in_full_afterwards(world):
+    (errors, is_well), (_, other_is_well) = world.run(capture_behind_a_failure)
+    assert "rank 1" in errors[0]
+    assert "before this capture" in errors[0]
+    assert "had enough" in errors[1]
+    assert is_well
+    assert other_is_well
 
 
 def pick_badly(group, layout, starts, patience, at, expert):

@@ -228,7 +228,7 @@ def test_ranks_that_share_no_memory_are_told_so(world):
     for error in world.outcomes(not_of_one_host):
         assert isinstance(error, NotSupported)
         assert "rank 1: cannot open the segment of rank 0" in str(error)
-        assert "ranks of several hosts are not supported yet" in str(error)
+        assert "for ranks of several hosts pass topology=Topology.of(group)" in str(error)
 
 
 def fail_between_two_looks(group):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import Arrived, Batch, Call, Event, Launch, LaunchOptions, Outcome, Outputs, PlanTensors
+from crossdock.backends.cpu.by_node import RowsByNode, TimedRowsByNode
 from crossdock.backends.cpu.rows import CpuRows
 from crossdock.backends.cpu.timed import TimedRows
 from crossdock.backends.training import own_rows, weigh_gradients
@@ -48,7 +49,7 @@ class CpuBackend:
         self._arena = arena
         self._consent = consent
         self._transport = transport
-        self._rows = CpuRows(arena, transport)
+        self._rows = RowsByNode(arena, transport) if spec.reduce == "node" else CpuRows(arena, transport)
         self._buffer_id = buffer_id
         self._rank = transport.rank
         self._slot_rows = spec.num_slot_rows(transport.num_ranks)
@@ -103,17 +104,17 @@ class CpuBackend:
         self, call: Call, plan: HostPlan, given: Outputs, *, is_posted: bool
     ) -> Steps[Outcome[Tensor | tuple[Tensor, tuple[Tensor, ...]]]]:
         words = yield from self._words(call, None if is_posted else plan)
-        is_pushed, sums_here = call.word.output_slot == PUSHED, self._arena.spec.reduce == "rank"
+        is_pushed, reduce = call.word.output_slot == PUSHED, self._arena.spec.reduce
         weights, extras = given.weights, given.extras
         if is_pushed:
-            self._rows.push_outputs(plan, given.y, weights if sums_here else None, words)
+            self._rows.push_outputs(plan, given.y, None if reduce == "token" else weights, words)
         if extras:
             self._rows.push_extras(plan, extras, words)
         if is_pushed or extras:
             self._consent.signal(call.sequence)
         yield from self._consent.arrivals(call.sequence, words, from_all=bool(extras))
         out = self._rows.sum_rows(
-            plan, None if sums_here else weights, given.bias, words, return_slot=call.word.slot, out=given.out
+            plan, None if reduce == "rank" else weights, given.bias, words, return_slot=call.word.slot, out=given.out
         )
         self._consent.check(call.sequence)
         if extras is None:
@@ -213,7 +214,8 @@ class CpuBackend:
 
     def time_rows(self, move_ns: list[int]) -> bool:
         """See Backend."""
-        self._rows = TimedRows(self._arena, self._transport, move_ns)
+        timed = TimedRowsByNode if self._arena.spec.reduce == "node" else TimedRows
+        self._rows = timed(self._arena, self._transport, move_ns)
         return True
 
     def check_capture(self, *, asks_host: bool) -> None:

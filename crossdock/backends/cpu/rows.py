@@ -16,9 +16,9 @@ from torch import Tensor
 
 from crossdock.arena import Arena, Control
 from crossdock.backends.base import Batch, Metadata
+from crossdock.backends.cpu.arrived import as_bytes, copied_rows, movable, take_metadata
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Word, stamped
-from crossdock.layout import Expanded, Padded
 from crossdock.plan import Hop, HostPlan, Terms, partial_rows_to_send
 from crossdock.scales import as_integers
 from crossdock.transport.host import HostTransport
@@ -105,35 +105,15 @@ class CpuRows:
 
     def take(self, plan: HostPlan, batch: Batch, slot: int, num_rows: int) -> tuple[HostPlan, Metadata]:
         """The metadata of rows that are in place, and the plan with what came for it; zeroes gaps between segments."""
-        region = self._arena.region_of_rows(unquantized=batch.unquantized)
-        data, metadata = self._own[region][slot, :num_rows], self._metadata[self._rank][slot, :num_rows]
-        has_scale = "scale" in self._own and region == "data"
-        scale = self._own["scale"][slot] if has_scale else None
-        starts, lengths = plan.segment_starts.tolist(), plan.segment_rows.tolist()
-        is_real = np.zeros(num_rows, dtype=np.bool_)
-        for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True):
-            is_real[start : start + length] = True
-            if isinstance(self._arena.spec.layout, Expanded) and start + length < end:
-                as_integers(data[start + length : end]).zero_()
-                if scale is not None:
-                    as_integers(self._arena.scales.of_block(scale, slice(start + length, end))).zero_()
+        metadata = take_metadata(self._arena, self._own, plan, batch, rank=self._rank, slot=slot, num_rows=num_rows)
         if plan.hops[0] is not plan.back:
             num_pairs = int(plan.back.counts[:, self._rank].sum())
             plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
-        return plan, self._unpack_metadata(metadata, is_real, batch)
+        return plan, metadata
 
     def copied(self, plan: HostPlan, rows: Tensor) -> Tensor:
         """A copy of rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came."""
-        numbers = as_integers(rows)  # of all dtypes there is memory, but torch cannot fill that of some
-        copy = torch.empty(rows.shape, dtype=numbers.dtype, device="cpu")
-        starts, ends = [0], [plan.num_rows]
-        if isinstance(self._arena.spec.layout, Padded):
-            starts = plan.segment_starts.tolist()[:-1]
-            ends = [start + length for start, length in zip(starts, plan.segment_rows.tolist(), strict=True)]
-        to_rows, from_rows = (each.view(-1, rows.shape[-1]) for each in (copy, numbers))
-        for start, end in zip(starts, ends, strict=True):
-            to_rows[start:end].copy_(from_rows[start:end])
-        return copy.view(rows.dtype)
+        return copied_rows(self._arena, plan, rows)
 
     def push_outputs(self, plan: HostPlan, y: Tensor, weights: Tensor | None, words: Sequence[Word]) -> None:
         """Writes outputs y [R, H] to their owners, or their sums, weighted by [R], where ranks sum.
@@ -150,7 +130,7 @@ class CpuRows:
 
     def push_extras(self, plan: HostPlan, extras: Sequence[Tensor], words: Sequence[Word]) -> None:
         """Writes extras [R, ...] to the owners of their rows."""
-        packed = np.concatenate([_as_bytes(extra) for extra in extras], axis=1)
+        packed = np.concatenate([as_bytes(extra) for extra in extras], axis=1)
         for peer, here, there in self._incoming_blocks(plan.hops[0]):
             self._returned_extras[peer][words[peer].slot, there, : packed.shape[1]] = packed[here]
 
@@ -169,7 +149,15 @@ class CpuRows:
         Args:
             out: where to write them; None: a new tensor.
         """
-        back, spec = plan.back, self._arena.spec
+        sent_rows = self._sent_rows(plan, words, return_slot)
+        terms = Terms(plan.terms.offsets, torch.from_numpy(sent_rows)[plan.terms.rows])
+        term_weights = None if weights is None else _weights_of_terms(plan, weights)
+        dtype = self._arena.spec.combine_dtype
+        return sum_rows(self._all_rows, terms, dtype=dtype, weights=term_weights, bias=bias, out=out)
+
+    def _sent_rows(self, plan: HostPlan, words: Sequence[Word], return_slot: int) -> npt.NDArray[np.int64]:
+        """The number, in the matrix of all rows, of each row that returns, in ``back``'s sending order."""
+        back = plan.back
         returned = self._first_row("returned", self._rank, return_slot)
         first_output = np.array(
             [
@@ -178,10 +166,7 @@ class CpuRows:
             ]
         )
         first = first_output[back.send_blocks // back.num_blocks_per_peer]
-        sent_rows = np.where(first < 0, returned + np.arange(first.size), first + back.send_dst_rows)
-        terms = Terms(plan.terms.offsets, torch.from_numpy(sent_rows)[plan.terms.rows])
-        term_weights = None if weights is None else _weights_of_terms(plan, weights)
-        return sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=term_weights, bias=bias, out=out)
+        return np.where(first < 0, returned + np.arange(first.size), first + back.send_dst_rows)
 
     def returned_extras(self, plan: HostPlan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
         """Extras that came back, shaped as these: [T, ...] summed over ranks, or [T, K, ...] where rows are picks."""
@@ -224,10 +209,10 @@ class CpuRows:
 
     def _gather(self, source: Tensor, idx: Tensor, region: str, blocks: Iterable[Block], slots: Sequence[int]) -> None:
         """Gathers the rows of each block into the region at its peer."""
-        movable = _movable(source)
+        integers = movable(source)
         for peer, src, dst in blocks:
-            there = self._at[peer][region][slots[peer], dst].view(movable.dtype)
-            torch.index_select(movable, 0, idx[src], out=there)
+            there = self._at[peer][region][slots[peer], dst].view(integers.dtype)
+            torch.index_select(integers, 0, idx[src], out=there)
 
     def _gather_columns(
         self, source: Tensor, idx: Tensor, region: str, blocks: Iterable[Block], slots: Sequence[int]
@@ -277,39 +262,10 @@ class CpuRows:
                 words[:, 1] = weights[tokens, hop.send_pick.numpy()]
         at = arena.extras_offset
         for extra in batch.extras:
-            raw = _as_bytes(extra)
+            raw = as_bytes(extra)
             metadata[:, at : at + raw.shape[1]] = raw[tokens]
             at += raw.shape[1]
         return metadata
-
-    def _unpack_metadata(self, metadata: Bytes, is_real: npt.NDArray[np.bool_], batch: Batch) -> Metadata:
-        """The small things out of [R, metadata_bytes]; -1 and 0 where no row is."""
-        spec, num_rows = self._arena.spec, metadata.shape[0]
-        words, num_topk = metadata.view(np.int32), spec.num_topk
-        src_idx = np.where(is_real, words[:, 0], -1)
-        topk_idx = None
-        if not spec.layout.per_pick:
-            num_local = spec.num_local_experts(self._num_ranks)
-            local = words[:, 1 : 1 + num_topk] - self._rank * num_local
-            topk_idx = np.where((local >= 0) & (local < num_local) & is_real[:, None], local, -1)
-        weights = None
-        if batch.weights is not None:
-            if topk_idx is None:
-                weights = np.where(is_real, words[:, 1], 0).view(np.float32)
-            else:
-                weights = np.where(topk_idx < 0, 0, words[:, 1 + num_topk : 1 + 2 * num_topk]).view(np.float32)
-        extras, at = [], self._arena.extras_offset
-        for extra in batch.extras:
-            num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
-            raw = np.where(is_real[:, None], metadata[:, at : at + num_bytes], np.uint8(0))
-            extras.append(torch.from_numpy(raw).view(-1).view(extra.dtype).view(num_rows, *extra.shape[1:]))
-            at += num_bytes
-        return Metadata(
-            src_idx=torch.from_numpy(src_idx),
-            topk_idx=None if topk_idx is None else torch.from_numpy(topk_idx),
-            weights=None if weights is None else torch.from_numpy(weights),
-            extras=tuple(extras),
-        )
 
 
 def _counts_across_ranks(segments: SideBySide, control: Control) -> npt.NDArray[np.int64]:
@@ -337,18 +293,3 @@ def _weights_of_terms(plan: HostPlan, weights: Tensor) -> Tensor:
         is_pick = pos[:, k] >= 0
         by_pos[pos[is_pick, k]] += by_pick[is_pick, k]
     return torch.from_numpy(by_pos)[plan.terms.rows]
-
-
-def _movable(rows: Tensor) -> Tensor:
-    """Rows as a type that gathers know how to move: integers, wider ones where there is a choice."""
-    if rows.dtype.itemsize > 1:
-        return as_integers(rows)
-    rows = rows.contiguous()
-    return rows.view(torch.int16 if rows.shape[1] % 2 == 0 and rows.storage_offset() % 2 == 0 else torch.uint8)
-
-
-def _as_bytes(extra: Tensor) -> Bytes:
-    """[n, ...] of any type as [n, bytes]."""
-    if extra.numel() == 0:  # torch calls it contiguous whatever its strides
-        return np.zeros((extra.shape[0], math.prod(extra.shape[1:]) * extra.element_size()), dtype=np.uint8)
-    return extra.contiguous().view(extra.shape[0], math.prod(extra.shape[1:])).view(torch.uint8).numpy()

@@ -11,6 +11,8 @@ from crossdock.backends.base import LaunchOptions
 from crossdock.spec import Spec, Topology
 
 _MOST_ROWS = 32
+_LOADED_BYTES = 131072
+"""Of rows to be summed that a program of 32 warps has on their way at a time; there are no registers for more."""
 _SRC_CELLS = 16384
 """Rows times blocks of rows that a program compares."""
 _COUNTS = 4096
@@ -79,7 +81,8 @@ class FusedCombineShape:
 class LaunchConfig:
     """How a buffer's kernels are launched; ``print(buffer.launch)`` shows it.
 
-    num_sms: SMs that the kernels which move rows may use, of ``visible_sms`` that this process sees.
+    num_sms: SMs that the kernels which store rows may use, of ``visible_sms`` that this process sees.
+    num_load_sms: the same of those which load rows, or sum them.
     expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
     topology: whose bandwidths that was decided from.
     is_fused: whether calls are one kernel each, on the caller's stream, because their tokens are few.
@@ -88,17 +91,28 @@ class LaunchConfig:
         CUDA calls a programmatic dependent launch.
 
     With all visible SMs there is a program of one or two warps for each piece of some KiB; with fewer, one
-    program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums one. On an H200 under
-    MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by SMs of a rank (and
-    by KiB and warps of a piece, where it sees no more; with fewer than 16 of 8 ranks in an earlier run)::
+    program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums up to 128 KiB of
+    them. On an H200 under MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by SMs of a
+    rank (and by KiB and warps of a piece, where it sees no more; with fewer than 16 of 8 ranks in an earlier run)::
 
         8 ranks  dispatch  16: 814 (2, 1: 816; 4, 4: 816; 2, 2: 816)             8: 903   4: 1704
                  combine   16: 774 (2, 1: 857; 2, 2: 823; 4, 4: 816; 1, 1: 783)  8: 1227  4: 2351
         4 ranks  dispatch  32: 314 (2, 1: 318; 4, 4: 313; 2, 2: 336)             16: 367   8: 523   4: 1020   2: 2010
                  combine   32: 281 (4, 2: 308; 2, 2: 292; 4, 4: 305; 1, 1: 287)  16: 526   8: 984   4: 1870   2: 3660
+
+    On two H200 over NVLink, a GPU for each of 2 ranks, ``Compact`` with ``reduce="rank"``. The link stores 388 GB/s
+    each way and loads 369, so that bf16 rows take it 151, FP8 ones 78::
+
+        SMs                            16    20    24    32    48   132
+        dispatch, bf16                203   224   217   202   188   171
+        dispatch, FP8 / cast to it    118         125   113          94
+                                      270         187   142          95
+        combine, pulled               258   223   201   192   189   185
+        combine, pushed               485         385   334         244
     """
 
     num_sms: int
+    num_load_sms: int
     visible_sms: int
     expand: Literal["sender", "receiver"]
     mover: Literal["kernel", "copy"]
@@ -109,12 +123,15 @@ class LaunchConfig:
 
     @property
     def is_capped(self) -> bool:
-        """Whether kernels must leave SMs free."""
+        """Whether kernels that store rows must leave SMs free."""
         return self.num_sms < self.visible_sms
 
     def using(self, num_sms: int | None) -> LaunchConfig:
         """The same with another number of SMs, as far as there are so many; None: the same."""
-        return self if num_sms is None else replace(self, num_sms=min(num_sms, self.visible_sms))
+        if num_sms is None:
+            return self
+        num_sms = min(num_sms, self.visible_sms)
+        return replace(self, num_sms=num_sms, num_load_sms=num_sms)
 
     def rows(self, row_bytes: int, *, is_counted: bool) -> Shape:
         """For kernels that copy rows.
@@ -124,17 +141,15 @@ class LaunchConfig:
             is_counted: whether the host knows how many rows there are.
         """
         if self.is_capped:
-            piece_bytes = min(power_of_two(row_bytes), 16384)
-            num_rows = min(_MOST_ROWS, 65536 // piece_bytes)
-            return Shape(piece_bytes=piece_bytes, num_warps=32, programs=self.num_sms, num_rows=num_rows)
+            return _one_for_each_sm(row_bytes, self.num_sms, at_once_bytes=65536)
         if is_counted:
             return _shape(row_bytes, piece_bytes=4096, num_warps=2)
         return _shape(row_bytes, piece_bytes=2048, num_warps=1, programs=self.num_sms * PROGRAMS_PER_SM)
 
     def sums(self, row_bytes: int, num_rows: int) -> Shape:
         """For kernels that load up to ``num_rows`` rows and store their sum."""
-        if self.is_capped:
-            return self.rows(row_bytes, is_counted=True)
+        if self.num_load_sms < self.visible_sms:
+            return _one_for_each_sm(row_bytes, self.num_load_sms, at_once_bytes=min(65536, _LOADED_BYTES // num_rows))
         if num_rows <= 4:
             return _shape(row_bytes, piece_bytes=2048, num_warps=1)
         return _shape(row_bytes, piece_bytes=4096, num_warps=2)
@@ -183,8 +198,9 @@ class LaunchConfig:
 
     def __str__(self) -> str:
         is_fused = ", one kernel per call" if self.is_fused else ""
+        loads = "" if self.num_load_sms == self.num_sms else f" to store and {self.num_load_sms} to load"
         return (
-            f"LaunchConfig(num_sms={self.num_sms} of {self.visible_sms}, expand={self.expand!r}, "
+            f"LaunchConfig(num_sms={self.num_sms}{loads} of {self.visible_sms}, expand={self.expand!r}, "
             f"mover={self.mover!r}{is_fused}, link {self.topology.link_bandwidth / 1e9:.0f} GB/s, "
             f"memory {self.topology.memory_bandwidth / 1e9:.0f} GB/s)"
         )
@@ -217,6 +233,13 @@ def _shape(row_bytes: int, *, piece_bytes: int, num_warps: int, programs: int | 
     return Shape(piece_bytes=own_bytes, num_warps=num_warps, programs=programs, num_rows=num_rows)
 
 
+def _one_for_each_sm(row_bytes: int, num_sms: int, *, at_once_bytes: int) -> Shape:
+    """Programs that fill an SM, of which each moves pieces of several rows at a time."""
+    piece_bytes = min(power_of_two(row_bytes), 16384)
+    num_rows = max(1, min(_MOST_ROWS, power_of_two(at_once_bytes // piece_bytes + 1) // 2))
+    return Shape(piece_bytes=piece_bytes, num_warps=32, programs=num_sms, num_rows=num_rows)
+
+
 def decide(
     spec: Spec,
     topology: Topology,
@@ -231,14 +254,15 @@ def decide(
     ``expand``, ``mover`` and ``is_fused`` are the same on all ranks, whose topology and options are; how many SMs a
     rank takes, and how its kernels share out rows, is its own matter.
 
-    Twice as many SMs as fill the link with stores, because a combine loads over it, which takes more in
-    flight. All that there are, where that is fewer, where several ranks share the GPU and its memory is the link, and
-    for calls of few tokens: these are one kernel each, with rows whose copies the sender makes.
+    Twice as many SMs as would fill the link with stores, for each row is also stored here; and half as many again to
+    load over it, which takes more in flight (``LaunchConfig`` has the measurement). All that there are, where that is
+    fewer, where several ranks share the GPU and its memory is the link, and for calls of few tokens: these are one
+    kernel each, with rows whose copies the sender makes.
 
     >>> spec = Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=4)
     >>> print(decide(spec, Topology(num_ranks=8), LaunchOptions(), visible_sms=132))
-    LaunchConfig(num_sms=16 of 132, expand='sender', mover='kernel', link 450 GB/s, memory 4100 GB/s)
-    """
+    LaunchConfig(num_sms=16 to store and 24 to load of 132, expand='sender', mover='kernel', link 450 GB/s, memory 4100 GB/s)
+    """  # noqa: E501 - as it is printed
     is_fused = (
         spec.layout.per_pick
         and spec.reduce == "token"
@@ -246,11 +270,12 @@ def decide(
         and launch_options.expand != "receiver"
         and launch_options.mover == "kernel"
     )
-    default = visible_sms
+    stores = loads = visible_sms
     if ranks_here == 1 and not is_fused:
-        default = 2 * cost.sms_to_fill(topology.link_bandwidth)
+        stores, loads = (factor * cost.sms_to_fill(topology.link_bandwidth) for factor in (2, 3))
     return LaunchConfig(
-        num_sms=min(launch_options.num_sms or default, visible_sms),
+        num_sms=min(launch_options.num_sms or stores, visible_sms),
+        num_load_sms=min(launch_options.num_sms or loads, visible_sms),
         visible_sms=visible_sms,
         expand=launch_options.expand or ("sender" if is_fused else cost.cheaper_expand(spec, topology)),
         mover=launch_options.mover,

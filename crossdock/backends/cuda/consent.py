@@ -139,7 +139,8 @@ class DeviceConsent(Consent):
     def failure(self) -> CrossdockError | None:
         """What the device has found, from the record that it left in host memory.
 
-        A ConfigError if it is this rank's own picks that are not allowed.
+        A ConfigError if it is this rank's own picks that are not allowed. While a graph is captured, in which CUDA
+        allows no look at device memory, less is said, and said again by the first call after that.
         """
         if self._failure[0] == sync.OK.value:
             return None
@@ -148,6 +149,11 @@ class DeviceConsent(Consent):
             did = "send its rows of" if phase == ARRIVE.value else "begin"
             within = f"within timeout_s={self._on.timeout_s:g}"
             return PeerTimeout(peer, f"rank {peer} did not {did} this call {within}; the call is void")
+        if torch.cuda.is_current_stream_capturing() and (status == sync.ABORTED.value or seen >> KIND_SHIFT == 0):
+            return PeerFailed(
+                peer,
+                "it gave up a call before this capture; what it says of that can be read once the capture has ended",
+            )
         if status == sync.ABORTED.value:
             return self._void(peer, self._state()[CURRENT.value]) or PeerFailed(peer, "it gave up")
         if seen >> KIND_SHIFT == 0:
@@ -175,7 +181,7 @@ class DeviceConsent(Consent):
         """See Consent. A flag ends the waits of peers for calls that this rank does not take part in."""
         if self.is_open and self.failure() is None:
             flag = Flag(epoch=self.num_ended, first_void=self._first_void(), num_more=0)
-            self._raise_flag(flag, REASON_HEADER.pack(self.rank, False) + b"it has closed its buffer")
+            self._raise_flag(flag, REASON_HEADER.pack(self.rank, 0) + b"it has closed its buffer")
         super().leave()
 
     def _refusal(self, peer: int) -> PeerFailed:

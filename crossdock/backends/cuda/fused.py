@@ -243,6 +243,7 @@ class FusedCalls:
             J=spec.num_topk,
             H=spec.hidden,
             PIECE=one.piece,
+            TOKENS=1,
             OF_PAIRS=False,
             HAS_WEIGHTS=weights is not None,
             HAS_BIAS=bias is not None,

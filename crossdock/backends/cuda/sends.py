@@ -42,6 +42,8 @@ _CELLS = 8192
 """Counts of chunks that a program sums at a time."""
 _CELLS_OF_THREAD = 4
 """Words of metadata that a program writes at a time, for each of its threads."""
+_CAST, _CAST_BY_SM = 2048, 16384
+"""Values that a program casts at a time: many programs, or one for each SM."""
 _NO_SHAPE = Shape(piece_bytes=1, num_warps=4, programs=1)
 
 
@@ -299,14 +301,13 @@ class SendKinds:
         assert isinstance(wire, Fp8)
         is_exponents = wire.scale == "ue8m0"
         num_stored = sent.scale_bytes if is_exponents else hidden // wire.block
-        shape = config.rows(hidden * x.element_size(), is_counted=True)
-        values = max(2048, shape.piece_bytes // 2)
-        groups = max(1, min(power_of_two(num_stored), values // power_of_two(wire.block)))
+        block = power_of_two(wire.block)
+        groups = max(1, (_CAST_BY_SM if config.is_capped else _CAST) // block)
         word_bytes = wire.scale_dtype.itemsize
         places = places_of(self.arena.scales)
         if sent.is_staged:
             places = ScalePlaces(SEGMENT_ROWS=0, SEGMENT_BYTES=0, ROW_BYTES=sent.between, GROUP_BYTES=word_bytes)
-        num_warps = max(1, min(16, groups * power_of_two(wire.block) // 512))  # 16 values a thread, for wide stores
+        num_warps = max(1, min(32, groups * block // 512))  # 16 values a thread, for wide stores
         how = PushedCast(
             cast=Cast(
                 J=self._num_copies(sent),
@@ -326,7 +327,7 @@ class SendKinds:
         )
         return self._launcher.bind(
             cast_kernels.push_cast,
-            over(shape, 1, -(-num_stored // groups)),
+            config.num_sms if config.is_capped else lambda num_tokens: -(-num_tokens * num_stored // groups),
             x.stride(0),
             self._on.own,
             self._arrivals(sent),

@@ -150,6 +150,7 @@ class SumKinds:
             ROW=hidden * size // word,
             ROW_BYTES=hidden * size,
             PIECE=max(1, shape.piece_bytes // word),
+            TOKENS=shape.num_rows,
             OF_PAIRS=self._of_pairs,
             HAS_WEIGHTS=weights is not None,
             GIVEN=rows is not None,
@@ -197,6 +198,7 @@ class SumKinds:
             ROW=1,
             ROW_BYTES=self._on.arena.return_bytes,
             PIECE=1,
+            TOKENS=1,
             OF_PAIRS=False,
             HAS_WEIGHTS=False,
             GIVEN=False,
@@ -214,6 +216,7 @@ class SumKinds:
             J=num_columns,
             H=spec.hidden,
             PIECE=piece,
+            TOKENS=shape.num_rows,
             OF_PAIRS=self._of_pairs,
             HAS_WEIGHTS=weights is not None,
             HAS_BIAS=bias is not None,
@@ -221,7 +224,7 @@ class SumKinds:
         )
         return self._launcher.bind(
             sum_kernels.sum_rows,
-            over(shape, 1, -(-spec.hidden // piece)),
+            over(shape, shape.num_rows, -(-spec.hidden // piece)),
             self._on.own,
             self._on.returns,
             as_constants(how),
@@ -232,5 +235,5 @@ class SumKinds:
     def _return_shape(self, row_bytes: int, config: LaunchConfig) -> Shape:
         shape = config.rows(row_bytes, is_counted=False)
         if isinstance(self._spec.layout, Padded):  # most rows are none: look at each once, not at all its pieces
-            return replace(shape, piece_bytes=power_of_two(row_bytes), num_warps=max(4, shape.num_warps))
+            return replace(shape, piece_bytes=power_of_two(row_bytes), num_rows=1, num_warps=max(4, shape.num_warps))
         return shape

@@ -242,7 +242,7 @@ class _Side:
             link_bytes=self._traffic.home_to_others * row_bytes,
             write_bytes=0,
             copy_bytes=moved_rows * row_bytes,
-            num_sms=_num_sms(self.buffer, num_sms),
+            num_sms=_num_sms(self.buffer, num_sms, loads=op != PUSH),
             in_graph=True,
             ready=ready,
             wanted=self._wanted_sums,
@@ -266,5 +266,7 @@ def _sms_option(num_sms: int | None) -> dict[str, Any]:
     return {} if num_sms is None else {"num_sms": num_sms}
 
 
-def _num_sms(buffer: Buffer, asked: int | None) -> int | None:
-    return asked if asked is not None or buffer.launch is None else buffer.launch.num_sms
+def _num_sms(buffer: Buffer, asked: int | None, *, loads: bool = False) -> int | None:
+    if asked is not None or buffer.launch is None:
+        return asked
+    return buffer.launch.num_load_sms if loads else buffer.launch.num_sms

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from crossdock.buffer import Buffer
 from crossdock.cli.bench.config import Job
 from crossdock.cli.bench.cuda_cases import CudaCase, Results, open_cuda_cases, result_bits
-from crossdock.cli.bench.limits import Move, copies, writes
+from crossdock.cli.bench.limits import COPIED_BYTES, Move, copies, loads, stores, writes
 from crossdock.cli.bench.measure import check_bits
 from crossdock.cli.bench.samples import Moved, OnGpu, RankSamples, Sample
 from crossdock.cli.bench.traffic import traffic
 from crossdock.cli.line import StartingLine
 from crossdock.cli.world import Member
 from crossdock.errors import ConfigError
+from crossdock.transport.device import DeviceTransport
 
 CALLS = 10
 """Calls per sample, back to back: in one graph, or issued from Python."""
@@ -45,10 +48,13 @@ def measure_on_gpus(member: Member, job: Job) -> RankSamples:
     with open_cuda_cases(member, job) as (cases, sweep, buffer):
         for case in (*cases, *sweep):
             _compare(case, member.rank)
-        ways, destinations = _ways(member, job)
+        of_memory, destinations = _ways(member, job)
+        ways = (*of_memory, *_link_ways(member, buffer))
         progress = _Progress(member, total=len(cases) + len(sweep) + sum(map(len, ways)))
-        copied, written = ([_moved(member.line, way, job.repeats, progress) for way in kind] for kind in ways)
-        del ways  # frees gigabytes
+        copied, written, stored, loaded = (
+            [_moved(member.line, way, job.repeats, progress) for way in kind] for kind in ways
+        )
+        del ways, of_memory  # frees gigabytes
         torch.cuda.empty_cache()
         samples, swept = (
             [_sample(member.line, case, job.repeats, progress) for case in kind] for kind in (cases, sweep)
@@ -62,6 +68,8 @@ def measure_on_gpus(member: Member, job: Job) -> RankSamples:
         samples=samples,
         copies=copied,
         writes=written,
+        stores=stored,
+        loads=loaded,
         sweep=swept,
         trips_s=trips_s,
         gpu=OnGpu(visible_sms=visible, launch=launch, destinations=destinations),
@@ -85,6 +93,17 @@ def _ways(member: Member, job: Job) -> tuple[tuple[list[Move], list[Move]], int]
     num_sent = sum(traffic(job.spec, picks, rank).out_sent for rank in range(member.num_ranks))
     destinations = max(1, round(num_sent / max(1, len(job.topk_idx))))
     return (copies(member.device), writes(member.device, job.spec.row_bytes(), destinations=destinations)), destinations
+
+
+def _link_ways(member: Member, buffer: Buffer) -> tuple[list[Move], list[Move]]:
+    """Ways to store over the link and to load over it, where ranks do not share a GPU; between calls."""
+    if not member.has_nccl:
+        return [], []
+    transport, arena = buffer.connection.transport, buffer.arena
+    assert isinstance(transport, DeviceTransport), "ranks on GPUs"
+    there = transport.views[(member.rank + 1) % member.num_ranks][arena.begin : arena.num_bytes][:COPIED_BYTES]
+    here = torch.ones_like(there)
+    return stores(here, there), loads(here, there)
 
 
 def _compare(case: CudaCase, rank: int) -> None:
@@ -118,6 +137,7 @@ def _sample(line: StartingLine, case: CudaCase, repeats: int, progress: _Progres
     baseline, baseline_s = case.baseline, []
     if baseline is not None:
         baseline_s = _seconds(line, lambda: _in_a_row(baseline), repeats)
+    host_s = _host_seconds(line, call, repeats)
     progress.step()
     return Sample(
         op=case.op,
@@ -130,6 +150,7 @@ def _sample(line: StartingLine, case: CudaCase, repeats: int, progress: _Progres
         baseline_s=baseline_s,
         calls=CALLS,
         num_sms=case.num_sms,
+        host_s=host_s,
     )
 
 
@@ -137,6 +158,18 @@ def _moved(line: StartingLine, move: Move, repeats: int, progress: _Progress) ->
     seconds = _seconds(line, lambda: _in_a_row(move.run), repeats)
     progress.step()
     return Moved(num_bytes=move.num_bytes, seconds=seconds, how=move.how)
+
+
+def _host_seconds(line: StartingLine, call: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds inside single calls, all ranks' hosts together, nothing queued."""
+    samples = []
+    for _ in range(WARM_UPS + repeats):
+        torch.cuda.synchronize()
+        line.wait()
+        begin = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - begin)
+    return samples[WARM_UPS:]
 
 
 def _in_a_row(call: Callable[[], object]) -> None:

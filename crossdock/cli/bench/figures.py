@@ -19,9 +19,12 @@ class Figure:
     bytes: payload that this rank receives (dispatch) or sends (combine): rows and scales, including rows to itself.
     link_bytes: the part of ``bytes`` that comes from, or goes to, other ranks.
     limit_us: on CPUs, the time of all ranks' rows at the copy bandwidth of this run, each row read once and written
-        once (combine: each returned row read once, each result written once). On GPUs, see ``Limits``.
+        once (combine: each returned row read once, each result written once). On GPUs, see ``Limits``: memory or link,
+        whichever takes longer.
+    is_link: whether that is the link's time.
     floor_us: ``limit_us`` plus two one-way trips of a word, measured in the same run; None on CPUs.
     num_sms: SMs of each rank's operation; None on CPUs.
+    host_us: median time inside one eager call with no work queued, of the slowest rank's; None on CPUs.
     baseline_us: median of the same exchange by ``all_to_all_single`` on its own slowest rank; None without a baseline.
     """
 
@@ -37,6 +40,8 @@ class Figure:
     floor_us: float | None
     num_sms: int | None
     baseline_us: float | None
+    is_link: bool = False
+    host_us: float | None = None
 
     @property
     def gigabytes_per_s(self) -> float:
@@ -63,11 +68,20 @@ class Limits:
     write: bandwidth of rows read once and written to several destinations, in bytes written; the limit of dispatch on
         GPUs. None on CPUs.
     trip_s: seconds of a one-way trip of a word between all ranks, median of the slowest rank; None on CPUs.
+    store, load: of each rank alone, the bandwidth of copies to and from the next rank's memory while all ranks do the
+        same; None where ranks share a GPU.
     """
 
     copy: float
     write: float | None
     trip_s: float | None = None
+    store: float | None = None
+    load: float | None = None
+
+    @property
+    def link(self) -> float | None:
+        """Bandwidth of a rank's link in each direction: that of stores or of loads, whichever is more."""
+        return None if self.store is None or self.load is None else max(self.store, self.load)
 
 
 def limits_of(ranks: Sequence[RankSamples]) -> Limits:
@@ -75,13 +89,16 @@ def limits_of(ranks: Sequence[RankSamples]) -> Limits:
 
     >>> both = [Moved(num_bytes=4, seconds=[1.0, 2.0, 3.0]), Moved(num_bytes=4, seconds=[4.0, 4.0, 4.0])]
     >>> limits_of([RankSamples(samples=[], copies=[moved]) for moved in both])
-    Limits(copy=2.0, write=None, trip_s=None)
+    Limits(copy=2.0, write=None, trip_s=None, store=None, load=None)
     """
     writes, trips = [rank.writes for rank in ranks], [rank.trips_s for rank in ranks]
+    stores, loads = [rank.stores for rank in ranks], [rank.loads for rank in ranks]
     return Limits(
         copy=_fastest([rank.copies for rank in ranks]),
         write=_fastest(writes) if writes[0] else None,
         trip_s=max(float(np.median(trip)) for trip in trips) if trips[0] else None,
+        store=_fastest(stores) / len(ranks) if stores[0] else None,
+        load=_fastest(loads) / len(ranks) if loads[0] else None,
     )
 
 
@@ -119,6 +136,8 @@ def _figure(samples: Sequence[Sample], limit: Limits) -> Figure:
     limit_s = sum(sample.copy_bytes for sample in samples) / limit.copy
     if limit.write is not None:
         limit_s += sum(sample.write_bytes for sample in samples) / limit.write
+    link_s = max(sample.link_bytes for sample in samples) / limit.link if limit.link else 0.0
+    is_link, limit_s = link_s > limit_s, max(link_s, limit_s)
     has_baseline = all(sample.baseline_s for sample in samples)
     return Figure(
         op=slowest.op,
@@ -133,4 +152,6 @@ def _figure(samples: Sequence[Sample], limit: Limits) -> Figure:
         floor_us=None if limit.trip_s is None else (limit_s + 2 * limit.trip_s) * 1e6,
         num_sms=slowest.num_sms,
         baseline_us=max(float(np.median(s.baseline_s)) for s in samples) * 1e6 if has_baseline else None,
+        is_link=is_link,
+        host_us=max(float(np.median(s.host_s)) for s in samples) * 1e6 if all(s.host_s for s in samples) else None,
     )

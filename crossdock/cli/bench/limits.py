@@ -1,6 +1,7 @@
-"""Limits of a GPU's memory, measured on all ranks at once: copies, and rows read once and written several times.
+"""Limits of a GPU's memory and of its link, measured on all ranks at once.
 
-Both stay within the GPU's own memory. Links between GPUs are slower, and are not measured here.
+Of memory: copies, and rows read once and written several times, both within the GPU's own. Of the link, where each rank
+has a GPU of its own: copies to the next rank's memory, and from it, so that every link is busy in both directions.
 
 Letters: D destinations of a row.
 """
@@ -11,9 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 COPIED_BYTES = 256 * 2**20
 """Bytes that each rank copies: several times the L2 cache."""
+_LINK_ROW_BYTES = 16384
+"""Bytes of a row that is copied over a link."""
 _ROW_BYTES = 128
 """Row sizes are rounded up to a multiple of this, for the widest stores."""
 _PER_SM_AND_WARPS = ((1, 16), (2, 16), (4, 8))
@@ -38,6 +42,39 @@ def copies(device: torch.device) -> list[Move]:
         Move(how=move.how, num_bytes=2 * move.num_bytes, run=move.run) for move in writes(device, 8192, destinations=1)
     ]
     return [by_torch, *by_rows]
+
+
+def stores(here: Tensor, there: Tensor) -> list[Move]:
+    """Ways to copy ``here``, uint8 ``[n]`` of this GPU's memory, into a peer's memory ``there``, uint8 ``[n]``."""
+    return _over_link(here, there)
+
+
+def loads(here: Tensor, there: Tensor) -> list[Move]:
+    """Ways to copy ``there``, uint8 ``[n]`` of a peer's memory, into this GPU's memory ``here``, uint8 ``[n]``."""
+    return _over_link(there, here)
+
+
+def _over_link(source: Tensor, destination: Tensor) -> list[Move]:
+    from crossdock.cli.bench.write_rows import write_rows  # noqa: PLC0415 - it imports triton, which CPUs do without
+
+    num_rows = source.numel() // _LINK_ROW_BYTES
+    words = _LINK_ROW_BYTES // 8
+    rows, placed = (t[: num_rows * _LINK_ROW_BYTES].view(torch.int64) for t in (source, destination))
+    num_sms = torch.cuda.get_device_properties(source.device).multi_processor_count
+
+    def runner(num_programs: int, num_warps: int) -> Callable[[], object]:
+        return lambda: write_rows[(num_programs,)](
+            rows, placed, num_rows, NUM_COPIES=1, WORDS=words, BLOCK=words, num_warps=num_warps
+        )
+
+    return [
+        Move(how="copy engine", num_bytes=placed.nbytes, run=lambda: placed.copy_(rows)),
+        *(
+            Move(how=f"{per_sm * num_sms} programs of {warps} warps", num_bytes=placed.nbytes,
+                 run=runner(per_sm * num_sms, warps))
+            for per_sm, warps in _PER_SM_AND_WARPS
+        ),
+    ]  # fmt: skip
 
 
 def writes(device: torch.device, row_bytes: int, *, destinations: int) -> list[Move]:

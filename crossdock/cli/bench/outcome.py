@@ -53,6 +53,8 @@ class Outcome:
             "baseline": self.baseline,
             "copy_gb_s": self.limits.copy / 1e9,
             "trip_us": None if self.limits.trip_s is None else self.limits.trip_s * 1e6,
+            "store_gb_s": None if self.limits.store is None else self.limits.store / 1e9,
+            "load_gb_s": None if self.limits.load is None else self.limits.load / 1e9,
             "write_gb_s": None if self.limits.write is None else self.limits.write / 1e9,
             "gpu": None if self.gpu is None else asdict(self.gpu),
             "sharing": None if self.sharing is None else {**asdict(self.sharing), "warning": self.sharing.warning},
@@ -109,11 +111,21 @@ class Outcome:
             "Rows and sums equal those of the same exchange over gloo on CPU copies, bit for bit.",
             f"Limit of dispatch: {num_ranks} ranks read rows and write each to {places} places, {written:,.0f} GB/s.",
             f"Limit of combine: {num_ranks} ranks copy, {copy:,.0f} GB/s read and written.",
+            *self._about_link(),
+            "Host: the time inside one eager call with nothing queued.",
             f"Floor: that limit and two one-way trips of a word, {self.limits.trip_s * 1e6:.1f} us each.",
             f"Baseline: {self.baseline or 'none, because ranks share a GPU and NCCL refuses that'}.",
             f"Ranks: {self.sharing}; each sees {self.gpu.visible_sms} SMs.",
             self.gpu.launch,
         ]
+
+    def _about_link(self) -> list[str]:
+        """What a link carries, where there is one between the ranks' GPUs."""
+        store, load = self.limits.store, self.limits.load
+        if store is None or load is None:
+            return []
+        both = f"each rank stores {store / 1e9:.0f} GB/s into the next one's memory, or loads {load / 1e9:.0f} from it"
+        return [f"Link: {both}, all at once; the limit where that takes longer than memory."]
 
     def _median(self, op: str, wire: str) -> float | None:
         return next((figure.median_us for figure in self.figures if (figure.op, figure.wire) == (op, wire)), None)

@@ -14,7 +14,7 @@ from crossdock.cli.bench.figures import Figure
 from crossdock.cli.bench.outcome import Outcome
 from crossdock.cli.terminal import console_of
 
-_WIDTH = 110
+_WIDTH = 124
 """Columns of the output if it is no terminal."""
 
 
@@ -52,6 +52,7 @@ def _table(figures: Sequence[Figure], baseline: str | None) -> Table:
     columns = [*_COLUMNS]
     if any(figure.num_sms is not None for figure in figures):
         columns.insert(2, ("floor", lambda figure: "" if figure.floor_us is None else _time(figure.floor_us)))
+        columns.insert(3, ("host", lambda figure: "" if figure.host_us is None else _time(figure.host_us)))
         columns.insert(0, ("SMs", lambda figure: "" if figure.num_sms is None else str(figure.num_sms)))
     if baseline is not None:
         columns.append((f"vs {baseline.split()[0]}", lambda figure: _times(figure.speedup)))
@@ -83,5 +84,5 @@ _COLUMNS: tuple[tuple[str, Callable[[Figure], str]], ...] = (
     ("median", lambda figure: _time(figure.median_us)),
     ("p10 – p90", lambda figure: _range(figure.p10_us, figure.p90_us)),
     ("GB/s", lambda figure: f"{figure.gigabytes_per_s:,.2f}"),
-    ("of limit", lambda figure: f"{figure.of_limit:.0%}"),
+    ("of limit", lambda figure: f"{figure.of_limit:.0%}{' (link)' if figure.is_link else ''}"),
 )

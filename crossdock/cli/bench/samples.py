@@ -12,6 +12,7 @@ class Sample:
     num_bytes, link_bytes: see ``Case``.
     copy_bytes: bytes to compare with the bandwidth of copies (``Limits.copy``), counted in the same way.
     write_bytes: bytes to compare with ``Limits.write``.
+    host_s: seconds inside single eager calls with no work queued; empty on CPUs, where calls wait for peers.
     calls: each sample is the mean of this many calls back to back.
     num_sms: SMs of the operation; None on CPUs.
     baseline_s: the baseline's samples; empty without a baseline.
@@ -25,6 +26,7 @@ class Sample:
     ours_s: list[float]
     baseline_s: list[float]
     write_bytes: int = 0
+    host_s: list[float] = field(default_factory=list)
     calls: int = 1
     num_sms: int | None = None
 
@@ -51,11 +53,14 @@ class OnGpu:
 
 @dataclass(frozen=True, kw_only=True)
 class RankSamples:
-    """All measurements of one rank. ``copies`` and ``writes`` hold one entry per way; the fastest is the limit."""
+    """All measurements of one rank. ``copies`` and the like hold one entry per way; the fastest is the limit."""
 
     samples: list[Sample]
     copies: list[Moved]
     writes: list[Moved] = field(default_factory=list)
+    stores: list[Moved] = field(default_factory=list)
+    loads: list[Moved] = field(default_factory=list)
+    """Over the link to the next rank; empty where ranks share a GPU."""
     sweep: list[Sample] = field(default_factory=list)
     """Pairs of dispatch and combine, one per number of SMs."""
     trips_s: list[float] = field(default_factory=list)

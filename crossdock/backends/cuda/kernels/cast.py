@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import end_call, is_ok, slot_of
-from crossdock.backends.cuda.kernels.metadata import as_int64, pointers, region_at
+from crossdock.backends.cuda.kernels.metadata import pointers, region_at
 from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.rows import push_beside
 from crossdock.backends.cuda.kernels.scales import group_offset, scale_offset
@@ -103,41 +103,58 @@ def cast_blocks(given, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
 def cast_rows(x, stride, call, dst_rows, num_tokens, segments, arrivals, cast, places):
     """A program's share of rows ``x [T, H]``: cast, data and scales written to all places of each row; see ``Cast``.
 
-    Constants of ``Cast``: J, STAGED as in ``Copied``; BLOCK: values per scale; ROW_BYTES: between rows there; SCALES:
-    scales of a row there, padding included, of which WORD lie side by side; GROUPS: blocks of a piece, a power of two;
-    POW2: round scales up to powers of two; EXPONENTS: store their biased exponents.
+    Groups of all rows are shared out in one sequence, GROUPS at a time. The values of the next ones are on their way
+    while these are cast.
     """
-    H: tl.constexpr = cast.H
     BLOCK: tl.constexpr = cast.BLOCK
     SCALES: tl.constexpr = cast.SCALES
     GROUPS: tl.constexpr = cast.GROUPS
     J: tl.constexpr = cast.J
-    G: tl.constexpr = H // BLOCK
-    PIECES: tl.constexpr = (SCALES + GROUPS - 1) // GROUPS
+    G: tl.constexpr = cast.H // BLOCK
     SCALE_TYPE: tl.constexpr = tl.uint8 if cast.EXPONENTS else tl.float32
     SCALE_SIZE: tl.constexpr = 1 if cast.EXPONENTS else 4
-    within = tl.arange(0, triton.next_power_of_2(BLOCK))
-    for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
-        token = i // PIECES
-        group = i % PIECES * GROUPS + tl.arange(0, GROUPS)
-        at = group[:, None] * BLOCK + within[None, :]
-        is_value = (group < G)[:, None] & (within < BLOCK)[None, :]
-        value = tl.load(x + as_int64(token) * stride + at, mask=is_value, other=0.0)
+    within = tl.arange(0, triton.next_power_of_2(BLOCK))[None, :]
+    first, last, step = tl.program_id(0) * GROUPS, num_tokens * SCALES, tl.num_programs(0) * GROUPS
+    coming = load_groups(x, stride, first, last, cast)
+    for begin in range(first, last, step):
+        value = coming
+        coming = load_groups(x, stride, begin + step, last, cast)
+        nth = begin + tl.arange(0, GROUPS)
+        token, group = nth // SCALES, nth % SCALES
+        is_group = nth < last
+        is_value = (is_group & (group < G))[:, None] & (within < BLOCK)
         data, stored = cast_blocks(value, cast.POW2, cast.EXPONENTS)
         stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
         behind = group_offset(group, places.GROUP_BYTES, cast.WORD, SCALE_SIZE)
         for j in tl.static_range(J):  # without branches, as ``copy_words``
-            dst_row = tl.load(dst_rows + token * J + j)
-            peer, row = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0), dst_row & ROW_MASK
+            dst_row = tl.load(dst_rows + token * J + j, mask=is_group, other=-1)
+            is_there = dst_row >= 0
+            peer, row = tl.where(is_there, dst_row >> ROW_BITS, 0), dst_row & ROW_MASK
             slot, base = slot_of(call, peer), tl.load(segments + peer)
             there = region_at(base, arrivals.rows, slot) + row * cast.ROW_BYTES
             there = there.to(tl.pointer_type(tl.uint8), bitcast=True)  # here: what a function gives takes no hint
             if cast.ROW_BYTES % 16 == 0:
                 there = tl.multiple_of(there, 16)
-            tl.store(there + at, data, mask=is_value & (dst_row >= 0))
+            there = (there + group * BLOCK)[:, None] + within
+            tl.store(there, data, mask=is_value & is_there[:, None])
             to_scales = region_at(base, arrivals.scales, slot)
             to_scales += scale_offset(row, places.SEGMENT_ROWS, places.SEGMENT_BYTES, places.ROW_BYTES)
-            tl.store(pointers(to_scales, SCALE_TYPE) + behind, stored, mask=(group < SCALES) & (dst_row >= 0))
+            tl.store(pointers(to_scales, SCALE_TYPE) + behind, stored, mask=is_there)
+
+
+@triton.jit
+def load_groups(x, stride, begin, last, cast):
+    """The values of GROUPS groups of rows ``x [T, H]``, ``[GROUPS, next_power_of_2(BLOCK)]``; 0 where there are none.
+
+    Args:
+        begin, last: SCALES for each token, counted through; those behind a row's last group are padding.
+    """
+    BLOCK: tl.constexpr = cast.BLOCK
+    nth = begin + tl.arange(0, cast.GROUPS)
+    within = tl.arange(0, triton.next_power_of_2(BLOCK))[None, :]
+    token, group = (nth // cast.SCALES).to(tl.int64), nth % cast.SCALES
+    is_value = ((nth < last) & (group < cast.H // BLOCK))[:, None] & (within < BLOCK)
+    return tl.load(x + (token * stride + group * BLOCK)[:, None] + within, mask=is_value, other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rank", "max_polls", "carries"])

@@ -209,18 +209,26 @@ class ScalesCopied(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """Constants of rows that are cast: see ``cast.push_cast``."""
+    """Constants of rows that are cast: see ``cast.cast_rows``."""
 
     J: tl.constexpr
     STAGED: tl.constexpr
+    """As in ``Copied``."""
     H: tl.constexpr
     BLOCK: tl.constexpr
+    """Values of a row, and of each of its scales."""
     ROW_BYTES: tl.constexpr
+    """Between rows there."""
     WORD: tl.constexpr
+    """Scales that lie side by side."""
     SCALES: tl.constexpr
+    """Of a row there, padding included."""
     GROUPS: tl.constexpr
+    """Blocks that a program casts at a time."""
     POW2: tl.constexpr
+    """Whether scales are rounded up to powers of two."""
     EXPONENTS: tl.constexpr
+    """Whether their biased exponents are stored."""
 
 
 class Strides(NamedTuple):
@@ -280,6 +288,8 @@ class Returned(NamedTuple):
     """Words of a row, and their type."""
     ROW_BYTES: tl.constexpr
     PIECE: tl.constexpr
+    TOKENS: tl.constexpr
+    """Words of a row, and rows, that a program moves at a time."""
     OF_PAIRS: tl.constexpr
     """Whether they are of pairs."""
     HAS_WEIGHTS: tl.constexpr
@@ -294,6 +304,8 @@ class Summed(NamedTuple):
     J: tl.constexpr
     H: tl.constexpr
     PIECE: tl.constexpr
+    TOKENS: tl.constexpr
+    """Values of a row, and tokens, that a program sums at a time."""
     OF_PAIRS: tl.constexpr
     HAS_WEIGHTS: tl.constexpr
     HAS_BIAS: tl.constexpr

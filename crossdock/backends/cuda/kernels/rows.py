@@ -136,18 +136,24 @@ def return_rows_to(y, plan, call, num_tokens, rank, max_polls: tl.int64, stride,
     """
     ROW: tl.constexpr = how.ROW
     PIECE: tl.constexpr = how.PIECE
+    TOKENS: tl.constexpr = how.TOKENS
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
     tables = tables_of(plan, num_tokens, own.sizes)
     words = y.to(tl.pointer_type(how.WORD), bitcast=True)
     if is_ok(own.state):
-        for i in range(tl.program_id(0), tl.load(tables.scalars + NUM_ROWS) * PIECES, tl.num_programs(0)):
-            src_row = tl.load(scratch.src_rows + i // PIECES)
-            if src_row >= 0:
-                at = i % PIECES * PIECE + tl.arange(0, PIECE)
-                row = tl.load(words + as_int64(i // PIECES) * stride + at, mask=at < ROW)
-                peer = src_row >> ROW_BITS
+        num_rows = tl.load(tables.scalars + NUM_ROWS)
+        for i in range(tl.program_id(0), (num_rows + TOKENS - 1) // TOKENS * PIECES, tl.num_programs(0)):
+            nth = i // PIECES * TOKENS + tl.arange(0, TOKENS)
+            src_row = tl.load(scratch.src_rows + nth, mask=nth < num_rows, other=-1)
+            if tl.max(src_row, axis=0) >= 0:
+                is_row = src_row >= 0
+                at = i % PIECES * PIECE + tl.arange(0, PIECE)[None, :]
+                is_word = is_row[:, None] & (at < ROW)
+                row = tl.load(words + as_int64(nth)[:, None] * stride + at, mask=is_word)
+                peer = tl.where(is_row, src_row >> ROW_BITS, 0)
                 there = region_at(tl.load(own.segments + peer), returns.returned, slot_of(call, peer))
-                tl.store(row_at(there, src_row & ROW_MASK, words, how.ROW_BYTES) + at, row, mask=at < ROW)
+                there = row_at(there, src_row & ROW_MASK, words, how.ROW_BYTES)
+                tl.store(there[:, None] + at, row, mask=is_word)
     end_call(own, call, tables.tokens, rank, max_polls, how.ends)
 
 

@@ -29,17 +29,17 @@ from crossdock.backends.cuda.kernels.tables import tables_of
 
 
 @triton.jit
-def weight_of(weights, picks, token, j, peer, sizes):
-    """The weight of a token's j-th row: of its one pick, or the sum of those at the row's rank, in pick order."""
+def weight_of(weights, picks, token, j, peer, is_token, sizes):
+    """The weights of tokens' j-th rows: of its one pick, or the sum of those at the row's rank, in pick order."""
     K: tl.constexpr = sizes.K
     if sizes.BY_RANK:
-        weight = tl.zeros([], tl.float32)
+        weight = tl.zeros(token.shape, tl.float32)
         for k in tl.static_range(K):
-            expert = tl.load(picks + token * K + k)
+            expert = tl.load(picks + token * K + k, mask=is_token, other=-1)
             is_its = (expert >= 0) & (expert // sizes.L == peer)
-            weight += tl.where(is_its, tl.load(weights + token * K + k), 0.0)
+            weight += tl.where(is_its, tl.load(weights + token * K + k, mask=is_token, other=0.0), 0.0)
     else:
-        weight = tl.load(weights + token * K + j)
+        weight = tl.load(weights + token * K + j, mask=is_token, other=0.0)
     return weight
 
 
@@ -52,6 +52,7 @@ UNCHECKED = tl.constexpr(2)
 def sum_rows(out, bias, weights, plan, call, num_tokens, rank, ways, results, width, own, returns, how):
     """``out[t] = cast(0 + w[t, 0] * row 0 + w[t, 1] * row 1 + ... + bias)``, of the rows of each token.
 
+    A program sums pieces of TOKENS tokens at a time, without branches, so that their loads are in flight together.
     Rows lie in the output slots of the peers that left them there, and at this rank's returned rows from those that
     pushed. The last program looks whether a peer has given up what was read.
 
@@ -63,6 +64,7 @@ def sum_rows(out, bias, weights, plan, call, num_tokens, rank, ways, results, wi
     J: tl.constexpr = how.J
     H: tl.constexpr = how.H
     PIECE: tl.constexpr = how.PIECE
+    TOKENS: tl.constexpr = how.TOKENS
     PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
     ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
     tables = tables_of(plan, num_tokens, own.sizes)
@@ -70,13 +72,14 @@ def sum_rows(out, bias, weights, plan, call, num_tokens, rank, ways, results, wi
     return_rows = tables.pair_return_rows if how.OF_PAIRS else tables.return_rows
     good = is_ok(own.state)
     mine = region_at(tl.load(own.segments + rank), returns.returned, slot_of(call, rank))
-    for i in range(tl.program_id(0), num_tokens * PIECES, tl.num_programs(0)):
-        token = i // PIECES
-        at = i % PIECES * PIECE + tl.arange(0, PIECE)
-        is_value = at < H
-        total = tl.zeros([PIECE], tl.float32)
+    for i in range(tl.program_id(0), (num_tokens + TOKENS - 1) // TOKENS * PIECES, tl.num_programs(0)):
+        token = i // PIECES * TOKENS + tl.arange(0, TOKENS)
+        is_token = token < num_tokens
+        at = i % PIECES * PIECE + tl.arange(0, PIECE)[None, :]
+        is_value = is_token[:, None] & (at < H)
+        total = tl.zeros([TOKENS, PIECE], tl.float32)
         for j in tl.static_range(J):
-            dst_row = tl.load(dst_rows + token * J + j)
+            dst_row = tl.load(dst_rows + token * J + j, mask=is_token, other=-1)
             is_row = (dst_row >= 0) & good
             peer = tl.where(is_row, dst_row >> ROW_BITS, rank)
             slot = output_slot_of(call, peer)
@@ -85,15 +88,16 @@ def sum_rows(out, bias, weights, plan, call, num_tokens, rank, ways, results, wi
             there = region_at(tl.load(own.segments + peer), returns.outputs, slot)
             base = tl.where(is_pushed, mine, there)
             row = tl.where(is_pushed, return_row.to(tl.int64), dst_row & ROW_MASK)
-            value = tl.load(row_at(base, row, out, ROW_BYTES) + at, mask=is_value & is_row, other=0.0).to(tl.float32)
+            value = row_at(base, row, out, ROW_BYTES)[:, None] + at
+            value = tl.load(value, mask=is_value & is_row[:, None], other=0.0).to(tl.float32)
             if how.HAS_WEIGHTS:
-                value = value * tl.where(is_row, weight_of(weights, tables.picks, token, j, peer, own.sizes), 0.0)
+                weight = weight_of(weights, tables.picks, token, j, peer, is_token, own.sizes)
+                value = value * tl.where(is_row, weight, 0.0)[:, None]
             total += value
         if how.HAS_BIAS:
-            total += tl.load(bias + as_int64(token) * (ways & BIAS_ROWS) * H + at, mask=is_value, other=0.0).to(
-                tl.float32
-            )
-        tl.store(out + as_int64(token) * H + at, total.to(out.dtype.element_ty), mask=is_value)
+            of_token = bias + as_int64(token)[:, None] * (ways & BIAS_ROWS) * H + at
+            total += tl.load(of_token, mask=is_value, other=0.0).to(tl.float32)
+        tl.store(out + as_int64(token)[:, None] * H + at, total.to(out.dtype.element_ty), mask=is_value)
     if width > 0:
         gather_share(call, tables, num_tokens, rank, results, width, own, returns, how.EXTRA_BYTES)
     if (ways & UNCHECKED) == 0:  # noqa: SIM102 - only then a ticket is taken

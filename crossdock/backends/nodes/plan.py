@@ -1,0 +1,86 @@
+"""The plan of a call over two hops: what a rank sends, and where the rows that its node was told of end.
+
+Letters: T tokens here, K top-k, N nodes, U ranks of a node, P ranks, W counts of a node, S rows of a receive slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crossdock.backends.nodes.places import Incoming, Ints, Sent
+from crossdock.plan import Plan
+from crossdock.spec import Spec, Topology
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class NodePlan(Plan):
+    """A plan over nodes. ``counts`` is what this rank's node was told, int64 [P, W]; nobody has more.
+
+    ``partial_rows`` has where rows of the rail peers ended on this node, node after node: local rank * S + row.
+    """
+
+    num_rows: int
+    sent: Sent
+    finals: tuple[Ints, ...]
+    """By node, where the rows of its rank of this local index end on this node, [n, K]; this node's are this rank's
+    own."""
+    segment_rows: Ints
+    """[segments]: rows received in each, without padding."""
+
+
+def made(  # noqa: PLR0913 - all that a plan is made of
+    spec: Spec,
+    topology: Topology,
+    *,
+    rank: int,
+    topk_idx: Tensor,
+    counts: Tensor,
+    sent: Sent,
+    arriving: Incoming,
+    finals: tuple[Ints, ...],
+    stamp: int,
+    buffer_id: int,
+    masked: tuple[int, ...] = (),
+) -> NodePlan:
+    """The plan of a rank; ``counts`` [P, W] is what its node was told."""
+    node, local = divmod(rank, topology.node_size)
+    num_local = spec.num_local_experts(topology.num_ranks)
+    experts = counts[:, local * num_local : (local + 1) * num_local]
+    rail = [finals[m].astype(np.int32) for m in range(topology.num_nodes) if m != node]
+    starts = arriving.starts[local]
+    return NodePlan(
+        rank=rank,
+        buffer_id=buffer_id,
+        stamp=stamp,
+        topk_idx=topk_idx,
+        counts=counts,
+        num_rows=int(starts[-1]),
+        num_tokens_per_expert=experts.sum(dim=0, dtype=torch.int32),
+        segment_starts=torch.from_numpy(starts.copy()),
+        partial_rows=torch.from_numpy(np.concatenate(rail)) if rail else None,
+        masked=masked,
+        sent=sent,
+        finals=finals,
+        segment_rows=arriving.rows[local],
+    )
+
+
+def rail_finals(partial_rows: Tensor, num_rows: Ints, *, node: int, own: Ints) -> tuple[Ints, ...]:
+    """``finals`` from ``partial_rows``.
+
+    Args:
+        num_rows: [N], of each node's rank of this local index.
+        own: those of this rank.
+    """
+    table, at, finals = partial_rows.numpy().astype(np.int64), 0, []
+    for other, size in enumerate(num_rows.tolist()):
+        if other == node:
+            finals.append(own)
+        else:
+            finals.append(table[at : at + size])
+            at += size
+    return tuple(finals)

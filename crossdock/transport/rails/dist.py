@@ -1,0 +1,242 @@
+"""A rail over torch.distributed: gloo sends and receives, with threads that wait for what comes.
+
+Gloo is two-sided, its requests cannot be polled, and one that times out closes the connection. So a thread for each
+peer and kind of message posts receives ahead, as many as there is room for, and waits for them without a deadline; who
+waits in a call has deadlines of its own. Posted receives are where chunks arrive, in the inbox itself.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C import _distributed_c10d as _c10d
+
+from crossdock.spec import Topology
+from crossdock.transport.base import Group, ProcessGroup
+from crossdock.transport.rail import MAX_NOTE_BYTES, Box, Rail
+
+_FOREVER = timedelta(days=10_000)
+_NOTES, _CHUNKS = 1, 2
+"""Tags of the two kinds of messages: they do not wait for each other."""
+_NOTES_AHEAD = 4
+_LENGTH = np.dtype(np.int64)
+_BYE = -1
+_LAST_CHUNK = torch.full((16,), 255, dtype=torch.uint8, device="cpu")
+"""No chunk begins so: its call would have a negative number."""
+_GOODBYE_S = 2.0
+"""How long a rank that leaves waits for its peers to let go of it too."""
+
+
+class DistEngine:
+    """See Engine.
+
+    Args:
+        box: memory for the rows of one rail peer; None: the default.
+    """
+
+    def __init__(self, *, box: Box | None = None) -> None:
+        self.box = box or Box()
+
+    def problem(self, members: Group) -> str | None:
+        """See Engine."""
+        if not isinstance(members, ProcessGroup):
+            return f"rail='dist' sends through torch.distributed, and the group is a {type(members).__name__}"
+        if not dist.is_gloo_available():
+            return "rail='dist' on CPUs needs gloo, which this torch was built without; pip install torch"
+        return None
+
+    def connect(self, members: Group, topology: Topology) -> Rail:
+        """See Engine."""
+        assert isinstance(members, ProcessGroup)
+        node, local = divmod(members.rank, topology.node_size)
+        # Not dist.new_group: it names groups by their ranks, and so finds what an earlier one has left in the store.
+        name = members.all_gather(f"crossdock-rail-{secrets.token_hex(8)}")[0]
+        store = _c10d.PrefixStore(f"{name}-{local}", dist.distributed_c10d._get_default_store())
+        group = _c10d.ProcessGroupGloo(store, node, topology.num_nodes, _FOREVER)
+        rail = DistRail(group, node, topology.num_nodes, self.box)
+        members.all_gather(None)
+        return rail
+
+
+class DistRail:
+    """See Rail."""
+
+    def __init__(self, group: Any, node: int, num_nodes: int, box: Box) -> None:
+        self._group = group
+        self.nodes = tuple(other for other in range(num_nodes) if other != node)
+        shape = (num_nodes, box.num_chunks, box.chunk_bytes)
+        self.outbox = torch.zeros(shape, dtype=torch.uint8, device="cpu")
+        self.inbox = torch.zeros(shape, dtype=torch.uint8, device="cpu")
+        self._heard: deque[tuple[int, bytes]] = deque()
+        self._sent: dict[int, deque[tuple[Any, Tensor]]] = {other: deque() for other in self.nodes}
+        self._chunks = {other: _Chunks(box.num_chunks) for other in self.nodes}
+        self._gone: set[int] = set()
+        self._said_bye: set[int] = set()
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._threads = [
+            threading.Thread(target=listen, args=(other,), name=f"crossdock-rail-{other}", daemon=True)
+            for other in self.nodes
+            for listen in (self._hear_notes, self._take_chunks)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def tell(self, node: int, note: bytes) -> None:
+        """See Rail."""
+        self._send(node, _framed(len(note), note), _NOTES)
+
+    def put(self, node: int, number: int, num_bytes: int) -> None:
+        """See Rail."""
+        box = self.outbox[node]
+        self._send(node, box[number % box.shape[0], :num_bytes], _CHUNKS)
+
+    def heard(self) -> list[tuple[int, bytes]]:
+        """See Rail."""
+        notes = []
+        while self._heard:
+            notes.append(self._heard.popleft())
+        return notes
+
+    def landed(self, node: int) -> int:
+        """See Rail."""
+        return self._chunks[node].num_landed
+
+    def freed(self, node: int, number: int) -> None:
+        """See Rail."""
+        self._chunks[node].free(number)
+
+    def lost(self) -> frozenset[int]:
+        """See Rail. What a lost peer has sent has all been heard: its connection is read to its end first."""
+        return frozenset(self._gone)
+
+    def close(self) -> None:
+        """See Rail. Peers let go of each other: each answers a goodbye, so that no receive is left behind."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for node in self.nodes:
+            self._say_bye(node)
+        for chunks in self._chunks.values():
+            chunks.end()
+        until = time.monotonic() + _GOODBYE_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        self._group = None
+
+    def _say_bye(self, node: int) -> None:
+        """Once to each peer: by the one that leaves first, and as an answer."""
+        with self._lock:
+            if node in self._said_bye:
+                return
+            self._said_bye.add(node)
+        self._send(node, _framed(_BYE, b""), _NOTES)
+        self._send(node, _LAST_CHUNK, _CHUNKS)
+
+    def _send(self, node: int, message: Tensor, tag: int) -> None:
+        """Sends it, as far as the peer still lives; holds it until it has gone."""
+        group = self._group
+        if group is None or node in self._gone:
+            return
+        try:
+            work = group.send([message], node, tag)
+        except RuntimeError:
+            self._gone.add(node)
+            return
+        sent = self._sent[node]
+        sent.append((work, message))
+        while len(sent) > 4 * self._chunks[node].num_chunks + 64 and sent[0][0].is_completed():
+            sent.popleft()
+
+    def _receive(self, node: int, room: Tensor, tag: int) -> Callable[[], None]:
+        """Posts a receive; gives what waits for it."""
+        assert self._group is not None
+        wait: Callable[[], None] = self._group.recv([room], node, tag).wait
+        return wait
+
+    def _hear_notes(self, node: int) -> None:
+        """The body of a thread: notes of one peer, in order, until it says goodbye or is gone."""
+        try:
+            ahead: deque[tuple[Callable[[], None], Tensor]] = deque()
+            while True:
+                while len(ahead) < _NOTES_AHEAD:
+                    room = torch.empty(_LENGTH.itemsize + MAX_NOTE_BYTES, dtype=torch.uint8, device="cpu")
+                    ahead.append((self._receive(node, room, _NOTES), room))
+                wait, room = ahead.popleft()
+                wait()
+                raw = room.numpy()
+                length = int(raw[: _LENGTH.itemsize].view(_LENGTH)[0])
+                if length == _BYE:
+                    self._say_bye(node)
+                    return
+                self._heard.append((node, raw[_LENGTH.itemsize :][:length].tobytes()))
+        except RuntimeError:
+            self._gone.add(node)
+
+    def _take_chunks(self, node: int) -> None:
+        """The body of a thread: chunks of one peer, in order."""
+        chunks, ahead = self._chunks[node], deque[Callable[[], None]]()
+        try:
+            while chunks.may_post(len(ahead)):
+                for number in chunks.to_post(len(ahead)):
+                    ahead.append(self._receive(node, self.inbox[node, number % chunks.num_chunks], _CHUNKS))
+                ahead.popleft()()
+                if torch.equal(
+                    self.inbox[node, chunks.num_landed % chunks.num_chunks][: _LAST_CHUNK.numel()], _LAST_CHUNK
+                ):
+                    return
+                chunks.land()
+        except RuntimeError:
+            self._gone.add(node)
+
+
+class _Chunks:
+    """Which chunks of a peer have landed, and for which there is room."""
+
+    def __init__(self, num_chunks: int) -> None:
+        self.num_chunks = num_chunks
+        self.num_landed = 0
+        self._num_freed = 0
+        self._is_ended = False
+        self._changed = threading.Condition()
+
+    def free(self, number: int) -> None:
+        """Those before this number have been emptied."""
+        with self._changed:
+            self._num_freed = number
+            self._changed.notify()
+
+    def end(self) -> None:
+        """None is wanted any more."""
+        with self._changed:
+            self._is_ended = True
+            self._changed.notify()
+
+    def land(self) -> None:
+        """One more has come."""
+        self.num_landed += 1
+
+    def to_post(self, num_ahead: int) -> range:
+        """Numbers of the chunks for which receives can be posted now."""
+        return range(self.num_landed + num_ahead, self._num_freed + self.num_chunks)
+
+    def may_post(self, num_ahead: int) -> bool:
+        """Waits until a chunk can come; False when none is wanted any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: num_ahead or self._is_ended or len(self.to_post(num_ahead)))
+            return not self._is_ended
+
+
+def _framed(length: int, note: bytes) -> Tensor:
+    """A note behind its length, in memory of its own."""
+    return torch.frombuffer(bytearray(np.array(length, _LENGTH).tobytes() + note), dtype=torch.uint8)

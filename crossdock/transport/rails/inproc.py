@@ -1,0 +1,136 @@
+"""A rail among threads of one process, whose messages may be late: for trying grids out, and for tests."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossdock.spec import Topology
+from crossdock.transport.base import Group
+from crossdock.transport.inproc import ThreadGroup
+from crossdock.transport.rail import Box, Rail
+
+
+class _Message(NamedTuple):
+    ready: float
+    """When it arrives, by the clock of ``time.monotonic``."""
+    note: bytes
+    number: int
+    num_bytes: int
+    source: Tensor
+    """The outbox of a chunk, which is read when the chunk arrives, as a NIC may."""
+
+
+class Sea:
+    """What ranks have sent to each other and not yet seen, by sender and receiver."""
+
+    def __init__(self) -> None:
+        self.notes: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
+        self.chunks: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
+
+
+class InprocEngine:
+    """See Engine.
+
+    Args:
+        lateness: seconds that a message is under way, asked for each; None: none.
+        box: memory for the rows of one rail peer; None: the default.
+    """
+
+    def __init__(self, lateness: Callable[[], float] | None = None, *, box: Box | None = None) -> None:
+        self.box = box or Box()
+        self.lateness = lateness
+        self.down: set[int] = set()
+        """Nodes whose what_is_sent links are down just now: what is under way from there arrives once they are not."""
+
+    def problem(self, members: Group) -> str | None:
+        """See Engine."""
+        if isinstance(members, ThreadGroup):
+            return None
+        return "rail='inproc' joins threads of one process, and the group is of processes; pass rail='dist'"
+
+    def connect(self, members: Group, topology: Topology) -> Rail:
+        """See Engine."""
+        assert isinstance(members, ThreadGroup)
+        sea = members.all_gather(Sea() if members.rank == 0 else None)[0]
+        assert sea is not None
+        return InprocRail(self, members, topology, sea)
+
+
+class InprocRail:
+    """See Rail."""
+
+    def __init__(self, engine: InprocEngine, members: ThreadGroup, topology: Topology, sea: Sea) -> None:
+        box = engine.box
+        self._engine, self._members, self._sea = engine, members, sea
+        self._node, self._local = divmod(members.rank, topology.node_size)
+        self._node_size = topology.node_size
+        self._num_chunks = box.num_chunks
+        self.nodes = tuple(node for node in range(topology.num_nodes) if node != self._node)
+        shape = (topology.num_nodes, box.num_chunks, box.chunk_bytes)
+        self.outbox = torch.zeros(shape, dtype=torch.uint8, device="cpu")
+        self.inbox = torch.zeros(shape, dtype=torch.uint8, device="cpu")
+        self._landed = dict.fromkeys(self.nodes, 0)
+        self._freed = dict.fromkeys(self.nodes, 0)
+
+    def tell(self, node: int, note: bytes) -> None:
+        """See Rail."""
+        self._sea.notes[self._to(node)].append(self._message(note=note))
+
+    def put(self, node: int, number: int, num_bytes: int) -> None:
+        """See Rail."""
+        self._sea.chunks[self._to(node)].append(self._message(number=number, num_bytes=num_bytes))
+
+    def heard(self) -> list[tuple[int, bytes]]:
+        """See Rail."""
+        return [(node, message.note) for node in self.nodes for message in self._arrived(self._sea.notes, node)]
+
+    def landed(self, node: int) -> int:
+        """See Rail."""
+        for message in self._arrived(self._sea.chunks, node):
+            assert message.number == self._landed[node], "chunks out of order"
+            assert message.number < self._freed[node] + self._num_chunks, "a chunk beyond what was granted"
+            place = message.number % self._num_chunks
+            self.inbox[node, place, : message.num_bytes] = message.source[self._node, place, : message.num_bytes]
+            self._landed[node] += 1
+        return self._landed[node]
+
+    def freed(self, node: int, number: int) -> None:
+        """See Rail."""
+        self._freed[node] = number
+
+    def lost(self) -> frozenset[int]:
+        """See Rail."""
+        return frozenset(node for node in self.nodes if self._is_lost(node))
+
+    def _is_lost(self, node: int) -> bool:
+        """Whether a rank's program has ended, and all that it sent has come."""
+        sender = self._rank_of(node)
+        way = sender, self._members.rank
+        return not self._members.is_alive(sender) and not self._sea.notes[way] and not self._sea.chunks[way]
+
+    def close(self) -> None:
+        """See Rail."""
+
+    def _rank_of(self, node: int) -> int:
+        return node * self._node_size + self._local
+
+    def _to(self, node: int) -> tuple[int, int]:
+        return self._members.rank, self._rank_of(node)
+
+    def _message(self, *, note: bytes = b"", number: int = 0, num_bytes: int = 0) -> _Message:
+        late = 0.0 if self._engine.lateness is None else self._engine.lateness()
+        return _Message(time.monotonic() + late, note, number, num_bytes, self.outbox)
+
+    def _arrived(self, sea: dict[tuple[int, int], deque[_Message]], node: int) -> list[_Message]:
+        """What that node has sent and is here now, in order."""
+        under_way, now = sea[self._rank_of(node), self._members.rank], time.monotonic()
+        arrived: list[_Message] = []
+        while under_way and under_way[0].ready <= now and node not in self._engine.down:
+            arrived.append(under_way.popleft())
+        return arrived

@@ -1,0 +1,107 @@
+"""Ops past torch's dispatcher: whoever looks at ops still sees them, and gradients are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from crossdock import Buffer, Compact, Spec, ThreadGroup, direct, ops
+from crossdock import autograd as ag
+from crossdock.wire import Fp32
+
+SPEC = Spec(
+    num_experts=2,
+    num_topk=2,
+    hidden=4,
+    max_tokens=3,
+    layout=Compact(),
+    wire=Fp32(),
+    combine_wire=Fp32(),
+    reduce="token",
+)
+OURS = ["dispatch", "combine", "send", "weigh_gradients", "return_weights", "bring"]
+"""What a step calls."""
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "crossdock":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+class _Wrapped(torch.Tensor):
+    """A tensor of another class, as DTensor and fake ones are."""
+
+
+def step(buffer: Buffer, *, create_graph: bool = False) -> list[torch.Tensor]:
+    """Sums, and gradients of rows and weights."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 4, generator=generator).requires_grad_()
+    weights = torch.rand(3, 2, generator=generator).requires_grad_()
+    recv = ag.dispatch(buffer, x, torch.tensor([[0, 1], [1, -1], [1, 0]]))
+    out = ag.combine(buffer, recv.x**2, recv.plan, weights=weights)
+    return [out, *torch.autograd.grad((out**2).sum(), (x, weights), create_graph=create_graph)]
+
+
+@pytest.fixture
+def buffer():
+    with Buffer(ThreadGroup.world(1)[0], SPEC) as buffer:
+        yield buffer
+
+
+def test_a_step_at_once_passes_no_op_and_gives_the_same_bits(buffer):
+    passed: list[str] = []
+    of_op = type(ops.dispatch.op).__call__
+
+    def noted(op: Any, *args: Any) -> Any:
+        passed.append(op._name)
+        return of_op(op, *args)
+
+    with mock.patch.object(type(ops.dispatch.op), "__call__", noted):
+        at_once = step(buffer)
+        assert passed == []
+        with mock.patch.object(direct, "_are_seen", return_value=True):
+            by_ops = step(buffer)
+    assert passed == OURS
+    for ours, theirs in zip(at_once, by_ops, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_modes_see_each_op(buffer):
+    with _Seen() as seen:
+        step(buffer)
+    assert seen.names == OURS
+
+
+def test_tensors_of_other_classes_pass_the_dispatcher(buffer):
+    x, picks = torch.rand(1, 4), torch.tensor([[0, 1]])
+    with mock.patch.object(type(ops.dispatch.op), "__call__", side_effect=NotImplementedError("an op")):
+        assert ops.dispatch(x, picks, None, None, buffer.handle, "exact", None)[0].shape == (1, 4)
+        for given in ((x.as_subclass(_Wrapped), picks), (x, picks.as_subclass(_Wrapped))):
+            with pytest.raises(NotImplementedError, match="an op"):
+                ops.dispatch(*given, None, None, buffer.handle, "exact", None)
+        with pytest.raises(NotImplementedError, match="an op"):
+            ops.send(x, None, None, [picks.as_subclass(_Wrapped)], buffer.handle, "exact", False, None)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_see_ops(buffer):
+    x, picks = torch.rand(2, 1, 4), torch.tensor([[0, 1]])
+    with torch.no_grad():
+        rows = torch.vmap(lambda x: ops.dispatch(x, picks, None, None, buffer.handle, "exact", None)[0])(x)
+    torch.testing.assert_close(rows, x, rtol=0, atol=0)
+
+
+def test_a_gradient_of_a_gradient_is_refused_and_not_lost(buffer):
+    _, grad, _ = step(buffer, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()

@@ -1,0 +1,460 @@
+"""Two hops: bit for bit the rows of the flat path and the sums of ``reduce="node"``, whatever comes late."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import crossdock as cd
+from crossdock import (
+    Bf16,
+    CapacityError,
+    Compact,
+    ConfigError,
+    Expanded,
+    Fp8,
+    Fp32,
+    NotSupported,
+    Opaque,
+    Padded,
+    PeerFailed,
+    PeerTimeout,
+    Spec,
+    Topology,
+    run_local,
+)
+from crossdock.transport.rail import Box
+from crossdock.transport.rails.inproc import InprocEngine
+from tests import oracle
+from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
+from tests.world import meet, open_buffer, open_connection
+from tests.worlds import test_combine, test_dispatch
+
+LAYOUTS = [Compact(), Expanded(alignment=8), Padded()]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+grids = pytest.mark.worlds("grid-2x2", "grid-3x2", "grid-4x1", "dist-2x2")
+WIRES = [
+    Bf16(),
+    Fp32(),
+    Fp8(block=8),
+    Fp8(block=4, scale="ue8m0", packed=True, column_major=True),
+    Opaque(dtype=torch.uint8, block=8, scale_dtype=torch.uint8),
+]
+
+
+def spec_of(layout, wire=None, **kwargs):
+    kwargs = {"num_experts": 24, "num_topk": 4, "hidden": 24, "max_tokens": 9, "extra_bytes": EXTRA_BYTES} | kwargs
+    return Spec(layout=layout, wire=wire or Bf16(), reduce="node", **kwargs)
+
+
+@grids
+@pytest.mark.parametrize("wire", WIRES, ids=repr)
+@layouts
+def test_brings_every_row_to_its_place(world, layout, wire):
+    test_dispatch.check_each(world, loads(spec_of(layout, wire), world.num_ranks))
+
+
+@pytest.mark.worlds("grid-2x2", "grid-4x1", "dist-2x2")
+@pytest.mark.parametrize("wire", [Bf16(), Fp8(block=8)], ids=repr)
+@layouts
+def test_sums_each_node_first(world, layout, wire):
+    cases = loads(spec_of(layout, wire), world.num_ranks)
+    test_combine.check_each(world, cases, node_size=world.node_size)
+
+
+def along_a_plan(group, case, rows):
+    """Rows of a cached dispatch, of a copy, and of one that counts rows by the slot's capacity; weights travel too."""
+    with open_buffer(group, case.spec, debug=True) as buffer:
+        r = buffer.rank
+        given = {"weights": case.weights[r], "extras": case.extras[r]}
+        plan = buffer.dispatch(case.x[r], case.topk[r], rows=rows).plan
+        pending = [buffer.dispatch_start(case.x[r], plan, **given, copy=True) for _ in range(2)]
+        return [observed(each.wait()) for each in pending]
+
+
+@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2")
+@pytest.mark.parametrize("rows", ["exact", "capacity"])
+@layouts
+def test_rows_go_along_a_plan_that_is_known(world, layout, rows):
+    case = make_case(spec_of(layout), [9] * world.num_ranks)
+    got = world.run(along_a_plan, case, rows)
+    for i in range(2):
+        check_received(case, [mine[i] for mine in got])
+
+
+def in_flight(group, case):
+    """Two dispatches, and then two combines, that are started before any is waited for."""
+    with open_buffer(group, case.spec) as buffer:
+        r = buffer.rank
+        outs = []
+        for _ in range(3):
+            started = [buffer.dispatch_start(case.x[r], case.topk[r]) for _ in range(2)]
+            plans = [each.wait().plan for each in started]
+            combines = [buffer.combine_start(case.y[r], plan) for plan in plans]
+            outs += [each.wait() for each in reversed(combines)]
+        return outs
+
+
+@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2")
+@layouts
+def test_calls_are_in_flight_together(world, layout):
+    case = make_case(spec_of(layout), [9] * world.num_ranks)
+    want = oracle.combined(case.spec, case.topk, case.flat_y(), node_size=world.node_size)
+    for outs, mine in zip(world.run(in_flight, case), want, strict=True):
+        assert len(outs) == 6
+        assert all(same_bits(out, mine) for out in outs)
+
+
+def trained(group, case, rail=True):
+    """Outputs and gradients of two steps on one plan."""
+    options = {} if rail else {"topology": Topology.grid(nodes=2, local=group.size // 2)}
+    with open_buffer(group, case.spec, **options) as buffer:
+        r = buffer.rank
+        x = case.x[r].float().requires_grad_()
+        weights = case.weights[r].clone().requires_grad_()
+        recv = cd.autograd.dispatch(buffer, x, case.topk[r], weights=weights)
+        row_weights = recv.weights if recv.weights.dim() == recv.x.dim() - 1 else recv.weights.sum(-1)
+        out = cd.autograd.combine(buffer, recv.x * 3, recv, weights=row_weights)
+        again = cd.autograd.dispatch(buffer, x * 2, recv.plan)
+        out = out + cd.autograd.combine(buffer, again.x, again)
+        (out * torch.arange(out.shape[1])).sum().backward()
+        return out.detach(), x.grad, weights.grad
+
+
+@pytest.mark.worlds("grid-2x2")
+@layouts
+def test_gradients_are_those_of_one_domain(world, layout):
+    case = make_case(spec_of(layout, Fp32(), extra_bytes=0), [9, 0, 5, 9])
+    got = world.run(trained, case)
+    want = run_local(lambda group: trained(group, case, rail=False), world.num_ranks)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine[1].abs().sum() > 0 or not mine[1].numel()
+        assert all(same_bits(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.worlds("grid-2x2", "grid-4x1")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_routing_arrives_as_on_one_domain(world, layout, data):
+    token = st.lists(st.integers(-4, 7), min_size=3, max_size=3, unique_by=lambda e: e)
+    topk = [
+        torch.tensor(data.draw(st.lists(token, max_size=4)), dtype=torch.int64).view(-1, 3).clamp(min=-1)
+        for _ in range(world.num_ranks)
+    ]
+    spec = spec_of(layout, num_experts=8, num_topk=3, max_tokens=4)
+    base = make_case(spec, [len(idx) for idx in topk])
+    case = replace(base, topk=topk)
+    got = world.run(test_dispatch.dispatch_each, [case])
+    check_received(case, [mine[0] for mine in got])
+
+
+def overflowing(group, cases, rows):
+    """Calls of which some do not fit; and the stats of those that do."""
+    with open_buffer(group, cases[0].spec, timeout_s=10) as buffer:
+        r, seen = buffer.rank, []
+        for case in cases:
+            try:
+                recv = buffer.dispatch(case.x[r], case.topk[r], rows=rows)
+                seen.append(recv.num_tokens_per_expert.sum().item())
+                buffer.check()
+            except CapacityError as error:
+                seen.append(str(error))
+        return seen
+
+
+@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2")
+@pytest.mark.parametrize("rows", ["exact", "capacity"])
+@pytest.mark.parametrize("layout", [Compact(capacity=20), Expanded(capacity=20), Padded(capacity=8)], ids=repr)
+def test_too_many_rows_raise_the_same_on_all_ranks(world, layout, rows):
+    spec = spec_of(layout)
+    few, many = [3] * world.num_ranks, [9] * world.num_ranks
+    cases = [replace(make_case(replace(spec, layout=type(layout)()), n, picks=p), spec=spec) for n, p in (
+        (few, "none"), (many, "one"), (few, "none"), (many, "one"), (few, "none"))]  # fmt: skip
+    cases[1].topk[-1][:] = -1  # the last node has rows for nobody, and hears of it too
+    flat = run_local(lambda group: overflow_flat(group, cases[1]), world.num_ranks)
+    for seen in world.run(overflowing, cases, rows):
+        errors = [each for each in seen if isinstance(each, str)]
+        assert errors[0] == flat[0]
+        assert len(errors) == 2
+        assert [each for each in seen if not isinstance(each, str)] == [0] * (3 if rows == "exact" else 5)
+
+
+def overflow_flat(group, case):
+    with cd.Buffer(group, case.spec, rail=None) as buffer, pytest.raises(CapacityError) as caught:
+        buffer.dispatch(case.x[buffer.rank], case.topk[buffer.rank], rows="exact")
+    return str(caught.value)
+
+
+def count_notes(group, case):
+    """Notes of each call, and the longest."""
+    with open_buffer(group, case.spec) as buffer:
+        transport, r = buffer.connection.transport, buffer.rank
+        lengths, tell = [], transport._rail.tell
+        transport._rail.tell = lambda node, note: (lengths.append(len(note)), tell(node, note))
+        counts = []
+        for _ in range(5):
+            before = len(lengths)
+            recv = buffer.dispatch(case.x[r], case.topk[r])
+            counts.append(len(lengths) - before)
+            before = len(lengths)
+            buffer.combine(case.y[r], recv.plan)
+            counts.append(len(lengths) - before)
+        return (
+            counts,
+            max(lengths),
+            len(transport.rail_peers),
+            len(transport.mates) - 1,
+            transport.host.segments.num_ranks,
+        )
+
+
+@pytest.mark.worlds("grid-2x3", "grid-3x2", "grid-4x1")
+def test_a_call_is_a_note_to_each_rail_peer(world):
+    """With room for all rows: a box that is too small asks for more."""
+    world = world.opening(rail=InprocEngine(box=Box(chunk_bytes=4096, num_chunks=8)))
+    spec = spec_of(Expanded())
+    case = make_case(spec, [9] * world.num_ranks)
+    num_nodes = world.num_ranks // world.node_size
+    for counts, longest, num_rail, num_mates, num_mapped in world.run(count_notes, case):
+        assert counts == [num_nodes - 1] * 10
+        assert longest <= 64 + 4 * (spec.num_experts // num_nodes + world.node_size)
+        assert (num_rail, num_mates, num_mapped) == (num_nodes - 1, world.node_size - 1, world.node_size)
+
+
+def rows_before_words(group, case, engine):
+    """Chunks that a rank has put before anything has come from its rail peer."""
+    engine.down = {1}
+    with cd.Buffer(group, case.spec, topology=Topology.grid(nodes=2, local=1), rail=engine) as buffer:
+        r = buffer.rank
+        group.all_gather(None)
+        pending = buffer.dispatch_start(case.x[r], case.topk[r]) if r == 0 else None
+        num_put = [lane.num_put for lane in buffer.connection.transport.lanes.values()]
+        group.all_gather(None)
+        engine.down = set()
+        (pending or buffer.dispatch_start(case.x[r], case.topk[r])).wait()
+        return num_put
+
+
+def test_rows_wait_for_nobodys_counts():
+    case = make_case(spec_of(Compact(), num_experts=8), [9, 9])
+    engine = InprocEngine()
+    assert run_local(lambda group: rows_before_words(group, case, engine), 2) == [[1], [0]]
+
+
+def failing(group, case, victim):
+    """One rank gives up; then all go on."""
+    with open_buffer(group, case.spec, timeout_s=20) as buffer:
+        r = buffer.rank
+        buffer.dispatch(case.x[r], case.topk[r])
+        try:
+            if r == victim:
+                buffer.abort("it had enough")
+                said = None
+            else:
+                for _ in range(3):
+                    buffer.combine(case.y[r], buffer.dispatch(case.x[r], case.topk[r]).plan)
+                said = "nothing"
+        except PeerFailed as error:
+            said = error.rank, error.reason
+        recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r])
+        return said, observed(recv), buffer.combine(case.y[r], recv.plan)
+
+
+@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2")
+@layouts
+def test_a_rank_that_gives_up_is_heard_by_all_and_the_next_call_works(world, layout):
+    case = make_case(spec_of(layout), [9] * world.num_ranks)
+    for victim in (0, world.num_ranks - 1):
+        got = world.run(failing, case, victim)
+        assert [said for said, *_ in got] == [
+            None if r == victim else (victim, "it had enough") for r in range(world.num_ranks)
+        ]
+        check_received(case, [rows for _, rows, _ in got])
+        want = oracle.combined(case.spec, case.topk, case.flat_y(), node_size=world.node_size)
+        assert all(same_bits(out, mine) for (_, _, out), mine in zip(got, want, strict=True))
+
+
+def hanging(group, case, victim):
+    """One rank stays away from the second call until all have seen that."""
+    with open_buffer(group, case.spec, timeout_s=1.5) as buffer:
+        r = buffer.rank
+        recv = buffer.dispatch(case.x[r], case.topk[r])
+        said = None
+        if r != victim:
+            try:
+                for _ in range(3):
+                    buffer.combine(case.y[r], recv.plan)
+                    recv = buffer.dispatch(case.x[r], case.topk[r])
+            except PeerTimeout as error:
+                said = error.rank, error.hop, str(error)
+            except PeerFailed as error:
+                said = error.rank, "failed", str(error)
+        meet(group)
+        buffer.restart()
+        recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r])
+        return said, observed(recv)
+
+
+@pytest.mark.worlds("grid-2x2", "grid-3x2")
+def test_all_name_the_rank_that_hangs_and_restart_together(world):
+    case = make_case(spec_of(Compact()), [9] * world.num_ranks)
+    victim = world.num_ranks - 1
+    got = world.run(hanging, case, victim)
+    for rank, (said, _) in enumerate(got):
+        if rank == victim:
+            assert said is None
+            continue
+        assert said[0] == victim, (rank, said)
+        assert said[1] in ("scale_up", "scale_out"), (rank, said)
+        assert f"rank {victim} (node {victim // world.node_size}, local {victim % world.node_size})" in said[2]
+    check_received(case, [rows for _, rows in got])
+
+
+def late_chunks(group, case, engine):
+    """A call fails while rows of it are under way; they come when the next call has begun."""
+    with cd.Buffer(group, case.spec, topology=Topology.grid(nodes=2, local=1), rail=engine, timeout_s=1) as buffer:
+        r = buffer.rank
+        group.all_gather(None)
+        if r == 0:
+            engine.down = {0}
+        group.all_gather(None)
+        said = ""
+        try:
+            for _ in range(2):  # the first may do at the rank whose own messages are the late ones
+                buffer.dispatch(case.x[r] + 1, case.topk[r])
+        except PeerTimeout as error:
+            said = str(error)
+        group.all_gather(None)
+        pending = buffer.dispatch_start(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r])
+        group.all_gather(None)
+        engine.down = set()
+        return said, observed(pending.wait())
+
+
+@layouts
+def test_rows_that_come_after_their_call_has_failed_are_skipped(layout):
+    case = make_case(spec_of(layout, Fp32(), num_experts=8), [9, 9])
+    engine = InprocEngine(box=Box(chunk_bytes=1024, num_chunks=2))
+    got = run_local(lambda group: late_chunks(group, case, engine), 2)
+    assert "rank 0 (node 0, local 0) did not begin this dispatch over scale_out within timeout_s=1" in got[1][0]
+    assert "over scale_out within timeout_s=1" in got[0][0]  # to rank 0 it may seem that rank 1 makes no room
+    check_received(case, [rows for _, rows in got])
+
+
+def masking(group, case, gone):
+    """The ranks of a node leave; the others go on without it."""
+    buffer = open_buffer(group, case.spec, timeout_s=10)
+    r = buffer.rank
+    buffer.dispatch(case.x[r], case.topk[r])
+    if r in gone:
+        buffer.close()
+        return None
+    with buffer:
+        buffer.mask(*gone)
+        recv = buffer.dispatch(case.x[r], case.topk[r])
+        out = buffer.combine(case.y[r][: recv.x.shape[0]] * 0 + 1, recv.plan)
+        return recv.src_idx, out
+
+
+@pytest.mark.worlds("grid-3x2", "grid-3x1")
+def test_a_whole_node_is_masked(world):
+    case = make_case(spec_of(Expanded(), Fp32()), [9] * world.num_ranks, picks="some")
+    gone = tuple(range(world.node_size, 2 * world.node_size))
+    got = world.run(masking, case, gone)
+    num_local = case.spec.num_experts // world.num_ranks
+    for rank, mine in enumerate(got):
+        if rank in gone:
+            assert mine is None
+            continue
+        src_idx, out = mine
+        assert not {s // case.spec.max_tokens for s in src_idx.tolist()} & set(gone)
+        left = [(e >= 0) & ~torch.isin(e // num_local, torch.tensor(gone)) for e in case.topk[rank]]
+        assert out[:, 0].tolist() == [float(row.sum()) for row in left]
+
+
+def masking_a_part(group, case):
+    with open_buffer(group, case.spec, timeout_s=5) as buffer:
+        buffer.mask(1)
+
+
+@pytest.mark.worlds("grid-2x2")
+def test_a_part_of_a_node_is_not_masked(world):
+    outcomes = world.outcomes(masking_a_part, make_case(spec_of(Compact()), [1] * 4))
+    for outcome in outcomes:
+        assert isinstance(outcome, (ConfigError, PeerFailed))
+        assert "whole nodes" in str(outcome)
+
+
+def refused(group, reduce):
+    spec = replace(spec_of(Expanded()), reduce=reduce)
+    with open_buffer(group, spec):
+        pass
+
+
+@pytest.mark.worlds("grid-2x2")
+@pytest.mark.parametrize(("reduce", "price"), [("token", "4.00 rows"), ("rank", "2.85 rows")])
+def test_sums_elsewhere_are_refused_with_their_price(world, reduce, price):
+    for outcome in world.outcomes(refused, reduce):
+        assert isinstance(outcome, NotSupported)
+        assert f"would bring {price} of a token home, and reduce='node' brings 1.91" in str(outcome)
+
+
+def several_specs(group, cases):
+    """Buffers of two Specs over one connection."""
+    with open_connection(group, 1 << 22) as connection:
+        buffers = [cd.Buffer(connection, case.spec) for case in cases]
+        got = []
+        for case, buffer in [*zip(cases, buffers, strict=True)] * 2:
+            r = connection.rank
+            recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r])
+            got.append((observed(recv), buffer.combine(case.y[r], recv.plan)))
+        return got
+
+
+@pytest.mark.worlds("grid-2x2", "dist-2x2")
+def test_specs_share_a_connection(world):
+    cases = [make_case(spec_of(Compact()), [9] * 4), make_case(spec_of(Padded(), Fp8(block=8), max_tokens=4), [4] * 4)]
+    got = world.run(several_specs, cases)
+    for i in range(4):
+        case = cases[i % 2]
+        check_received(case, [mine[i][0] for mine in got])
+        want = oracle.combined(case.spec, case.topk, case.flat_y(), node_size=2)
+        assert all(same_bits(mine[i][1], out) for mine, out in zip(got, want, strict=True))
+
+
+def counted(group, case):
+    with open_buffer(group, case.spec) as buffer:
+        r = buffer.rank
+        counters = cd.Counters(num_tokens_per_expert=torch.zeros(6, dtype=torch.int64))
+        if r == 3:
+            time.sleep(0.3)
+        buffer.dispatch(case.x[r], case.topk[r], counters=counters)
+        return counters.num_tokens_per_expert, buffer.stats
+
+
+@pytest.mark.worlds("grid-2x2")
+def test_stats_count_tokens_and_waits(world):
+    case = make_case(spec_of(Padded()), [9] * 4)
+    wants = oracle.received(case.spec, case.topk, case.x)
+    for rank, (counts, stats) in enumerate(world.run(counted, case)):
+        assert counts.tolist() == wants[rank]["counts"].tolist() == stats.num_tokens_per_expert.tolist()
+        if rank in (1, 2):  # its rail peer, and its mate
+            assert stats.wait_s[3] > 0.1
+
+
+def test_a_row_that_fits_no_chunk_is_refused_with_what_to_do():
+    engine = InprocEngine(box=Box(chunk_bytes=1024, num_chunks=2))
+    spec = spec_of(Compact(), hidden=1024, num_experts=4)
+
+    def program(group):
+        with cd.Buffer(group, spec, topology=Topology.grid(nodes=2, local=1), rail=engine):
+            pass
+
+    with pytest.raises(ConfigError, match=r"a row of 2,\d+ bytes does not fit a chunk of 1,024 bytes"):
+        run_local(program, 2)
+    with pytest.raises(ConfigError, match="pass at least 2, of 1024 bytes or more"):
+        Box(num_chunks=1)
