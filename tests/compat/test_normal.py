@@ -145,6 +145,29 @@ def test_a_handle_serves_in_every_form(world):
     world.run(handles)
 
 
+def many_handles(group):
+    """Records go when their tensors do, and those that are still there are found."""
+    batch = make_batch(group_size(group))
+    buffer = deep_ep.Buffer(group)
+    records = buffer._normal._records
+    recv_x, *_, first, _ = dispatched(buffer, batch)
+    kept = tuple(first)
+    del first
+    for _ in range(200):
+        handle = dispatched(buffer, batch)[4]
+        tuple(handle)
+    assert len(records) <= 130
+    out, _, _ = buffer.combine(recv_x, kept)
+    check_sums(batch, buffer, out)
+    assert records.find(kept[3]) is not None
+    assert records.find(kept[3].clone()) is None
+
+
+@pytest.mark.worlds("inproc-1")
+def test_records_end_with_their_tensors(world):
+    world.run(many_handles)
+
+
 def narrow(group, words):
     batch = make_batch(group_size(group), hidden=256)
     buffer = deep_ep.Buffer(group)

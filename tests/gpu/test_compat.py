@@ -1,12 +1,11 @@
-"""The façade on GPUs: programs of the CPU tests with their tensors there; then streams, graphs and host time."""
+"""The façade on GPUs: programs of the CPU tests with their tensors there; then streams and graphs."""
 
-import time
 import unittest.mock
 
 import pytest
 import torch
 
-from crossdock import Buffer, ConfigError, Padded, Spec
+from crossdock import ConfigError
 from crossdock.compat import deep_ep
 from tests.compat import test_all as everything
 from tests.compat import test_clients as clients
@@ -15,14 +14,12 @@ from tests.compat import test_expert_parallel as expert_parallel
 from tests.compat import test_low_latency as low_latency
 from tests.compat import test_normal as normal
 from tests.compat.batches import NUM_LOCAL, make_batch
-from tests.world import device, open_buffer
+from tests.world import device
 
 two_ranks = pytest.mark.worlds("cuda-2")
 four_ranks = pytest.mark.worlds("cuda-4")
 M = 16
 HIDDEN = 512
-MOST_MORE_US = 15
-"""Host time that a call of the façade adds to the native one."""
 
 PROGRAMS = {
     "layout": (normal.layouts,),
@@ -213,43 +210,6 @@ def streams(group):
 @two_ranks
 def test_events_order_streams(world):
     assert world.run(streams) == [True, True]
-
-
-def host_time(group):
-    """Median host time of a call, in microseconds: the façade's, and the native one's."""
-    batch, x, idx, weights = inputs(group)
-    buffer = deep_ep.Buffer(group, 0, 1 << 20, low_latency_mode=True)
-    spec = Spec(
-        num_experts=batch.num_experts, num_topk=3, hidden=HIDDEN, max_tokens=M,
-        layout=Padded(capacity=M * batch.num_ranks),
-    )  # fmt: skip
-    with open_buffer(group, spec) as native:
-
-        def ours():
-            recv_x, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, M, batch.num_experts, use_fp8=False)
-            return buffer.low_latency_combine(recv_x, idx, weights, handle)
-
-        def natively(native: Buffer = native):
-            recv = native.dispatch(x, idx, copy=True)
-            return native.combine(recv.x, recv.plan, weights=weights)
-
-        times = []
-        for step in (ours, natively):
-            step()
-            taken = []
-            for _ in range(50):
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                step()
-                taken.append(time.perf_counter() - begin)
-            times.append(1e6 * sorted(taken)[len(taken) // 2])
-        return times
-
-
-@two_ranks
-def test_host_time_is_near_the_native_one(world):
-    for ours, native in world.run(host_time):
-        assert ours - native <= 2 * MOST_MORE_US, (ours, native)
 
 
 def in_capture(group):

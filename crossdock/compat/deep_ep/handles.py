@@ -24,6 +24,8 @@ from crossdock.routing import picks_of_ranks
 MAX_INTRANODE = 8
 """Ranks up to which a handle has six tensors, as programs expect."""
 _SIX, _TEN = 6, 10
+_FEW = 64
+"""Records that are kept before those whose tensors are gone are looked for."""
 
 
 class Parts(NamedTuple):
@@ -129,6 +131,7 @@ class Records:
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
+        self._most = _FEW
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -137,17 +140,21 @@ class Records:
         """From now on ``find`` gives the record, of any tensor over the same memory."""
         storage = tensor.untyped_storage()
         ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        gone = [key for key, entry in self._entries.items() if entry.storage.expired()]  # type: ignore[no-untyped-call]
-        for key in gone:
-            del self._entries[key]
+        if len(self._entries) >= self._most:
+            alive = {key: entry for key, entry in self._entries.items() if not _is_gone(entry)}
+            self._entries, self._most = alive, 2 * len(alive) + _FEW
         self._entries[storage._cdata] = _Entry(ref, record)  # noqa: SLF001 - the identity that StorageWeakRef uses
 
     def find(self, tensor: Tensor) -> Record | None:
         """The record that was kept with this tensor's memory."""
         entry = self._entries.get(tensor.untyped_storage()._cdata)  # noqa: SLF001 - as above
-        if entry is None or entry.storage.expired():  # type: ignore[no-untyped-call]
+        if entry is None or _is_gone(entry):
             return None
         return entry.record
+
+
+def _is_gone(entry: _Entry) -> bool:
+    return bool(entry.storage.expired())  # type: ignore[no-untyped-call]
 
 
 def parts_of(handle: object) -> Parts:

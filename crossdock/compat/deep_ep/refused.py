@@ -16,7 +16,6 @@ _NO_BALANCE = (
     "experts' weights are moved by their owner: replicate popular experts with crossdock.nn.Placement, and bring their "
     "gradients together with crossdock.nn.sum_replica_gradients"
 )
-_NO_FORK = "it is of another library; use deep_ep.Buffer, ElasticBuffer or EPBuffer"
 _ONE_VERB = "it is DeepEP's own; call dispatch and combine, which choose the way by themselves"
 
 INSTEAD = {
@@ -43,7 +42,6 @@ INSTEAD = {
     "lb_reduce_grads": _NO_BALANCE,
     "BufferAllocator": _NO_BALANCE,
     "lb_allocation_plan_or_num_bytes": _NO_BALANCE,
-    "HybridEPBuffer": _NO_FORK,
     "internode_dispatch": _ONE_VERB,
     "internode_combine": _ONE_VERB,
     "use_logfmt": (
