@@ -123,7 +123,8 @@ def trained(group, case, rail=True):
         again = cd.autograd.dispatch(buffer, x * 2, recv.plan)
         out = out + cd.autograd.combine(buffer, again.x, again)
         (out * torch.arange(out.shape[1])).sum().backward()
-        return out.detach(), x.grad, weights.grad
+        assert recv.plan.counts.shape == (group.size, buffer.arena.num_counts)
+        return out.detach(), x.grad, weights.grad, recv.num_tokens_per_expert
 
 
 @pytest.mark.worlds("grid-2x2")
@@ -134,6 +135,7 @@ def test_gradients_are_those_of_one_domain(world, layout):
     want = run_local(lambda group: trained(group, case, rail=False), world.num_ranks)
     for mine, theirs in zip(got, want, strict=True):
         assert mine[1].abs().sum() > 0 or not mine[1].numel()
+        assert mine[3].sum() > 0
         assert all(same_bits(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
