@@ -148,6 +148,18 @@ class Arena(_Table):
         )
 
     @property
+    def num_counts(self) -> int:
+        """W, the counts that a plan has of each rank."""
+        spec, is_over_rail = self.spec, self.control_words.over_rail
+        return spec.num_node_counts(self.topology) if is_over_rail else spec.num_counts(self.topology)
+
+    def counts_of_experts(self, rank: int) -> slice:
+        """Which of these counts are those of a rank's own experts, in the rank's own plans."""
+        num_local = self.spec.num_local_experts(self.topology.num_ranks)
+        first = (rank % self.topology.node_size if self.control_words.over_rail else rank) * num_local
+        return slice(first, first + num_local)
+
+    @property
     def pick_bytes(self) -> int:
         """Bytes of expert ids and weights in a row's metadata: K of each, or one weight where a row is one pick."""
         return 4 if self.spec.layout.per_pick else 8 * self.spec.num_topk

@@ -207,9 +207,7 @@ class _Touch(torch.autograd.Function):
 
 
 def _num_tokens_per_expert(buffer: Buffer, counts: Tensor) -> Tensor:
-    num_local = buffer.spec.num_experts // buffer.topology.num_ranks
-    first = buffer.rank * num_local
-    return counts[:, first : first + num_local].sum(dim=0, dtype=torch.int32)
+    return counts[:, buffer.arena.counts_of_experts(buffer.rank)].sum(dim=0, dtype=torch.int32)
 
 
 def _expert_offsets(buffer: Buffer, num_tokens_per_expert: Tensor) -> Tensor | None:

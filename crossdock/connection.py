@@ -118,8 +118,8 @@ class Connection:
         max_experts: the most experts, of all ranks, of any Spec: rows of counts are so long.
         max_in_flight: the most calls that may be started and not yet waited for, 1 to 6; also the most ``num_slots``.
         trace: as for ``Buffer``; of the calls of all Specs.
-        rail: how rows travel between nodes that share no memory: ``"dist"`` (torch.distributed), or an engine;
-            ``"auto"`` takes what is there, and none where all ranks share memory; None: none.
+        rail: how rows travel between nodes that share no memory: ``"dist"`` (torch.distributed), ``"nixl"``, or an
+            engine; ``"auto"`` takes what is there, and none where all ranks share memory; None: none.
 
     Raises:
         ConfigError: the ranks brought different arguments or versions; on all ranks.

@@ -112,7 +112,7 @@ def _(
         _empty_weights(spec, x, lead, weights),
         x.new_empty(0, dtype=torch.float32),
         torch.empty_like(topk_idx, dtype=torch.int64),
-        x.new_empty(num_ranks, spec.num_counts(owner.topology), dtype=torch.int64),
+        x.new_empty(num_ranks, owner.arena.num_counts, dtype=torch.int64),
         x.new_empty(num_pairs, spec.num_topk, dtype=ids),
         x.new_empty(*lead, dtype=ids),
         x.new_empty(*local_lead, spec.num_topk, dtype=ids),

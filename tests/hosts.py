@@ -208,6 +208,10 @@ def _be_a_host(folder: Path, node: int) -> None:
     env = os.environ | {
         "CROSSDOCK_HOSTS_FOLDER": str(folder),
         "GLOO_SOCKET_IFNAME": f"{setting.prefix}v{node}",
+        "UCX_TLS": "tcp,self",  # else it finds a way around the link
+        "UCX_NET_DEVICES": f"{setting.prefix}v{node}",
+        "UCX_WARN_UNUSED_ENV_VARS": "n",
+        "NIXL_LOG_LEVEL": "ERROR",
     }
     ranks = [
         subprocess.Popen([sys.executable, "-m", "tests.hosts", str(folder), str(node), str(local)], env=env)

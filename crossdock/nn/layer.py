@@ -140,7 +140,7 @@ class ExpertParallel(nn.Module):
     def _exchange(self, buffer: Buffer, tokens: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         spec = buffer.spec
         x = tokens.to(spec.wire.dtype) if spec.wire.is_unquantized else tokens
-        sums_here = spec.reduce == "rank" or not spec.layout.per_pick
+        sums_here = spec.reduce != "token" or not spec.layout.per_pick
         recv = autograd.dispatch(buffer, x, topk_idx, weights=topk_weights if sums_here else None)
         y = self._outputs(recv).to(spec.combine_dtype)
         if not spec.layout.per_pick:  # a row serves several picks, so it is summed before it goes home

@@ -7,14 +7,15 @@ from typing import Literal
 from crossdock.errors import BackendUnavailable, ConfigError
 from crossdock.spec import Topology
 from crossdock.transport import domains
-from crossdock.transport.base import Group, raise_on_all
+from crossdock.transport.base import Group, ProcessGroup, raise_on_all
 from crossdock.transport.inproc import ThreadGroup
 from crossdock.transport.rail import Engine
 from crossdock.transport.rails.dist import DistEngine
 from crossdock.transport.rails.inproc import InprocEngine
+from crossdock.transport.rails.nixl import NixlEngine
 
-RailName = Literal["auto", "inproc", "dist"]
-NAMES: tuple[str, ...] = ("auto", "inproc", "dist")
+RailName = Literal["auto", "inproc", "dist", "nixl"]
+NAMES: tuple[str, ...] = ("auto", "inproc", "dist", "nixl")
 AnyRail = RailName | Engine | None
 
 
@@ -58,4 +59,6 @@ def _engine(members: Group, rail: RailName | Engine) -> Engine:
         return InprocEngine()
     if not isinstance(rail, str):
         return rail
+    if rail == "nixl" or (rail == "auto" and not isinstance(members, ProcessGroup)):
+        return NixlEngine()
     return DistEngine()

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crossdock import Bf16, Buffer, Compact, Expanded, Fp8, Fp32, Padded, Spec
 from crossdock.nn import ExpertParallel, Gate, GroupedExperts, Placement, sum_replica_gradients
+from tests.world import open_buffer
 
 E, K, H, F = 8, 3, 16, 12
 NUM_TOKENS = [5, 0, 9, 4]
@@ -103,7 +104,7 @@ def spec_of(**kwargs):
 
 def run_layer(group, spec, table=None, *, compiles=False):
     """Two passes over one buffer; the second's results."""
-    with Buffer(group, spec, debug=True) as buffer:
+    with open_buffer(group, spec, debug=True) as buffer:
         placement = None if table is None else Placement(table)
         layer = layer_of(rank=buffer.rank, num_ranks=buffer.topology.num_ranks, placement=placement)
         layer.buffer = buffer
@@ -143,6 +144,18 @@ def test_layer_is_the_loops(world, layout, reduce):
     check(got)
     unpicked = torch.cat([mine["w1"] for mine in got])[UNPICKED]
     assert (unpicked == 0).all()
+
+
+@pytest.mark.worlds("grid-2x2", "grid-4x1", "dist-2x2")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layer_over_nodes_is_the_loops(world, layout):
+    check(world.run(run_layer, spec_of(layout=layout, reduce="node")))
+
+
+@pytest.mark.worlds("dist-2x2")
+@pytest.mark.parametrize("layout", [Compact(), Expanded()], ids=str)
+def test_compiled_layer_over_nodes_is_the_loops(world, layout):
+    check(world.run(run_compiled, spec_of(layout=layout, reduce="node")))
 
 
 def run_compiled(group, spec):

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from crossdock import (
 )
 from crossdock.transport.rail import Box
 from crossdock.transport.rails.inproc import InprocEngine
+from crossdock.transport.rails.nixl import NixlEngine
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
 from tests.world import meet, open_buffer, open_connection
@@ -121,7 +123,8 @@ def trained(group, case, rail=True):
         again = cd.autograd.dispatch(buffer, x * 2, recv.plan)
         out = out + cd.autograd.combine(buffer, again.x, again)
         (out * torch.arange(out.shape[1])).sum().backward()
-        return out.detach(), x.grad, weights.grad
+        assert recv.plan.counts.shape == (group.size, buffer.arena.num_counts)
+        return out.detach(), x.grad, weights.grad, recv.num_tokens_per_expert
 
 
 @pytest.mark.worlds("grid-2x2")
@@ -132,6 +135,7 @@ def test_gradients_are_those_of_one_domain(world, layout):
     want = run_local(lambda group: trained(group, case, rail=False), world.num_ranks)
     for mine, theirs in zip(got, want, strict=True):
         assert mine[1].abs().sum() > 0 or not mine[1].numel()
+        assert mine[3].sum() > 0
         assert all(same_bits(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
@@ -444,6 +448,25 @@ def test_stats_count_tokens_and_waits(world):
         assert counts.tolist() == wants[rank]["counts"].tolist() == stats.num_tokens_per_expert.tolist()
         if rank in (1, 2):  # its rail peer, and its mate
             assert stats.wait_s[3] > 0.1
+
+
+def with_rail(group, rail):
+    with cd.Buffer(group, spec_of(Compact()), topology=Topology.grid(nodes=2, local=1), rail=rail):
+        pass
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_rails_that_cannot_be_are_refused_on_all_ranks(world):
+    for outcome in world.outcomes(with_rail, "tcp"):
+        assert isinstance(outcome, ConfigError)
+        assert "rail='tcp'; pass 'auto', 'inproc', 'dist', 'nixl', an engine, or None for no rail" in str(outcome)
+    of_others = "dist" if world.kind == "inproc" else "inproc"
+    for outcome in world.outcomes(with_rail, of_others):
+        assert isinstance(outcome, cd.BackendUnavailable)
+        assert f"rank 0: rail='{of_others}'" in str(outcome)
+    with mock.patch("crossdock.transport.rails.nixl._MODULES", ("no_such_nixl",)):
+        says = NixlEngine().problem(None)
+    assert says == "rail='nixl' needs NIXL, which is not installed; pip install 'crossdock[nixl]'"
 
 
 def test_a_row_that_fits_no_chunk_is_refused_with_what_to_do():

@@ -36,7 +36,8 @@ class ChunkFormat(NamedTuple):
         if row > room:
             raise ConfigError(
                 f"a row of {row:,} bytes does not fit a chunk of {box.chunk_bytes:,} bytes, {room:,} of them for rows; "
-                f"make the connection with Box(chunk_bytes=) larger"
+                f"pass a rail whose chunks are larger, such as crossdock.transport.rails.dist.DistEngine(box=Box("
+                f"chunk_bytes={-(-(row + box.chunk_bytes - room) // 4096) * 4096}))"
             )
         return max(1, room // max(1, row))
 
