@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 from unittest import mock
 
 import pytest
@@ -109,7 +110,7 @@ def test_processes_that_meet_by_pipes_exchange_rows():
 
 def in_torchs_terms(group):
     """What torch finds by the name under which symmetric memory meets."""
-    path = os.path.join("/dev/shm", f"crossdock-test-{group.all_gather(os.getpid())[0]}")  # noqa: PTH118
+    path = os.path.join(tempfile.gettempdir(), f"crossdock-test-{group.all_gather(os.getpid())[0]}")  # noqa: PTH118
     with as_torchs(group, "crossdock-name", path) as store:
         found = dist.distributed_c10d._resolve_process_group("crossdock-name")
         store.set(f"from {group.rank}", str(group.rank))
