@@ -22,6 +22,7 @@ from crossdock.errors import BackendUnavailable, ConfigError, NotSupported
 from crossdock.spec import Spec, Topology
 from crossdock.transport import inproc, shm
 from crossdock.transport.base import Group, NodeGroup, ProcessGroup, Transport, raise_on_all
+from crossdock.transport.host import HostTransport
 from crossdock.transport.nodes import NodesTransport
 from crossdock.transport.rail import Engine
 
@@ -121,20 +122,12 @@ def connect(
     name = f"crossdock-{number:016x}"
     if rail_engine is not None:
         mates = NodeGroup(members, control.topology.node_size)
-        host = (
-            inproc.connect(mates, control, num_bytes, row_bytes=row_bytes)
-            if isinstance(members, inproc.ThreadGroup)
-            else shm.connect(mates, control, num_bytes, name=name, row_bytes=row_bytes)
-        )
+        host = _connect_host(mates, control, num_bytes, name=name, row_bytes=row_bytes)
         nodes = NodesTransport(host, rail_engine.connect(members, control.topology), control, rail_engine.box)
         words = NodesConsent(nodes, ring=control.ring)
         return Connected(transport=nodes, consent=words, lay=partial(NodesBackend, nodes, words))
     if device.type == "cpu":
-        host = (
-            inproc.connect(members, control, num_bytes, row_bytes=row_bytes)
-            if isinstance(members, inproc.ThreadGroup)
-            else shm.connect(members, control, num_bytes, name=name, row_bytes=row_bytes)
-        )
+        host = _connect_host(members, control, num_bytes, name=name, row_bytes=row_bytes)
         consent = consent_type(host, rank=members.rank, num_ranks=members.size, ring=control.ring)
         return Connected(transport=host, consent=consent, lay=partial(CpuBackend, host, consent))
     raise_on_all(members, cuda_problem(device), BackendUnavailable)
@@ -149,6 +142,15 @@ def connect(
     )
     calls = CudaCalls(peers, control, timeout_s=timeout_s, ranks_on_gpus=members.all_gather(peers.ranks_here))
     return Connected(transport=peers, consent=calls.consent, lay=calls.lay)
+
+
+def _connect_host(group: Group, control: Control, num_bytes: int, *, name: str, row_bytes: int) -> HostTransport:
+    """Maps the memory of ranks of one host, threads or processes. Collective."""
+    if isinstance(group, inproc.ThreadGroup) or (
+        isinstance(group, NodeGroup) and isinstance(group.whole, inproc.ThreadGroup)
+    ):
+        return inproc.connect(group, control, num_bytes, row_bytes=row_bytes)
+    return shm.connect(group, control, num_bytes, name=name, row_bytes=row_bytes)
 
 
 def cuda_problem(device: torch.device) -> str | None:

@@ -403,8 +403,7 @@ class NodesBackend:
         stamp: int,
     ) -> NodePlan:
         return made(
-            self._spec,
-            self._topology,
+            self._arena,
             rank=self._transport.rank,
             topk_idx=topk_idx,
             counts=counts,

@@ -8,7 +8,7 @@ that changes. At the deadline it raises for the end of that chain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 from crossdock.consent import (
@@ -40,8 +40,8 @@ class NodesConsent(Consent):
         """Call and culprit, as this rank has told them last."""
 
     @property
-    def _rail(self) -> list[int]:
-        return [peer for peer in self._peers if peer not in self._mates]
+    def _rail(self) -> Collection[int]:
+        return self._transport.rail_peers.values()
 
     def post(self, sequence: int, word: Word) -> None:
         """See Consent."""
@@ -76,18 +76,22 @@ class NodesConsent(Consent):
 
     def needs(self, sequence: int) -> dict[int, tuple[int, int]]:
         """By rail peer, the rows for which its node has no room, and of whom; of those that have come."""
-        stamp, heard = stamped_word(sequence, 0) >> WORD_BITS, {}
-        for peer in self._rail:
-            value = self._transport.load("needs", self.entry(sequence), peer)
-            if value >> WORD_BITS == stamp:
-                payload = value & WORD_MASK
-                heard[peer] = payload >> _NEED_SHIFT, payload & (1 << _NEED_SHIFT) - 1
-        return heard
+        return {peer: need for peer in self._rail if (need := self._need_of(sequence, peer)) is not None}
+
+    def _need_of(self, sequence: int, peer: int) -> tuple[int, int] | None:
+        value = self._transport.load("needs", self.entry(sequence), peer)
+        if value >> WORD_BITS != stamped_word(sequence, 0) >> WORD_BITS:
+            return None
+        payload = value & WORD_MASK
+        return payload >> _NEED_SHIFT, payload & (1 << _NEED_SHIFT) - 1
 
     def all_needs(self, sequence: int) -> Steps[dict[int, tuple[int, int]]]:
         """Those of all rail peers, once they are here."""
         yield from self._until(
-            sequence, lambda peer: peer in self.needs(sequence), self._rail, "say whether its node has room in"
+            sequence,
+            lambda peer: self._need_of(sequence, peer) is not None,
+            [*self._rail],
+            "say whether its node has room in",
         )
         return self.needs(sequence)
 
@@ -137,7 +141,7 @@ class NodesConsent(Consent):
         is_now = (value ^ stamped(self.next_sequence, 0)) >> 56 == 0
         return number - 1 if number and is_now else None
 
-    def _is_posted(self, box: str, sequence: int):  # type: ignore[no-untyped-def]
+    def _is_posted(self, box: str, sequence: int) -> Callable[[int], bool]:
         stamp = stamped(sequence, 0)
 
         def is_posted(peer: int) -> bool:

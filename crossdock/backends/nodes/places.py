@@ -45,10 +45,9 @@ def what_is_sent(spec: Spec, topology: Topology, picks: Ints) -> Sent:
     num_nodes, node_size, num_ranks = topology.num_nodes, topology.node_size, topology.num_ranks
     num_local = spec.num_local_experts(num_ranks)
     ranks = np.where(picks < 0, -1, picks // num_local)
-    nodes = np.where(picks < 0, -1, ranks // node_size)
     per_expert = np.bincount(picks.ravel() + 1, minlength=spec.num_experts + 1)[1:]
     is_there = _hits(ranks, num_ranks)  # [T, P]
-    on_node = is_there.reshape(-1, num_nodes, node_size).any(axis=2)  # [T, N]
+    on_node = np.logical_or.reduce(is_there.reshape(-1, num_nodes, node_size), axis=2)  # [T, N]
     if spec.layout.per_pick:
         blocks, numbers = picks.astype(np.int64), _numbers(picks, spec.num_experts)
     else:
@@ -63,7 +62,7 @@ def what_is_sent(spec: Spec, topology: Topology, picks: Ints) -> Sent:
         ],
         axis=1,
     ).astype(np.int32)
-    tokens = tuple(np.flatnonzero(((nodes == node) & (picks >= 0)).any(axis=1)) for node in range(num_nodes))
+    tokens = tuple(np.flatnonzero(on_node[:, node]) for node in range(num_nodes))
     return Sent(tokens, blocks, numbers, counts)
 
 
@@ -72,7 +71,7 @@ def places_to(sent: Sent, node: int, *, num_blocks: int, dtype: type[np.signedin
     tokens = sent.tokens[node]
     blocks, numbers = sent.blocks[tokens] - node * num_blocks, sent.numbers[tokens]
     shift = place_shift(dtype)
-    here = (blocks >= 0) & (blocks < num_blocks) & (sent.blocks[tokens] >= 0)
+    here = (blocks >= 0) & (blocks < num_blocks)
     return np.where(here, blocks << shift | numbers, -1).astype(dtype)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossdock.arena import Arena
 from crossdock.backends.nodes.places import Incoming, Ints, Sent
 from crossdock.plan import Plan
-from crossdock.spec import Spec, Topology
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -33,8 +33,7 @@ class NodePlan(Plan):
 
 
 def made(  # noqa: PLR0913 - all that a plan is made of
-    spec: Spec,
-    topology: Topology,
+    arena: Arena,
     *,
     rank: int,
     topk_idx: Tensor,
@@ -47,9 +46,9 @@ def made(  # noqa: PLR0913 - all that a plan is made of
     masked: tuple[int, ...] = (),
 ) -> NodePlan:
     """The plan of a rank; ``counts`` [P, W] is what its node was told."""
+    topology = arena.topology
     node, local = divmod(rank, topology.node_size)
-    num_local = spec.num_local_experts(topology.num_ranks)
-    experts = counts[:, local * num_local : (local + 1) * num_local]
+    experts = counts[:, arena.counts_of_experts(rank)]
     rail = [finals[m].astype(np.int32) for m in range(topology.num_nodes) if m != node]
     starts = arriving.starts[local]
     return NodePlan(

@@ -46,7 +46,7 @@ class InprocEngine:
         self.box = box or Box()
         self.lateness = lateness
         self.down: set[int] = set()
-        """Nodes whose what_is_sent links are down just now: what is under way from there arrives once they are not."""
+        """Nodes from which nothing arrives just now: what is under way from there comes once they are not down."""
 
     def problem(self, members: Group) -> str | None:
         """See Engine."""
