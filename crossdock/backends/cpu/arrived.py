@@ -6,7 +6,7 @@ Letters: T tokens, K top-k, R rows received.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -115,6 +115,20 @@ def movable(rows: Tensor) -> Tensor:
         return as_integers(rows)
     rows = rows.contiguous()
     return rows.view(torch.int16 if rows.shape[1] % 2 == 0 and rows.storage_offset() % 2 == 0 else torch.uint8)
+
+
+def apart(values: Tensor, extras: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What came home of extras [R, ...] side by side, float32 [..., n], as a tensor of each."""
+    widths = [num_bytes // values.element_size() for num_bytes in widths_of(extras)]
+    return tuple(
+        part.reshape(*values.shape[:-1], *extra.shape[1:]).contiguous()
+        for part, extra in zip(torch.split(values, widths, dim=-1), extras, strict=True)
+    )
+
+
+def widths_of(rows: Sequence[Tensor]) -> tuple[int, ...]:
+    """Bytes of a row in each of these tensors [n, ...]."""
+    return tuple(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in rows)
 
 
 def as_bytes(extra: Tensor) -> Bytes:

@@ -6,10 +6,10 @@ no fewer bytes. Letters: T tokens here, K top-k, R rows received, Q rows sent.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -49,20 +49,9 @@ class RowsByNode(CpuRows):
         came = None if weights is None else self._own["returned_weights"][return_slot][sent]
         return sum_by_node(self._all_rows, rows, dtype=self._arena.spec.combine_dtype, weights=came, bias=bias, out=out)
 
-    def returned_extras(self, plan: HostPlan, extras: Sequence[Tensor], return_slot: int) -> tuple[Tensor, ...]:
-        """See CpuRows. Where rows are of ranks, extras are summed as rows are, in float32 all the way."""
-        if self._arena.spec.layout.per_pick:
-            return super().returned_extras(plan, extras, return_slot)
-        terms, results, at = self._terms(plan), [], 0
-        home = self._returned_extras[self._rank][return_slot]
-        num_sent = plan.hops[0].send_idx.shape[0]
-        for extra in extras:
-            num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
-            sent = home[:num_sent, at : at + num_bytes].reshape(-1).view(np.float32).reshape(num_sent, num_bytes // 4)
-            at += num_bytes
-            sums = sum_by_node(torch.from_numpy(sent), terms, dtype=torch.float32)
-            results.append(sums.view(plan.num_tokens, *extra.shape[1:]))
-        return tuple(results)
+    def _sums_of_extras(self, plan: HostPlan, sent: npt.NDArray[np.float32]) -> Tensor:
+        """See CpuRows. As rows are summed, in float32 all the way."""
+        return sum_by_node(torch.from_numpy(sent), self._terms(plan), dtype=torch.float32)
 
     def _terms(self, plan: HostPlan) -> NodeTerms:
         """Of this rank's tokens, with rows as indices in the sending order."""

@@ -5,7 +5,6 @@ Letters: T tokens here, K top-k, H hidden, R rows received, Q rows sent, P ranks
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from crossdock.arena import Arena, Control
 from crossdock.backends.base import Batch, Metadata
-from crossdock.backends.cpu.arrived import as_bytes, copied_rows, movable, take_metadata
+from crossdock.backends.cpu.arrived import apart, as_bytes, copied_rows, movable, take_metadata, widths_of
+from crossdock.backends.cpu.mapped import Mapped
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Word, stamped
 from crossdock.plan import Hop, HostPlan, Terms, partial_rows_to_send
@@ -44,20 +44,15 @@ class CpuRows:
         self._num_ranks = transport.num_ranks
         self._left = list(range(transport.num_ranks))
         """The ranks that are not masked."""
-        side_by_side = transport.segments.side_by_side(arena.row_bytes)
-        memory, self._stride = side_by_side
-        segments = [side_by_side.segment(rank, arena.num_bytes) for rank in range(self._num_ranks)]
-        self._at = [{name: arena.view(segment, name) for name in arena.regions} for segment in segments]
+        mapped = Mapped(arena, transport.segments)
+        self._at, self._all_rows, self._first_row = mapped.at, mapped.all_rows, mapped.first_row
         self._own = self._at[self._rank]
         num_counts = arena.spec.num_counts(arena.topology)
-        self._counts = _counts_across_ranks(side_by_side, arena.control_words)[..., :num_counts]
+        self._counts = _counts_across_ranks(transport.segments.side_by_side(arena.row_bytes), arena.control_words)[
+            ..., :num_counts
+        ]
         self._metadata = [views["metadata"].numpy() for views in self._at]
         self._returned_extras = [views["returned_extras"].numpy() for views in self._at]
-        # All memory as rows of the combine format: outputs and returned rows of every rank are numbers in one matrix.
-        row_bytes = arena.row_bytes
-        last_row_end = (self._num_ranks - 1) * self._stride + arena.num_bytes // row_bytes * row_bytes
-        self._all_rows = memory[:last_row_end].view(arena.spec.combine_dtype).view(-1, arena.spec.hidden)
-        self._row_bytes = row_bytes
         self._ring = arena.control_words.ring
 
     def mask(self, ranks: tuple[int, ...]) -> None:
@@ -172,27 +167,19 @@ class CpuRows:
         """Extras that came back, shaped as these: [T, ...] summed over ranks, or [T, K, ...] where rows are picks."""
         home = self._returned_extras[self._rank][return_slot]
         num_sent = plan.hops[0].send_idx.shape[0]
-        results, at = [], 0
-        for extra in extras:
-            num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
-            sent = home[:num_sent, at : at + num_bytes].reshape(-1).view(np.float32).reshape(num_sent, num_bytes // 4)
-            at += num_bytes
-            if self._arena.spec.layout.per_pick:
-                pos = plan.pick_pos.numpy()
-                values = np.zeros((*pos.shape, sent.shape[1]), dtype=np.float32)
-                values[pos >= 0] = sent[pos[pos >= 0]]
-            else:
-                values = np.zeros((plan.num_tokens, sent.shape[1]), dtype=np.float32)
-                np.add.at(
-                    values, np.repeat(np.arange(plan.num_tokens), np.diff(plan.terms.offsets)), sent[plan.terms.rows]
-                )
-            results.append(torch.from_numpy(values).view(*values.shape[:-1], *extra.shape[1:]))
-        return tuple(results)
+        sent = np.ascontiguousarray(home[:num_sent, : sum(widths_of(extras))]).view(np.float32)
+        if not self._arena.spec.layout.per_pick:
+            return apart(self._sums_of_extras(plan, sent), extras)
+        pos = plan.pick_pos.numpy()
+        values = np.zeros((*pos.shape, sent.shape[1]), dtype=np.float32)
+        values[pos >= 0] = sent[pos[pos >= 0]]
+        return apart(torch.from_numpy(values), extras)
 
-    def _first_row(self, name: str, rank: int, slot: int) -> int:
-        """The number, in the matrix of all rows, of a slot's first row in a region of a rank."""
-        region = self._arena[name]
-        return (rank * self._stride + region.offset) // self._row_bytes + slot * region.shape[1]
+    def _sums_of_extras(self, plan: HostPlan, sent: npt.NDArray[np.float32]) -> Tensor:
+        """Of each token's rows [Q, n], in the order in which they were sent: [T, n]."""
+        values = np.zeros((plan.num_tokens, sent.shape[1]), dtype=np.float32)
+        np.add.at(values, np.repeat(np.arange(plan.num_tokens), np.diff(plan.terms.offsets)), sent[plan.terms.rows])
+        return torch.from_numpy(values)
 
     def _sum_here(self, plan: HostPlan, y: Tensor, weights: Tensor | None, here: slice, home: Tensor) -> None:
         """Writes this rank's sums of some (token, rank) pairs to their owner, a few at a time."""

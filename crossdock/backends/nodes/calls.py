@@ -24,8 +24,9 @@ from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import Arrived, Batch, Call, Event, Launch, LaunchOptions, Outcome, Outputs, PlanTensors
-from crossdock.backends.cpu.arrived import copied_rows
-from crossdock.backends.nodes.chunks import ChunkFormat, check_row, widths_of
+from crossdock.backends.cpu.arrived import copied_rows, widths_of
+from crossdock.backends.cpu.mapped import Mapped
+from crossdock.backends.nodes.chunks import ChunkFormat, check_row
 from crossdock.backends.nodes.consent import NodesConsent
 from crossdock.backends.nodes.offers import Home, Offers, Sums
 from crossdock.backends.nodes.outbound import Inbound, Outbound
@@ -80,8 +81,8 @@ class NodesBackend:
         self._transport = transport
         self._consent = consent
         self._buffer_id = buffer_id
-        self._rows = NodeRows(arena, transport)
-        self._offers = Offers(arena, transport)
+        mapped = Mapped(arena, transport.host.segments)
+        self._rows, self._offers = NodeRows(arena, transport, mapped), Offers(arena, transport, mapped)
         self._tables = Tables(arena, transport)
         self._slot_rows = self._spec.num_slot_rows(num_ranks)
         self._num_blocks = transport.node_size * (num_local if self._spec.layout.per_pick else 1)

@@ -5,8 +5,6 @@ Letters: n rows of a chunk.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -63,11 +61,6 @@ def check_row(spec: Spec, arena: Arena, box: Box) -> None:
     )
     of_picks = arena.return_bytes * (spec.num_topk if spec.layout.per_pick else 1)
     ChunkFormat((arena.row_bytes, of_picks)).most_rows(box)
-
-
-def widths_of(rows: Sequence[Tensor]) -> tuple[int, ...]:
-    """Bytes of a row in each of these tensors [n, ...]."""
-    return tuple(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in rows)
 
 
 def _room(num_bytes: int) -> int:

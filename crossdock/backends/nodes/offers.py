@@ -6,17 +6,16 @@ that crossed the rail.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.cpu.arrived import as_bytes
+from crossdock.backends.cpu.arrived import apart, as_bytes
+from crossdock.backends.cpu.mapped import Mapped
 from crossdock.backends.nodes.places import Ints
 from crossdock.backends.nodes.plan import NodePlan
 from crossdock.backends.sums import sum_rows
@@ -35,16 +34,10 @@ class Sums(NamedTuple):
 class Offers:
     """What the ranks of a node let each other read."""
 
-    def __init__(self, arena: Arena, transport: NodesTransport) -> None:
+    def __init__(self, arena: Arena, transport: NodesTransport, mapped: Mapped) -> None:
         self._arena = arena
-        memory, stride = transport.host.segments.side_by_side(arena.row_bytes)
-        size, row_bytes = transport.node_size, arena.row_bytes
-        segments = [memory[i * stride :][: arena.num_bytes] for i in range(size)]
-        self._at = [{name: arena.view(segment, name) for name in arena.regions} for segment in segments]
+        self._mapped, self._at = mapped, mapped.at
         self._own = self._at[transport.local]
-        last_row_end = (size - 1) * stride + arena.num_bytes // row_bytes * row_bytes
-        self._all_rows = memory[:last_row_end].view(arena.spec.combine_dtype).view(-1, arena.spec.hidden)
-        self._stride_rows = stride // row_bytes
         self._first = transport.mates.start
         self._slot_rows = arena.spec.num_slot_rows(arena.topology.num_ranks)
 
@@ -70,7 +63,7 @@ class Offers:
             first = np.array([self._first_row(u, words, part) for u in range(len(self._at))])
             terms = Terms.of(np.where(ordered < 0, -1, first[locals_] + rows))
             weights = self._weights(part, ordered) if has_weights else None
-            sum_rows(self._all_rows, terms, dtype=spec.combine_dtype, weights=weights, out=out.data)
+            sum_rows(self._mapped.all_rows, terms, dtype=spec.combine_dtype, weights=weights, out=out.data)
         if extra_bytes:
             of_picks = np.zeros((*ordered.shape, extra_bytes), dtype=np.uint8)
             for u, views in enumerate(self._at):
@@ -93,8 +86,7 @@ class Offers:
         """The number, in the matrix of all rows, of the first output of a mate."""
         slot = words[self._first + local].output_slot
         name, slot = ("offered", part) if slot == PUSHED else ("outputs", slot)
-        region = self._arena[name]
-        return local * self._stride_rows + region.offset // self._arena.row_bytes + slot * region.shape[1]
+        return self._mapped.first_row(name, local, slot)
 
 
 class Home:
@@ -121,7 +113,7 @@ class Home:
 
     def extras_like(self, extras: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What came home of extras of these shapes: [T, ...] summed, or [T, K, ...] where rows are picks."""
-        num_tokens, num_topk, results, at = self._plan.num_tokens, self._spec.num_topk, [], 0
+        num_tokens, num_topk = self._plan.num_tokens, self._spec.num_topk
         if self._spec.layout.per_pick:
             width = self.extras.shape[1] // num_topk
             of_picks = np.zeros((num_tokens, num_topk, width), dtype=np.uint8)
@@ -131,17 +123,9 @@ class Home:
                 blocks = self._plan.sent.blocks[tokens]
                 row, pick = np.nonzero((blocks >= 0) & (blocks // per_node == node))
                 of_picks[tokens[row], pick] = of_rows[int(self._starts[node]) :][row, pick]
-            values: npt.NDArray[np.uint8] = of_picks
-        else:
-            came = torch.from_numpy(self.extras.numpy().view(np.float32))
-            sums = sum_rows(came, self._terms(), dtype=torch.float32)
-            values = sums.numpy().view(np.uint8).reshape(num_tokens, self.extras.shape[1])
-        for extra in extras:
-            num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
-            part = np.ascontiguousarray(values[..., at : at + num_bytes]).view(np.float32)
-            results.append(torch.from_numpy(part).view(*values.shape[:-1], *extra.shape[1:]))
-            at += num_bytes
-        return tuple(results)
+            return apart(torch.from_numpy(of_picks.view(np.float32)), extras)
+        came = torch.from_numpy(self.extras.numpy().view(np.float32))
+        return apart(sum_rows(came, self._terms(), dtype=torch.float32), extras)
 
     def _terms(self) -> Terms:
         """Of each token, its rows here, nodes ascending."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.base import Batch, Metadata
-from crossdock.backends.cpu.arrived import as_bytes, movable, take_metadata
-from crossdock.backends.nodes.chunks import ChunkFormat, widths_of
+from crossdock.backends.cpu.arrived import as_bytes, movable, take_metadata, widths_of
+from crossdock.backends.cpu.mapped import Mapped
+from crossdock.backends.nodes.chunks import ChunkFormat
 from crossdock.backends.nodes.places import Ints
 from crossdock.backends.nodes.plan import NodePlan
 from crossdock.scales import as_integers
@@ -41,12 +42,10 @@ class Rows(NamedTuple):
 class NodeRows:
     """What a rank reads and writes of its mates' segments in a dispatch."""
 
-    def __init__(self, arena: Arena, transport: NodesTransport) -> None:
+    def __init__(self, arena: Arena, transport: NodesTransport, mapped: Mapped) -> None:
         self._arena = arena
         self._rank = transport.rank
-        memory = transport.host.segments.side_by_side(arena.row_bytes)
-        segments = [memory.segment(i, arena.num_bytes) for i in range(transport.node_size)]
-        self._at = [{name: arena.view(segment, name) for name in arena.regions} for segment in segments]
+        self._at = mapped.at
         self._own = self._at[transport.local]
         self._slot_rows = arena.spec.num_slot_rows(arena.topology.num_ranks)
 
