@@ -8,13 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from crossdock import cost
 from crossdock.compat.deep_ep import sizes
 from crossdock.compat.deep_ep.comm import get_logical_domain_size, get_physical_domain_size, size_of
 from crossdock.compat.deep_ep.engine import Engine
-from crossdock.compat.deep_ep.events import EventHandle
-from crossdock.compat.deep_ep.expert_parallel import ExpertParallel
+from crossdock.compat.deep_ep.ep_handle import EPHandle
+from crossdock.compat.deep_ep.events import EventHandle, EventOverlap, Previous
+from crossdock.compat.deep_ep.expert_parallel import Combine, Dispatch, ExpertParallel
+from crossdock.compat.deep_ep.formats import Rows
 from crossdock.errors import ConfigError
 from crossdock.spec import Topology
 
@@ -99,6 +102,34 @@ class BufferBase:
     def get_logical_domain_size(self) -> tuple[int, int]:
         """(scale-out ranks, scale-up ranks): (1, R)."""
         return get_logical_domain_size(self.group)
+
+    def _dispatched(
+        self, wanted: Dispatch, *previous: Previous, is_async: bool
+    ) -> tuple[Rows, Tensor | None, Tensor | None, EPHandle, EventOverlap]:
+        """A dispatch behind events: on the current stream, or on the communication stream with an event at its end."""
+        if not is_async:
+            if previous.count(None) < len(previous):
+                self._engine.wait_for(*previous)
+            return (*self._calls.dispatch(wanted), EventOverlap())
+        with self._engine.beside(*previous) as overlap:
+            rows, picks, weights, given = self._calls.dispatch(wanted)
+            self._engine.lend(wanted.x, wanted.topk_idx, wanted.topk_weights)
+        self._engine.hand_out(rows, picks, weights)
+        return rows, picks, weights, given, overlap
+
+    def _combined(
+        self, wanted: Combine, *previous: Previous, is_async: bool
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """The same of a combine."""
+        if not is_async:
+            if previous.count(None) < len(previous):
+                self._engine.wait_for(*previous)
+            return (*self._calls.combine(wanted), EventOverlap())
+        with self._engine.beside(*previous) as overlap:
+            result = self._calls.combine(wanted)
+            self._engine.lend(wanted.x, wanted.topk_weights, wanted.bias)
+        self._engine.hand_out(result)
+        return (*result, overlap)
 
     def _destroy(self) -> None:
         assert self.explicitly_destroy, "destroy() without explicitly_destroy=True; pass that to the constructor"

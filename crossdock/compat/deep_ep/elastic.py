@@ -153,15 +153,9 @@ class ElasticBuffer(BufferBase):
             expert_alignment, num_sms, handle, do_handle_copy, do_cpu_sync, do_expand, do_zero_padding,
             use_tma_aligned_col_major_sf,
         )  # fmt: skip
-        if not async_with_compute_stream:
-            if previous_event is not None or previous_event_before_epilogue is not None:
-                self._engine.wait_for(previous_event, previous_event_before_epilogue)
-            return (*self._calls.dispatch(wanted), EventOverlap())
-        with self._engine.beside(previous_event, previous_event_before_epilogue) as overlap:
-            rows, picks, weights, given = self._calls.dispatch(wanted)
-            self._engine.lend(x, topk_idx, topk_weights)
-        self._engine.hand_out(rows, picks, weights)
-        return rows, picks, weights, given, overlap
+        return self._dispatched(
+            wanted, previous_event, previous_event_before_epilogue, is_async=async_with_compute_stream
+        )
 
     def combine(
         self,
@@ -189,12 +183,6 @@ class ElasticBuffer(BufferBase):
             The sums, bfloat16 [T, H]; float32 [T, K], each pick's weight from the rank that has it, or None; an event.
         """
         wanted = Combine(x, handle, topk_weights, bias, num_sms)
-        if not async_with_compute_stream:
-            if previous_event is not None or previous_event_before_epilogue is not None:
-                self._engine.wait_for(previous_event, previous_event_before_epilogue)
-            return (*self._calls.combine(wanted), EventOverlap())
-        with self._engine.beside(previous_event, previous_event_before_epilogue) as overlap:
-            result = self._calls.combine(wanted)
-            self._engine.lend(x, topk_weights, bias)
-        self._engine.hand_out(result)
-        return (*result, overlap)
+        return self._combined(
+            wanted, previous_event, previous_event_before_epilogue, is_async=async_with_compute_stream
+        )

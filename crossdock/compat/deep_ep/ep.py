@@ -170,15 +170,7 @@ class EPBuffer(BufferBase):
         )  # fmt: skip
         if defer_epilogue:
             return self._deferred(lambda: self._calls.start_dispatch(wanted), previous_event, async_with_compute_stream)
-        if not async_with_compute_stream:
-            if previous_event is not None:
-                self._engine.wait_for(previous_event)
-            return (*self._calls.dispatch(wanted), EventOverlap())
-        with self._engine.beside(previous_event) as overlap:
-            rows, picks, weights, given = self._calls.dispatch(wanted)
-            self._engine.lend(x, topk_idx, topk_weights)
-        self._engine.hand_out(rows, picks, weights)
-        return rows, picks, weights, given, overlap
+        return self._dispatched(wanted, previous_event, is_async=async_with_compute_stream)
 
     def combine(
         self,
@@ -203,15 +195,7 @@ class EPBuffer(BufferBase):
         wanted = Combine(x, handle, topk_weights, bias, num_sms)
         if defer_epilogue:
             return self._deferred(lambda: self._calls.start_combine(wanted), previous_event, async_with_compute_stream)
-        if not async_with_compute_stream:
-            if previous_event is not None:
-                self._engine.wait_for(previous_event)
-            return (*self._calls.combine(wanted), EventOverlap())
-        with self._engine.beside(previous_event) as overlap:
-            result = self._calls.combine(wanted)
-            self._engine.lend(x, topk_weights, bias)
-        self._engine.hand_out(result)
-        return (*result, overlap)
+        return self._combined(wanted, previous_event, is_async=async_with_compute_stream)
 
     def _deferred(self, start: Callable[[], Callable[[], Any]], previous: Previous, is_async: bool) -> EventOverlap:
         """Begins a call, whose results come with the wait."""

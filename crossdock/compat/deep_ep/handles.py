@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from crossdock.backends.base import PlanTensors
 from crossdock.buffer import Buffer
+from crossdock.compat.deep_ep.by_storage import ByStorage
 from crossdock.errors import ConfigError
 from crossdock.plan import Plan
 from crossdock.routing import picks_of_ranks
@@ -24,8 +24,6 @@ from crossdock.routing import picks_of_ranks
 MAX_INTRANODE = 8
 """Ranks up to which a handle has six tensors, as programs expect."""
 _SIX, _TEN = 6, 10
-_FEW = 64
-"""Records that are kept before those whose tensors are gone are looked for."""
 
 
 class Parts(NamedTuple):
@@ -81,11 +79,11 @@ class Handle(tuple):  # type: ignore[type-arg] # noqa: SLOT001 - tuples of a var
     """Six tensors, or ten of more than eight ranks; made when one of them is first looked at."""
 
     record: Record
-    records: Records
+    records: ByStorage[Record]
     made: tuple[Tensor, ...] | None
 
     @classmethod
-    def of(cls, record: Record, records: Records) -> Handle:
+    def of(cls, record: Record, records: ByStorage[Record]) -> Handle:
         """One that stands for a record, which is found by the tensors too, once there are some."""
         is_intranode = record.buffer.topology.num_ranks <= MAX_INTRANODE
         handle = tuple.__new__(cls, (None,) * (_SIX if is_intranode else _TEN))
@@ -119,42 +117,6 @@ class Handle(tuple):  # type: ignore[type-arg] # noqa: SLOT001 - tuples of a var
         return self is other
 
     __hash__ = object.__hash__
-
-
-class _Entry(NamedTuple):
-    storage: StorageWeakRef
-    record: Record
-
-
-class Records:
-    """Records by the storage of a handle's tensor; an entry lives as long as the storage does."""
-
-    def __init__(self) -> None:
-        self._entries: dict[int, _Entry] = {}
-        self._most = _FEW
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def keep(self, tensor: Tensor, record: Record) -> None:
-        """From now on ``find`` gives the record, of any tensor over the same memory."""
-        storage = tensor.untyped_storage()
-        ref = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        if len(self._entries) >= self._most:
-            alive = {key: entry for key, entry in self._entries.items() if not _is_gone(entry)}
-            self._entries, self._most = alive, 2 * len(alive) + _FEW
-        self._entries[storage._cdata] = _Entry(ref, record)  # noqa: SLF001 - the identity that StorageWeakRef uses
-
-    def find(self, tensor: Tensor) -> Record | None:
-        """The record that was kept with this tensor's memory."""
-        entry = self._entries.get(tensor.untyped_storage()._cdata)  # noqa: SLF001 - as above
-        if entry is None or _is_gone(entry):
-            return None
-        return entry.record
-
-
-def _is_gone(entry: _Entry) -> bool:
-    return bool(entry.storage.expired())  # type: ignore[no-untyped-call]
 
 
 def parts_of(handle: object) -> Parts:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from crossdock.backends.base import Counters
 from crossdock.buffer import Buffer as NativeBuffer
 from crossdock.compat.deep_ep import refused
+from crossdock.compat.deep_ep.by_storage import ByStorage
 from crossdock.compat.deep_ep.engine import Engine, Started, plain
 from crossdock.compat.deep_ep.events import EventOverlap
 from crossdock.compat.deep_ep.masks import Masks
@@ -25,8 +25,6 @@ from crossdock.received import Received
 from crossdock.spec import Spec
 from crossdock.wire import Bf16, Fp8, Quantized
 
-_FEW_ROUNDS = 64
-"""Rounds that are kept before those whose tensors are gone are looked for."""
 Hook = Callable[[], None]
 Handle = tuple[Tensor, Tensor, int, int, int]
 """src_info int32 [L, R * M], layout_range int64 [L, R] of begin << 32 | count, M, hidden, E."""
@@ -57,38 +55,6 @@ class Round:
         return self._finish
 
 
-class Rounds:
-    """Rounds by the memory of their handles' tensors; an entry lives as long as that does."""
-
-    def __init__(self) -> None:
-        self._rounds: dict[int, tuple[StorageWeakRef, Round]] = {}
-        self._most = _FEW_ROUNDS
-
-    def keep(self, tensor: Tensor, of: Round) -> None:
-        """From now on ``find`` gives it."""
-        storage = tensor.untyped_storage()
-        if len(self._rounds) >= self._most:
-            self._rounds = {key: entry for key, entry in self._rounds.items() if not _is_gone(entry[0])}
-            self._most = 2 * len(self._rounds) + _FEW_ROUNDS
-        self._rounds[storage._cdata] = StorageWeakRef(storage), of  # type: ignore[no-untyped-call] # noqa: SLF001
-
-    def find(self, handle: object) -> Round:
-        """The round of a handle.
-
-        Raises:
-            ConfigError: it is none that a dispatch of this buffer has given.
-        """
-        entry = None
-        if isinstance(handle, tuple) and len(handle) == 5 and isinstance(handle[1], Tensor):
-            entry = self._rounds.get(handle[1].untyped_storage()._cdata)  # noqa: SLF001 - as above
-        if entry is None or _is_gone(entry[0]):
-            raise ConfigError(
-                "handle is none that low_latency_dispatch of this buffer has given, or its tensors were copied; pass "
-                "the handle itself: only its first tensors say where rows go home to"
-            )
-        return entry[1]
-
-
 class LowLatency:
     """The low-latency half of V1's ``Buffer``."""
 
@@ -99,7 +65,7 @@ class LowLatency:
     num_rdma_bytes: int
 
     def _begin_low_latency(self) -> None:
-        self._rounds = Rounds()
+        self._rounds: ByStorage[Round] = ByStorage()
         self._rooms: dict[NativeBuffer, Room] = {}
         self._masks = Masks(self._engine, is_enabled=self.enable_shrink)
         self._scratch = Scratch(self._engine.device, self.num_nvl_bytes, self.num_rdma_bytes)
@@ -195,7 +161,7 @@ class LowLatency:
             raise self._refusal()
         if use_logfmt:
             raise refused.error("use_logfmt")
-        of = self._rounds.find(handle)
+        of = self._round_of(handle)
         buffer, recv, weights = of.buffer, of.recv, plain(topk_weights)
         self._engine.use(buffer)
         y = recv.output_rows() if zero_copy else plain(x)
@@ -216,7 +182,7 @@ class LowLatency:
 
     def get_next_low_latency_combine_buffer(self, handle: Handle) -> Tensor:
         """bfloat16 [L, R * M, H]: where outputs may be written, for a combine with ``zero_copy=True``."""
-        return self._rounds.find(handle).recv.output_rows()
+        return self._round_of(handle).recv.output_rows()
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Finishes low-latency calls that nobody has waited for. Calls leave nothing to clean."""
@@ -244,6 +210,22 @@ class LowLatency:
     def low_latency_clean_mask_buffer(self) -> None:
         """Nothing, as long as nobody is masked; a mask is for good."""
         self._masks.clean()
+
+    def _round_of(self, handle: object) -> Round:
+        """The round of a handle.
+
+        Raises:
+            ConfigError: it is none that a dispatch of this buffer has given.
+        """
+        found = None
+        if isinstance(handle, tuple) and len(handle) == 5 and isinstance(handle[1], Tensor):
+            found = self._rounds.find(handle[1])
+        if found is None:
+            raise ConfigError(
+                "handle is none that low_latency_dispatch of this buffer has given, or its tensors were copied; pass "
+                "the handle itself: only its first tensors say where rows go home to"
+            )
+        return found
 
     def _refusal(self) -> ConfigError:
         if self.low_latency_mode:
@@ -353,7 +335,3 @@ def _ranges(recv: Received, buffer: NativeBuffer) -> Tensor:
     num_local = recv.plan.num_tokens_per_expert.shape[0]
     counts = recv.plan.counts[:, buffer.rank * num_local :][:, :num_local].t()
     return (counts.cumsum(1) - counts).bitwise_left_shift_(32).bitwise_or_(counts)
-
-
-def _is_gone(ref: StorageWeakRef) -> bool:
-    return bool(ref.expired())  # type: ignore[no-untyped-call]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from crossdock.buffer import Buffer
+from crossdock.compat.deep_ep.by_storage import ByStorage
 from crossdock.compat.deep_ep.engine import Engine, plain
 from crossdock.compat.deep_ep.events import Previous
 from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, read, wire_of
-from crossdock.compat.deep_ep.handles import Handle, Record, Records, parts_of, plan_tensors
+from crossdock.compat.deep_ep.handles import Handle, Record, parts_of, plan_tensors
 from crossdock.errors import ConfigError
 from crossdock.layout import Compact
 from crossdock.spec import Spec
@@ -59,7 +60,7 @@ class Normal:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._records = Records()
+        self._records: ByStorage[Record] = ByStorage()
 
     def dispatch(self, wanted: Wanted, handle: tuple[Tensor, ...] | None) -> Dispatched:
         """Rows, picks, weights, the list and the handle; with a handle, rows alone."""

@@ -20,13 +20,10 @@ MIN_TOPK = 16
 
 def bytes_of(spec: Spec, num_ranks: int) -> int:
     """At least what the Spec needs; never fewer for a larger hidden, as rows begin at multiples of their own size."""
-    regions = list(Arena(spec, Topology(num_ranks=num_ranks)).regions.values())
-    rows = [region.num_bytes for region in regions if region.name not in _CONTROL]
+    arena = Arena(spec, Topology(num_ranks=num_ranks))
+    rows = [region.num_bytes for name, region in arena.regions.items() if name not in arena.control_words.regions]
     slack = 2 * _LINE * spec.hidden * spec.combine_dtype.itemsize + (len(rows) + 1) * PAGE
     return sum(rows) + slack
-
-
-_CONTROL = {"words", "arrived", "aborts", "closed", "masks", "restarts", "reasons", "counts"}
 
 
 def low_latency(num_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
