@@ -55,37 +55,26 @@ def loads(here: Tensor, there: Tensor) -> list[Move]:
 
 
 def _over_link(source: Tensor, destination: Tensor) -> list[Move]:
-    from crossdock.cli.bench.write_rows import write_rows  # noqa: PLC0415 - it imports triton, which CPUs do without
-
     num_rows = source.numel() // _LINK_ROW_BYTES
-    words = _LINK_ROW_BYTES // 8
-    rows, placed = (t[: num_rows * _LINK_ROW_BYTES].view(torch.int64) for t in (source, destination))
-    num_sms = torch.cuda.get_device_properties(source.device).multi_processor_count
-
-    def runner(num_programs: int, num_warps: int) -> Callable[[], object]:
-        return lambda: write_rows[(num_programs,)](
-            rows, placed, num_rows, NUM_COPIES=1, WORDS=words, BLOCK=words, num_warps=num_warps
-        )
-
-    return [
-        Move(how="copy engine", num_bytes=placed.nbytes, run=lambda: placed.copy_(rows)),
-        *(
-            Move(how=f"{per_sm * num_sms} programs of {warps} warps", num_bytes=placed.nbytes,
-                 run=runner(per_sm * num_sms, warps))
-            for per_sm, warps in _PER_SM_AND_WARPS
-        ),
-    ]  # fmt: skip
+    rows, placed = (t[: num_rows * _LINK_ROW_BYTES].view(torch.int64).view(num_rows, -1) for t in (source, destination))
+    by_engine = Move(how="copy engine", num_bytes=placed.nbytes, run=lambda: placed.copy_(rows))
+    return [by_engine, *_by_programs(rows, placed[None])]
 
 
 def writes(device: torch.device, row_bytes: int, *, destinations: int) -> list[Move]:
     """Ways to write rows of about ``row_bytes`` to D destinations each; ``num_bytes`` counts bytes written."""
-    from crossdock.cli.bench.write_rows import write_rows  # noqa: PLC0415 - it imports triton, which CPUs do without
-
     words = -(-row_bytes // _ROW_BYTES) * _ROW_BYTES // 8
     num_rows = max(1, COPIED_BYTES // (words * 8 * destinations))
     rows = torch.ones(num_rows, words, dtype=torch.int64, device=device)
-    placed = torch.empty(destinations, num_rows, words, dtype=torch.int64, device=device)
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return _by_programs(rows, torch.empty(destinations, num_rows, words, dtype=torch.int64, device=device))
+
+
+def _by_programs(rows: Tensor, placed: Tensor) -> list[Move]:
+    """Ways to write rows, int64 ``[n, words]``, to ``placed [D, n, words]`` by programs."""
+    from crossdock.cli.bench.write_rows import write_rows  # noqa: PLC0415 - it imports triton, which CPUs do without
+
+    destinations, num_rows, words = placed.shape
+    num_sms = torch.cuda.get_device_properties(rows.device).multi_processor_count
     block = 1 << (words - 1).bit_length()
 
     def runner(num_programs: int, num_warps: int) -> Callable[[], object]:
