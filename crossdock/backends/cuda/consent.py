@@ -249,7 +249,7 @@ class DeviceConsent(Consent):
         state[NUM_ENDED.value], state[STATUS.value] = self.num_ended, sync.OK.value
         state[NUM_MASKED.value] = self._num_ranks - len(self._peers)
         with torch.cuda.stream(self._transport.stream):
-            self._on.state[: len(state)].copy_(torch.tensor(state))
+            self._on.state[: len(state)].copy_(torch.tensor(state, dtype=torch.int64, device="cpu"))
             self._on.calls.zero_()
             self._on.failure.zero_()
             self._on.flags.zero_()

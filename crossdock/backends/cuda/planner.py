@@ -260,4 +260,4 @@ class Planner:
 
 def _pinned_rows(num: int, num_words: int) -> Tensor:
     """Host memory that a device writes to, int64 ``[num, words]``, zeroed."""
-    return torch.zeros(num, num_words, dtype=torch.int64, pin_memory=True)
+    return torch.zeros(num, num_words, dtype=torch.int64, device="cpu", pin_memory=True)

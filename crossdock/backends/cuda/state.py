@@ -52,7 +52,7 @@ class CallState:
         self.waits_ns = self.state[num_state:]
         """``[P]``, how long kernels have waited for each rank."""
         self.failure = self._zeros(FAILURE_WORDS.value, torch.int64)
-        self.host_failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, pin_memory=True)
+        self.host_failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, device="cpu", pin_memory=True)
         """The failure of the call that has failed, in host memory; zero while none has."""
         self.flags = self._zeros(calls.FLAGS.value, torch.int32)
         call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
