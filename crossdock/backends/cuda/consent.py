@@ -109,7 +109,9 @@ class DeviceConsent(Consent):
         self._exchange(0, self._streams.enter(), payload, self._on.rank, self._on.max_polls, num_trips)
 
     def settle(self) -> None:
-        """See Consent."""
+        """See Consent. Of a call that is being captured nothing runs, and CUDA allows no look at any stream."""
+        if torch.cuda.is_current_stream_capturing():
+            return
         for stream in self._streams.all:
             event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
