@@ -20,6 +20,7 @@ from torch import Tensor
 from crossdock.arena import Arena
 from crossdock.backends.cuda.kernels.groups import Places
 from crossdock.backends.cuda.kernels.plan import HOST_STAMP, SCALARS
+from crossdock.extent import Extent
 from crossdock.plan import Plan
 
 _ALIGNED_BYTES = 128
@@ -152,6 +153,8 @@ class HostCounts:
     """Of the dispatch whose host counts these are now, among those that had any."""
     stamp: int = 0
     """That of the plan whose host counts these are now."""
+    extent: Extent | None = None
+    """That of the same plan; None where nobody has had them yet."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -181,6 +184,11 @@ class DevicePlan(Plan):
     def num_tokens_per_expert_list(self) -> list[int] | None:
         """See Plan."""
         return self.told_tokens
+
+    @property
+    def brings_too_many(self) -> bool:
+        """Whether this rank has more tokens than the dispatch might have: none of them was sent."""
+        return self.num_tokens > self.extent.max_tokens
 
     @property
     def num_partial_rows(self) -> int:
