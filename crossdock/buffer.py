@@ -455,7 +455,8 @@ class Buffer:
             fits = is_ours and routing.num_tokens == num_tokens and max_tokens in (None, routing.extent.max_tokens)
         else:
             extent = self._extents.get(max_tokens)
-            fits = extent is not None and routing.shape[0] == num_tokens and self._may_bring(num_tokens, extent)
+            fits = extent is not None and (self._backend.tells_tokens or num_tokens <= extent.max_tokens)
+            fits = fits and routing.shape[0] == num_tokens
         fits = fits and (not isinstance(x, Quantized) or x.scale.shape[0] == num_tokens)
         fits = fits and (weights is None or weights.shape[0] == num_tokens)
         return fits and (not extras or all(extra.shape[0] == num_tokens for extra in extras))
@@ -495,17 +496,13 @@ class Buffer:
             # By strides: one token has no gaps, whatever its kind has with more.
             kind.takes_picks_as_given = routing.dtype == torch.int64 and routing.stride() == (self.spec.num_topk, 1)
             extent = self._learn_extent(max_tokens)
-            if not self._may_bring(num_tokens, extent):
+            if num_tokens > extent.max_tokens and not self._backend.tells_tokens:
                 raise overflow(extent.spec, self.topology, worst=-1 - self.rank, needed=num_tokens)
         inputs.check_weights(self.spec, weights, num_tokens)
         inputs.check_token_extras(self.spec, extras, num_tokens)
         if rows not in (None, "exact", "capacity"):
             raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
         return kind
-
-    def _may_bring(self, num_tokens: int, extent: Extent) -> bool:
-        """Whether a call may begin with so many tokens here: more than its M where all ranks are told of them."""
-        return num_tokens <= extent.max_tokens or self._backend.tells_tokens
 
     def _learn_extent(self, max_tokens: int | None) -> Extent:
         """What calls of this M use of a receive slot.

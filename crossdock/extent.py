@@ -21,6 +21,8 @@ class Extent:
 
     spec: Spec
     """The Spec of the slot with the call's M."""
+    max_tokens: int
+    """M, the most tokens of a rank; sources of rows are numbered ``rank * M + token``."""
     capacity: int
     """C, rows for which there is room (Padded: of each expert)."""
     slot_rows: int
@@ -29,11 +31,6 @@ class Extent:
     """Whether some routing sends more rows than there is room for."""
     scales: ScaleLayout
     """Where scales of these rows lie in the slot; ``num_scales`` is 0 for an unquantized wire."""
-
-    @property
-    def max_tokens(self) -> int:
-        """M, the most tokens of a rank; sources of rows are numbered ``rank * M + token``."""
-        return self.spec.max_tokens
 
     @staticmethod
     def of(spec: Spec, num_ranks: int, *, max_tokens: int | None = None) -> Extent:
@@ -60,6 +57,7 @@ class Extent:
         )
         return Extent(
             spec=of_call,
+            max_tokens=of_call.max_tokens,
             capacity=capacity,
             slot_rows=of_call.num_slot_rows(num_ranks),
             may_overflow=capacity < worst,

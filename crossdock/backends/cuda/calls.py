@@ -39,7 +39,6 @@ from crossdock.backends.cuda.sums import SumKind, SumKinds
 from crossdock.backends.cuda.training import TrainingKernels
 from crossdock.consent import PUSHED, Kind, Missing, Steps, Word
 from crossdock.errors import CapacityError, ConfigError
-from crossdock.extent import Extent
 from crossdock.kinds import Kinds
 from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
@@ -155,9 +154,12 @@ class CudaBackend:
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        plan, room = self._planner.blank(topk_idx.shape[0], call.sequence, self._extent(call)), self._on.next_call()
+        plan, room = (
+            self._planner.blank(topk_idx.shape[0], call.sequence, call.extent or self._on.arena.extent),
+            self._on.next_call(),
+        )
         stream = self._streams.enter()
-        if plan.brings_too_many:
+        if plan.num_tokens > plan.extent.max_tokens:
             self._empty(plan, stream)
         self._remember(plan)
         seen = None if call.counters is None else self._counters.begin(stream)
@@ -179,9 +181,6 @@ class CudaBackend:
         if call.row_count == "exact":
             plan = yield from self._told(plan)
         return Outcome(self._arrived(call, plan, batch), event)
-
-    def _extent(self, call: Call) -> Extent:
-        return call.extent or self._on.arena.extent
 
     def _empty(self, plan: DevicePlan, stream: int) -> None:
         """Of a rank with more tokens than the call may have: none of them goes anywhere."""
@@ -227,7 +226,10 @@ class CudaBackend:
         on, x, weights, at_once = self._on, batch.x, batch.weights, call.at_once
         is_fresh = isinstance(routing, Tensor)
         if isinstance(routing, Tensor):
-            topk_idx, plan = routing, self._planner.blank(routing.shape[0], call.sequence, self._extent(call))
+            topk_idx, plan = (
+                routing,
+                self._planner.blank(routing.shape[0], call.sequence, call.extent or on.arena.extent),
+            )
         else:
             assert isinstance(routing, DevicePlan), "the plan of another backend"
             topk_idx, plan = on.flags, routing

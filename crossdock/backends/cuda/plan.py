@@ -186,11 +186,6 @@ class DevicePlan(Plan):
         return self.told_tokens
 
     @property
-    def brings_too_many(self) -> bool:
-        """Whether this rank has more tokens than the dispatch might have: none of them was sent."""
-        return self.num_tokens > self.extent.max_tokens
-
-    @property
     def num_partial_rows(self) -> int:
         """See Plan. Where the host was not told, those for which there is room."""
         if not self.shape.num_pairs:
