@@ -178,20 +178,20 @@ def local_counts(spec: Spec, topology: Topology, topk_idx: Int[Tensor, "T K"]) -
 
 
 def check_capacity(
-    spec: Spec, topology: Topology, counts: Int64[Tensor, "P W"], too_many: Int64[Tensor, "P"] | None = None
+    extent: Extent, topology: Topology, counts: Int64[Tensor, "P W"], too_many: Int64[Tensor, "P"] | None = None
 ) -> None:
-    """Raises the same CapacityError on every rank if any rank would receive more rows than its capacity.
+    """Raises the same CapacityError on every rank if any rank would receive more rows than there is room for.
 
     Args:
         too_many: the tokens of each rank that brings more than ``max_tokens``, 0 of the others.
     """
+    spec = extent.spec
     if too_many is not None and (brought := int(too_many.max())):
         raise overflow(spec, topology, worst=-1 - int(too_many.argmax()), needed=brought)
-    capacity = spec.capacity(topology.num_ranks)
     _, ends, per_segment = _final_blocks(spec, topology, counts.numpy())
     needed = per_segment if isinstance(spec.layout, Padded) else ends
     worst = int(needed.argmax())
-    if needed.flat[worst] > capacity:
+    if needed.flat[worst] > extent.capacity:
         raise overflow(spec, topology, worst=worst, needed=int(needed.flat[worst]))
 
 

@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 
-from crossdock import ConfigError
+from crossdock import ConfigError, PeerFailed
 from crossdock.compat import deep_ep
 from tests.compat.batches import NUM_LOCAL, make_batch
 from tests.compat.test_expert_parallel import make as make_elastic
@@ -322,3 +322,51 @@ def on_another_device(group):
 @pytest.mark.worlds("processes-2")
 def test_10_the_default_device_may_be_another(world):
     assert world.run(on_another_device) == [{"cpu"}] * 2
+
+
+def one_is_refused(group):
+    """What this rank is told in calls that the façade refuses on rank 0, while the others are in them."""
+    buffer, said = deep_ep.Buffer(group, low_latency_mode=True), []
+    batch, elastic = make_elastic(group, "V2")
+    r, is_guilty = elastic.rank_idx, elastic.rank_idx == 0
+    x, idx, weights = batch.x[r], batch.topk_idx[r], batch.topk_weights[r]
+    many = x.new_zeros(17, x.shape[1]), idx.new_full((17, 3), -1), weights.new_zeros(17, 3)
+    layout = buffer.get_dispatch_layout(idx, batch.num_experts)
+    given = {"num_tokens_per_rank": layout[0], "num_tokens_per_expert": layout[2], "is_token_in_rank": layout[3]}
+
+    def elastic_dispatch(x=x, idx=idx, weights=weights):
+        return elastic.dispatch(x, idx, weights, num_experts=batch.num_experts)
+
+    def calls():
+        rows, _, _, handle, _ = elastic_dispatch()
+        elastic.combine(rows, handle)
+        buffer.dispatch(x, **given, topk_idx=idx, topk_weights=weights)
+        buffer.low_latency_dispatch(x, idx, 16, batch.num_experts, use_fp8=False)
+
+    calls()
+    for call, guilty in (
+        (elastic_dispatch, lambda: elastic_dispatch(*many)),
+        (
+            lambda: buffer.dispatch(x, **given, topk_idx=idx, topk_weights=weights),
+            lambda: buffer.dispatch(x, **given, topk_idx=idx),
+        ),
+        (
+            lambda: buffer.low_latency_dispatch(x, idx, 16, batch.num_experts, use_fp8=False)[1].sum(),
+            lambda: buffer.low_latency_dispatch(*many[:2], 16, batch.num_experts, use_fp8=False),
+        ),
+    ):
+        with pytest.raises(ConfigError if is_guilty else PeerFailed) as error:
+            (guilty if is_guilty else call)()
+        said.append(str(error.value).removeprefix("rank 0 failed this call: ").partition(";")[0])
+        calls()
+    return said
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_11_what_one_rank_is_refused_the_others_are_told_at_once(world):
+    for said in world.run(one_is_refused):
+        assert said == [
+            "x has 17 tokens, and num_max_tokens_per_rank=16",
+            "topk_idx and topk_weights come together or not at all",
+            "x has 17 tokens, and num_max_dispatch_tokens_per_rank=16",
+        ]

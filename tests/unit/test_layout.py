@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdock import CapacityError, Compact, ConfigError, Expanded, Padded, Spec, Topology
+from crossdock.extent import Extent
 from crossdock.plan import check_capacity, local_counts
 
 
@@ -42,14 +43,14 @@ def test_the_worst_routing_fits_exactly(layout, num_topk, num_local, num_ranks):
     spec, topology = spec_of(layout(), num_topk, num_local, num_ranks), Topology(num_ranks=num_ranks)
     everything_to_the_first = torch.arange(num_topk).repeat(spec.max_tokens, 1)
     counts = local_counts(spec, topology, everything_to_the_first).repeat(num_ranks, 1)
-    check_capacity(spec, topology, counts)
+    check_capacity(Extent.of(spec, topology.num_ranks), topology, counts)
     worst = spec.capacity(num_ranks)
     if worst > 1:
         smaller = spec_of(layout(capacity=worst - 1), num_topk, num_local, num_ranks)
         with pytest.raises(
             CapacityError, match=f"{worst} rows were routed to rank 0.* whose capacity is {worst - 1}; "
         ):
-            check_capacity(smaller, topology, counts)
+            check_capacity(Extent.of(smaller, topology.num_ranks), topology, counts)
 
 
 @given(
@@ -67,7 +68,9 @@ def test_no_routing_overflows_an_aligned_worst_case(alignment, num_ranks, num_lo
     g = torch.Generator().manual_seed(seed)
     skew = torch.rand(spec.num_experts, generator=g) * 3  # some experts are everybody's
     topk = [(torch.rand(5, spec.num_experts, generator=g) + skew).topk(num_topk).indices for _ in range(num_ranks)]
-    check_capacity(spec, topology, torch.stack([local_counts(spec, topology, idx) for idx in topk]))
+    check_capacity(
+        Extent.of(spec, topology.num_ranks), topology, torch.stack([local_counts(spec, topology, idx) for idx in topk])
+    )
     assert spec.capacity(num_ranks) % alignment == 0
 
 

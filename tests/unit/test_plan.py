@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossdock import Compact, Expanded, Padded, Spec, Topology, make_plan
+from crossdock.extent import Extent
 from crossdock.plan import check_capacity, local_counts
 from tests import oracle
 
@@ -31,7 +32,7 @@ def plans_of(spec, topk):
     topology = Topology(num_ranks=len(topk))
     counts = torch.stack([local_counts(spec, topology, idx) for idx in topk])
     assert counts.shape == (len(topk), spec.num_counts(topology))
-    check_capacity(spec, topology, counts)
+    check_capacity(Extent.of(spec, topology.num_ranks), topology, counts)
     return [make_plan(spec, topology, rank=r, topk_idx=idx, counts=counts) for r, idx in enumerate(topk)]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from crossdock import Bf16, CapacityError, Compact, ConfigError, Expanded, Fp8, Fp32, Opaque, Padded, Spec, Topology
+from crossdock.extent import Extent
 from crossdock.plan import check_capacity, local_counts
 
 
@@ -67,7 +68,7 @@ def test_capacity_error_names_place_need_and_remedy():
     topology = Topology(num_ranks=2)
     counts = torch.stack([local_counts(spec, topology, torch.tensor([[5, 1], [5, 0]])) for _ in range(2)])
     with pytest.raises(CapacityError) as raised:
-        check_capacity(spec, topology, counts)
+        check_capacity(Extent.of(spec, topology.num_ranks), topology, counts)
     assert str(raised.value) == (
         "4 rows were routed to rank 1, local expert 1, whose capacity is 3; no row was moved: pass Padded(capacity=4) "
         "or more in the Spec, or route less"

@@ -158,7 +158,7 @@ class CpuBackend:
     def _make_plan(self, call: Call, topk_idx: Tensor) -> HostPlan:
         extent, (counts, too_many) = self._extent(call), self._rows.counts(call.sequence)
         try:
-            check_capacity(extent.spec, self._arena.topology, counts, too_many)
+            check_capacity(extent, self._arena.topology, counts, too_many)
         except CapacityError as error:
             if call.row_count == "exact":
                 raise

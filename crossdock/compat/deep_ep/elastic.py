@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from crossdock.compat.deep_ep.base import BufferBase, check_bytes
+from crossdock.compat.deep_ep.engine import collective
 from crossdock.compat.deep_ep.ep_handle import EPHandle
 from crossdock.compat.deep_ep.events import EventOverlap, Previous
 from crossdock.compat.deep_ep.expert_parallel import Combine, Dispatch
@@ -107,6 +108,7 @@ class ElasticBuffer(BufferBase):
         """Leaves the ranks; a second time it does nothing. Local, and only with ``explicitly_destroy=True``."""
         self._destroy()
 
+    @collective
     def dispatch(
         self,
         x: Rows,
@@ -157,6 +159,7 @@ class ElasticBuffer(BufferBase):
             wanted, previous_event, previous_event_before_epilogue, is_async=async_with_compute_stream
         )
 
+    @collective
     def combine(
         self,
         x: Tensor,

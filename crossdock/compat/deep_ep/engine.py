@@ -8,9 +8,10 @@ Letters: P ranks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,13 +20,28 @@ from crossdock.arena import Arena
 from crossdock.buffer import Buffer
 from crossdock.compat.deep_ep.events import EventHandle, EventOverlap, Previous, moment_of
 from crossdock.connection import Connection
-from crossdock.errors import ConfigError, NotSupported
+from crossdock.errors import CapacityError, ConfigError, NotSupported
 from crossdock.spec import Spec
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 _MAX_EXPERTS = 1024
 """Experts that a connection is made for at first."""
 _FIRST_TOKENS = 128
 """Tokens of a rank for which V1's normal calls have room at first."""
+
+
+def collective(verb: Verb) -> Verb:
+    """A verb that all ranks call: what keeps one from it is told to the others at once, as a native call tells it."""
+
+    @functools.wraps(verb)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return verb(self, *args, **kwargs)
+        except (ConfigError, NotSupported) as error:
+            self._engine.give_up(error)
+            raise
+
+    return cast(Verb, told)
 
 
 class CommunicatorGroup:
@@ -245,6 +261,11 @@ class Engine:
         """Raises ConfigError once it has been destroyed."""
         if self.is_closed:
             raise ConfigError("the buffer was destroyed; make a new one")
+
+    def give_up(self, error: Exception) -> None:
+        """Tells the other ranks that this one does not make a call, unless they know it from the call itself."""
+        if not (self.is_closed or isinstance(error, CapacityError)):  # which all ranks raise
+            self.connection.abort(str(error))
 
     def close(self) -> None:
         """Leaves, as ``Connection.close``. Local; a second time it does nothing."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossdock.compat.deep_ep import refused
 from crossdock.compat.deep_ep.base import BufferBase, check_bytes
+from crossdock.compat.deep_ep.engine import collective
 from crossdock.compat.deep_ep.ep_handle import EPHandle
 from crossdock.compat.deep_ep.events import EventHandle, EventOverlap, Previous
 from crossdock.compat.deep_ep.expert_parallel import Combine, Dispatch
@@ -132,6 +133,7 @@ class EPBuffer(BufferBase):
         """Leaves the ranks; a second time it does nothing. Local, and only with ``explicitly_destroy=True``."""
         self._destroy()
 
+    @collective
     def dispatch(
         self,
         x: Rows,
@@ -172,6 +174,7 @@ class EPBuffer(BufferBase):
             return self._deferred(lambda: self._calls.start_dispatch(wanted), previous_event, async_with_compute_stream)
         return self._dispatched(wanted, previous_event, is_async=async_with_compute_stream)
 
+    @collective
     def combine(
         self,
         x: Tensor,

@@ -19,7 +19,7 @@ from crossdock.compat.deep_ep.engine import Engine, plain
 from crossdock.compat.deep_ep.ep_handle import EPHandle, Routed
 from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, read
 from crossdock.compat.deep_ep.normal import aligned, bias_of
-from crossdock.compat.deep_ep.shapes import Shapes
+from crossdock.compat.deep_ep.shapes import Shape, Shapes
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.received import Received
 
@@ -84,15 +84,33 @@ class ExpertParallel:
         """Rows, picks or None, weights or None, and the handle."""
         if wanted.handle is not None:
             return self._again(wanted, wanted.handle)()
-        return self._fresh(wanted)()
+        call, given, shape = self._fresh(wanted)
+        while True:
+            try:
+                return given(*call("dispatch"))
+            except CapacityError:
+                self._shapes.grow(shape)
 
     def start_dispatch(self, wanted: Dispatch) -> Callable[[], Dispatched]:
         """Begins it; the result finishes it."""
         if wanted.handle is not None:
             return self._again(wanted, wanted.handle, starts=True)
-        return self._fresh(wanted, starts=True)
+        call, given, shape = self._fresh(wanted)
+        buffer, pending = call("dispatch_start")
 
-    def _fresh(self, wanted: Dispatch, *, starts: bool = False) -> Callable[[], Dispatched]:
+        def finish() -> Dispatched:
+            try:
+                return given(buffer, pending.wait())
+            except CapacityError:
+                self._shapes.grow(shape)
+                return self.dispatch(wanted)
+
+        return self._engine.started(buffer, finish).result
+
+    def _fresh(
+        self, wanted: Dispatch
+    ) -> tuple[Callable[[str], tuple[Buffer, Any]], Callable[[Buffer, Received], Dispatched], Shape]:
+        """A native verb of it on the Buffer that has room by now; what it gives of what came; and what decides room."""
         data, scales = read(wanted.x)
         topk_idx, weights = wanted.topk_idx, wanted.topk_weights
         num_tokens, asks_host = self._checked(wanted, data), wanted.asks_host is not False
@@ -109,14 +127,14 @@ class ExpertParallel:
             turns_scales=wanted.turns_scales,
             asks_host=asks_host,
         )
-        topk_idx, weights = plain(topk_idx), None if weights is None else plain(weights)
+        weights = plain(weights) if weights is not None and weights.requires_grad else weights
         counters = None if wanted.stats is None else Counters(wanted.stats)
         extras = (topk_idx.to(torch.int32),) if wanted.expands and not self._sums_at_rank else ()
 
         def call(verb: str) -> tuple[Buffer, Any]:
             buffer = self._shapes.buffer(shape, asks_host=asks_host, device=data.device)
             recv = getattr(buffer, verb)(
-                as_native(data, scales, buffer.spec.wire, shape.hidden),
+                data if scales is None else as_native(data, scales, buffer.spec.wire, shape.hidden),
                 topk_idx,
                 weights=weights,
                 extras=extras,
@@ -132,33 +150,17 @@ class ExpertParallel:
                 buffer, recv.without_copy(), num_tokens, shape.alignment, is_expanded=shape.is_expanded,
                 asks_host=asks_host,
             )  # fmt: skip
-            counts = aligned(recv.num_tokens_per_expert_list, shape.alignment) if asks_host else []
+            counts = recv.num_tokens_per_expert_list if asks_host else []
+            if shape.alignment > 1:
+                counts = aligned(counts, shape.alignment)
             handle = EPHandle.of(
                 routed, topk_idx, wanted.num_sms, counts, copies=wanted.copies_topk_idx, watches=self._watches
             )
             if data.is_cuda and torch.cuda.is_current_stream_capturing():
                 handle.make_all()
-            return (*self._rows(recv, scales), handle)
+            return (*self._rows(recv, scales, is_expanded=shape.is_expanded), handle)
 
-        def with_room() -> Dispatched:
-            while True:
-                try:
-                    return given(*call("dispatch"))
-                except CapacityError:
-                    self._shapes.grow(shape)
-
-        if not starts:
-            return with_room
-        buffer, pending = call("dispatch_start")
-
-        def finish() -> Dispatched:
-            try:
-                return given(buffer, pending.wait())
-            except CapacityError:
-                self._shapes.grow(shape)
-                return with_room()
-
-        return self._engine.started(buffer, finish).result
+        return call, given, shape
 
     def _again(self, wanted: Dispatch, handle: EPHandle, *, starts: bool = False) -> Callable[[], Dispatched]:
         routed = handle.routed()
@@ -169,7 +171,7 @@ class ExpertParallel:
         verb = buffer.dispatch_start if starts else buffer.dispatch
         weights = wanted.topk_weights
         came: Any = verb(
-            as_native(data, scales, buffer.spec.wire, data.shape[1]),
+            data if scales is None else as_native(data, scales, buffer.spec.wire, data.shape[1]),
             routed.plan_in(buffer),
             weights=None if weights is None else plain(weights),
             rows="exact" if routed.asks_host else "capacity",
@@ -180,14 +182,16 @@ class ExpertParallel:
         )
 
         def given() -> Dispatched:
-            return (*self._rows(came.wait() if starts else came, scales), handle)
+            recv = came.wait() if starts else came
+            return (*self._rows(recv, scales, is_expanded=routed.is_expanded), handle)
 
         return self._engine.started(buffer, given).result if starts else given
 
-    def _rows(self, recv: Received, scales: Tensor | None) -> tuple[Rows, Tensor | None, Tensor | None]:
-        rows = as_given(recv.x, None if scales is None else scales.shape[1])
-        picks = recv.topk_idx
-        return rows, None if picks is None else picks.to(torch.int64), recv.weights
+    @staticmethod
+    def _rows(recv: Received, scales: Tensor | None, *, is_expanded: bool) -> tuple[Rows, Tensor | None, Tensor | None]:
+        rows, picks = recv.x, None if is_expanded else recv.topk_idx
+        given = rows if isinstance(rows, Tensor) else as_given(rows, None if scales is None else scales.shape[1])
+        return given, None if picks is None else picks.to(torch.int64), recv.weights
 
     def combine(self, wanted: Combine) -> Combined:
         """The sums [T, H], and weights [T, K] that came home, or None."""

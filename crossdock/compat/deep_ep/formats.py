@@ -24,7 +24,7 @@ def read(x: object) -> tuple[Tensor, Tensor | None]:
     if isinstance(x, Tensor):
         if x.dtype != torch.bfloat16 or x.dim() != 2:
             raise _no_rows(f"a {x.dtype} tensor {list(x.shape)}")
-        return plain(x), None
+        return plain(x) if x.requires_grad else x, None
     if not (isinstance(x, tuple) and len(x) == 2 and all(isinstance(part, Tensor) for part in x)):
         raise _no_rows(f"a {type(x).__name__}")
     data, scales = x

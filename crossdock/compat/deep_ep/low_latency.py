@@ -15,7 +15,7 @@ from crossdock.backends.base import Counters
 from crossdock.buffer import Buffer as NativeBuffer
 from crossdock.compat.deep_ep import refused
 from crossdock.compat.deep_ep.by_storage import ByStorage
-from crossdock.compat.deep_ep.engine import Engine, Started, plain
+from crossdock.compat.deep_ep.engine import Engine, Started, collective, plain
 from crossdock.compat.deep_ep.events import EventOverlap
 from crossdock.compat.deep_ep.masks import Masks
 from crossdock.compat.deep_ep.scratch import Scratch
@@ -70,6 +70,7 @@ class LowLatency:
         self._masks = Masks(self._engine, is_enabled=self.enable_shrink)
         self._scratch = Scratch(self._engine.device, self.num_nvl_bytes, self.num_rdma_bytes)
 
+    @collective
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -105,6 +106,7 @@ class LowLatency:
             raise self._refusal()
         if use_ue8m0 and not round_scale:
             raise ConfigError("use_ue8m0=True has scales that are powers of two; pass round_scale=True with it")
+        x = plain(x) if x.requires_grad else x
         num_tokens, hidden = x.shape
         sizes = num_experts, topk_idx.shape[1], hidden, num_max_dispatch_tokens_per_rank
         if num_tokens > num_max_dispatch_tokens_per_rank:
@@ -120,17 +122,18 @@ class LowLatency:
         if cumulative_local_expert_recv_stats is not None or dispatch_wait_recv_cost_stats is not None:
             counters = Counters(cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
         if return_recv_hook:
-            return self._dispatch_with_hook(buffer, plain(x), topk_idx, counters)
+            return self._dispatch_with_hook(buffer, x, topk_idx, counters)
         if not async_finish:
-            recv = buffer.dispatch(plain(x), topk_idx, copy=True, counters=counters)
+            recv = buffer.dispatch(x, topk_idx, copy=True, counters=counters)
             return (*self._packed(buffer, recv), EventOverlap(), None)
         with self._engine.beside(None) as overlap:
-            recv = buffer.dispatch(plain(x), topk_idx, copy=True, counters=counters)
+            recv = buffer.dispatch(x, topk_idx, copy=True, counters=counters)
             packed = self._packed(buffer, recv)
             self._engine.lend(x, topk_idx)
         self._engine.hand_out(packed)
         return (*packed, overlap, None)
 
+    @collective
     def low_latency_combine(
         self,
         x: Tensor,

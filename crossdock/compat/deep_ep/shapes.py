@@ -77,7 +77,7 @@ class Shapes:
             num_topk=num_topk,
             hidden=columns * packed,
             # Where the host knows how many came, few Specs serve all M; else rows are as many as M says.
-            max_tokens=self._room(num_tokens) if asks_host else num_tokens,
+            max_tokens=self._room(num_tokens) if asks_host and num_tokens != self._max_tokens else num_tokens,
             alignment=alignment,
             dtype=data.dtype,
             packed=packed,
@@ -103,22 +103,21 @@ class Shapes:
 
     def _capacity(self, shape: Shape) -> int:
         """Rows of a slot, where the host knows how many come; more once a call has needed more."""
-        known = self._capacities.get(shape)
-        if known is None:
-            known = self._capacities[shape] = sizes.rows_at_first(
+        if shape not in self._capacities:
+            self._capacities[shape] = sizes.rows_at_first(
                 self._worst(shape),
                 num_ranks=self._engine.num_ranks,
                 num_tokens=shape.max_tokens,
                 num_topk=shape.num_topk,
             )
-        return known
+        return self._capacities[shape]
 
     def grow(self, shape: Shape) -> None:
         """Twice the rows from now on; every rank raises the same CapacityError, so all of them grow together."""
         self._capacities[shape] = min(2 * self._capacity(shape), self._worst(shape))
 
     def buffer(self, shape: Shape, *, asks_host: bool, device: torch.device) -> Buffer:
-        capacity = self._capacity(shape) if asks_host else None
+        capacity = (self._capacities.get(shape) or self._capacity(shape)) if asks_host else None
 
         def make_spec() -> Spec:
             layout: Layout = Compact(capacity=capacity or self._worst(shape))

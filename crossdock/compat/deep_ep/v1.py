@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossdock.compat.deep_ep import cpp, layout, refused, sizes
 from crossdock.compat.deep_ep.config import Config, check_sms, sms_of
-from crossdock.compat.deep_ep.engine import CommunicatorGroup, Engine
+from crossdock.compat.deep_ep.engine import CommunicatorGroup, Engine, collective
 from crossdock.compat.deep_ep.events import EventHandle, EventOverlap, Previous
 from crossdock.compat.deep_ep.formats import Rows
 from crossdock.compat.deep_ep.handles import Handle
@@ -137,6 +137,7 @@ class Buffer(LowLatency):
         self._engine.hand_out(counts)
         return (*counts, overlap)
 
+    @collective
     def dispatch(
         self,
         x: Rows,
@@ -187,6 +188,7 @@ class Buffer(LowLatency):
         self._engine.hand_out(result)
         return (*result, overlap)
 
+    @collective
     def combine(
         self,
         x: Tensor,
