@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from crossdock.cost.chunks import Chunks, best_chunks
 from crossdock.cost.methods import LOW_LATENCY, METHODS, ONE_GPU, ONE_HOP, SM_BANDWIDTH, SOCKETS, TWO_HOPS, Method
-from crossdock.cost.predict import Hop, Prediction, cheaper_expand, link_bytes, predict, receiver_can_expand
+from crossdock.cost.predict import Hop, Op, Prediction, cheaper_expand, link_bytes, predict, receiver_can_expand
 from crossdock.cost.rows import Rows, group_limited_rows, ranks_per_token, recorded_rows, uniform_rows
 from crossdock.cost.sms import sms_to_fill, sms_to_load, sms_to_store
 
@@ -24,6 +24,7 @@ __all__ = [
     "Chunks",
     "Hop",
     "Method",
+    "Op",
     "Prediction",
     "Rows",
     "best_chunks",

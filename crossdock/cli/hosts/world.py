@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from crossdock.cli.hosts.network import Network
 from crossdock.cli.line import shared_moments
-from crossdock.cli.signals import deferred
+from crossdock.cli.signals import deferred, ends_raised
 from crossdock.cli.world import Member, RankDied, first_cause
 from crossdock.errors import CrossdockError
 
@@ -232,7 +232,7 @@ def run_hosts(
     Raises:
         CrossdockError: a rank failed, or there can be no network namespaces here.
     """
-    with Hosts(*grid, rate=rate) as hosts:
+    with ends_raised(), Hosts(*grid, rate=rate) as hosts:
         return hosts.run(program, job, on_progress)
 
 
