@@ -16,7 +16,17 @@ from crossdock.cli.terminal import console_of
 
 _WIDTH = 124
 _HEADINGS = (
-    "picks", "op", "median", "p10 – p90", "on the link", "of bound", "TCP", "of TCP", "flat", "vs flat", "predicted",
+    "picks",
+    "op",
+    "median ms",
+    "p10 – p90",
+    "on the link",
+    "of bound",
+    "TCP",
+    "of TCP",
+    "flat",
+    "vs flat",
+    "predicted",
 )  # fmt: skip
 
 
@@ -56,15 +66,15 @@ def _cells(figure: HostFigure) -> tuple[str, ...]:
     return (
         figure.picks,
         figure.op,
-        f"{figure.median_ms:,.0f} ms",
+        f"{figure.median_ms:,.0f}",
         f"{figure.p10_ms:,.0f} – {figure.p90_ms:,.0f}",
         f"{figure.link_bytes / 1e6:,.2f} MB",
         f"{figure.link_bytes / figure.bound_bytes:.3f}",
-        f"{figure.tcp_ms:,.0f} ms",
+        f"{figure.tcp_ms:,.0f}",
         f"{figure.median_ms / figure.tcp_ms:.2f}",
-        f"{figure.flat_ms:,.0f} ms",
+        f"{figure.flat_ms:,.0f}",
         f"{figure.flat_ms / figure.median_ms:.1f}×",
-        f"{figure.predicted_ms:,.0f} ms",
+        f"{figure.predicted_ms:,.0f}",
     )
 
 

@@ -40,8 +40,6 @@ class Outcome:
     machine: Machine
     sharing: Sharing | None
     """How ranks shared GPUs; None on CPUs."""
-    hosts: str | None
-    """Hosts and ranks on each, ``2x2``; None: one host."""
     num_files: int
     text_bytes: int
     num_parameters: int
@@ -56,6 +54,8 @@ class Outcome:
     num_written: int
     num_sequences: int
     written_per_s: float
+    hosts: str | None = None
+    """Hosts and ranks on each, ``2x2``; None: one host."""
 
     @property
     def train_s(self) -> float:
