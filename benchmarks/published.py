@@ -283,6 +283,24 @@ def namespaces() -> Iterator[Row]:
             )  # fmt: skip
 
 
+def hosts() -> Iterator[Row]:
+    """Crossdock over hosts that are network namespaces, rows over gloo: ``crossdock bench --hosts``."""
+    for nodes, local, mbit, groups, wire, dispatch, combine in (
+        (2, 4, 200, None, "bf16", 703, 658),
+        (2, 4, 200, None, "FP8", 358, 673),
+        (2, 4, 1000, None, "bf16", 203, 146),
+        (4, 2, 200, None, "bf16", 982, 1024),
+        (4, 2, 200, 2, "bf16", 756, 1626),
+    ):
+        link = Chip(8, mbit / 8e3 / local, local)
+        case = f"{nodes}x{local}, 256 tokens{'' if groups is None else f', {groups} groups'}, {mbit} Mbit/s"
+        for op, ms in (("dispatch", dispatch), ("combine", combine)):
+            yield row(
+                "Crossdock over gloo", case, op, link, ranks=nodes * local, tokens=256, wire=wire, us=1e3 * ms,
+                method=cost.SOCKETS, experts=64, nodes_per_token=groups,
+            )  # fmt: skip
+
+
 def all_rows() -> list[Row]:
     """Every figure."""
-    return [*deepep_v1(), *deepep_v2(), *many_tokens(), *few_tokens(), *two_gpus(), *one_gpu(), *namespaces()]
+    return [*deepep_v1(), *deepep_v2(), *many_tokens(), *few_tokens(), *two_gpus(), *one_gpu(), *namespaces(), *hosts()]
