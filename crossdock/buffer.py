@@ -398,8 +398,7 @@ class Buffer:
         if asks_host or self._moves_blocks:
             self._backend.check_capture(asks_host=asks_host)
         try:
-            takes_over = self._share.user is not self._slots
-            if takes_over:
+            if self._share.user is not self._slots:
                 self._share.take(self._slots, self._queue)
             if self._backend.overflows:
                 self.check_overflow()
@@ -423,7 +422,7 @@ class Buffer:
             self._queue.drain()  # or rows would be overwritten that a combine in flight still pulls
             self._queue.check_room(self._slots, self.spec.num_slots)
         slot = self._slots.take(self._queue)
-        if self._debug and not takes_over:  # else peers may still pull what another Spec's call has left there
+        if self._debug and self._slots.is_settled:  # else peers may still pull what another Spec's call has left there
             self._slots.poison(slot, "data", "scale", "metadata")
         plan = routing if isinstance(routing, Plan) else None
         most = None if plan or max_tokens == self.spec.max_tokens else max_tokens

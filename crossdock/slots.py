@@ -55,6 +55,9 @@ class ReceiveSlots:
         self._leases: list[Lease | None] = [None] * self._num_slots
         self._calls: list[Pending[Received] | None] = [None] * self._num_slots
         self._num_taken = 0
+        self.is_settled = False
+        """Whether a dispatch of this Spec has been waited for since calls of others used these bytes: all ranks took
+        part in it, so nobody reads what those left here. A call that failed is no sign of that."""
 
     def take(self, queue: CallQueue) -> int:
         """The next slot; what lay in it is stale.
@@ -114,7 +117,7 @@ class ReceiveSlots:
             copies: makes copies of rows, to be given in place of views.
             poisons: fill the slot's output rows with NaN.
         """
-        self._calls[slot] = None
+        self._calls[slot], self.is_settled = None, True
         plan, num_rows = arrived.plan, arrived.num_rows
         metadata = LazyMetadata(lambda: self._shaped(arrived.read_metadata(), num_rows))
         self._leases[slot] = lease = Lease(slot, plan.stamp, metadata)
