@@ -36,6 +36,8 @@ class Topology:
             fourth-generation NVLink (H100, H200: 900 GB/s for both directions together, NVIDIA's data sheets).
         memory_bandwidth: bytes per second of a rank's own memory, reads and writes together. The default was measured
             on an H200 (docs/performance.md).
+        nic_bandwidth: bytes per second of a rank's part of its node's network cards, in each direction. The default is
+            one card of 400 Gbit/s for each GPU.
 
     Raises:
         ConfigError: a bandwidth or a number of ranks is not positive, or domains would differ in size.
@@ -48,12 +50,13 @@ class Topology:
     scale_up: int | None = None
     link_bandwidth: float = 450e9
     memory_bandwidth: float = 4.1e12
+    nic_bandwidth: float = 50e9
 
     def __post_init__(self) -> None:
-        if self.link_bandwidth <= 0 or self.memory_bandwidth <= 0:
+        if min(self.link_bandwidth, self.memory_bandwidth, self.nic_bandwidth) <= 0:
             raise ConfigError(
-                f"link_bandwidth={self.link_bandwidth:g}, memory_bandwidth={self.memory_bandwidth:g} bytes per second; "
-                f"pass positive numbers"
+                f"link_bandwidth={self.link_bandwidth:g}, memory_bandwidth={self.memory_bandwidth:g}, "
+                f"nic_bandwidth={self.nic_bandwidth:g} bytes per second; pass positive numbers"
             )
         if self.num_ranks < 1:
             raise ConfigError(f"num_ranks={self.num_ranks}; a group has at least one rank")
@@ -67,8 +70,8 @@ class Topology:
     def grid(*, nodes: int, local: int) -> Topology:
         """N nodes of U ranks each; rank = node * local + local index.
 
-        >>> Topology.grid(nodes=2, local=4)
-        Topology(num_ranks=8, scale_up=4, link_bandwidth=450000000000.0, memory_bandwidth=4100000000000.0)
+        >>> Topology.grid(nodes=2, local=4).num_nodes
+        2
         """
         if nodes < 1 or local < 1:
             raise ConfigError(f"nodes={nodes}, local={local}; pass positive numbers of nodes and of ranks of a node")

@@ -5,7 +5,8 @@
     combined: [1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0]
 
 Rank 0 prints how many tokens came to each of the eight experts, and the first value of each of the eight tokens, which
-all experts double. With 4 ranks (`--nproc-per-node 4`) tokens and experts are spread otherwise, and it prints the same.
+all experts double. With 4 ranks (`--nproc-per-node 4`) tokens and experts are spread otherwise, and it prints the same;
+so it does on several machines, each of which runs it with `--nnodes` (docs/nodes.md).
 """
 
 import torch
@@ -27,6 +28,7 @@ def main() -> None:
         max_tokens=NUM_TOKENS // num_ranks,
         wire=cd.Fp32(),
         layout=cd.Expanded(),
+        reduce="node",  # on each machine first, then over machines
     )
     generator = torch.Generator().manual_seed(0)  # the same on all ranks, which take a slice each
     topk_idx = cd.uniform_load(NUM_TOKENS, NUM_EXPERTS, num_topk=NUM_TOPK, generator=generator)
@@ -34,10 +36,11 @@ def main() -> None:
     weights = torch.full((NUM_TOKENS, NUM_TOPK), 0.5)
 
     mine = slice(rank * spec.max_tokens, (rank + 1) * spec.max_tokens)
-    with cd.Buffer(None, spec) as buffer:  # None: torch.distributed's default group
-        recv = buffer.dispatch(x[mine].contiguous(), topk_idx[mine])
+    topology = cd.Topology.of(dist.group.WORLD)  # which ranks share memory
+    with cd.Buffer(None, spec, topology=topology) as buffer:  # None: torch.distributed's default group
+        recv = buffer.dispatch(x[mine].contiguous(), topk_idx[mine], weights=weights[mine])
         y = 2 * recv.x  # this rank's experts
-        out = buffer.combine(y, recv.plan, weights=weights[mine])
+        out = buffer.combine(y, recv.plan, weights=recv.weights)
         stats = buffer.gather_stats()
 
     everybodys = [torch.empty_like(out) for _ in range(num_ranks)]

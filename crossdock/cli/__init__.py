@@ -1,4 +1,4 @@
-"""The command line: ``crossdock demo``, ``bench``, ``doctor``, ``load``, ``trace``, ``mps``; a package each."""
+"""The command line: ``crossdock demo``, ``bench``, ``doctor``, ``load``, ``size``, ``trace``, ``mps``; packages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from crossdock.cli.demo import add_parser as add_demo
 from crossdock.cli.doctor import add_parser as add_doctor
 from crossdock.cli.load import add_parser as add_load
 from crossdock.cli.mps import add_parser as add_mps
+from crossdock.cli.size import add_parser as add_size
 from crossdock.cli.trace import add_parser as add_trace
 from crossdock.errors import ConfigError, CrossdockError
 from crossdock.version import __version__
 
-_COMMANDS = (add_demo, add_bench, add_doctor, add_load, add_trace, add_mps)
+_COMMANDS = (add_demo, add_bench, add_doctor, add_load, add_size, add_trace, add_mps)
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 ENDS = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a process without raising a Python exception, as SIGINT would."""
@@ -26,6 +26,17 @@ def handled(
     finally:
         for number, handled_before in before.items():
             signal.signal(number, handled_before)
+
+
+@contextmanager
+def ends_raised() -> Iterator[None]:
+    """Signals that would end this process without a word raise SystemExit, so that blocks end as they should."""
+
+    def raise_exit(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    with handled([number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL], raise_exit):
+        yield
 
 
 @contextmanager

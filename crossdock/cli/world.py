@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from ctypes import Array, c_double
 from dataclasses import dataclass, field
@@ -139,8 +139,13 @@ def _collect(receivers: list[Connection], processes: list[BaseProcess], on_progr
                 errors.append(value)
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
     if errors:
-        raise min(errors, key=_distance_from_cause)
+        raise first_cause(errors)
     return [results[rank] for rank in range(len(receivers))]
+
+
+def first_cause(errors: Sequence[CrossdockError]) -> CrossdockError:
+    """Of the errors of several ranks, one that is closest to the cause: not about a peer, if there is one."""
+    return min(errors, key=_distance_from_cause)
 
 
 def _distance_from_cause(error: CrossdockError) -> int:

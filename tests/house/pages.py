@@ -36,6 +36,10 @@ NOT_RUN = {
     "crossdock trace /tmp/crossdock-late -- torchrun --nproc-per-node 4 examples/late_rank.py": "how long ranks wait "
     "differs from run to run; tests/worlds/test_trace.py runs such commands",
     "crossdock trace FOLDER --profile rank0.json --profile 1=other.json": "the same",
+    "GLOO_SOCKET_IFNAME=$INTERFACE torchrun --nnodes 2 --node-rank $NODE --nproc-per-node 2 --master-addr 10.77.0.1 "
+    "--master-port 29650 examples/torchrun.py": "it takes two hosts; tests/worlds/test_hosts.py runs it on both",
+    "crossdock bench --hosts 2x4 --tokens 256 --rate 200mbit": "times differ; tests/worlds/test_bench_hosts.py runs it",
+    "crossdock demo --hosts 2x2": "times differ; tests/worlds/test_bench_hosts.py runs it",
     "crossdock doctor": "what it prints depends on the machine; tests/unit/test_doctor.py runs it",
     "torchrun --nproc-per-node 2 -m crossdock doctor --group": "the same",
     "# Picks in Megatron-LM": "it is not installed where the tests run, and wants a GPU",

@@ -59,17 +59,22 @@ def test_a_receiver_reads_each_row_once_more_and_writes_a_copy_for_each_pick(lay
     spec = spec_of(num_experts, num_topk, layout)
     topology = Topology(num_ranks=num_ranks, link_bandwidth=5e9, memory_bandwidth=7e9)
     ranks, once, each = walked(num_experts, num_topk, num_ranks)
-    copies = (ranks + num_topk) * 128 / 7e9 if layout.per_pick else 0
-    assert isclose(cost.dispatch_s(spec, topology, expand="receiver"), once * 128 / 5e9 + copies)
-    want = (each if layout.per_pick else once) * 128 / 5e9
-    assert isclose(cost.dispatch_s(spec, topology, expand="sender"), want)
+    copies = (ranks + num_topk) * 128 / (7e9 * cost.TWO_HOPS.memory_share) if layout.per_pick else 0
+    link = 5e9 * cost.TWO_HOPS.link_share
+    for expand, want in (
+        ("receiver", once * 128 / link + copies),
+        ("sender", (each if layout.per_pick else once) * 128 / link),
+    ):
+        call = cost.predict("dispatch", spec, topology, expand=expand)
+        assert isclose(call.seconds - call.fixed_s, want * spec.max_tokens, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize(("num_experts", "num_topk", "num_ranks"), [(8, 4, 2), (8, 8, 4), (12, 5, 4)])
 def test_the_receiver_makes_copies_where_its_memory_is_fast_enough(num_experts, num_topk, num_ranks):
     """Up to the bandwidth at which what the link saves is what the copies cost."""
     ranks, once, each = walked(num_experts, num_topk, num_ranks)
-    as_fast = (ranks + num_topk) / (each - once)  # memory, in units of the link
+    shares = cost.TWO_HOPS.link_share / cost.TWO_HOPS.memory_share
+    as_fast = (ranks + num_topk) / (each - once) * shares  # memory, in units of the link
     spec = spec_of(num_experts, num_topk)
     for factor, want in ((0.999, "sender"), (1.001, "receiver"), (1000, "receiver"), (0.001, "sender")):
         topology = Topology(num_ranks=num_ranks, link_bandwidth=3e9, memory_bandwidth=as_fast * factor * 3e9)

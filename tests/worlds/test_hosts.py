@@ -1,8 +1,11 @@
 """Ranks on hosts that are network namespaces, with slow links between them: bits, bytes on the link, failures."""
 
+import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +16,9 @@ from crossdock import Bf16, Buffer, Compact, Expanded, Fp8, Spec, Topology
 from crossdock.transport.rails.nixl import NixlEngine
 from tests import hosts, oracle
 from tests.cases import check_received, make_case, observed, same_bits
+from tests.house.pages import ROOT, blocks_of, commands_of
 
-_PROBLEM = hosts.problem() if sys.platform == "linux" else "network namespaces are Linux'"
+_PROBLEM = hosts.problem()
 pytestmark = pytest.mark.skipif(_PROBLEM is not None, reason=str(_PROBLEM))
 GRIDS = [(2, 2), (4, 1), (2, 4)]
 
@@ -136,14 +140,7 @@ def test_all_name_a_rank_that_was_killed_or_stopped(how):
         for rank in range(4):
             world.wait_for(f"warm-{rank}")
         world.signal(victim, how)
-        try:
-            deadline = time.monotonic() + 60
-            while any(not (world._folder / f"outcome-{rank}").exists() for rank in range(3)):
-                assert time.monotonic() < deadline, "a rank hangs"
-                time.sleep(0.05)
-        finally:
-            world.signal(victim, signal.SIGKILL)
-        outcomes = world.outcomes()
+        outcomes = world.outcomes(of=range(3), limit_s=60)
     for rank in range(3):
         kind, culprit, says, _ = outcomes[rank]
         assert (kind, culprit) == ("PeerTimeout", victim), (rank, outcomes[rank])
@@ -168,13 +165,43 @@ def test_a_link_that_is_down_for_a_while_makes_calls_late_and_not_wrong():
     with hosts.Hosts(2, 2) as world:
         world.start(through_a_break, case)
         world.wait_for("warm-0")
-        with world.link_down(1):
+        with world.network.link_down(1):
             time.sleep(2)
         outcomes = world.outcomes()
     assert all(is_same for _, is_same in outcomes), outcomes
     check_received(case, [rows for (rows, _), _ in outcomes], extras=False)
     want = oracle.combined(case.spec, case.topk, case.flat_y(), node_size=2)
     assert all(same_bits(out, mine) for ((_, out), _), mine in zip(outcomes, want, strict=True))
+
+
+def over_a_slow_link(group, case):
+    """Rows and sums of the last of some rounds, their seconds, and the bytes that this host has sent for them."""
+    with Buffer(group, case.spec, topology=Topology.of(group), timeout_s=60) as buffer:
+        r = buffer.rank
+
+        def rounds():
+            for _ in range(4):
+                recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r])
+                out = buffer.combine(case.y[r], recv.plan)
+            return observed(recv), out
+
+        began = time.monotonic()
+        (rows, out), num_bytes = sent_in(rounds)
+        return rows, out, time.monotonic() - began, num_bytes
+
+
+def test_a_host_at_a_tenth_of_the_rate_makes_calls_late_and_not_wrong():
+    case = make_case(spec_of(Compact(), num_experts=12), [64] * 3)
+    with hosts.Hosts(3, 1) as world:
+        world.network.set_rate(2, "20mbit")
+        outcomes = world.run(over_a_slow_link, case)
+    check_received(case, [rows for rows, *_ in outcomes], extras=False)
+    want = oracle.combined(case.spec, case.topk, case.flat_y(), node_size=1)
+    assert all(same_bits(out, mine) for (_, out, *_), mine in zip(outcomes, want, strict=True))
+    *_, num_bytes = outcomes[2]
+    at_least_s = (num_bytes - 2 * 131_072) / (20e6 / 8)  # what a token bucket has saved goes at once, and is sent on
+    assert at_least_s > 0.1
+    assert all(took > at_least_s for _, _, took, _ in outcomes)  # all wait for it
 
 
 def beyond_the_deadline(group, case):
@@ -188,9 +215,36 @@ def test_a_link_that_stays_down_ends_in_an_error_over_that_axis():
         world.start(beyond_the_deadline, case)
         for rank in range(2):
             world.wait_for(f"warm-{rank}")
-        with world.link_down(1):
+        with world.network.link_down(1):
             outcomes = world.outcomes()
     for rank, (kind, culprit, says, took) in enumerate(outcomes):
         assert (kind, culprit) == ("PeerTimeout", 1 - rank), outcomes
         assert "over scale_out within timeout_s=3" in says
         assert 2.5 < took < 20
+
+
+def test_torchrun_over_two_hosts_from_the_words_of_the_page():
+    """Each host has the command of docs/nodes.md, with its number and interface filled in."""
+    blocks = [block.text for block in blocks_of((ROOT / "docs" / "nodes.md").read_text()) if block.kind == "console"]
+    (shown,) = [shown for text in blocks for shown in commands_of(text) if "torchrun --nnodes 2" in shown.code]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    with hosts.Hosts(2, 2) as world:
+        running = []
+        for node in range(2):
+            own_memory = "mount -t tmpfs tmpfs /dev/shm"  # a host has its own, and namespaces of networks do not
+            variables = {
+                "PATH": path,
+                "NODE": str(node),
+                "INTERFACE": world.network.link(node),
+                "PYTHONPATH": str(ROOT),
+            }
+            command = [*world.network.inside(node), "bash", "-c", f"{own_memory} && {shown.code}"]
+            running.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=os.environ | variables | {"OMP_NUM_THREADS": "1"}, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )
+            )  # fmt: skip
+        said = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert [out for out, _ in said] == [shown.said, ""]

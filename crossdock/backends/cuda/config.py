@@ -272,7 +272,7 @@ def decide(
     )
     stores = loads = visible_sms
     if ranks_here == 1 and not is_fused:
-        stores, loads = (factor * cost.sms_to_fill(topology.link_bandwidth) for factor in (2, 3))
+        stores, loads = cost.sms_to_store(topology.link_bandwidth), cost.sms_to_load(topology.link_bandwidth)
     return LaunchConfig(
         num_sms=min(launch_options.num_sms or stores, visible_sms),
         num_load_sms=min(launch_options.num_sms or loads, visible_sms),

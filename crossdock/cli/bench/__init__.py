@@ -11,9 +11,12 @@ import torch
 from crossdock.cli.bench.config import LAYOUTS, WIRES, Config, Job, make_job
 from crossdock.cli.bench.cuda_measure import measure_on_gpus
 from crossdock.cli.bench.figures import figures, limits_of
+from crossdock.cli.bench.host_figures import HostFigure, host_figures
 from crossdock.cli.bench.measure import measure
 from crossdock.cli.bench.outcome import BASELINES, Outcome, open_to_write
+from crossdock.cli.bench.over_hosts import HostsConfig, make_hosts_job, measure_over_hosts
 from crossdock.cli.device import add_device_option, choose_device, gpus_for
+from crossdock.cli.hosts import parse_grid, run_hosts
 from crossdock.cli.machine import this_machine
 from crossdock.cli.world import run_world
 from crossdock.errors import BackendUnavailable, ConfigError
@@ -30,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_device_option(parser)
-    parser.add_argument("--ranks", type=int, default=4, help="processes to start")
+    parser.add_argument("--ranks", type=int, default=4, help="processes to start; not with --hosts")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of each rank")
     parser.add_argument("--hidden", type=int, default=7168, help="values per token")
     parser.add_argument("--experts", type=int, default=64, help="experts of all ranks together")
@@ -41,11 +44,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--reduce", choices=("token", "rank"), default="token", help="where picks are summed first")
     parser.add_argument("--load", default="uniform", help="uniform, zipf, hot, or an .npy FILE of recorded picks")
     parser.add_argument("--seed", type=int, default=0, help="of picks and values")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each operation; on CUDA batches of ten")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=None,
+        help="timed calls of each operation, 20, with --hosts 5; on CUDA of ten",
+    )
     parser.add_argument(
         "--baseline", choices=BASELINES, default="fresh", help="gloo into new tensors, or into buffers that are kept"
     )
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="append one JSON line per operation")
+    hosts = parser.add_argument_group("over hosts that are network namespaces of this machine (root and iproute2)")
+    hosts.add_argument("--hosts", default=None, metavar="NxU", help="hosts and ranks on each, such as 2x4")
+    hosts.add_argument("--rate", default="200mbit", help="of each host's link, each way, as tc writes it")
+    hosts.add_argument("--rail", choices=("dist", "nixl"), default="dist", help="what sends rows between hosts")
+    hosts.add_argument(
+        "--topk-groups", type=int, default=None, help="also with a gate that picks from so many hosts' experts"
+    )
     cuda = parser.add_argument_group("on CUDA")
     cuda.add_argument("--num-sms", type=int, default=None, help="SMs that each rank's calls use")
     cuda.add_argument("--expand", choices=("sender", "receiver"), default=None, help="who makes a row per pick")
@@ -73,6 +88,9 @@ def run(args: argparse.Namespace) -> None:
         )
     from crossdock.cli.bench import report  # noqa: PLC0415 - it imports rich, which is an extra
 
+    if args.hosts is not None:
+        _run_over_hosts(args)
+        return
     config = make_config(args)
     for path, option in ((args.json, "json"), (args.plot, "plot")):
         if path is not None:
@@ -86,6 +104,35 @@ def run(args: argparse.Namespace) -> None:
         from crossdock.cli.bench.chart import sweep_page  # noqa: PLC0415 - it imports plotly, which is an extra
 
         args.plot.write_text(sweep_page(outcome), encoding="utf-8")
+
+
+def _run_over_hosts(args: argparse.Namespace) -> None:
+    from crossdock.cli.bench import hosts_report  # noqa: PLC0415 - it imports rich, which is an extra
+
+    values = {name: getattr(args, name) for name in HostsConfig.__dataclass_fields__}
+    config = HostsConfig(**{**values, "repeats": 5 if args.repeats is None else args.repeats})
+    if args.json is not None:
+        open_to_write(args.json, "json").close()
+    measured, machine = bench_over_hosts(config), this_machine(with_gpu=False)
+    hosts_report.print_hosts(config, measured, machine)
+    if args.json is not None:
+        with open_to_write(args.json, "json") as file:
+            file.writelines(line + "\n" for line in hosts_report.json_lines(config, measured, machine))
+
+
+def bench_over_hosts(config: HostsConfig) -> list[HostFigure]:
+    """Makes the hosts, and measures; shows a bar meanwhile.
+
+    Raises:
+        CrossdockError: a rank failed, an operation gave wrong rows, or there can be no network namespaces here.
+    """
+    from crossdock.cli.bench import report  # noqa: PLC0415 - it imports rich, which is an extra
+
+    job = make_hosts_job(config)
+    with report.progress_bar() as show:
+        grid = parse_grid(config.hosts)
+        ranks = run_hosts(measure_over_hosts, job, grid=grid, rate=config.rate, on_progress=show)
+    return host_figures(job, ranks)
 
 
 def bench(config: Config, job: Job) -> Outcome:
@@ -124,7 +171,8 @@ def make_config(args: argparse.Namespace) -> Config:
     if args.plot is not None and not args.sweep_sms:
         raise ConfigError(f"plot={args.plot} shows a sweep; pass --sweep-sms 2,4,8,16 with it")
     values = {name: getattr(args, name) for name in Config.__dataclass_fields__}
-    return Config(**{**values, "device": choose_device(args.device).type})
+    repeats = 20 if args.repeats is None else args.repeats
+    return Config(**{**values, "device": choose_device(args.device).type, "repeats": repeats})
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -91,15 +91,8 @@ def make_job(config: Config) -> Job:
         reduce=cast("Literal['token', 'rank']", config.reduce),
     )
     topology = Topology(num_ranks=config.ranks)
-    num_local = spec.num_local_experts(config.ranks)
     topk_idx = draw_load(config)
-    if spec.layout.per_pick:
-        per_expert = local_counts(spec, topology, topk_idx)[: config.experts].view(-1, num_local)
-        if isinstance(spec.layout, Padded):
-            needed = int(per_expert.max())
-        else:
-            needed = int((-(-per_expert // config.alignment) * config.alignment).sum(1).max())
-        spec = replace(spec, layout=replace(spec.layout, capacity=max(1, needed)))
+    spec = with_room_for(topk_idx, spec, topology)
     spec.capacity(config.ranks)
     options = {"num_sms": config.num_sms, "expand": config.expand, "mover": config.mover}
     return Job(
@@ -111,6 +104,19 @@ def make_job(config: Config) -> Job:
         buffer_options={name: value for name, value in options.items() if value is not None},
         sweep_sms=config.sweep_sms,
     )
+
+
+def with_room_for(topk_idx: Tensor, spec: Spec, topology: Topology) -> Spec:
+    """The Spec with the smallest capacity for these picks of all ranks, int64 [P * T, K], if it has a row per pick."""
+    if not spec.layout.per_pick:
+        return spec
+    num_local, alignment = spec.num_local_experts(topology.num_ranks), getattr(spec.layout, "alignment", 1)
+    per_expert = local_counts(spec, topology, topk_idx)[: spec.num_experts].view(-1, num_local)
+    if isinstance(spec.layout, Padded):
+        needed = int(per_expert.max())
+    else:
+        needed = int((-(-per_expert // alignment) * alignment).sum(1).max())
+    return replace(spec, layout=replace(spec.layout, capacity=max(1, needed)))
 
 
 def draw_load(config: Config) -> Tensor:

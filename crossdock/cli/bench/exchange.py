@@ -57,6 +57,7 @@ class AllToAll:
         spec: row formats, layout and reduction.
         num_ranks: P, the size of the group.
         keeps_buffers: reuse the buffers for packed and received rows in the next call; else allocate new ones.
+        node_size: U, the ranks of a node, for sums by node.
 
     >>> exchange = AllToAll(spec, num_ranks=4)  # doctest: +SKIP
     >>> arrived = exchange.dispatch((x,), topk_idx)  # doctest: +SKIP
@@ -66,6 +67,7 @@ class AllToAll:
     spec: Spec
     num_ranks: int
     keeps_buffers: bool = False
+    node_size: int = 1
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     def dispatch(self, parts: tuple[Tensor, ...], topk_idx: Tensor) -> Arrived:
@@ -115,19 +117,26 @@ class AllToAll:
         return self._summed(home.view(y.dtype), route)
 
     def _summed(self, home: Tensor, route: Route) -> Tensor:
-        """The sums of returned rows. For reduce="rank", computes each rank's partial sums here, from all its rows."""
-        dtype = self.spec.combine_dtype
+        """The sums of returned rows. Partial sums of ranks or nodes are computed here, from all their rows."""
+        dtype, pos = self.spec.combine_dtype, route.pos
         if self.spec.reduce == "token":
-            return _sums(home, route.pos, dtype)
+            return _sums(home, pos, dtype)
         if not self.spec.layout.per_pick:
-            last = torch.iinfo(route.pos.dtype).max
-            by_rank = route.pos.masked_fill(route.pos < 0, last).sort(dim=1).values  # rows are in the order of ranks
-            return _sums(home, by_rank.masked_fill(by_rank == last, -1), dtype)
-        ranks = range(self.num_ranks)
-        partial = [_sums(home, route.pos.masked_fill(route.places != rank, -1), dtype) for rank in ranks]
-        tokens = torch.arange(len(route.pos), device=home.device)
+            last = torch.iinfo(pos.dtype).max
+            pos = pos.masked_fill(pos < 0, last).sort(dim=1).values  # rows are in the order of ranks
+            pos = pos.masked_fill(pos == last, -1)
+            if self.spec.reduce == "rank":
+                return _sums(home, pos, dtype)
+        size = self.node_size if self.spec.reduce == "node" else 1
+        splits = torch.tensor(route.send_splits, device=home.device)
+        ranks = torch.arange(self.num_ranks, device=home.device).repeat_interleave(splits)  # of each returned row
+        parts = torch.cat([ranks // size, torch.full((1,), -1, device=home.device)])[pos]  # -1: no row
+        num_parts = self.num_ranks // size
+        partial = [_sums(home, pos.masked_fill(parts != part, -1), dtype) for part in range(num_parts)]
+        tokens = torch.arange(len(pos), device=home.device)
         table = torch.stack(
-            [(tokens + rank * len(tokens)).masked_fill((route.places != rank).all(dim=1), -1) for rank in ranks], dim=1
+            [(tokens + part * len(tokens)).masked_fill((parts != part).all(dim=1), -1) for part in range(num_parts)],
+            dim=1,
         )
         return _sums(torch.cat(partial), table, dtype)
 

@@ -15,6 +15,7 @@ import torch
 from crossdock._env import num_cores
 from crossdock.cli.bench.config import Config
 from crossdock.cli.bench.config import make_job as make_bench_job
+from crossdock.cli.bench.over_hosts import HostsConfig
 from crossdock.cli.demo import estimate
 from crossdock.cli.demo.generate import prompts_of
 from crossdock.cli.demo.model import Shape
@@ -26,6 +27,7 @@ from crossdock.cli.demo.text import Text, as_text, standard_library
 from crossdock.cli.demo.train import Recipe
 from crossdock.cli.demo.watch import steps_to_show
 from crossdock.cli.device import add_device_option, choose_device, gpus_for
+from crossdock.cli.hosts import parse_grid, run_hosts
 from crossdock.cli.machine import this_machine
 from crossdock.cli.trace import write_timeline
 from crossdock.cli.trace.parts import read
@@ -38,6 +40,8 @@ _REPLAYED = 10
 """Steps that one process repeats."""
 _SEEDS = 2**31
 _BENCH_REPEATS = 10
+_FILES = ("report.html", "trace.json")
+"""What is left behind; no trace of ranks of several hosts."""
 _SEQUENCES = 8
 """Sequences that each rank writes."""
 _OPENINGS = (b"def main(argv):\n    ", b"class Reader:\n    def ", b"    raise ValueError(")
@@ -58,6 +62,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_device_option(parser)
     parser.add_argument("--ranks", type=int, default=4, help="processes to start, a divisor of the experts")
+    parser.add_argument(
+        "--hosts", default=None, metavar="NxU", help="hosts and ranks on each, such as 2x2: network namespaces of this "
+        "machine, in place of --ranks; needs root and iproute2",
+    )  # fmt: skip
+    parser.add_argument("--rate", default="200mbit", help="of each host's link, each way, as tc writes it")
     parser.add_argument("--steps", type=int, default=220, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
     parser.add_argument("--out", type=Path, default=Path("crossdock-demo"), metavar="FOLDER", help="for the files")
@@ -75,22 +84,29 @@ def run(args: argparse.Namespace) -> None:
     _check_extras()
     from crossdock.cli.demo import page, screen  # noqa: PLC0415 - they import rich, plotly and jinja2, which are extras
 
-    shape, recipe = make_shape(args.ranks), make_recipe(args.steps, args.seed)
+    grid = None if args.hosts is None else parse_grid(args.hosts)
+    num_ranks = args.ranks if grid is None else grid[0] * grid[1]
+    shape, recipe = make_shape(num_ranks, None if grid is None else grid[0]), make_recipe(args.steps, args.seed)
     num_replayed = min(args.steps, _REPLAYED)
     expected_s = estimate.expected(
-        num_ranks=args.ranks, num_steps=args.steps, num_replayed=num_replayed, num_cores=num_cores()
+        num_ranks=num_ranks, num_steps=args.steps, num_replayed=num_replayed, num_cores=num_cores()
     )
     with screen.progress(estimate.Estimate(expected_s), args.steps) as show:
         show(estimate.READ)
         text = standard_library()
-        job = make_job(text, shape, recipe, num_ranks=args.ranks)
-        report, trace = (open_for_writing(args.out, name) for name in ("report.html", "trace.json"))
-        device = choose_device(args.device)
+        job = make_job(text, shape, recipe, num_ranks=num_ranks)
+        files = {name: open_for_writing(args.out, name) for name in (["report.html"] if grid else _FILES)}
+        device = choose_device("cpu" if grid else args.device)
         show(estimate.START)
-        with gpus_for(device, args.ranks) as gpus, tempfile.TemporaryDirectory(prefix="crossdock-demo-") as parts:
-            job = replace(job, trace=parts)
-            runs = run_world(run_rank, job, num_ranks=args.ranks, on_progress=show, gpus=gpus)
-            write_timeline(read(Path(parts)), trace, between=steps_to_show([run.spans for run in runs]))
+        gpus = None
+        if grid is not None:
+            runs = run_hosts(run_rank, replace(job, over_hosts=True), grid=grid, rate=args.rate, on_progress=show)
+        else:
+            with gpus_for(device, num_ranks) as gpus, tempfile.TemporaryDirectory(prefix="crossdock-demo-") as parts:
+                job = replace(job, trace=parts)
+                runs = run_world(run_rank, job, num_ranks=num_ranks, on_progress=show, gpus=gpus)
+                spans = steps_to_show([run.spans for run in runs])
+                write_timeline(read(Path(parts)), files["trace.json"], between=spans)
         show(estimate.REPEAT)
         compared = compare_losses(runs[0].losses, replay(job, num_replayed, device))
         show(estimate.WRITE_AGAIN)
@@ -98,7 +114,8 @@ def run(args: argparse.Namespace) -> None:
         written = torch.from_numpy(np.concatenate([rank.written for rank in runs]))
         num_written = compare_written(job, values, written, device)
     outcome = Outcome(
-        num_ranks=args.ranks,
+        num_ranks=num_ranks,
+        hosts=args.hosts,
         shape=shape,
         recipe=recipe,
         machine=this_machine(with_gpu=device.type == "cuda"),
@@ -116,10 +133,12 @@ def run(args: argparse.Namespace) -> None:
         num_sequences=len(written),
         written_per_s=num_written / max(rank.generate_s for rank in runs),
     )
-    report.write_text(page.render(outcome), encoding="utf-8")
-    screen.print_outcome(outcome, [("report", report), ("trace", trace)])
-    if device.type == "cuda":
-        print_bench(bench_config(shape, recipe, num_ranks=args.ranks, device=device.type))
+    files["report.html"].write_text(page.render(outcome), encoding="utf-8")
+    screen.print_outcome(outcome, [(path.stem, path) for path in files.values()])
+    if grid is not None:
+        print_bench_over_hosts(shape, recipe, hosts=args.hosts, rate=args.rate)
+    elif device.type == "cuda":
+        print_bench(bench_config(shape, recipe, num_ranks=num_ranks, device=device.type))
 
 
 def bench_config(shape: Shape, recipe: Recipe, *, num_ranks: int, device: str) -> Config:
@@ -149,8 +168,31 @@ def print_bench(config: Config) -> None:
     report.print_outcome(bench(config, make_bench_job(config)))
 
 
-def make_shape(num_ranks: int) -> Shape:
-    """The model, whose experts form a group for each rank.
+def print_bench_over_hosts(shape: Shape, recipe: Recipe, *, hosts: str, rate: str) -> None:
+    """What ``crossdock bench --hosts`` prints of calls as large as training's, with the gate's groups and without."""
+    from crossdock.cli.bench import bench_over_hosts, hosts_report  # noqa: PLC0415 - it imports rich, which is an extra
+
+    nodes, local = parse_grid(hosts)
+    config = HostsConfig(
+        hosts=hosts,
+        rate=rate,
+        rail="dist",
+        tokens=-(-recipe.num_sequences // (nodes * local)) * shape.context,
+        hidden=shape.hidden,
+        experts=shape.num_experts,
+        topk=shape.num_topk,
+        topk_groups=shape.num_topk_groups if shape.num_topk_groups < nodes else None,
+        wire="fp32",
+        layout="expanded",
+        seed=recipe.seed,
+        repeats=_BENCH_REPEATS,
+    )
+    print("\nThe same calls alone, as crossdock bench times them:")
+    hosts_report.print_hosts(config, bench_over_hosts(config), this_machine(with_gpu=False))
+
+
+def make_shape(num_ranks: int, num_hosts: int | None = None) -> Shape:
+    """The model, whose experts form a group for each rank, or for each host if there are several.
 
     Raises:
         ConfigError: ranks would hold different numbers of experts.
@@ -161,7 +203,8 @@ def make_shape(num_ranks: int) -> Shape:
             f"ranks={num_ranks} does not divide the {_EXPERTS} experts of a block; pass {', '.join(allowed[:-1])} or "
             f"{allowed[-1]}"
         )
-    return Shape(num_groups=num_ranks, num_topk_groups=groups_per_token(num_ranks))
+    groups = num_hosts or num_ranks
+    return Shape(num_groups=groups, num_topk_groups=groups_per_token(groups))
 
 
 def make_recipe(steps: int, seed: int) -> Recipe:

@@ -81,12 +81,15 @@ def _through(layer: Layer, index: int, buffer: Buffer, batches: Sequence[MicroBa
         batch.h = layer.attend(batch.h, batch.caches[index])
         x = layer.moe_norm(batch.h).flatten(0, 1)  # [S, H]
         picks, weights = moe.gate(x)
-        sent.append((batch, buffer.dispatch_start(x, picks), weights))
+        # Sums that are made elsewhere need the weights there.
+        travel = {"weights": weights} if buffer.spec.reduce == "node" else {}
+        sent.append((batch, buffer.dispatch_start(x, picks, **travel), weights))
     for batch, rows, weights in sent:
         recv = rows.wait()
         y = recv.output_rows()
         y.copy_(moe.experts(recv.x, recv.num_tokens_per_expert))  # [L, C, H]
-        batch.combining = buffer.combine_start(y, recv.plan, weights=weights)
+        of_rows = recv.weights if buffer.spec.reduce == "node" else weights
+        batch.combining = buffer.combine_start(y, recv.plan, weights=of_rows)
 
 
 @torch.no_grad()

@@ -54,6 +54,8 @@ class Outcome:
     num_written: int
     num_sequences: int
     written_per_s: float
+    hosts: str | None = None
+    """Hosts and ranks on each, ``2x2``; None: one host."""
 
     @property
     def train_s(self) -> float:
@@ -115,8 +117,9 @@ class Outcome:
     def title(self) -> str:
         """The configuration in a line."""
         shape = self.shape
+        on = "" if self.hosts is None else f" on hosts {self.hosts}"
         return (
-            f"{self.num_ranks} {'process' if self.num_ranks == 1 else 'processes'}, {shape.num_layers} layers of "
+            f"{self.num_ranks} {'process' if self.num_ranks == 1 else 'processes'}{on}, {shape.num_layers} layers of "
             f"{shape.num_experts} experts, top-{shape.num_topk} from {shape.num_topk_groups} of {shape.num_groups} "
             f"{'group' if shape.num_groups == 1 else 'groups'}, {self.num_parameters / 1e6:.1f} M parameters"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.arena import Arena
+from crossdock.arena import Arena, Control
 from crossdock.buffer import Buffer
 from crossdock.cli.demo.estimate import HOLD_OUT, TRAIN, WRITE
 from crossdock.cli.demo.generate import MicroBatch, draw_noise, generate
@@ -44,6 +44,8 @@ class Job:
     """[sequences of all ranks, N], -1 where a byte is to be written."""
     trace: str | None = None
     """The folder for the trace of training; None: no trace."""
+    over_hosts: bool = False
+    """Whether ranks are on several hosts, which then are nodes."""
 
     def noise(self) -> Tensor:
         """What the bytes are drawn with, [sequences of all ranks, N, 256]."""
@@ -79,17 +81,21 @@ def run_rank(member: Member, job: Job) -> RankRun:
     prompts = torch.from_numpy(job.prompts)
     own = [whole.chunk(member.num_ranks)[member.rank].to(device) for whole in (prompts, job.noise())]
     parts = [part.chunk(MICRO_BATCHES) for part in own]
+    topology = Topology.of(dist.group.WORLD) if job.over_hosts else Topology(num_ranks=member.num_ranks)
     specs = training_spec(shape, at_once * shape.context), decoding_spec(shape, len(parts[0][0]))
-    topology = Topology(num_ranks=member.num_ranks)
-    num_bytes = max(Arena(spec, topology).num_body_bytes for spec in specs)
-    with Connection(None, num_bytes, device=device, max_experts=shape.num_experts, trace=job.trace) as connection:
+    if job.over_hosts:
+        specs = replace(specs[0], reduce="node"), replace(specs[1], reduce="node")
+    num_bytes = max(num_body_bytes(spec, topology) for spec in specs)
+    with Connection(
+        None, num_bytes, device=device, max_experts=shape.num_experts, trace=job.trace, topology=topology
+    ) as connection:
         buffer, decoding = WatchedBuffer(connection, specs[0], watch), Buffer(connection, specs[1])
         model = expert_parallel_model(shape, buffer).to(device)
         gates = [module for module in model.modules() if isinstance(module, Gate)]
         model.load_state_dict(share(initial_values(shape, job.recipe.seed), member.rank, member.num_ranks))
 
         def balance(rate: float) -> None:
-            counts.append(torch.stack(buffer.take_counts()))  # [layers, P, E], no exchange: every plan has all counts
+            counts.append(_of_all_nodes(torch.stack(buffer.take_counts()), topology, member.rank, shape.num_experts))
             for gate, of_layer in zip(gates, counts[-1], strict=True):
                 gate.balance(of_layer.sum(0), rate)
 
@@ -120,6 +126,30 @@ def run_rank(member: Member, job: Job) -> RankRun:
         written=torch.cat([batch.tokens for batch in batches]).cpu().numpy(),
         generate_s=generate_s,
     )
+
+
+def num_body_bytes(spec: Spec, topology: Topology) -> int:
+    """Bytes that a Spec needs of a connection of these ranks."""
+    control = Control(
+        topology=topology,
+        max_experts=spec.num_experts,
+        max_in_flight=spec.num_slots,
+        over_rail=topology.num_nodes > 1,
+    )
+    return Arena(spec, topology, control).num_body_bytes
+
+
+def _of_all_nodes(counts: Tensor, topology: Topology, rank: int, num_experts: int) -> Tensor:
+    """[layers, P, E] of all experts. In one domain every plan has them; a node has those of its own experts."""
+    if topology.num_nodes == 1:
+        return counts[:, :, :num_experts]
+    node, local = divmod(rank, topology.node_size)
+    own = num_experts // topology.num_nodes
+    whole = counts.new_zeros(*counts.shape[:2], num_experts)
+    if local == 0:  # one rank speaks for its node
+        whole[:, :, node * own : (node + 1) * own] = counts[:, :, :own]
+    dist.all_reduce(whole)
+    return whole
 
 
 def _sum_through_host(tensor: Tensor) -> None:

@@ -89,7 +89,7 @@ class WatchedBuffer(Buffer):
         with self._watched("dispatch"):
             recv = super().dispatch(x, routing, **options)
         if not isinstance(routing, Plan):
-            self._noted.append(recv.plan.counts[:, : self.spec.num_experts])
+            self._noted.append(recv.plan.counts)
         return recv
 
     def combine(self, *args: Any, **options: Any) -> Any:
@@ -97,7 +97,10 @@ class WatchedBuffer(Buffer):
             return super().combine(*args, **options)
 
     def take_counts(self) -> list[Tensor]:
-        """int64 [P, E] of each new plan since the last call: rows from each rank for each expert, the same on all."""
+        """int64 [P, W] of each new plan since the last call: first the rows from each rank for each expert.
+
+        For experts of all ranks, the same on all; over nodes, for those of this node.
+        """
         noted, self._noted = self._noted, []
         return noted
 

@@ -109,6 +109,9 @@ class Figures:
     capacities: dict[str, int]
     """By layout, what ``capacity=`` the worst step needs."""
     candidates: Sequence[Candidate]
+    dispatch: cost.Prediction
+    combine: cost.Prediction
+    """What `crossdock size` predicts of these picks, of ranks of one node."""
     fitted_steps: int
     measured_steps: int
     """The candidates' placements were made from the first of these, and measured on the others, or on the same."""
@@ -120,10 +123,8 @@ class Figures:
 
     @property
     def busiest_s(self) -> float:
-        """Seconds of the busiest rank's link, by what it sends or gets, at `Topology`'s default bandwidth."""
-        bytes_of = self.link_bytes
-        most = max(float(bytes_of.sum(axis=1).max()), float(bytes_of.sum(axis=0).max()))
-        return most / Topology(num_ranks=self.recording.num_ranks).link_bandwidth
+        """Seconds of the busiest rank's link in a dispatch, by what it sends or gets; the mean of the steps."""
+        return self.dispatch.hops[-1].link_s
 
 
 def measure(recording: Recording, spec: Spec, *, replicas: Sequence[int]) -> Figures:
@@ -145,6 +146,8 @@ def measure(recording: Recording, spec: Spec, *, replicas: Sequence[int]) -> Fig
         placement = Placement.balanced(torch.from_numpy(load), num_physical=num_physical, num_ranks=recording.num_ranks)
         name = "exchanged" if extra == 0 else f"{extra} more on each rank"
         candidates.append(_candidate(name, unseen, spec, placement))
+    topology = Topology(num_ranks=recording.num_ranks)
+    rows = cost.recorded_rows(recording.picks, spec, topology)
     return Figures(
         recording=recording,
         spec=spec,
@@ -159,6 +162,8 @@ def measure(recording: Recording, spec: Spec, *, replicas: Sequence[int]) -> Fig
             "Padded": int(measured.expert_picks.max()),
         },
         candidates=candidates,
+        dispatch=cost.predict("dispatch", spec, topology, rows),
+        combine=cost.predict("combine", spec, topology, rows),
         fitted_steps=fitted,
         measured_steps=len(unseen.picks),
     )

@@ -13,6 +13,7 @@ from crossdock.cli.load.charts import expert_chart, link_chart, placement_chart,
 from crossdock.cli.load.figures import Figures, Imbalance
 from crossdock.cli.page import Card, Chart, as_json
 from crossdock.cli.terminal import without_trailing_blanks
+from crossdock.cost import TWO_HOPS
 from crossdock.spec import Topology
 from crossdock.version import __version__
 
@@ -85,6 +86,7 @@ def lines(figures: Figures) -> list[str]:
     bytes_of = figures.link_bytes
     rank = int(bytes_of.sum(axis=0).argmax())
     bandwidth = Topology(num_ranks=figures.recording.num_ranks).link_bandwidth
+    calls = ", ".join(f"a {call.op} {call.seconds * 1e6:.0f} us" for call in (figures.dispatch, figures.combine))
     capacities = ", ".join(f"{layout}(capacity={rows})" for layout, rows in figures.capacities.items())
     visits = (
         f"A token visits {figures.traffic.rows_per_token:.2f} ranks; equally likely picks would visit "
@@ -92,12 +94,20 @@ def lines(figures: Figures) -> list[str]:
     )
     link = (
         f"Rank {rank} gets most in a step's dispatch: {bytes_of[:, rank].sum() / 1e6:.2f} MB, the mean of the steps. "
-        f"The busiest link takes {figures.busiest_s * 1e6:.0f} us at {bandwidth / 1e9:.0f} GB/s."
+        f"The busiest link takes {figures.busiest_s * 1e6:.0f} us at {TWO_HOPS.link_share:.0%} of "
+        f"{bandwidth / 1e9:.0f} GB/s."
     )
-    said = [visits, link, f"The fullest step fits into {capacities}."]
+    predicted = f"Predicted, by crossdock size's model: {calls}; bound by {_bounds(figures)}."
+    said = [visits, link, predicted, f"The fullest step fits into {capacities}."]
     if figures.missing_share:
         said.append(f"{figures.missing_share:.1%} of the picks are -1.")
     return said
+
+
+def _bounds(figures: Figures) -> str:
+    names = {"fixed": "what a call costs beside its bytes"}
+    found = dict.fromkeys(call.bottleneck for call in (figures.dispatch, figures.combine))
+    return " and ".join(names.get(name, name) for name in found)
 
 
 def fitted(figures: Figures) -> str:

@@ -12,11 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from crossdock.cli.mps.sharing import CONTROL, LOG_DIRECTORY, PERCENTAGE, PIPE_DIRECTORY
-from crossdock.cli.signals import ENDS, handled
+from crossdock.cli.signals import ENDS, ends_raised, handled
 from crossdock.errors import BackendUnavailable, ConfigError
 
 _ANSWER_S = 30.0
@@ -37,7 +35,7 @@ def mps_daemon() -> Iterator[dict[str, str]]:
     log.mkdir()
     variables = {PIPE_DIRECTORY: str(pipes), LOG_DIRECTORY: str(log)}
     environ = {name: value for name, value in os.environ.items() if name != PERCENTAGE} | variables
-    with _ends_raised():
+    with ends_raised():
         try:
             _start(environ, folder / "said")
             yield variables
@@ -112,14 +110,3 @@ def _ask(command: str, environ: dict[str, str]) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout
-
-
-@contextmanager
-def _ends_raised() -> Iterator[None]:
-    """Signals that would end this process without a word raise SystemExit, so that blocks end as they should."""
-
-    def raise_exit(number: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    with handled([number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL], raise_exit):
-        yield

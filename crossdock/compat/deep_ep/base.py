@@ -84,7 +84,7 @@ class BufferBase:
     def _theoretical_sms(self, nvlink_gbs: float) -> int:
         """SMs whose stores fill the links, twice: a combine loads over them, which takes more."""
         rate = nvlink_gbs * 1e9 or Topology(num_ranks=self.num_ranks).link_bandwidth
-        num_sms = max(self._SMS_MIN, 2 * cost.sms_to_fill(rate))
+        num_sms = max(self._SMS_MIN, cost.sms_to_store(rate))
         return -(-num_sms // self._SMS_MULTIPLE) * self._SMS_MULTIPLE
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:

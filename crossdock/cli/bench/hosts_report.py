@@ -1,0 +1,87 @@
+"""Figures of a run over hosts: table and JSON lines. Needs rich (``crossdock[cli]``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from rich import box
+from rich.table import Table
+
+from crossdock.cli.bench.host_figures import HostFigure
+from crossdock.cli.bench.over_hosts import HostsConfig
+from crossdock.cli.machine import Machine
+from crossdock.cli.terminal import console_of
+
+_WIDTH = 124
+_HEADINGS = (
+    "picks",
+    "op",
+    "median ms",
+    "p10 – p90",
+    "on the link",
+    "of bound",
+    "TCP",
+    "of TCP",
+    "flat",
+    "vs flat",
+    "predicted",
+)  # fmt: skip
+
+
+def json_lines(config: HostsConfig, figures: Sequence[HostFigure], machine: Machine) -> Iterator[str]:
+    """A line for each operation."""
+    for figure in figures:
+        yield json.dumps({**asdict(config), **asdict(figure), "machine": asdict(machine)})
+
+
+def print_hosts(config: HostsConfig, figures: Sequence[HostFigure], machine: Machine) -> None:
+    """The table, and how it was measured, on stdout."""
+    console = console_of(_WIDTH)
+    console.print(str(config), highlight=False, markup=False, style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in (
+        "picks",
+        "op",
+        "median",
+        "p10 – p90",
+        "on the link",
+        "of bound",
+        "TCP",
+        "of TCP",
+        "flat",
+        "vs flat",
+    ):
+        table.add_column(heading, justify="left" if heading in ("picks", "op") else "right", no_wrap=True)
+    table.add_column("predicted", justify="right", no_wrap=True)
+    for figure in figures:
+        table.add_row(*_cells(figure))
+    console.print(table)
+    for line in _notes(config, machine):
+        console.print(line, highlight=False, markup=False, style="dim")
+
+
+def _cells(figure: HostFigure) -> tuple[str, ...]:
+    return (
+        figure.picks,
+        figure.op,
+        f"{figure.median_ms:,.0f}",
+        f"{figure.p10_ms:,.0f} – {figure.p90_ms:,.0f}",
+        f"{figure.link_bytes / 1e6:,.2f} MB",
+        f"{figure.link_bytes / figure.bound_bytes:.3f}",
+        f"{figure.tcp_ms:,.0f}",
+        f"{figure.median_ms / figure.tcp_ms:.2f}",
+        f"{figure.flat_ms:,.0f}",
+        f"{figure.flat_ms / figure.median_ms:.1f}×",
+        f"{figure.predicted_ms:,.0f}",
+    )
+
+
+def _notes(config: HostsConfig, machine: Machine) -> list[str]:
+    return [
+        f"Slowest rank's median of {config.repeats} calls, after one other; rows and sums equal gloo's, bit for bit.",
+        "On the link: what the fullest host sends in a call, by its interface. Bound: one row for each token and",
+        "foreign host, with metadata and places. TCP: plain sockets for as many bytes. Flat: gloo's all_to_all_single.",
+        f"Hosts are network namespaces of one machine: {machine}",
+    ]
