@@ -8,6 +8,7 @@ graphs (tests/gpu). 6 two results outstanding, switching. 7 groups and hints. 8 
 import gc
 import inspect
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -337,22 +338,22 @@ def one_is_refused(group):
     def elastic_dispatch(x=x, idx=idx, weights=weights):
         return elastic.dispatch(x, idx, weights, num_experts=batch.num_experts)
 
+    def normal_dispatch():
+        return buffer.dispatch(x, **given, topk_idx=idx, topk_weights=weights)
+
     def calls():
         rows, _, _, handle, _ = elastic_dispatch()
         elastic.combine(rows, handle)
-        buffer.dispatch(x, **given, topk_idx=idx, topk_weights=weights)
+        normal_dispatch()
         buffer.low_latency_dispatch(x, idx, 16, batch.num_experts, use_fp8=False)
 
     calls()
     for call, guilty in (
-        (elastic_dispatch, lambda: elastic_dispatch(*many)),
+        (elastic_dispatch, partial(elastic_dispatch, *many)),
+        (normal_dispatch, lambda: buffer.dispatch(x, **given, topk_idx=idx)),
         (
-            lambda: buffer.dispatch(x, **given, topk_idx=idx, topk_weights=weights),
-            lambda: buffer.dispatch(x, **given, topk_idx=idx),
-        ),
-        (
-            lambda: buffer.low_latency_dispatch(x, idx, 16, batch.num_experts, use_fp8=False)[1].sum(),
-            lambda: buffer.low_latency_dispatch(*many[:2], 16, batch.num_experts, use_fp8=False),
+            lambda: buffer.low_latency_dispatch(x, idx, 16, num_experts=batch.num_experts, use_fp8=False)[1].sum(),
+            partial(buffer.low_latency_dispatch, *many[:2], 16, batch.num_experts, use_fp8=False),
         ),
     ):
         with pytest.raises(ConfigError if is_guilty else PeerFailed) as error:
