@@ -205,7 +205,7 @@ def _sh(command: str) -> None:
 def _be_a_host(folder: Path, node: int) -> None:
     setting = Setting(*pickle.loads((folder / "setting").read_bytes()))  # noqa: S301 - our own parent
     _sh("mount -t tmpfs tmpfs /dev/shm")  # ip netns exec has given this process mounts of its own
-    env = os.environ | {
+    os.environ |= {
         "CROSSDOCK_HOSTS_FOLDER": str(folder),
         "GLOO_SOCKET_IFNAME": f"{setting.prefix}v{node}",
         "UCX_TLS": "tcp,self",  # else it finds a way around the link
@@ -213,31 +213,35 @@ def _be_a_host(folder: Path, node: int) -> None:
         "UCX_WARN_UNUSED_ENV_VARS": "n",
         "NIXL_LOG_LEVEL": "ERROR",
     }
-    ranks = [
-        subprocess.Popen([sys.executable, "-m", "tests.hosts", str(folder), str(node), str(local)], env=env)
-        for local in range(setting.local)
-    ]
-    for rank in ranks:
-        rank.wait()
+    # Ranks are forks of a host that has imported what they need: that takes seconds.
+    program, args = pickle.loads((folder / "job").read_bytes())  # noqa: S301 - our own parent
+    ranks = []
+    for local in range(setting.local):
+        if pid := os.fork():
+            ranks.append(pid)
+            continue
+        try:
+            _be_a_rank(folder, setting, node * setting.local + local, lambda group: program(group, *args))
+        except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    for pid in ranks:
+        os.waitpid(pid, 0)
 
 
-def _be_a_rank(folder: Path, node: int, local: int) -> None:
-    import torch  # noqa: PLC0415 - a host needs none of this
-    import torch.distributed as dist  # noqa: PLC0415
+def _be_a_rank(folder: Path, setting: Setting, rank: int, program: Callable[[Any], Any]) -> None:
+    import torch.distributed as dist  # noqa: PLC0415 - a parent that makes hosts needs none of this
 
     from tests.world import _dumps  # noqa: PLC0415
 
     warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    setting = Setting(*pickle.loads((folder / "setting").read_bytes()))  # noqa: S301 - our own parent
-    program, args = pickle.loads((folder / "job").read_bytes())  # noqa: S301
-    rank = node * setting.local + local
     leave(f"pid-{rank}", str(os.getpid()))
     size = setting.nodes * setting.local
     at = f"tcp://10.77.0.1:{PORT}"
     dist.init_process_group("gloo", init_method=at, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     try:
-        outcome = _dumps(program(dist.group.WORLD, *args))
+        outcome = _dumps(program(dist.group.WORLD))
     except BaseException as error:  # noqa: BLE001 - how a rank leaves its program is an outcome too
         error.add_note(f"Raised on rank {rank}:\n{traceback.format_exc()}")
         outcome = _dumps(error)
@@ -249,7 +253,4 @@ def _be_a_rank(folder: Path, node: int, local: int) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        _be_a_host(Path(sys.argv[1]), int(sys.argv[2]))
-    else:
-        _be_a_rank(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    _be_a_host(Path(sys.argv[1]), int(sys.argv[2]))
