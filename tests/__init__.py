@@ -3,6 +3,9 @@
 import importlib.util
 import os
 
+# A server whose forks are ranks has one thread. numpy's library would start others as it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 from jaxtyping import install_import_hook
 

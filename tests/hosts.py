@@ -113,8 +113,9 @@ class Hosts:
         return path.read_text()
 
     def signal(self, rank: int, number: signal.Signals) -> None:
-        """Sends a signal to a rank, which has left its number as ``pid-RANK``."""
-        os.kill(int(self.wait_for(f"pid-{rank}")), number)
+        """Sends a signal to a rank, which has left its number as ``pid-RANK``, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(self.wait_for(f"pid-{rank}")), number)
 
     @contextlib.contextmanager
     def link_down(self, node: int) -> Iterator[None]:
