@@ -11,8 +11,21 @@ from pathlib import Path
 
 import pytest
 
-LONGEST = ("tests/worlds/test_cuda_interpreted.py",)
-"""Modules of a minute and more, longest first: they are taken first, so that lanes end together."""
+LONGEST = (
+    "tests/unit/test_cuda_code.py",
+    "tests/worlds/test_nodes.py",
+    "tests/worlds/test_cuda_interpreted.py",
+    "tests/worlds/test_compiled.py",
+    "tests/worlds/test_hosts.py",
+    "tests/house/test_examples.py",
+    "tests/house/test_docs.py",
+    "tests/worlds/test_autograd.py",
+    "tests/worlds/test_bench.py",
+    "tests/worlds/test_demo.py",
+    "tests/worlds/test_dispatch.py",
+    "tests/worlds/test_combine.py",
+)
+"""Modules of about a minute, longest first: they are taken first, so that lanes end together."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
