@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from crossdock.layout import Padded
+from crossdock.extent import Extent
 from crossdock.masks import num_words
 from crossdock.scales import ScaleLayout
 from crossdock.spec import Spec, Topology
@@ -83,10 +83,13 @@ class Control(_Table):
 
     @property
     def num_counts(self) -> int:
-        """Counts for which a row has room: E per expert and P per rank; over a rail, those that a node is told."""
+        """Counts for which a row has room: E per expert, P per rank, and the tokens of a rank that brings too many.
+
+        Over a rail, those that a node is told.
+        """
         if self.over_rail:
             return -(-self.max_experts // self.topology.num_nodes) + self.topology.node_size + 1
-        return self.max_experts + self.topology.num_ranks
+        return self.max_experts + self.topology.num_ranks + 1
 
     @cached_property
     def regions(self) -> dict[str, Region]:
@@ -187,16 +190,14 @@ class Arena(_Table):
         return spec.max_tokens * (spec.num_topk if by_pick else min(spec.num_topk, self.topology.num_ranks))
 
     @cached_property
+    def extent(self) -> Extent:
+        """What calls of the Spec's own M use of a slot: all of it."""
+        return Extent.of(self.spec, self.topology.num_ranks)
+
+    @property
     def scales(self) -> ScaleLayout:
         """Layout of the scales of one slot; ``num_scales`` is 0 for an unquantized wire."""
-        spec, num_ranks = self.spec, self.topology.num_ranks
-        return ScaleLayout(
-            num_segments=spec.num_local_experts(num_ranks) if isinstance(spec.layout, Padded) else None,
-            segment_rows=spec.capacity(num_ranks),
-            num_scales=spec.wire.num_scales(spec.hidden),
-            dtype=spec.wire.scale_dtype,
-            column_major=spec.wire.column_major,
-        )
+        return self.extent.scales
 
     @cached_property
     def regions(self) -> dict[str, Region]:

@@ -36,7 +36,7 @@ class Share:
                 other.vacate(slots.begin, slots.end, queue)
         queue.drain()
         queue.check_room(slots)
-        self.user = slots
+        self.user, slots.is_settled = slots, False
 
     def vacate(self, queue: CallQueue) -> None:
         """All rows here are stale.

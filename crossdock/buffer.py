@@ -23,12 +23,13 @@ from crossdock.backends.base import Batch, Call, Counters, Event, LaunchOptions,
 from crossdock.connection import AnyGroup, Connection, Stats
 from crossdock.consent import CALL_SIGNATURE_BITS, PUSHED, Kind, Word
 from crossdock.errors import ConfigError
+from crossdock.extent import Extent
 from crossdock.kinds import NUM_CALL_KINDS, CallKind, Kinds, key_of
 from crossdock.layout import Padded
 from crossdock.masks import drop_picks, listed
 from crossdock.memo import PlanMemo
 from crossdock.pending import Pending
-from crossdock.plan import Plan
+from crossdock.plan import Plan, overflow
 from crossdock.received import Received
 from crossdock.routing import check_picks, picks_of_ranks
 from crossdock.slots import ReceiveSlots
@@ -143,7 +144,8 @@ class Buffer:
         self._memo = PlanMemo(spec)
         self._kinds: Kinds[CallKind] = Kinds(NUM_CALL_KINDS)
         self._debug = debug
-        self._slot_rows = spec.num_slot_rows(self.topology.num_ranks)
+        self._extents: dict[int | None, Extent] = {None: self.arena.extent, spec.max_tokens: self.arena.extent}
+        """What calls use of a receive slot, by their M."""
         self._ranks_sum = spec.reduce == "rank"
         self._weighs_rows = spec.reduce != "token"
         """Whether a combine takes a weight of each row, or of each pick."""
@@ -221,10 +223,10 @@ class Buffer:
 
     def check_overflow(self) -> None:
         """Raises a CapacityError that was not raised yet, of a dispatch that has been waited for."""
-        for overflow in self._backend.overflows:
-            sequence, error = overflow
+        for found in self._backend.overflows:
+            sequence, error = found
             if not self._queue.has_unwaited(sequence):  # or ranks would raise in different calls, as it was found
-                self._backend.overflows.remove(overflow)
+                self._backend.overflows.remove(found)
                 raise error
 
     def forget_overflows(self) -> None:
@@ -306,6 +308,7 @@ class Buffer:
         weights: Tensor | None = None,
         extras: Sequence[Tensor] = (),
         rows: RowCount | None = None,
+        max_tokens: int | None = None,
         unquantized: bool = False,
         copy: bool = False,
         num_sms: int | None = None,
@@ -327,6 +330,10 @@ class Buffer:
                 Padded); ``"capacity"``: it has as many as the slot has room for, and an overflow gives zero counts and
                 raises later: in ``check()``, or in the next call (on CUDA after 32 fresh dispatches, for the host does
                 not wait). The same on all ranks.
+            max_tokens: the most tokens that any rank passes to this call, at most the Spec's; None: the Spec's, or the
+                plan's. The same on all ranks, and fixed in a graph. Rows then lie as those of a Spec with that M: with
+                ``"capacity"``, and for Padded, ``recv.x`` is as much smaller, and ``recv.src_idx`` counts by it. A rank
+                that brings more makes all ranks raise CapacityError, as rows that do not fit do.
             unquantized: x is in the combine format and travels as it is, whatever the wire, as gradients do. The rows
                 lie where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own
                 format; calls in flight are finished first. The same on all ranks.
@@ -343,8 +350,8 @@ class Buffer:
         """
         with self._queue.turn:
             return self._start_dispatch(
-                x, routing, weights, extras, rows, at_once=True, unquantized=unquantized, copy=copy, num_sms=num_sms,
-                after=after, counters=counters,
+                x, routing, weights, extras, rows, max_tokens, at_once=True, unquantized=unquantized, copy=copy,
+                num_sms=num_sms, after=after, counters=counters,
             ).finished()  # fmt: skip
 
     def dispatch_start(
@@ -355,6 +362,7 @@ class Buffer:
         weights: Tensor | None = None,
         extras: Sequence[Tensor] = (),
         rows: RowCount | None = None,
+        max_tokens: int | None = None,
         unquantized: bool = False,
         copy: bool = False,
         num_sms: int | None = None,
@@ -364,8 +372,8 @@ class Buffer:
         """``dispatch`` in two halves: begins it, and waits for nobody. At most ``spec.num_slots`` calls un-waited."""
         with self._queue.turn:
             return self._start_dispatch(
-                x, routing, weights, extras, rows, at_once=False, unquantized=unquantized, copy=copy, num_sms=num_sms,
-                after=after, counters=counters,
+                x, routing, weights, extras, rows, max_tokens, at_once=False, unquantized=unquantized, copy=copy,
+                num_sms=num_sms, after=after, counters=counters,
             )  # fmt: skip
 
     def _start_dispatch(
@@ -375,6 +383,7 @@ class Buffer:
         weights: Tensor | None,
         extras: Sequence[Tensor],
         rows: RowCount | None,
+        max_tokens: int | None,
         *,
         at_once: bool,
         unquantized: bool,
@@ -389,18 +398,19 @@ class Buffer:
         if asks_host or self._moves_blocks:
             self._backend.check_capture(asks_host=asks_host)
         try:
-            takes_over = self._share.user is not self._slots
-            if takes_over:
+            if self._share.user is not self._slots:
                 self._share.take(self._slots, self._queue)
             if self._backend.overflows:
                 self.check_overflow()
             batch = Batch(x, weights, tuple(extras), unquantized)
-            key = key_of(("dispatch", rows, unquantized, at_once, num_sms), (x, routing, weights, *batch.extras))
+            key = key_of(
+                ("dispatch", rows, max_tokens, unquantized, at_once, num_sms), (x, routing, weights, *batch.extras)
+            )
             known = self._kinds.get(key) if key else None
-            if known is not None and self._fits_dispatch(batch, routing):
+            if known is not None and self._fits_dispatch(batch, routing, max_tokens):
                 kind = known
             else:
-                kind = self._vetted_dispatch(batch, routing, rows, num_sms)
+                kind = self._vetted_dispatch(batch, routing, rows, max_tokens, num_sms)
             if not isinstance(routing, Plan) and (self._looks_at_picks or self.masked or not kind.takes_picks_as_given):
                 routing = self._picks(routing)
             if after is not None or counters is not None:
@@ -412,15 +422,17 @@ class Buffer:
             self._queue.drain()  # or rows would be overwritten that a combine in flight still pulls
             self._queue.check_room(self._slots, self.spec.num_slots)
         slot = self._slots.take(self._queue)
-        if self._debug and not takes_over:  # else peers may still pull what another Spec's call has left there
+        if self._debug and self._slots.is_settled:  # else peers may still pull what another Spec's call has left there
             self._slots.poison(slot, "data", "scale", "metadata")
         plan = routing if isinstance(routing, Plan) else None
+        most = None if plan or max_tokens == self.spec.max_tokens else max_tokens
         verb = Kind.CACHED_DISPATCH if plan else Kind.DISPATCH
         word = kind.words.get((slot, PUSHED)) or self._word(
-            kind, verb, slot, PUSHED, plan, (row_count, unquantized, weights is None, _shapes(extras))
+            kind, verb, slot, PUSHED, plan, (row_count, most, unquantized, weights is None, _shapes(extras))
         )
         is_first = not self._queue.running
-        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, counters)
+        extent = self._extents.get(max_tokens)  # a plan has its own
+        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, counters, extent)
         steps = self._backend.dispatch(call, batch, routing)
 
         copies = self._backend.copied if copy else None
@@ -433,21 +445,28 @@ class Buffer:
             self._kinds.keep(key, kind)
         return pending
 
-    def _fits_dispatch(self, batch: Batch, routing: Tensor | Plan) -> bool:
+    def _fits_dispatch(self, batch: Batch, routing: Tensor | Plan, max_tokens: int | None) -> bool:
         """Whether a batch of a kind that has been seen is allowed too: its numbers of tokens, and its plan."""
         x, weights, extras, _ = batch
         num_tokens = (x.data if isinstance(x, Quantized) else x).shape[0]
         if isinstance(routing, Plan):
             is_ours = routing.buffer_id == self._id and routing.masked == self.masked
-            fits = is_ours and routing.num_tokens == num_tokens
+            fits = is_ours and routing.num_tokens == num_tokens and max_tokens in (None, routing.extent.max_tokens)
         else:
-            fits = routing.shape[0] == num_tokens <= self.spec.max_tokens
+            extent = self._extents.get(max_tokens)
+            fits = extent is not None and (self._backend.tells_tokens or num_tokens <= extent.max_tokens)
+            fits = fits and routing.shape[0] == num_tokens
         fits = fits and (not isinstance(x, Quantized) or x.scale.shape[0] == num_tokens)
         fits = fits and (weights is None or weights.shape[0] == num_tokens)
         return fits and (not extras or all(extra.shape[0] == num_tokens for extra in extras))
 
     def _vetted_dispatch(
-        self, batch: Batch, routing: Tensor | Plan, rows: RowCount | None, num_sms: int | None
+        self,
+        batch: Batch,
+        routing: Tensor | Plan,
+        rows: RowCount | None,
+        max_tokens: int | None,
+        num_sms: int | None,
     ) -> CallKind:
         """The kind of a dispatch of which everything is allowed.
 
@@ -466,15 +485,41 @@ class Buffer:
                 raise ConfigError(
                     f"x has {num_tokens} tokens, the plan was made for {routing.num_tokens}; pass as many"
                 )
+            if max_tokens not in (None, routing.extent.max_tokens):
+                raise ConfigError(
+                    f"max_tokens={max_tokens}, and the plan is of a dispatch with {routing.extent.max_tokens}; leave "
+                    f"it out with a plan"
+                )
         else:
             inputs.check_topk_idx(self.spec, routing, num_tokens, num_ranks=self.topology.num_ranks)
             # By strides: one token has no gaps, whatever its kind has with more.
             kind.takes_picks_as_given = routing.dtype == torch.int64 and routing.stride() == (self.spec.num_topk, 1)
+            extent = self._learn_extent(max_tokens)
+            if num_tokens > extent.max_tokens and not self._backend.tells_tokens:
+                raise overflow(extent.spec, self.topology, worst=-1 - self.rank, needed=num_tokens)
         inputs.check_weights(self.spec, weights, num_tokens)
         inputs.check_token_extras(self.spec, extras, num_tokens)
         if rows not in (None, "exact", "capacity"):
             raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
         return kind
+
+    def _learn_extent(self, max_tokens: int | None) -> Extent:
+        """What calls of this M use of a receive slot.
+
+        Raises:
+            ConfigError: it is no M that a call of this Spec can have.
+        """
+        if max_tokens in self._extents:
+            return self._extents[max_tokens]
+        most = self.spec.max_tokens
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or not 0 < max_tokens <= most:
+            raise ConfigError(
+                f"max_tokens={max_tokens!r} of a call; pass an integer from 1 to {most}, the Spec's, or None for that"
+            )
+        if len(self._extents) >= NUM_CALL_KINDS:
+            del self._extents[next(each for each in self._extents if each not in (None, self.spec.max_tokens))]
+        extent = self._extents[max_tokens] = Extent.of(self.spec, self.topology.num_ranks, max_tokens=max_tokens)
+        return extent
 
     def _picks(self, topk_idx: Tensor) -> Tensor:
         """Picks as int64 without gaps, of a mask of ranks too, and without those of masked ranks.
@@ -691,7 +736,7 @@ class Buffer:
         lead = y.shape[:-1]
         fits = plan.buffer_id == self._id and plan.masked == self.masked
         if partial_rows is None:
-            fits = fits and inputs.fits_lead(self.spec, plan, lead, self._slot_rows)
+            fits = fits and inputs.fits_lead(self.spec, plan, lead)
         else:
             fits = fits and len(lead) == 1 and partial_rows.shape[0] >= plan.num_partial_rows
         if weights is not None:
@@ -712,7 +757,7 @@ class Buffer:
         inputs.check_no_grad(y, weights, bias, out, *(extras or ()))
         inputs.check_plan(plan, self._id, self.masked)
         if partial_rows is None:
-            inputs.check_outputs(self.spec, plan, y, self._slot_rows)
+            inputs.check_outputs(self.spec, plan, y)
         else:
             inputs.check_partial_rows(self.spec, plan, given)
         lead = tuple(y.shape[:-1])
@@ -748,7 +793,7 @@ class Buffer:
             inputs.check_device(self.device, {"extras": extras})
             inputs.check_no_grad(*extras)
             inputs.check_plan(plan, self._id, self.masked)
-            lead = inputs.check_lone_extras(self.spec, plan, extras, self._slot_rows)
+            lead = inputs.check_lone_extras(self.spec, plan, extras)
             inputs.check_row_extras(extras, lead=lead, limit=self.arena.return_bytes)
             returned = inputs.flat_extras(extras, lead)
             if after is not None:

@@ -6,6 +6,7 @@ Messages say what is wrong, what was got, what is allowed and what to do, in tha
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 
@@ -18,7 +19,22 @@ class ConfigError(CrossdockError, ValueError):
 
 
 class CapacityError(ConfigError):
-    """More rows were routed to a rank (or to one of its experts) than its buffer was given room for."""
+    """There is not room for a call: too many rows for a rank (or one of its experts), or a rank with too many tokens.
+
+    The same on all ranks, so that all can make room together.
+
+    Attributes:
+        num_rows: the most rows that were routed to a rank (Padded: to an expert); None where tokens were too many.
+        num_tokens: the most tokens that a rank brought; None where rows were too many.
+    """
+
+    def __init__(self, message: str, *, num_rows: int | None = None, num_tokens: int | None = None) -> None:
+        super().__init__(message)
+        self.num_rows = num_rows
+        self.num_tokens = num_tokens
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), num_rows=self.num_rows, num_tokens=self.num_tokens), (str(self),)
 
 
 class BackendUnavailable(CrossdockError, ImportError):

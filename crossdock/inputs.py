@@ -97,11 +97,6 @@ def check_tokens(spec: Spec, x: Tensor | Quantized, *, unquantized: bool) -> int
     if data.dim() != 2 or data.shape[1] != num_columns:
         takes = f"hidden={spec.hidden}" if num_columns == spec.hidden else f"{num_columns} of hidden={spec.hidden}"
         raise ConfigError(f"x has shape {_shape(data)}; this buffer takes [tokens, {takes}]")
-    if data.shape[0] > spec.max_tokens:
-        raise ConfigError(
-            f"x has {data.shape[0]} tokens, more than max_tokens={spec.max_tokens}; split the batch, or make the "
-            f"Spec with a larger max_tokens"
-        )
     if unquantized:
         if isinstance(x, Quantized) or data.dtype != spec.combine_dtype:
             raise ConfigError(
@@ -222,11 +217,11 @@ def check_plan(plan: Plan, buffer_id: int, masked: tuple[int, ...]) -> None:
         raise made_before(sorted(set(masked) - set(plan.masked)))
 
 
-def check_outputs(spec: Spec, plan: Plan, y: Tensor, slot_rows: int) -> None:
+def check_outputs(spec: Spec, plan: Plan, y: Tensor) -> None:
     """Experts' outputs of a plan: shaped as the rows that came, in the combine format."""
     _check_format_of_outputs(spec, y)
     *lead, hidden = y.shape or (0,)
-    leads = _leads(spec, plan, slot_rows)
+    leads = _leads(spec, plan)
     if hidden != spec.hidden or tuple(lead) not in leads:
         shapes = " or ".join(str([*allowed, spec.hidden]) for allowed in leads)
         raise ConfigError(f"y has shape {_shape(y)}; pass the outputs in the places of the rows that came, {shapes}")
@@ -265,11 +260,11 @@ def check_row_numbers(partial_rows: Tensor, *, num_rows: int) -> None:
         )
 
 
-def check_lone_extras(spec: Spec, plan: Plan, extras: Sequence[Tensor], slot_rows: int) -> tuple[int, ...]:
+def check_lone_extras(spec: Spec, plan: Plan, extras: Sequence[Tensor]) -> tuple[int, ...]:
     """Extras that go home without outputs: at least one. Gives the leading dimensions that they must share."""
     if not extras:
         raise ConfigError("extras is empty; pass the tensors that are to go home")
-    leads = _leads(spec, plan, slot_rows)
+    leads = _leads(spec, plan)
     _check_tensor("extras[0]", extras[0])
     shape = tuple(extras[0].shape)
     return next((lead for lead in leads if shape[: len(lead)] == lead), leads[0])
@@ -349,15 +344,16 @@ def flat_extras(extras: Sequence[Tensor] | None, lead: Sequence[int]) -> tuple[T
     return tuple(extra.reshape(math.prod(lead), *extra.shape[len(lead) :]) for extra in extras) if extras else ()
 
 
-def fits_lead(spec: Spec, plan: Plan, lead: Sequence[int], slot_rows: int) -> bool:
+def fits_lead(spec: Spec, plan: Plan, lead: Sequence[int]) -> bool:
     """Whether rows of the plan may have these leading dimensions."""
     if len(lead) == 1:
-        return lead[0] in (plan.num_rows, slot_rows) and not isinstance(spec.layout, Padded)
-    return tuple(lead) in _leads(spec, plan, slot_rows)
+        return lead[0] in (plan.num_rows, plan.extent.slot_rows) and not isinstance(spec.layout, Padded)
+    return tuple(lead) in _leads(spec, plan)
 
 
-def _leads(spec: Spec, plan: Plan, slot_rows: int) -> list[tuple[int, ...]]:
+def _leads(spec: Spec, plan: Plan) -> list[tuple[int, ...]]:
     """Leading dimensions that rows of the plan may have: those that came, or, as with ``rows="capacity"``, the slot."""
+    slot_rows = plan.extent.slot_rows
     if isinstance(spec.layout, Padded):
         num_local = plan.num_tokens_per_expert.shape[0]
         return [(num_local, slot_rows // num_local)]

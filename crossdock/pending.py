@@ -272,10 +272,14 @@ class CallQueue:
             self.drive(self.running[-1])
 
     def refuse(self, error: Exception) -> None:
-        """Gives up a call that cannot begin; those in flight are finished first, and their results stay."""
+        """Gives up a call that cannot begin; those in flight are finished first, and their results stay.
+
+        On a device too: or a peer, which may be calls behind, would find void what all ranks have begun.
+        """
         num_ended = self._consent.num_ended
         try:
             self.drain()
+            self.settle()
         finally:
             if self._consent.num_ended == num_ended:  # else the peers know already that this epoch has ended
                 self._fail(error)

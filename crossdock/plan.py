@@ -21,6 +21,7 @@ from jaxtyping import Int, Int32, Int64
 from torch import Tensor
 
 from crossdock.errors import CapacityError
+from crossdock.extent import Extent
 from crossdock.layout import Padded
 from crossdock.spec import Spec, Topology
 
@@ -94,6 +95,8 @@ class Plan:
     rank: int
     buffer_id: int
     """The buffer that made the plan; 0 for none."""
+    extent: Extent
+    """How much of a receive slot its rows may take, and how sources of rows are numbered: by the M of its dispatch."""
     stamp: int
     """The same on all ranks: the sequence number of the plan's dispatch. A backend stamps remade plans otherwise."""
     topk_idx: Int[Tensor, "T K"]
@@ -174,8 +177,16 @@ def local_counts(spec: Spec, topology: Topology, topk_idx: Int[Tensor, "T K"]) -
     return torch.from_numpy(counts)
 
 
-def check_capacity(spec: Spec, topology: Topology, counts: Int64[Tensor, "P W"]) -> None:
-    """Raises the same CapacityError on every rank if any rank would receive more rows than its capacity."""
+def check_capacity(
+    spec: Spec, topology: Topology, counts: Int64[Tensor, "P W"], too_many: Int64[Tensor, "P"] | None = None
+) -> None:
+    """Raises the same CapacityError on every rank if any rank would receive more rows than its capacity.
+
+    Args:
+        too_many: the tokens of each rank that brings more than ``max_tokens``, 0 of the others.
+    """
+    if too_many is not None and (brought := int(too_many.max())):
+        raise overflow(spec, topology, worst=-1 - int(too_many.argmax()), needed=brought)
     capacity = spec.capacity(topology.num_ranks)
     _, ends, per_segment = _final_blocks(spec, topology, counts.numpy())
     needed = per_segment if isinstance(spec.layout, Padded) else ends
@@ -185,23 +196,31 @@ def check_capacity(spec: Spec, topology: Topology, counts: Int64[Tensor, "P W"])
 
 
 def overflow(spec: Spec, topology: Topology, *, worst: int, needed: int) -> CapacityError:
-    """The CapacityError for more rows than fit.
+    """The CapacityError for more rows than fit, or more tokens than a call may have.
 
     Args:
-        worst: the rank (Padded: the expert, 0 to E - 1) that would receive too many rows.
-        needed: the rows that it would receive.
+        worst: the rank (Padded: the expert, 0 to E - 1) that would receive too many rows; -1 - rank for the rank that
+            brings too many tokens.
+        needed: the rows that it would receive, or the tokens that it brings.
     """
+    if worst < 0:
+        return CapacityError(
+            f"rank {-1 - worst} brought {needed} tokens, more than max_tokens={spec.max_tokens}; no row was moved: "
+            f"split the batch, or pass max_tokens={needed} or more to the call, or to the Spec where that has fewer",
+            num_tokens=needed,
+        )
     rank, place = worst, ""
     if isinstance(spec.layout, Padded):
         rank, segment = divmod(worst, spec.num_local_experts(topology.num_ranks))
         place = f", local expert {segment}"
     return CapacityError(
         f"{needed} rows were routed to rank {rank}{place}, whose capacity is {spec.capacity(topology.num_ranks)}; no "
-        f"row was moved: pass {type(spec.layout).__name__}(capacity={needed}) or more in the Spec, or route less"
+        f"row was moved: pass {type(spec.layout).__name__}(capacity={needed}) or more in the Spec, or route less",
+        num_rows=needed,
     )
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 - all that a plan is made of
     spec: Spec,
     topology: Topology,
     *,
@@ -210,16 +229,21 @@ def make_plan(
     counts: Int64[Tensor, "P W"],
     stamp: int = 0,
     buffer_id: int = 0,
+    extent: Extent | None = None,
 ) -> HostPlan:
     """The plan of ``rank`` from its own picks and the counts of all ranks (``local_counts``, stacked).
 
     Prefix sums alone: a row's destination depends on the counts and the order of tokens only, so every run gives the
     same bits. The caller has checked the capacity (``check_capacity``).
+
+    Args:
+        extent: what its dispatch uses of a receive slot; None: what the Spec's own M does.
     """
+    extent = extent or Extent.of(spec, topology.num_ranks)
     picks, all_counts = topk_idx.numpy(), counts.numpy()
     num_local = spec.num_local_experts(topology.num_ranks)
     final, ends, per_segment = _final_blocks(spec, topology, all_counts)
-    base = spec.layout.segment_starts(per_segment, spec.capacity(topology.num_ranks))  # [P, segments + 1]
+    base = spec.layout.segment_starts(per_segment, extent.capacity)  # [P, segments + 1]
     dst_starts = base[:, :-1].reshape(-1) + _exclusive_cumsum(final, axis=0)  # [P, B]
     everyone = tuple(range(topology.num_ranks))
     send_pick: Tensor | None = None
@@ -232,6 +256,7 @@ def make_plan(
     plan = HostPlan(
         rank=rank,
         buffer_id=buffer_id,
+        extent=extent,
         stamp=stamp,
         topk_idx=topk_idx,
         counts=counts,

@@ -1,6 +1,6 @@
 """Memory layout of the scales of a receive slot: one formula for the arena, views, gathers and kernels.
 
-Letters: N segments, R rows of a segment, R' rows of a segment with padding, G scales of a row.
+Letters: N segments, R rows of a segment, R' rows for which a segment has room, G scales of a row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ScaleLayout:
     """The scales of one slot: row-major ``[N * R, G]``, or column-major ``[N, G, R']``.
 
     In column-major order the scales of one group are adjacent for all rows of a segment, and groups are a multiple of
-    ``TMA_BYTES`` apart: R' is R rounded up accordingly.
+    ``TMA_BYTES`` apart: R' is rounded up accordingly.
 
     Args:
         num_segments: N if rows have a leading dimension of segments (Padded); None: one segment.
@@ -27,6 +27,7 @@ class ScaleLayout:
         num_scales: G; for packed scales, the number of int32 words.
         dtype: dtype of a scale; for packed scales int32.
         column_major: the order, as in ``Fp8``.
+        room_rows: R', where column-major segments have room for more rows than calls use of them; None: R.
 
     >>> scales = ScaleLayout(num_segments=2, segment_rows=3, num_scales=5, dtype=torch.float32, column_major=True)
     >>> scales.shape, scales.offset(4), scales.group_bytes
@@ -38,6 +39,7 @@ class ScaleLayout:
     num_scales: int
     dtype: torch.dtype
     column_major: bool
+    room_rows: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,7 +58,7 @@ class ScaleLayout:
     @property
     def group_bytes(self) -> int:
         """Bytes from a scale to the next group's scale of the same row."""
-        return _room(self.segment_rows, self.dtype) if self.column_major else self.dtype.itemsize
+        return _room(self.room_rows or self.segment_rows, self.dtype) if self.column_major else self.dtype.itemsize
 
     @property
     def segment_bytes(self) -> int:
@@ -65,8 +67,8 @@ class ScaleLayout:
 
     @property
     def has_jumps(self) -> bool:
-        """Whether a row's offset depends on its segment: successive segments are not ``row_bytes`` apart."""
-        return self.segment_bytes != self.segment_rows * self.row_bytes and (self.num_segments or 1) > 1
+        """Whether a row's offset depends on its segment: successive ones may be further than ``row_bytes`` apart."""
+        return self.column_major and (self.num_segments or 1) > 1
 
     def offset(self, row: int) -> int:
         """Bytes from the slot's first byte to the first scale of a row; rows are numbered over all segments."""

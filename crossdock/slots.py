@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -26,15 +28,16 @@ class ReceiveSlots:
         self.scales = arena.scales
         self.has_offsets = isinstance(spec.layout, Expanded)
         self._num_segments = spec.num_local_experts(num_ranks) if isinstance(spec.layout, Padded) else None
-        self._num_slots, self._slot_rows = spec.num_slots, spec.num_slot_rows(num_ranks)
+        self._num_slots, self._slot_rows = spec.num_slots, arena.extent.slot_rows
         lead: tuple[int, ...] = (self._slot_rows,)
-        if isinstance(spec.layout, Padded):
-            lead = (spec.num_local_experts(num_ranks), spec.capacity(num_ranks))
-        self._regions = regions = {
+        if self._num_segments is not None:
+            lead = (self._num_segments, arena.extent.capacity)
+        self._regions: dict[str, Tensor] = {
             name: arena.view(segment, name)
             for name in ("data", "scale", "metadata", "outputs")
             if name in arena.regions
         }
+        regions = self._regions
         self._views: dict[str, Tensor] = {
             name: region.view(self._num_slots, *lead, region.shape[2])
             for name, region in regions.items()
@@ -52,6 +55,9 @@ class ReceiveSlots:
         self._leases: list[Lease | None] = [None] * self._num_slots
         self._calls: list[Pending[Received] | None] = [None] * self._num_slots
         self._num_taken = 0
+        self.is_settled = False
+        """Whether a dispatch of this Spec has been waited for since calls of others used these bytes: all ranks took
+        part in it, so nobody reads what those left here. A call that failed is no sign of that."""
 
     def take(self, queue: CallQueue) -> int:
         """The next slot; what lay in it is stale.
@@ -111,7 +117,7 @@ class ReceiveSlots:
             copies: makes copies of rows, to be given in place of views.
             poisons: fill the slot's output rows with NaN.
         """
-        self._calls[slot] = None
+        self._calls[slot], self.is_settled = None, True
         plan, num_rows = arrived.plan, arrived.num_rows
         metadata = LazyMetadata(lambda: self._shaped(arrived.read_metadata(), num_rows))
         self._leases[slot] = lease = Lease(slot, plan.stamp, metadata)
@@ -136,9 +142,16 @@ class ReceiveSlots:
         )
 
     def rows(self, name: str, slot: int, num_rows: int) -> Tensor:
-        """Of a region what belongs to the slot's first rows: [R, ...], or [L, C, ...] for Padded, which has all."""
+        """Of a region what belongs to the slot's first rows: [R, ...], or [L, C, ...] for Padded."""
         rows = self._views[name][slot]
-        return rows if num_rows == self._slot_rows else rows[:num_rows]
+        if num_rows == self._slot_rows:
+            return rows
+        if self._num_segments is None:
+            return rows[:num_rows]
+        of_slot, of_segment = self._regions[name][slot], num_rows // self._num_segments  # of a call of fewer tokens
+        if name == "scale":
+            return replace(self.scales, segment_rows=of_segment).of_rows(of_slot, num_rows)
+        return of_slot[:num_rows].view(self._num_segments, of_segment, of_slot.shape[-1])
 
     def received(self, region: str, slot: int, num_rows: int) -> Tensor | Quantized:
         """The rows that lie in the slot, with their scales where they are narrow."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import math
 import multiprocessing
 import os
 import sys
@@ -60,6 +61,8 @@ from tests.gpu.ranks import own_stream, take_all, take_share
 from tests.interrupter import Interrupter
 from tests.soak_batch import EXTRA_BYTES, Batch
 
+MAX_TOKENS = 12
+"""Of every Spec."""
 LOST_COUNT = ("leave out", "repeat", "interrupt")
 """After these ranks are a call or a failure apart, and find back."""
 TROUBLES = (
@@ -78,6 +81,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TIGHT_S = 0.2
 """How long calls wait while ranks have lost count; then they do no longer than ``RELAXED_S``."""
 RELAXED_S = 10
+_AHEAD = 20
+"""Rounds that no rank can be ahead of another: each has calls of all."""
 REASONS = ("hidden=", "outputs go home", "had enough", "the same on all ranks", "topk_idx", "restart()")
 """What the ranks that cause trouble say."""
 
@@ -88,7 +93,7 @@ class Wrong(Exception):
 
 def make_specs(num_ranks: int) -> list[Spec]:
     """One buffer each: every layout, wire and place to sum at, tight capacities, one to three slots."""
-    common: dict[str, Any] = {"num_topk": 3, "hidden": 32, "max_tokens": 12, "extra_bytes": EXTRA_BYTES}
+    common: dict[str, Any] = {"num_topk": 3, "hidden": 32, "max_tokens": MAX_TOKENS, "extra_bytes": EXTRA_BYTES}
     few, many = 2 * num_ranks, 4 * num_ranks
     return [
         Spec(num_experts=few, layout=Compact(), **common),
@@ -118,6 +123,10 @@ class Round:
     is_overlapped: bool
     is_cached: bool
     rows: str | None
+    max_tokens: int
+    """Of the round's calls; those of a second batch have the Spec's."""
+    brings_too_many: bool
+    """Whether a call comes first in which some rank has more tokens than it may have."""
     has_weights: bool
     has_extras: bool
     is_weighted: bool
@@ -156,6 +165,8 @@ def make_round(
         is_overlapped=chance(0.25) and trouble is None,
         is_cached=chance(0.2),
         rows=[None, "exact", "capacity"][rng.integers(3)],
+        max_tokens=int(rng.integers(1, MAX_TOKENS + 1)) if chance(0.3) else MAX_TOKENS,
+        brings_too_many=chance(0.03),
         has_weights=chance(0.5),
         has_extras=chance(0.3),
         is_weighted=chance(0.6),
@@ -204,7 +215,7 @@ class Player:
         self.round = make_round(rng, number, len(self.specs), self.num_ranks, self._troubles)
         self._naps = np.random.default_rng([self._seed, number, self.rank, 1])
         spec, self.buffer = self.specs[self.round.spec], self.buffers[self.round.spec]
-        batch = Batch(rng, spec, self.num_ranks)
+        batch = Batch(rng, replace(spec, max_tokens=self.round.max_tokens), self.num_ranks)
         if self._has_processes and self._naps.random() < 0.2:
             torch.set_default_dtype(DTYPES[self._naps.integers(len(DTYPES))])
         try:
@@ -232,6 +243,8 @@ class Player:
             self._do(batch)
 
     def _do(self, batch: Batch) -> None:
+        if self.round.brings_too_many:
+            self._bring_too_many(batch)
         tokens = batch.tokens()
         if not batch.routes.fits:
             self._overflow(batch, tokens)
@@ -268,6 +281,16 @@ class Player:
             recv = self._dispatch(batch, tokens).wait()
             if int(recv.num_tokens_per_expert.sum()):
                 raise Wrong(f"an overflow gave {recv.num_tokens_per_expert}")
+            self.buffer.check()
+
+    def _bring_too_many(self, batch: Batch) -> None:
+        most = int(batch.num_tokens.max()) - 1
+        if most < 1:
+            return
+        with _expect(CapacityError, f"more than max_tokens={most}"):
+            recv = self._dispatch(batch, batch.tokens(), max_tokens=most).wait()
+            if int(recv.num_tokens_per_expert.sum()):
+                raise Wrong(f"a call with too many tokens gave {recv.num_tokens_per_expert}")
             self.buffer.check()
 
     def _overlap(self, batches: list[Batch], rng: np.random.Generator) -> None:
@@ -447,6 +470,7 @@ class Player:
         plan: Plan | None = None,
         *,
         rows: str | None = None,
+        max_tokens: int | None = None,
         unquantized: bool = False,
         topk: np.ndarray | None = None,
     ) -> Any:
@@ -467,6 +491,7 @@ class Player:
             weights=weights,
             extras=() if extras is None else (extras,),
             rows=rows or self.round.rows,
+            max_tokens=max_tokens or batch.spec.max_tokens,
             unquantized=unquantized,
             copy=self.round.copies[self.rank],
             **self._launch(),
@@ -625,7 +650,7 @@ def _same(what: str, got: Tensor, want: Tensor) -> None:
 
 
 def play_rounds(group: Any, options: argparse.Namespace, at: Any, device: torch.device) -> None:
-    """One rank's part in all rounds; ``at[rank]`` says in which round it is."""
+    """One rank's part in all rounds; ``at[rank]`` says in which round it is, ``at[-1]`` which is the first no more."""
     torch.set_num_threads(1)
     player = Player(group, options, device)
     first, last = options.first, options.first + options.rounds
@@ -634,6 +659,8 @@ def play_rounds(group: Any, options: argparse.Namespace, at: Any, device: torch.
     began = armed = told = time.monotonic()
     faulthandler.dump_traceback_later(options.watchdog, exit=True)
     for number in range(first, last):
+        if number >= at[-1]:
+            break
         at[player.rank] = number
         try:
             player.play(number)
@@ -644,6 +671,8 @@ def play_rounds(group: Any, options: argparse.Namespace, at: Any, device: torch.
             )
             raise
         now = time.monotonic()
+        if player.rank == 0 and now - began > options.seconds:
+            at[-1] = min(at[-1], number + _AHEAD)
         if now - armed > options.watchdog / 6:
             armed = now
             faulthandler.dump_traceback_later(options.watchdog, exit=True)
@@ -662,8 +691,8 @@ def _process(rank: int, options: argparse.Namespace, store: str, at: Any, num_de
     dist.destroy_process_group()
 
 
-def _in_threads(options: argparse.Namespace) -> None:
-    at = [0] * options.ranks
+def _in_threads(options: argparse.Namespace) -> int:
+    at = [0] * options.ranks + [sys.maxsize]
     device = take_all() if options.device == "cuda" else torch.device("cpu")
 
     def play(group: Any) -> None:
@@ -671,11 +700,13 @@ def _in_threads(options: argparse.Namespace) -> None:
             play_rounds(group, options, at, device)
 
     run_local(play, options.ranks)
+    return at[0] + 1 - options.first
 
 
-def _in_processes(options: argparse.Namespace) -> bool:
+def _in_processes(options: argparse.Namespace) -> int:
+    """How many rounds were played; 0 when any went wrong."""
     context = multiprocessing.get_context("spawn")
-    at = context.Array("q", options.ranks, lock=False)
+    at = context.Array("q", [0] * options.ranks + [sys.maxsize], lock=False)
     num_devices = torch.cuda.device_count() if options.device == "cuda" else 0
     with tempfile.TemporaryDirectory(prefix="crossdock-soak-") as folder:
         store = str(Path(folder) / "store")
@@ -698,14 +729,16 @@ def _in_processes(options: argparse.Namespace) -> bool:
                     process.kill()
         codes = [process.exitcode for process in ranks]
     if any(codes):
-        print(f"ranks were in rounds {list(at)}; exit codes {codes}", flush=True)
-    return not any(codes)
+        print(f"ranks were in rounds {list(at)[:-1]}; exit codes {codes}", flush=True)
+        return 0
+    return at[0] + 1 - options.first
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Plays rounds, and ends with one line that says how it went."""
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__)
     parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="play no longer, however many rounds are left")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", action="store_true", help="ranks are threads of one process")
@@ -734,15 +767,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.without:
         configuration += f", without {', '.join(options.without)}"
     began = time.monotonic()
-    if options.threads:
-        _in_threads(options)
-    elif not _in_processes(options):
+    num_rounds = _in_threads(options) if options.threads else _in_processes(options)
+    if not num_rounds:
         print(f"FAILED ({configuration}, torch {torch.__version__})", flush=True)
         return 1
-    rate = options.rounds / (time.monotonic() - began)
-    print(
-        f"{options.rounds} rounds, 0 wrong, 0 stuck ({configuration}, {rate:.0f} rounds/s, torch {torch.__version__})"
-    )
+    rate = num_rounds / (time.monotonic() - began)
+    print(f"{num_rounds} rounds, 0 wrong, 0 stuck ({configuration}, {rate:.0f} rounds/s, torch {torch.__version__})")
     return 0
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from crossdock import cost
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
+from crossdock.extent import Extent
 from crossdock.plan import Plan
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
@@ -161,6 +162,8 @@ class Call(NamedTuple):
     """SMs for this call; None: the buffer's."""
     counters: Counters | None = None
     """What its caller wants counted; waits of the host are not the backend's."""
+    extent: Extent | None = None
+    """Of a fresh dispatch: what it uses of a receive slot; None: what the Spec's own M does."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,8 @@ class Backend(Protocol):
 
     num_tokens_per_expert: Tensor
     """[L] int64, picks of each local expert in all dispatches but unquantized ones."""
+    tells_tokens: bool
+    """Whether all ranks are told of one that brings more tokens than a call may have; else it must not begin it."""
     has_pairs: bool
     """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
 
@@ -224,8 +229,9 @@ class Backend(Protocol):
             routing: int64 picks [T, K] (they are copied), or the plan of an earlier dispatch.
 
         Raises:
-            CapacityError: more rows than a rank has room for, with ``row_count="exact"``; on all ranks. With
-                "capacity" every rank gets an empty plan, and ``overflows`` has the error.
+            CapacityError: more rows than a rank has room for, or a rank with more tokens than the call may have, with
+                ``row_count="exact"``; on all ranks. With "capacity" every rank gets an empty plan, and ``overflows``
+                has the error.
         """
 
     def combine(

@@ -1,9 +1,9 @@
 """The Specs that these tests share: a new one costs seconds, because every process compiles some 20 kernels for it.
 
 Constants of kernels are E, K, H, the number of ranks, alignment, formats, who sums, the bytes of extras, and how many
-slots there are; max_tokens is not, and capacities only where scales arrive column-major. With two ranks the Specs are
-those of ``tests.worlds``, with four ``spec_of``'s, whose rows are multiples of 16 bytes, so that receivers can make
-copies of them.
+slots there are; capacities are not, nor max_tokens but where plans say which rows are one token's. With two ranks the
+Specs are those of ``tests.worlds``, with four ``spec_of``'s, whose rows are multiples of 16 bytes, so that receivers
+can make copies of them.
 """
 
 import pytest

@@ -13,8 +13,8 @@ MAKERS = {
     *("rand", "randint", "randn", "randperm", "scalar_tensor", "sparse_csr_tensor", "tensor", "zeros"),
 }
 NAMED = {"dtype", "device"}
-ELSEWHERE = ("cli/", "backends/cuda/")
-"""Programs of their own, and what runs with the tensors of one; and kernels' launches, which are looked at there."""
+ELSEWHERE = ("cli/",)
+"""Programs of their own, and what runs with the tensors of one."""
 
 
 def unnamed(source: str) -> list[str]:

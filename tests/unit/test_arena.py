@@ -82,7 +82,7 @@ def test_a_literal_map():
         "masks": (384, (3, 4)),  # two words, and 31 ranks in each that follows
         "restarts": (512, (2, 4)),
         "reasons": (576, (4, 512)),
-        "counts": (2624, (4, 4, 12)),
+        "counts": (2624, (4, 4, 13)),  # 8 experts, 4 ranks, and who brings too many
         "data": (8192, (2, 64, 64)),  # 4 ranks of 16 tokens
         "metadata": (24576, (2, 64, 24)),  # source; 2 ids and 2 weights; 3 bytes of extras; to a multiple of 8
         "outputs": (27648, (2, 64, 64)),

@@ -93,9 +93,14 @@ BAD_DISPATCHES = {
     ),
     "device of topk_idx": (lambda a: a.buffer.dispatch(a.x, meta(topk())), ("topk_idx is on meta", "topk_idx.cpu()")),
     "topk_idx no tensor": (lambda a: a.buffer.dispatch(a.x, topk().numpy()), ("topk_idx is a ndarray", "tensor")),
-    "too many tokens": (
-        lambda a: a.buffer.dispatch(torch.zeros(7, H), torch.zeros(7, K, dtype=torch.int64)),
-        ("x has 7 tokens", "max_tokens=6", "split the batch"),
+    "most tokens of a call": (
+        lambda a: a.buffer.dispatch(a.x, topk(), max_tokens=7),
+        ("max_tokens=7 of a call", "from 1 to 6"),
+    ),
+    "most tokens no number": (lambda a: a.buffer.dispatch(a.x, topk(), max_tokens="6"), ("max_tokens='6'", "integer")),
+    "most tokens of a plan": (
+        lambda a: a.buffer.dispatch(a.x, a.recv.plan, max_tokens=5),
+        ("max_tokens=5", "dispatch with 6", "leave it out"),
     ),
     "hidden": (lambda a: a.buffer.dispatch(a.x[:, :8], topk()), ("x has shape [4, 8]", "[tokens, hidden=16]")),
     "dtype of x": (

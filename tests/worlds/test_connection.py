@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 
 import pytest
 import torch
@@ -465,3 +466,40 @@ def test_sums_are_not_written_where_peers_write_also_once_the_memory_has_grown()
     (before, after), *_ = run_local(lambda group: write_sums_into_a_slot(group, 1 << 20), 1)
     assert before == after
     assert before != "done"
+
+
+def test_poison_waits_for_a_call_of_all_ranks_also_behind_one_that_failed():
+    """Rank 1 is still pulling outputs of one Spec when a call of another, over the same bytes, has failed elsewhere."""
+    small = Spec(num_experts=6, num_topk=2, hidden=16, max_tokens=4, wire=Fp32())
+    large = Spec(num_experts=6, num_topk=2, hidden=256, max_tokens=64, wire=Fp32(), num_slots=1)
+    case = make_case(small, [4, 4, 4])
+    poisoned = [threading.Event() for _ in range(2)]
+
+    def pull_late(sum_rows):
+        def sums(*args, **options):
+            assert all(event.wait(30) for event in poisoned)
+            return sum_rows(*args, **options)
+
+        return sums
+
+    def program(group):
+        r, x, picks = group.rank, torch.ones(2, 256), torch.tensor([[0, 5], [2, 3]])
+        with Connection(group, need(3, small, large), max_experts=6) as connection:
+            first, second = Buffer(connection, small), Buffer(connection, large, debug=True)
+            recv = first.dispatch(case.x[r], case.topk[r])
+            outputs = recv.output_rows().copy_(case.y[r])
+            if r == 1:
+                rows = first._backend._rows
+                rows.sum_rows = pull_late(rows.sum_rows)
+            out = first.combine(outputs, recv.plan)
+            with pytest.raises((ConfigError, PeerFailed), match="x has shape"):
+                second.dispatch(x if r != 2 else x[:, :5], picks)
+            pending = second.dispatch_start(x, picks)
+            if r != 1:
+                poisoned[r // 2].set()
+            pending.wait()
+            return out
+
+    wants = oracle.combined(small, case.topk, case.flat_y())
+    for out, want in zip(run_local(program, 3), wants, strict=True):
+        assert same_bits(out, want)

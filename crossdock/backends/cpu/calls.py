@@ -20,6 +20,7 @@ from crossdock.backends.cpu.timed import TimedRows
 from crossdock.backends.training import own_rows, weigh_gradients
 from crossdock.consent import PUSHED, Consent, Steps, Word
 from crossdock.errors import CapacityError, ConfigError
+from crossdock.extent import Extent
 from crossdock.masks import has_rows_of, made_before
 from crossdock.plan import HostPlan, Plan, check_capacity, local_counts, make_plan
 from crossdock.transport.host import HostTransport
@@ -40,6 +41,7 @@ class CpuBackend:
     ) -> None:
         spec = arena.spec
         self.launch: Launch | None = None
+        self.tells_tokens = True
         self.has_pairs = spec.ranks_sum_picks
         self.overflows: list[tuple[int, CapacityError]] = []
         self.wait_s = torch.zeros(transport.num_ranks, dtype=torch.float64, device="cpu")
@@ -52,7 +54,6 @@ class CpuBackend:
         self._rows = RowsByNode(arena, transport) if spec.reduce == "node" else CpuRows(arena, transport)
         self._buffer_id = buffer_id
         self._rank = transport.rank
-        self._slot_rows = spec.num_slot_rows(transport.num_ranks)
         self._masked: tuple[int, ...] = ()
 
     stream: None = None
@@ -86,7 +87,7 @@ class CpuBackend:
             self.num_tokens_per_expert += plan.num_tokens_per_expert
         if call.counters is not None and call.counters.num_tokens_per_expert is not None:
             call.counters.num_tokens_per_expert.add_(plan.num_tokens_per_expert)
-        num_rows = self._slot_rows if call.row_count == "capacity" else plan.num_rows
+        num_rows = plan.extent.slot_rows if call.row_count == "capacity" else plan.num_rows
         plan, metadata = self._rows.take(plan, batch, call.word.slot, num_rows)
         return Outcome(Arrived(plan, num_rows, lambda: metadata))
 
@@ -140,7 +141,10 @@ class CpuBackend:
         if not (may_wait or self._consent.may_post(call.sequence)):
             return False
         if isinstance(routing, Tensor):
-            self._rows.post_counts(call.sequence, local_counts(self._arena.spec, self._arena.topology, routing))
+            num_tokens, most = routing.shape[0], self._extent(call).max_tokens
+            picks, too_many = (routing, 0) if num_tokens <= most else (routing[:0], num_tokens)
+            counts = local_counts(self._arena.spec, self._arena.topology, picks)
+            self._rows.post_counts(call.sequence, counts, too_many)
         self._consent.post(call.sequence, call.word)
         return True
 
@@ -152,22 +156,27 @@ class CpuBackend:
         return (yield from self._consent.words(call.sequence, call.word))
 
     def _make_plan(self, call: Call, topk_idx: Tensor) -> HostPlan:
-        counts = self._rows.counts(call.sequence)
+        extent, (counts, too_many) = self._extent(call), self._rows.counts(call.sequence)
         try:
-            check_capacity(self._arena.spec, self._arena.topology, counts)
+            check_capacity(extent.spec, self._arena.topology, counts, too_many)
         except CapacityError as error:
             if call.row_count == "exact":
                 raise
             self.overflows.append((call.sequence, error))
             counts, topk_idx = torch.zeros_like(counts), torch.full_like(topk_idx, -1)
-        return self._plan_of(topk_idx, counts, stamp=call.sequence)
+        return self._plan_of(topk_idx, counts, stamp=call.sequence, extent=extent)
+
+    def _extent(self, call: Call) -> Extent:
+        return call.extent or self._arena.extent
 
     def remake_plan(self, tensors: PlanTensors) -> HostPlan:
         """See Backend. The stamp is a checksum of the counts."""
         spec, num_ranks = self._arena.spec, self._arena.topology.num_ranks
         if has_rows_of(tensors.counts, self._masked, num_local=spec.num_local_experts(num_ranks)):
             raise made_before(self._masked)
-        return self.as_remade(self._plan_of(tensors.topk_idx, tensors.counts, stamp=0), tensors)
+        return self.as_remade(
+            self._plan_of(tensors.topk_idx, tensors.counts, stamp=0, extent=self._arena.extent), tensors
+        )
 
     def as_remade(self, plan: Plan, tensors: PlanTensors) -> HostPlan:
         """See Backend."""
@@ -195,7 +204,7 @@ class CpuBackend:
         """See Backend."""
         return weigh_gradients(grads, y, weights, src_idx)
 
-    def _plan_of(self, topk_idx: Tensor, counts: Tensor, *, stamp: int) -> HostPlan:
+    def _plan_of(self, topk_idx: Tensor, counts: Tensor, *, stamp: int, extent: Extent) -> HostPlan:
         plan = make_plan(
             self._arena.spec,
             self._arena.topology,
@@ -204,6 +213,7 @@ class CpuBackend:
             counts=counts,
             stamp=stamp,
             buffer_id=self._buffer_id,
+            extent=extent,
         )
         return replace(plan, masked=self._masked) if self._masked else plan
 

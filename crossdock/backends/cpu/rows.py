@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from crossdock.backends.cpu.mapped import Mapped
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Word, stamped
 from crossdock.plan import Hop, HostPlan, Terms, partial_rows_to_send
-from crossdock.scales import as_integers
+from crossdock.scales import ScaleLayout, as_integers
 from crossdock.transport.host import HostTransport
 from crossdock.transport.segments import SideBySide
 from crossdock.wire import Fp8, Quantized
@@ -47,9 +48,9 @@ class CpuRows:
         mapped = Mapped(arena, transport.segments)
         self._at, self._all_rows, self._first_row = mapped.at, mapped.all_rows, mapped.first_row
         self._own = self._at[self._rank]
-        num_counts = arena.spec.num_counts(arena.topology)
+        self._num_counts = arena.spec.num_counts(arena.topology)
         self._counts = _counts_across_ranks(transport.segments.side_by_side(arena.row_bytes), arena.control_words)[
-            ..., :num_counts
+            ..., : self._num_counts + 1
         ]
         self._metadata = [views["metadata"].numpy() for views in self._at]
         self._returned_extras = [views["returned_extras"].numpy() for views in self._at]
@@ -59,16 +60,22 @@ class CpuRows:
         """Counts go to these ranks no more."""
         self._left = [rank for rank in self._left if rank not in ranks]
 
-    def post_counts(self, sequence: int, counts: Tensor) -> None:
-        """Writes this rank's counts [W] at every rank, stamped like words; the word that follows makes them visible."""
-        self._counts[self._left, sequence % self._ring, self._rank] = counts.numpy() | stamped(sequence, 0)
+    def post_counts(self, sequence: int, counts: Tensor, too_many: int) -> None:
+        """Writes this rank's counts [W] at every rank, stamped like words; the word that follows makes them visible.
 
-    def counts(self, sequence: int) -> Tensor:
-        """Everybody's counts of the call, int64 [P, W], once all words have been seen."""
+        Args:
+            too_many: this rank's tokens, where these are more than the call may have; else 0.
+        """
+        told = np.append(counts.numpy(), min(too_many, PAYLOAD_MASK))
+        self._counts[self._left, sequence % self._ring, self._rank] = told | stamped(sequence, 0)
+
+    def counts(self, sequence: int) -> tuple[Tensor, Tensor]:
+        """Everybody's counts of the call, int64 [P, W], once all words have been seen; and who brings too many [P]."""
         words = self._counts[self._rank, sequence % self._ring]
         stamps = words[self._left] >> PAYLOAD_BITS
         assert (stamps == stamped(sequence, 0) >> PAYLOAD_BITS).all(), "counts of another call"
-        return torch.from_numpy(words & PAYLOAD_MASK)
+        told = torch.from_numpy(words & PAYLOAD_MASK)
+        return told[:, : self._num_counts].contiguous(), told[:, self._num_counts]
 
     def push_rows(self, plan: HostPlan, batch: Batch, words: Sequence[Word]) -> None:
         """Writes each row into its final place, in the receive slot that each peer named: one gather per block."""
@@ -83,7 +90,8 @@ class CpuRows:
             for peer, src, dst in self._blocks(plan.back):
                 self._at[peer]["partial_rows"][slots[peer], dst] = rows_to_sum[src]
         wire, region = self._arena.spec.wire, self._arena.region_of_rows(unquantized=batch.unquantized)
-        gather_scales = self._gather_columns if self._arena.scales.column_major else self._gather
+        columns, is_column = plan.extent.scales, self._arena.scales.column_major
+        gather_scales = partial(self._gather_columns, columns) if is_column else self._gather
         if isinstance(batch.x, Quantized) or not isinstance(wire, Fp8) or batch.unquantized:
             data, scale = batch.x if isinstance(batch.x, Quantized) else (batch.x, None)
             self._gather(data, hop.send_idx, region, blocks, slots)
@@ -202,12 +210,18 @@ class CpuRows:
             torch.index_select(integers, 0, idx[src], out=there)
 
     def _gather_columns(
-        self, source: Tensor, idx: Tensor, region: str, blocks: Iterable[Block], slots: Sequence[int]
+        self,
+        scales: ScaleLayout,
+        source: Tensor,
+        idx: Tensor,
+        region: str,
+        blocks: Iterable[Block],
+        slots: Sequence[int],
     ) -> None:
         """The same of scales that arrive column-major: they are turned a block at a time."""
         source = as_integers(source)
         for peer, src, dst in blocks:
-            there = self._arena.scales.of_block(self._at[peer][region][slots[peer]], dst)
+            there = scales.of_block(self._at[peer][region][slots[peer]], dst)
             as_integers(there).copy_(source.index_select(0, idx[src]))
 
     def _blocks(self, hop: Hop) -> Iterator[Block]:
@@ -237,7 +251,7 @@ class CpuRows:
         tokens = hop.send_idx.numpy()
         metadata = np.zeros((tokens.size, arena.metadata_bytes), dtype=np.uint8)
         words = metadata.view(np.int32)
-        words[:, 0] = self._rank * arena.spec.max_tokens + tokens
+        words[:, 0] = self._rank * plan.extent.max_tokens + tokens
         num_topk = arena.spec.num_topk
         if hop.send_pick is None:
             words[:, 1 : 1 + num_topk] = plan.topk_idx.numpy()[tokens]

@@ -43,7 +43,7 @@ from crossdock.kinds import Kinds
 from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
 from crossdock.scales import as_integers
-from crossdock.spec import Spec
+from crossdock.spec import MAX_COUNT, Spec
 from crossdock.transport.device import DeviceTransport
 from crossdock.wire import Fp8, Opaque, Quantized
 
@@ -85,7 +85,7 @@ class CudaBackend:
         self.fused = FusedCalls(launcher, self._planner) if self.launch.is_fused else None
         self._zero_gaps = self._send_kinds.bind_gaps() if self.fused is not None else None
         """Behind a fused dispatch, where alignment leaves gaps."""
-        self._slot_rows = spec.num_slot_rows(transport.num_ranks)
+        self.tells_tokens = True
         self.overflows: list[tuple[int, CapacityError]] = self._planner.overflows
         self.num_tokens_per_expert = on.tokens
         self._masked: tuple[int, ...] = ()
@@ -154,8 +154,13 @@ class CudaBackend:
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        plan, room = self._planner.blank(topk_idx.shape[0], call.sequence), self._on.next_call()
+        plan, room = (
+            self._planner.blank(topk_idx.shape[0], call.sequence, call.extent or self._on.arena.extent),
+            self._on.next_call(),
+        )
         stream = self._streams.enter()
+        if plan.num_tokens > plan.extent.max_tokens:
+            self._empty(plan, stream)
         self._remember(plan)
         seen = None if call.counters is None else self._counters.begin(stream)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
@@ -177,6 +182,12 @@ class CudaBackend:
             plan = yield from self._told(plan)
         return Outcome(self._arrived(call, plan, batch), event)
 
+    def _empty(self, plan: DevicePlan, stream: int) -> None:
+        """Of a rank with more tokens than the call may have: none of them goes anywhere."""
+        with self._streams.context(stream):
+            for name in ("dst_rows", "topk_idx", "pair_dst_rows", "return_rows", "pair_return_rows"):
+                plan.table(name).fill_(-1)
+
     def _told(self, plan: DevicePlan) -> Steps[DevicePlan]:
         """The plan with how many rows come, once the device has told that."""
         host_counts = plan.host_counts
@@ -193,7 +204,7 @@ class CudaBackend:
         """Rows to look at are as many as came, where that is asked for and known."""
         num_rows = plan.num_rows
         if call.row_count == "capacity" or num_rows is None:
-            num_rows = self._slot_rows
+            num_rows = plan.extent.slot_rows
         is_captured = torch.cuda.is_current_stream_capturing()
         return Arrived(
             plan, num_rows, partial(self._read, plan, batch, call.word.slot, num_rows, is_captured=is_captured)
@@ -215,7 +226,10 @@ class CudaBackend:
         on, x, weights, at_once = self._on, batch.x, batch.weights, call.at_once
         is_fresh = isinstance(routing, Tensor)
         if isinstance(routing, Tensor):
-            topk_idx, plan = routing, self._planner.blank(routing.shape[0], call.sequence)
+            topk_idx, plan = (
+                routing,
+                self._planner.blank(routing.shape[0], call.sequence, call.extent or on.arena.extent),
+            )
         else:
             assert isinstance(routing, DevicePlan), "the plan of another backend"
             topk_idx, plan = on.flags, routing
@@ -234,12 +248,17 @@ class CudaBackend:
         if x is not batch.x or weights is not None or extras:
             batch = Batch(x, weights, extras, batch.unquantized)
         known = plan.src_idx is not None
-        key = self._send_kinds.key(batch, topk_idx if is_fresh else None, call.num_sms, known=known)
+        picks, extent = topk_idx if is_fresh else None, plan.extent
+        key = self._send_kinds.key(batch, picks, call.num_sms, extent.max_tokens, known=known)
         kind = self._sends.get(key)
         if kind is None:
             config = self.launch.using(call.num_sms)
-            kind = self._sends.keep(key, self._send_kinds.make(batch, config, is_fresh=is_fresh, known=known))
-        room, memory, num_tokens, rank = on.next_call(), plan.memory, plan.num_tokens, on.rank
+            kind = self._sends.keep(key, self._send_kinds.make(batch, config, extent, is_fresh=is_fresh, known=known))
+        room, memory, num_tokens, too_many, rank = on.next_call(), plan.memory, plan.num_tokens, 0, on.rank
+        if num_tokens > extent.max_tokens:
+            num_tokens, too_many = 0, min(num_tokens, MAX_COUNT)
+            if is_fresh:
+                self._empty(plan, stream)
         carries = (0 if weights is None else _WEIGHTS) | (_EXTRAS if extras else 0)
         beside = (carries, on.flags if weights is None else weights, extras[0] if extras else on.flags)
         if kind.place is None:
@@ -247,7 +266,18 @@ class CudaBackend:
         else:
             assert plan.host_counts is not None
             self._remember(plan)
-            kind.begin(num_tokens, stream, topk_idx, memory, room, num_tokens, call.word.payload(), rank, on.max_polls)
+            kind.begin(
+                num_tokens,
+                stream,
+                topk_idx,
+                memory,
+                room,
+                num_tokens,
+                too_many,
+                call.word.payload(),
+                rank,
+                on.max_polls,
+            )
             tells, host_counts = _TELLS if call.row_count == "exact" else 0, plan.host_counts.row
             kind.place(num_tokens, stream, memory, room, host_counts, num_tokens, rank, tells | carries, *beside[1:])
             self._planner.placed(plan, call.sequence, call.row_count, stream)
@@ -452,7 +482,7 @@ class CudaBackend:
             num_local = self._spec.num_local_experts(self._transport.num_ranks)
             if has_rows_of(tensors.counts, self._masked, num_local=num_local):
                 raise made_before(self._masked)
-        plan = self._planner.blank(tensors.topk_idx.shape[0], REMADE)
+        plan = self._planner.blank(tensors.topk_idx.shape[0], REMADE, self._on.arena.extent)
         self._fill(plan, tensors.topk_idx.contiguous(), tensors.counts.contiguous())
         return self._planner.as_remade(plan, tensors)
 
@@ -524,7 +554,7 @@ class CudaBackend:
             batches.append(Batch(x=wide, weights=None, extras=(), unquantized=True))
         for batch in batches:
             self._warm_up_dispatch(batch, picks)
-        plan = self._planner.blank(1, 0)
+        plan = self._planner.blank(1, 0, self._on.arena.extent)
         row_weights = torch.zeros(1, dtype=torch.float32, device=device)
         given_weights = row_weights if spec.reduce == "rank" else weights
         for given, bias in itertools.product((None, given_weights), (None, wide, wide.float())):
@@ -542,7 +572,7 @@ class CudaBackend:
             for given in (None, row_weights if spec.reduce == "rank" else None):
                 self._return(started, plan, Outputs(wide, given, extras=(extra,)), pushes=pushes, sums=True)
         self._return(started, plan, Outputs(wide, extras=(extra,)), pushes=False, sums=False)
-        self._fill(self._planner.blank(1, 0), picks, plan.counts)
+        self._fill(self._planner.blank(1, 0, self._on.arena.extent), picks, plan.counts)
         stream, room = self._streams.enter(), self._on.next_call()
         for sends in self._sends.values():
             sends.end(0, stream, room, self._on.rank, self._on.max_polls, plan.memory)
@@ -557,7 +587,10 @@ class CudaBackend:
         for at_once in (True, False):
             call = Call(0, Word(Kind.DISPATCH, 0), at_once=at_once)
             if self.fused is not None and not batch.unquantized:
-                made, at = self._planner.blank(1, 0), At(self._streams.enter(), self._on.next_call())
+                made, at = (
+                    self._planner.blank(1, 0, self._on.arena.extent),
+                    At(self._streams.enter(), self._on.next_call()),
+                )
                 self.fused.dispatch(call, made, batch, picks, at, begins=True, awaits=at_once)
                 if self._zero_gaps is not None:
                     self._zero_gaps(0, at.stream, made.memory, at.room, made.num_tokens, self._on.rank)

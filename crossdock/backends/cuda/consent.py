@@ -109,7 +109,9 @@ class DeviceConsent(Consent):
         self._exchange(0, self._streams.enter(), payload, self._on.rank, self._on.max_polls, num_trips)
 
     def settle(self) -> None:
-        """See Consent."""
+        """See Consent. Of a call that is being captured nothing runs, and CUDA allows no look at any stream."""
+        if torch.cuda.is_current_stream_capturing():
+            return
         for stream in self._streams.all:
             event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
@@ -249,7 +251,7 @@ class DeviceConsent(Consent):
         state[NUM_ENDED.value], state[STATUS.value] = self.num_ended, sync.OK.value
         state[NUM_MASKED.value] = self._num_ranks - len(self._peers)
         with torch.cuda.stream(self._transport.stream):
-            self._on.state[: len(state)].copy_(torch.tensor(state))
+            self._on.state[: len(state)].copy_(torch.tensor(state, dtype=torch.int64, device="cpu"))
             self._on.calls.zero_()
             self._on.failure.zero_()
             self._on.flags.zero_()

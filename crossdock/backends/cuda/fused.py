@@ -20,8 +20,9 @@ from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
 from crossdock.backends.cuda.scales import as_kernels_take, dtype_of, places_of
 from crossdock.consent import Word
+from crossdock.extent import Extent
 from crossdock.kinds import Kinds
-from crossdock.spec import Spec
+from crossdock.spec import MAX_COUNT, Spec
 from crossdock.wire import Fp8
 
 _PATIENCE = 32
@@ -29,6 +30,9 @@ _PATIENCE = 32
 _BEGINS, _AWAITS, _TELLS, _WEIGHTS = (
     step.value for step in (kernels.BEGINS, kernels.AWAITS, kernels.TELLS, kernels.WEIGHTS)
 )
+
+
+_TOO_MANY_SHIFT = kernels.TOO_MANY_SHIFT.value
 
 
 class At(NamedTuple):
@@ -98,14 +102,18 @@ class FusedCalls:
             topk_idx.data_ptr() & 15,
             None if weights is None else weights.data_ptr() & 15,
             call.num_sms,
+            plan.extent.max_tokens,
         )
         launch = self._dispatches.get(key)
         if launch is None:
-            launch = self._dispatches.keep(key, self._bind_dispatch(data, scale, self._config(call)))
+            launch = self._dispatches.keep(key, self._bind_dispatch(data, scale, self._config(call), plan.extent))
         steps = begins * _BEGINS | awaits * _AWAITS | (call.row_count == "exact") * _TELLS
-        host_counts = plan.host_counts
+        host_counts, num_tokens = plan.host_counts, plan.num_tokens
+        if num_tokens > plan.extent.max_tokens:
+            steps |= min(num_tokens, MAX_COUNT) << _TOO_MANY_SHIFT
+            num_tokens = 0
         launch(
-            plan.num_tokens,
+            num_tokens,
             at.stream,
             topk_idx,
             self._nths if weights is None else weights.view(torch.int32),
@@ -114,7 +122,7 @@ class FusedCalls:
             plan.memory,
             at.room,
             self._planner.nobody if host_counts is None else host_counts.row,
-            plan.num_tokens,
+            num_tokens,
             call.word.payload(),
             self._on.rank,
             self._on.max_polls if awaits else _PATIENCE,
@@ -165,7 +173,7 @@ class FusedCalls:
     def _config(self, call: Call) -> LaunchConfig:
         return self._launcher.config.using(call.num_sms)
 
-    def _bind_dispatch(self, data: Tensor, scale: Tensor | None, config: LaunchConfig) -> Launch:
+    def _bind_dispatch(self, data: Tensor, scale: Tensor | None, config: LaunchConfig, extent: Extent) -> Launch:
         """The kernel of dispatches of tensors of these kinds."""
         on, spec, wire, layout = self._on, self._spec, self._spec.wire, self._on.arena.scales
         size, row_bytes = data.element_size(), wire.data_bytes(spec.hidden)
@@ -221,7 +229,7 @@ class FusedCalls:
         return self._launcher.bind(
             kernels.dispatch_rows,
             lambda num_tokens: shape(num_tokens).programs,
-            on.own,
+            on.own_of(extent),
             self._arrivals,
             self._shares,
             how,

@@ -20,6 +20,7 @@ from torch import Tensor
 from crossdock.arena import Arena
 from crossdock.backends.cuda.kernels.groups import Places
 from crossdock.backends.cuda.kernels.plan import HOST_STAMP, SCALARS
+from crossdock.extent import Extent
 from crossdock.plan import Plan
 
 _ALIGNED_BYTES = 128
@@ -152,6 +153,8 @@ class HostCounts:
     """Of the dispatch whose host counts these are now, among those that had any."""
     stamp: int = 0
     """That of the plan whose host counts these are now."""
+    extent: Extent | None = None
+    """That of the same plan; None where nobody has had them yet."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

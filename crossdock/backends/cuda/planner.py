@@ -28,6 +28,7 @@ from crossdock.backends.cuda.plan import DevicePlan, HostCounts
 from crossdock.backends.cuda.state import DeviceState
 from crossdock.backends.cuda.stream import CallStreams
 from crossdock.errors import CapacityError, NotSupported
+from crossdock.extent import Extent
 from crossdock.layout import Padded
 from crossdock.plan import overflow
 
@@ -57,7 +58,6 @@ class Planner:
         """All that may be used again, to be made void when a rank is masked; and some that are gone."""
         self._most_plans = _FEW_PLANS
         self._nowhere = torch.tensor([[2**30], [0]], dtype=torch.int32, device=state.device)
-        slot_rows = arena.spec.num_slot_rows(state.num_ranks)
         num_words = state.plan_shape.num_words
         self._fixed_words, self._token_words = num_words(0), num_words(1) - num_words(0)
         """Words of a plan without tokens, and more for each of them."""
@@ -65,11 +65,12 @@ class Planner:
             "rank": state.rank,
             "buffer_id": buffer_id,
             "shape": state.plan_shape,
-            "num_rows": slot_rows if isinstance(arena.spec.layout, Padded) else None,
             "src_idx": None,
             "local_idx": None,
         }
         """Fields of all plans of dispatches."""
+        self._has_fixed_rows = isinstance(arena.spec.layout, Padded)
+        """Whether the host knows how many rows there are without being told."""
         num_words = HOST_WORDS.value + -(-state.num_local // 2) * 2
         self._end_of_tokens = HOST_WORDS.value + state.num_local
         self._words_of_row = num_words
@@ -106,7 +107,7 @@ class Planner:
             for incoming in (plan.table("incoming"), plan.table("pair_incoming")):
                 incoming[:2] = self._nowhere  # no rows, and no gap before them
 
-    def blank(self, num_tokens: int, stamp: int) -> DevicePlan:
+    def blank(self, num_tokens: int, stamp: int, extent: Extent) -> DevicePlan:
         """The plan of a dispatch whose kernels fill it, with the picks too; of the caller's current stream.
 
         Args:
@@ -114,7 +115,7 @@ class Planner:
         """
         host_counts = None
         if torch.cuda.is_current_stream_capturing():
-            host_counts = self._next_captured() if stamp != REMADE else None
+            host_counts = self._next_captured(extent) if stamp != REMADE else None
         elif stamp != REMADE:
             number = self._num_given = self._num_given + 1
             if number - self._num_done > NUM_HOST_COUNTS:
@@ -123,12 +124,15 @@ class Planner:
             if len(self._rows_to_capture) < _NUM_CAPTURED // 2:
                 self._rows_to_capture += _pinned_rows(_NUM_CAPTURED, self._words_of_row).unbind()
             host_counts.number, host_counts.stamp, told = number, stamp, host_counts.told
+            host_counts.extent = extent
             told[HOST_NEEDED.value] = told[HOST_STAMP.value] = 0  # if that was void, nobody has looked
         num_words = self._fixed_words + num_tokens * self._token_words
         plan = DevicePlan.__new__(DevicePlan)
         plan.__dict__.update(
             self._same,
             memory=self._on.state.new_empty((num_words,), dtype=torch.int32),
+            extent=extent,
+            num_rows=extent.slot_rows if self._has_fixed_rows else None,
             stamp=stamp,
             num_tokens=num_tokens,
             masked=self._masked,
@@ -202,7 +206,8 @@ class Planner:
             return None
         told[HOST_NEEDED.value] = 0
         worst = int(told[HOST_WORST.value])
-        return overflow(self._arena.spec, self._arena.topology, worst=worst, needed=needed)
+        assert host_counts.extent is not None, "host counts of no dispatch"
+        return overflow(host_counts.extent.spec, self._arena.topology, worst=worst, needed=needed)
 
     def look_at_all_host_counts(self) -> None:
         """Notes all overflows, also of graphs that were replayed; what was issued is done."""
@@ -242,7 +247,7 @@ class Planner:
         self._plans = [known for known in self._plans if known() is not None]
         self._most_plans = 2 * len(self._plans) + _FEW_PLANS
 
-    def _next_captured(self) -> HostCounts:
+    def _next_captured(self, extent: Extent) -> HostCounts:
         """Room in host memory for what a graph tells the host: its own for good.
 
         A capture may not allocate such memory; any fresh dispatch outside of one sees that there is enough.
@@ -254,10 +259,10 @@ class Planner:
                 f"dispatch once outside of a capture"
             )
         row = self._rows_to_capture.pop()
-        self._captured.append(HostCounts(row, row.numpy(), is_captured=True))
+        self._captured.append(HostCounts(row, row.numpy(), is_captured=True, extent=extent))
         return self._captured[-1]
 
 
 def _pinned_rows(num: int, num_words: int) -> Tensor:
     """Host memory that a device writes to, int64 ``[num, words]``, zeroed."""
-    return torch.zeros(num, num_words, dtype=torch.int64, pin_memory=True)
+    return torch.zeros(num, num_words, dtype=torch.int64, device="cpu", pin_memory=True)

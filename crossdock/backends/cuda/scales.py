@@ -19,13 +19,12 @@ NO_SCALES = ScalesCopied(SCALES=0, WORD=WORDS[1], SIZE=1, PIECE=1, TOKENS=1)
 
 
 def places_of(layout: ScaleLayout, *, word_bytes: int | None = None) -> ScalePlaces:
-    """A layout as kernels take it; see ``kernels.scales``. Only column-major do capacities show in it.
+    """A layout as kernels take it; see ``kernels.scales``. Only column-major does a slot's capacity show in it.
 
     Args:
         word_bytes: of the words as which scales without gaps are moved, however wide they are.
     """
     return ScalePlaces(
-        SEGMENT_ROWS=layout.segment_rows if layout.has_jumps else 0,
         SEGMENT_BYTES=layout.segment_bytes if layout.has_jumps else 0,
         ROW_BYTES=layout.row_bytes,
         GROUP_BYTES=word_bytes or layout.group_bytes,

@@ -25,6 +25,7 @@ from crossdock.backends.cuda.kernels.groups import (
     Copied,
     Ends,
     Expanded,
+    Own,
     Pushed,
     PushedCast,
     ScalePlaces,
@@ -33,6 +34,7 @@ from crossdock.backends.cuda.kernels.groups import (
 )
 from crossdock.backends.cuda.launch import Launch, Launcher
 from crossdock.backends.cuda.scales import NO_SCALES, places_of, shared_out
+from crossdock.extent import Extent
 from crossdock.layout import Expanded as ExpandedLayout
 from crossdock.wire import Fp8, Quantized
 
@@ -83,6 +85,8 @@ class Sent(NamedTuple):
     """Bytes from row to row where they land."""
     scale_bytes: int
     """Of a row's scales as they travel; 0 for none."""
+    own: Own
+    """What kernels are given for calls of the dispatch's M."""
 
 
 class SendKinds:
@@ -94,7 +98,7 @@ class SendKinds:
         self.arena = launcher.state.arena
         self._spec = launcher.state.arena.spec
 
-    def key(self, batch: Batch, topk_idx: Tensor | None, num_sms: int | None, *, known: bool) -> Any:
+    def key(self, batch: Batch, topk_idx: Tensor | None, num_sms: int | None, max_tokens: int, *, known: bool) -> Any:
         """All that may differ between kinds.
 
         Args:
@@ -106,15 +110,15 @@ class SendKinds:
         aligned = topk_idx is not None and topk_idx.data_ptr() & 15
         beside = weights is not None or bool(extras)
         weights_at = 0 if weights is None else weights.data_ptr() & 15
-        same = (is_fresh, aligned, weights_at, unquantized, num_sms, known and not beside)
+        same = (is_fresh, aligned, weights_at, unquantized, num_sms, max_tokens, known and not beside)
         if isinstance(x, Tensor):
             return (x.dtype, x.stride(0), x.data_ptr() & 15, same)
         data, scale = x.data, x.scale
         return (data.stride(0), data.data_ptr() & 15, scale.stride(), scale.data_ptr() & 15, same)
 
-    def make(self, batch: Batch, config: LaunchConfig, *, is_fresh: bool, known: bool) -> SendKind:
+    def make(self, batch: Batch, config: LaunchConfig, extent: Extent, *, is_fresh: bool, known: bool) -> SendKind:
         """What such a dispatch launches; see ``key``."""
-        sent = self._sent(batch, config)
+        sent = self._sent(batch, config, self._on.own_of(extent))
         has_metadata = not known or batch.weights is not None or bool(batch.extras)
         counted = not batch.unquantized
         is_copied = config.mover == "copy"
@@ -122,7 +126,7 @@ class SendKinds:
         if not is_fresh:
             begin, place = self._bind_begin_cached(), None
         else:
-            begin, place = self._bind_begin(), self._bind_place(sent, batch)
+            begin, place = self._bind_begin(sent), self._bind_place(sent, batch)
         push = None
         if not is_copied:
             push = self._bind_push(sent, batch, config, ends, is_fresh=is_fresh, has_metadata=has_metadata)
@@ -152,9 +156,9 @@ class SendKinds:
         remake = self._launcher.bind(
             plan_kernels.remake_plan, self._num_chunks, on.own, on.scratch, **shape, num_warps=8
         )
-        return remake, self._bind_place(self._sent(no_batch, self._launcher.config), None)
+        return remake, self._bind_place(self._sent(no_batch, self._launcher.config, on.own), None)
 
-    def _sent(self, batch: Batch, config: LaunchConfig) -> Sent:
+    def _sent(self, batch: Batch, config: LaunchConfig, own: Own) -> Sent:
         spec, region = self._spec, self.arena.region_of_rows(unquantized=batch.unquantized)
         out_bytes = spec.hidden * spec.combine_dtype.itemsize
         is_staged = config.expand == "receiver" and region == "data"
@@ -168,6 +172,7 @@ class SendKinds:
             row_bytes=row_bytes,
             between=out_bytes if is_staged else row_bytes,
             scale_bytes=layout.num_scales * layout.dtype.itemsize if is_wires else 0,
+            own=own,
         )
 
     def _arrivals(self, sent: Sent) -> Any:
@@ -190,10 +195,9 @@ class SendKinds:
     def _num_chunks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._on.num_chunk_tokens)
 
-    def _bind_begin(self) -> Launch:
-        on = self._on
+    def _bind_begin(self, sent: Sent) -> Launch:
         return self._launcher.bind(
-            plan_kernels.begin_dispatch, self._num_chunks, on.own, on.scratch, **self._chunks(), num_warps=8
+            plan_kernels.begin_dispatch, self._num_chunks, sent.own, self._on.scratch, **self._chunks(), num_warps=8
         )
 
     def _bind_begin_cached(self) -> Launch:
@@ -211,7 +215,7 @@ class SendKinds:
         return self._launcher.bind(
             plan_kernels.place_rows,
             lambda tokens: max(least, -(-tokens // num_tokens)),
-            on.own,
+            sent.own,
             self._final(sent),
             on.scratch,
             as_constants(beside),
@@ -280,7 +284,7 @@ class SendKinds:
             row_kernels.push_rows,
             over(shape, shape.num_rows, -(-num_words // piece)),
             Strides(data.stride(0) * size // word, *scale_strides),
-            self._on.own,
+            sent.own,
             self._arrivals(sent),
             as_constants(how),
             num_warps=shape.num_warps,
@@ -306,7 +310,7 @@ class SendKinds:
         word_bytes = wire.scale_dtype.itemsize
         places = places_of(self.arena.scales)
         if sent.is_staged:
-            places = ScalePlaces(SEGMENT_ROWS=0, SEGMENT_BYTES=0, ROW_BYTES=sent.between, GROUP_BYTES=word_bytes)
+            places = ScalePlaces(SEGMENT_BYTES=0, ROW_BYTES=sent.between, GROUP_BYTES=word_bytes)
         num_warps = max(1, min(32, groups * block // 512))  # 16 values a thread, for wide stores
         how = PushedCast(
             cast=Cast(
@@ -329,7 +333,7 @@ class SendKinds:
             cast_kernels.push_cast,
             config.num_sms if config.is_capped else lambda num_tokens: -(-num_tokens * num_stored // groups),
             x.stride(0),
-            self._on.own,
+            sent.own,
             self._arrivals(sent),
             as_constants(how),
             num_warps=num_warps,
@@ -346,7 +350,7 @@ class SendKinds:
         return self._launcher.bind(
             row_kernels.send_beside,
             lambda num_tokens: -(-num_tokens // beside.TOKENS),
-            self._on.own,
+            sent.own,
             self._final(sent),
             as_constants(beside),
             num_warps=4,
@@ -355,7 +359,7 @@ class SendKinds:
     def bind_gaps(self) -> Launch | None:
         """Zeros in the gaps that alignment leaves between the rows of a fused dispatch; None where it leaves none."""
         batch = Batch(x=self._on.state.new_empty((0, 0)), weights=None, extras=())
-        sent = self._sent(batch, self._launcher.config)
+        sent = self._sent(batch, self._launcher.config, self._on.own)
         beside = self._beside(sent, batch, 4, has_metadata=False)
         if not beside.GAPS:
             return None
@@ -409,7 +413,7 @@ class SendKinds:
             word = math.gcd(word, sent.row_bytes) if sent.is_staged else word
         places = places_of(layout, word_bytes=None if layout.column_major else word)
         if sent.is_staged:
-            places = ScalePlaces(SEGMENT_ROWS=0, SEGMENT_BYTES=0, ROW_BYTES=sent.between, GROUP_BYTES=word)
+            places = ScalePlaces(SEGMENT_BYTES=0, ROW_BYTES=sent.between, GROUP_BYTES=word)
         strides = scale.stride(0) * size // word, 1 if word != size else scale.stride(1)
         return shared_out(sent.scale_bytes // word, word, num_warps), places, strides
 
@@ -448,7 +452,7 @@ class SendKinds:
         return self._launcher.bind(
             row_kernels.expand_rows,
             programs or 1,
-            self._on.own,
+            sent.own,
             self._arrivals(sent),
             self._final(sent),
             as_constants(how),

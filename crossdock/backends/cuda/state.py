@@ -25,9 +25,11 @@ from crossdock.backends.cuda.kernels.groups import (
     Scratch,
     Sizes,
     as_constants,
+    odd,
 )
 from crossdock.backends.cuda.kernels.sync import ABORTED, FAILURE_WORDS
 from crossdock.backends.cuda.plan import PlanShape
+from crossdock.extent import Extent
 from crossdock.layout import Expanded, Padded
 from crossdock.transport.device import DeviceTransport
 
@@ -52,7 +54,7 @@ class CallState:
         self.waits_ns = self.state[num_state:]
         """``[P]``, how long kernels have waited for each rank."""
         self.failure = self._zeros(FAILURE_WORDS.value, torch.int64)
-        self.host_failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, pin_memory=True)
+        self.host_failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, device="cpu", pin_memory=True)
         """The failure of the call that has failed, in host memory; zero while none has."""
         self.flags = self._zeros(calls.FLAGS.value, torch.int32)
         call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
@@ -84,8 +86,8 @@ class CallState:
             host_failure=self.host_failure,
             flags=self.flags,
             all_tokens=tokens,
-            capacity=capacity,
-            max_tokens=max_tokens,
+            capacity=odd(capacity),
+            max_tokens=odd(max_tokens),
             boxes=boxes,
             sizes=sizes,
         )
@@ -145,6 +147,10 @@ class DeviceState:
         self.scratch = self._scratch()
         self.returns = Returns(self.region("outputs"), self.region("returned"), self.region("returned_extras"))
         torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
+
+    def own_of(self, extent: Extent) -> Own:
+        """What kernels are given for calls of such an M."""
+        return self.own._replace(capacity=odd(extent.capacity), max_tokens=odd(extent.max_tokens))
 
     def region(self, name: str, *, offset: int = 0) -> Region:
         """Where a region begins (``offset`` bytes behind), and how large its slots are; zeros where there is none."""

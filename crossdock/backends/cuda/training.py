@@ -60,11 +60,11 @@ class TrainingKernels:
         self._launch(
             own.copy_arrived,
             words.shape[0] * -(-num_words // piece),
-            (words, source, plan, words.shape[0]),
+            (words, source, plan, words.shape[0], rows.shape[1] if is_padded else 0),
             {
                 "ROW": num_words,
                 "PIECE": piece,
-                "SEGMENT": rows.shape[1] if is_padded else 0,
+                "SEGMENTS": is_padded,
                 "COUNTS_AT": places.tokens if is_padded else places.scalars,
             },
             num_warps=max(1, piece * word // 1024),

@@ -46,6 +46,7 @@ from crossdock.backends.nodes.tables import Tables
 from crossdock.backends.training import own_rows, weigh_gradients
 from crossdock.consent import PUSHED, Kind, Missing, Steps, Word
 from crossdock.errors import CapacityError, ConfigError
+from crossdock.extent import Extent
 from crossdock.layout import Padded
 from crossdock.masks import made_before
 from crossdock.plan import Plan, overflow
@@ -72,6 +73,7 @@ class NodesBackend:
         self._spec, self._topology = arena.spec, arena.topology
         num_ranks = self._topology.num_ranks
         self.launch: Launch | None = None
+        self.tells_tokens = False
         self.has_pairs = True
         self.overflows: list[tuple[int, CapacityError]] = []
         self.wait_s = torch.zeros(num_ranks, dtype=torch.float64, device="cpu")
@@ -90,14 +92,7 @@ class NodesBackend:
         self._masked: tuple[int, ...] = ()
         self._need = 0, (0, 0)
         """The last call of which this rank knows whether its node has room, and what it has told rail peers."""
-        worst = self._spec.layout.worst_case(
-            num_ranks=num_ranks,
-            max_tokens=self._spec.max_tokens,
-            num_topk=self._spec.num_topk,
-            num_local_experts=num_local,
-        )
         check_row(self._spec, arena, transport.box)
-        self._may_overflow = self._spec.capacity(num_ranks) < worst
 
     stream: None = None
 
@@ -124,7 +119,8 @@ class NodesBackend:
         self, call: Call, batch: Batch, topk_idx: Tensor, sent: Sent, *, is_posted: bool
     ) -> Steps[Outcome[Arrived]]:
         yield from self._open(call, sent, is_posted=is_posted)
-        rows = self._rows.of_tokens(batch, topk_idx)
+        extent = self._extent(call)
+        rows = self._rows.of_tokens(batch, topk_idx, extent)
         places = [
             places_to(sent, node, num_blocks=self._num_blocks, dtype=self._place_dtype)
             for node in range(self._topology.num_nodes)
@@ -139,12 +135,12 @@ class NodesBackend:
         going = Outbound(self._transport, call.sequence, num_sent, chunk_format, pack)
         words = yield from self._meanwhile(self._consent.words(call.sequence, call.word), going.push)
         counts = yield from self._node_counts(call, sent, going)
-        arriving = incoming(self._spec, self._topology, counts.numpy())
+        arriving = incoming(extent.spec, self._topology, counts.numpy())
         own = arriving.final_rows(self._spec, self._slot_rows, self._transport.rank, places[self._transport.node])
         finals = {self._transport.node: own}
         if self._is_too_much(call, arriving):
             return (yield from self._void(call, batch, topk_idx))
-        self._fan_out_own(call, batch, rows, sent, own, words)
+        self._fan_out_own(batch, rows, sent, own, words, extent)
         coming = Inbound(self._transport, call.sequence, self._tables.num_rail_rows(counts), chunk_format)
         came: dict[int, list[Ints]] = {node: [] for node in self._transport.lanes}
         slots = self._slots(words)
@@ -154,7 +150,7 @@ class NodesBackend:
             theirs = arrays[4].numpy().view(self._place_dtype).reshape(arrays[4].shape[0], -1)
             ends = arriving.final_rows(self._spec, self._slot_rows, source, theirs)
             came[node].append(ends)
-            self._rows.fan_out(batch, Rows(*arrays[:4]), np.arange(ends.shape[0]), ends, slots)
+            self._rows.fan_out(batch, Rows(*arrays[:4]), np.arange(ends.shape[0]), ends, slots, extent)
 
         yield from self._exchange(call, going, coming, forward)
         if self._overflow_of(call) is not None:
@@ -162,12 +158,12 @@ class NodesBackend:
         none = np.empty((0, self._spec.num_topk), dtype=np.int64)
         finals |= {node: np.concatenate([none, *parts]) for node, parts in came.items()}
         by_node = tuple(finals.get(node, none) for node in range(self._topology.num_nodes))
-        plan = self._plan(topk_idx, counts, sent, arriving, by_node, stamp=call.sequence)
+        plan = self._plan(topk_idx, counts, sent, arriving, by_node, stamp=call.sequence, extent=extent)
         return (yield from self._land(call, batch, plan, words, is_fresh=True))
 
     def _cached_dispatch(self, call: Call, batch: Batch, plan: NodePlan, *, is_posted: bool) -> Steps[Outcome[Arrived]]:
         yield from self._open(call, None, is_posted=is_posted)
-        rows = self._rows.of_tokens(batch, plan.topk_idx)
+        rows = self._rows.of_tokens(batch, plan.topk_idx, plan.extent)
         chunk_format = self._rows.format_of(rows, None)
 
         def pack(node: int, start: int, stop: int, arrays: list[Tensor]) -> None:
@@ -176,14 +172,14 @@ class NodesBackend:
         num_sent = [tokens.size for tokens in plan.sent.tokens]
         going = Outbound(self._transport, call.sequence, num_sent, chunk_format, pack)
         words = yield from self._meanwhile(self._consent.words(call.sequence, call.word), going.push)
-        self._fan_out_own(call, batch, rows, plan.sent, plan.finals[self._transport.node], words)
+        self._fan_out_own(batch, rows, plan.sent, plan.finals[self._transport.node], words, plan.extent)
         coming = Inbound(self._transport, call.sequence, [len(final) for final in plan.finals], chunk_format)
         slots = self._slots(words)
 
         def forward(node: int, start: int, arrays: list[Tensor]) -> None:
             num_rows = arrays[0].shape[0]
             ends = plan.finals[node][start : start + num_rows]
-            self._rows.fan_out(batch, Rows(*arrays[:4]), np.arange(num_rows), ends, slots)
+            self._rows.fan_out(batch, Rows(*arrays[:4]), np.arange(num_rows), ends, slots, plan.extent)
 
         yield from self._exchange(call, going, coming, forward)
         return (yield from self._land(call, batch, plan, words, is_fresh=False))
@@ -192,7 +188,7 @@ class NodesBackend:
         self, call: Call, batch: Batch, plan: NodePlan, words: Sequence[Word], *, is_fresh: bool
     ) -> Steps[Outcome[Arrived]]:
         """The end of a dispatch whose rows this rank has all passed on."""
-        if is_fresh and self._may_overflow:
+        if is_fresh and plan.extent.may_overflow:
             yield from self._consent.all_needs(call.sequence)
             if self._overflow_of(call) is not None:  # mates may have found that before, and signal nothing
                 return (yield from self._void(call, batch, plan.topk_idx))
@@ -205,7 +201,7 @@ class NodesBackend:
         return self._arrived(call, batch, plan)
 
     def _arrived(self, call: Call, batch: Batch, plan: NodePlan) -> Outcome[Arrived]:
-        num_rows = self._slot_rows if call.row_count == "capacity" else plan.num_rows
+        num_rows = plan.extent.slot_rows if call.row_count == "capacity" else plan.num_rows
         metadata = self._rows.take(plan, batch, call.word.slot, num_rows)
         return Outcome(Arrived(plan, num_rows, lambda: metadata))
 
@@ -219,15 +215,16 @@ class NodesBackend:
         self.overflows.append((call.sequence, error))
         nothing = torch.full_like(topk_idx, -1)
         counts = torch.zeros(self._topology.num_ranks, self._tables.width, dtype=torch.int64, device="cpu")
-        plan = self._plan_of(nothing, counts, stamp=call.sequence, partial_rows=None)
+        plan = self._plan_of(nothing, counts, stamp=call.sequence, partial_rows=None, extent=self._extent(call))
         return self._arrived(call, batch, plan)
 
     def _is_too_much(self, call: Call, arriving: Incoming) -> bool:
         """Whether a rank of this node has no room for what comes; rail peers are told, where that can be."""
-        if not self._may_overflow:
+        extent = self._extent(call)
+        if not extent.may_overflow:
             return False
         needed, worst = needed_rows(self._spec, arriving)
-        fits = needed <= self._spec.capacity(self._topology.num_ranks)
+        fits = needed <= extent.capacity
         per_node = self._num_blocks if isinstance(self._spec.layout, Padded) else self._transport.node_size
         need = (0, 0) if fits else (needed, self._transport.node * per_node + worst)
         self._need = call.sequence, need
@@ -236,12 +233,13 @@ class NodesBackend:
 
     def _overflow_of(self, call: Call) -> CapacityError | None:
         """The error of the needs that have come so far: of the rank that needs the most; None: all fit."""
-        if not self._may_overflow:
+        extent = self._extent(call)
+        if not extent.may_overflow:
             return None
         own = [self._need[1]] if self._need[0] == call.sequence else []
         needs = [*own, *self._consent.needs(call.sequence).values()]
         needed, worst = max(needs, key=lambda each: (each[0], -each[1]), default=(0, 0))
-        return overflow(self._spec, self._topology, worst=worst, needed=needed) if needed else None
+        return overflow(extent.spec, self._topology, worst=worst, needed=needed) if needed else None
 
     def combine(
         self, call: Call, plan: Plan, given: Outputs
@@ -385,10 +383,13 @@ class NodesBackend:
         return self._tables.read(call.sequence, entry)
 
     def _fan_out_own(
-        self, call: Call, batch: Batch, rows: Rows, sent: Sent, finals: Ints, words: Sequence[Word]
+        self, batch: Batch, rows: Rows, sent: Sent, finals: Ints, words: Sequence[Word], extent: Extent
     ) -> None:
         """Rows to this rank's own node need no second hop."""
-        self._rows.fan_out(batch, rows, sent.tokens[self._transport.node], finals, self._slots(words))
+        self._rows.fan_out(batch, rows, sent.tokens[self._transport.node], finals, self._slots(words), extent)
+
+    def _extent(self, call: Call) -> Extent:
+        return call.extent or self._arena.extent
 
     def _slots(self, words: Sequence[Word]) -> list[int]:
         return [words[mate].slot for mate in self._transport.mates]
@@ -402,10 +403,12 @@ class NodesBackend:
         finals: tuple[Ints, ...],
         *,
         stamp: int,
+        extent: Extent,
     ) -> NodePlan:
         return made(
             self._arena,
             rank=self._transport.rank,
+            extent=extent,
             topk_idx=topk_idx,
             counts=counts,
             sent=sent,
@@ -416,10 +419,12 @@ class NodesBackend:
             masked=self._masked,
         )
 
-    def _plan_of(self, topk_idx: Tensor, counts: Tensor, *, stamp: int, partial_rows: Tensor | None) -> NodePlan:
+    def _plan_of(
+        self, topk_idx: Tensor, counts: Tensor, *, stamp: int, partial_rows: Tensor | None, extent: Extent
+    ) -> NodePlan:
         """A plan from the tensors that decide it; without ``partial_rows`` nothing has come over the rail."""
         sent = what_is_sent(self._spec, self._topology, topk_idx.numpy())
-        arriving = incoming(self._spec, self._topology, counts.numpy())
+        arriving = incoming(extent.spec, self._topology, counts.numpy())
         node = self._transport.node
         places = places_to(sent, node, num_blocks=self._num_blocks, dtype=self._place_dtype)
         own = arriving.final_rows(self._spec, self._slot_rows, self._transport.rank, places)
@@ -427,13 +432,19 @@ class NodesBackend:
             partial_rows = torch.empty(0, self._spec.num_topk, dtype=torch.int32, device="cpu")
         num_rows = np.array(self._tables.num_rail_rows(counts))
         finals = rail_finals(partial_rows, num_rows, node=node, own=own)
-        return self._plan(topk_idx, counts, sent, arriving, finals, stamp=stamp)
+        return self._plan(topk_idx, counts, sent, arriving, finals, stamp=stamp, extent=extent)
 
     def remake_plan(self, tensors: PlanTensors) -> NodePlan:
         """See Backend. Nodes were told different counts, so all remade plans have the same stamp."""
         if self._masked and bool(tensors.counts[list(self._masked)].any()):
             raise made_before(self._masked)
-        return self._plan_of(tensors.topk_idx, tensors.counts, stamp=_REMADE, partial_rows=tensors.partial_rows)
+        return self._plan_of(
+            tensors.topk_idx,
+            tensors.counts,
+            stamp=_REMADE,
+            partial_rows=tensors.partial_rows,
+            extent=self._arena.extent,
+        )
 
     def as_remade(self, plan: Plan, tensors: PlanTensors) -> NodePlan:
         """See Backend."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crossdock.arena import Arena
 from crossdock.backends.nodes.places import Incoming, Ints, Sent
+from crossdock.extent import Extent
 from crossdock.plan import Plan
 
 
@@ -36,6 +37,7 @@ def made(  # noqa: PLR0913 - all that a plan is made of
     arena: Arena,
     *,
     rank: int,
+    extent: Extent,
     topk_idx: Tensor,
     counts: Tensor,
     sent: Sent,
@@ -54,6 +56,7 @@ def made(  # noqa: PLR0913 - all that a plan is made of
     return NodePlan(
         rank=rank,
         buffer_id=buffer_id,
+        extent=extent,
         stamp=stamp,
         topk_idx=topk_idx,
         counts=counts,

@@ -20,7 +20,8 @@ from crossdock.backends.cpu.mapped import Mapped
 from crossdock.backends.nodes.chunks import ChunkFormat
 from crossdock.backends.nodes.places import Ints
 from crossdock.backends.nodes.plan import NodePlan
-from crossdock.scales import as_integers
+from crossdock.extent import Extent
+from crossdock.scales import ScaleLayout, as_integers
 from crossdock.transport.nodes import NodesTransport
 from crossdock.wire import Fp8, Quantized
 
@@ -49,7 +50,7 @@ class NodeRows:
         self._own = self._at[transport.local]
         self._slot_rows = arena.spec.num_slot_rows(arena.topology.num_ranks)
 
-    def of_tokens(self, batch: Batch, topk_idx: Tensor) -> Rows:
+    def of_tokens(self, batch: Batch, topk_idx: Tensor, extent: Extent) -> Rows:
         """What travels of each token: rows cast to the wire's format, and the metadata beside them."""
         spec = self._arena.spec
         x = batch.x
@@ -57,7 +58,7 @@ class NodeRows:
             x = spec.wire.quantize(x)
         data, scale = x if isinstance(x, Quantized) else (x, None)
         num_tokens = topk_idx.shape[0]
-        ids = [self._rank * spec.max_tokens + np.arange(num_tokens, dtype=np.int32)[:, None]]
+        ids = [self._rank * extent.max_tokens + np.arange(num_tokens, dtype=np.int32)[:, None]]
         if not spec.layout.per_pick:
             ids.append(topk_idx.numpy().astype(np.int32))
         if batch.weights is not None:
@@ -76,7 +77,7 @@ class NodeRows:
         """How these travel: data, scales, ids, extras, and places where the plan is not known yet."""
         return ChunkFormat((*widths_of(rows), 0 if places is None else places.shape[1] * places.itemsize))
 
-    def fan_out(self, batch: Batch, rows: Rows, idx: Ints, finals: Ints, slots: Sequence[int]) -> None:
+    def fan_out(self, batch: Batch, rows: Rows, idx: Ints, finals: Ints, slots: Sequence[int], extent: Extent) -> None:
         """Writes rows into their final places at mates.
 
         Args:
@@ -98,7 +99,7 @@ class NodeRows:
                 from_rows = torch.from_numpy(which[mine])
                 _scatter(rows.data, from_rows, views[region][slot], there)
                 if rows.scale.shape[1]:
-                    self._scatter_scales(rows.scale, from_rows, views["scale"][slot], there)
+                    _scatter_scales(extent.scales, rows.scale, from_rows, views["scale"][slot], there)
                 views["metadata"][slot].numpy()[there] = metadata[mine]
 
     def take(self, plan: NodePlan, batch: Batch, slot: int, num_rows: int) -> Metadata:
@@ -119,17 +120,18 @@ class NodeRows:
             packed[:, arena.extras_offset : arena.extras_offset + num_bytes] = rows.extras.numpy()[which]
         return packed
 
-    def _scatter_scales(self, scales: Tensor, which: Tensor, slot: Tensor, there: Ints) -> None:
-        layout = self._arena.scales
-        if not layout.column_major:
-            _scatter(scales, which, slot, there)
-            return
-        source = scales.view(layout.dtype)
-        in_segment = there // layout.segment_rows
-        ends = np.flatnonzero((np.diff(there) != 1) | (np.diff(in_segment) != 0)) + 1
-        for start, stop in zip((0, *ends.tolist()), (*ends.tolist(), there.size), strict=True):
-            block = layout.of_block(slot, slice(int(there[start]), int(there[stop - 1]) + 1))
-            as_integers(block).copy_(as_integers(source).index_select(0, which[start:stop]))
+
+def _scatter_scales(layout: ScaleLayout, scales: Tensor, which: Tensor, slot: Tensor, there: Ints) -> None:
+    """Copies the scales of rows to where the layout has those of rows ``there``."""
+    if not layout.column_major:
+        _scatter(scales, which, slot, there)
+        return
+    source = scales.view(layout.dtype)
+    in_segment = there // layout.segment_rows
+    ends = np.flatnonzero((np.diff(there) != 1) | (np.diff(in_segment) != 0)) + 1
+    for start, stop in zip((0, *ends.tolist()), (*ends.tolist(), there.size), strict=True):
+        block = layout.of_block(slot, slice(int(there[start]), int(there[stop - 1]) + 1))
+        as_integers(block).copy_(as_integers(source).index_select(0, which[start:stop]))
 
 
 def _scatter(source: Tensor, which: Tensor, region: Tensor, there: Ints) -> None:

@@ -20,12 +20,12 @@ from crossdock.buffer import Buffer
 from crossdock.compat.deep_ep.events import EventHandle, EventOverlap, Previous, moment_of
 from crossdock.connection import Connection
 from crossdock.errors import ConfigError, NotSupported
-from crossdock.layout import Compact
 from crossdock.spec import Spec
-from crossdock.wire import Fp32
 
 _MAX_EXPERTS = 1024
 """Experts that a connection is made for at first."""
+_FIRST_TOKENS = 128
+"""Tokens of a rank for which V1's normal calls have room at first."""
 
 
 class CommunicatorGroup:
@@ -91,8 +91,8 @@ class Engine:
         self._buffers: dict[Hashable, Buffer] = {}
         self.unfinished: list[Started] = []
         """Calls that were started, the oldest first."""
-        self.num_tokens = 0
-        """Tokens of a rank that V1's normal calls have room for by now."""
+        self.num_tokens = _FIRST_TOKENS
+        """Tokens of a rank that V1's normal calls have room for by now, the same on all ranks."""
         self.is_closed = False
         self.comm_stream: torch.cuda.Stream | None = None
         """Where asynchronous calls run; None on CPUs."""
@@ -134,23 +134,9 @@ class Engine:
         while self.unfinished:
             self.unfinished[0]()
 
-    def most_tokens(self, num_tokens: int, device: torch.device) -> int:
-        """Room for the tokens of every rank, a power of two, the same on all: where no size has been agreed on.
-
-        Ranks tell each other their numbers in a dispatch of one row.
-        """
-        buffer = self.buffer("tokens", self._spec_of_numbers, device)
-        number = torch.full((1, 1), num_tokens, dtype=torch.float32, device=device)
-        goes = torch.ones(1, self.num_ranks, dtype=torch.bool, device=device)
-        rows = buffer.dispatch(number, goes).x
-        assert isinstance(rows, Tensor)
-        self.num_tokens = max(self.num_tokens, _power_of_two(int(rows.max())))
-        return self.num_tokens
-
-    def _spec_of_numbers(self) -> Spec:
-        return Spec(
-            num_experts=self.num_ranks, num_topk=self.num_ranks, hidden=1, max_tokens=1, wire=Fp32(), layout=Compact()
-        )
+    def grow(self, num_tokens: int) -> None:
+        """Makes room for so many tokens of a rank from the next call on: as a CapacityError says it, on all ranks."""
+        self.num_tokens = max(self.num_tokens, _power_of_two(num_tokens))
 
     def _lay(self, spec: Spec, device: torch.device) -> Buffer:
         self.check_open()

@@ -17,7 +17,7 @@ from crossdock.compat.deep_ep.engine import Engine, plain
 from crossdock.compat.deep_ep.events import Previous
 from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, read, wire_of
 from crossdock.compat.deep_ep.handles import Handle, Record, parts_of, plan_tensors
-from crossdock.errors import ConfigError
+from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Compact
 from crossdock.spec import Spec
 from crossdock.wire import Opaque
@@ -88,16 +88,22 @@ class Normal:
         engine, (num_tokens, hidden) = self._engine, data.shape
         num_experts = per_expert.shape[0]
         num_topk = min(engine.num_ranks, num_experts) if topk_idx is None else topk_idx.shape[1]
-        room = self._room(num_tokens, num_worst) if num_worst else engine.most_tokens(num_tokens, data.device)
+        room = self._room(num_tokens, num_worst) if num_worst else engine.num_tokens
         buffer = self._buffer_for(Sizes(num_experts, num_topk, hidden, room, num_worst), data, scales)
-        recv = buffer.dispatch(
-            as_native(data, scales, buffer.spec.wire, hidden),
-            is_in if topk_idx is None else topk_idx,
-            weights=None if topk_weights is None else plain(topk_weights),
-            rows="capacity" if num_worst else "exact",
-            copy=True,
-            num_sms=self._sms(wanted.num_sms),
-        )
+        try:
+            recv = buffer.dispatch(
+                as_native(data, scales, buffer.spec.wire, hidden),
+                is_in if topk_idx is None else topk_idx,
+                weights=None if topk_weights is None else plain(topk_weights),
+                rows="capacity" if num_worst else "exact",
+                copy=True,
+                num_sms=self._sms(wanted.num_sms),
+            )
+        except CapacityError as error:  # the same on all ranks
+            if error.num_tokens is None or num_worst:
+                raise
+            engine.grow(error.num_tokens)
+            return self._fresh(wanted, data, scales)
         record = Record(
             buffer, recv.plan, recv.src_idx, is_in, asks_host=not num_worst, num_sms=wanted.num_sms or _CHANNELS_SMS
         )

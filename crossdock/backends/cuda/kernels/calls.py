@@ -121,7 +121,7 @@ def has_masked_picks(segments, mine, rank, sizes):
 
 
 @triton.jit
-def give_word(own, call, payload, is_refused, mine, rank, COUNTS: tl.constexpr):
+def give_word(own, call, payload, is_refused, mine, too_many, rank, COUNTS: tl.constexpr):
     """Takes the next call's number, and gives this rank's word for it, behind its counts where there are any (COUNTS).
 
     Args:
@@ -130,6 +130,7 @@ def give_word(own, call, payload, is_refused, mine, rank, COUNTS: tl.constexpr):
         is_refused: whether it is known that this rank's picks are not allowed: its word then has no kind. So it is
             where picks are of a masked rank's experts, which the host drops, but not in a graph captured before.
         mine: int64, a power of two of counts; what there are more than these are 0.
+        too_many: this rank's tokens, where these are more than the call may have; else 0. Told behind the counts.
     """
     P: tl.constexpr = own.sizes.P
     W: tl.constexpr = (own.sizes.L + 1) * P
@@ -148,18 +149,21 @@ def give_word(own, call, payload, is_refused, mine, rank, COUNTS: tl.constexpr):
         if is_old:
             is_old = has_masked_picks(segments, mine, rank, own.sizes)
         given = tl.where((is_refused | is_old) & (speaker == rank), given & WITHOUT_KIND, given)
+        told = tl.zeros([], tl.int64) + too_many
         COLUMNS: tl.constexpr = mine.shape[0]
         columns = tl.arange(0, COLUMNS)
+        mine = tl.where(columns == W, told, mine)
         for first in range(0, P, own.sizes.AT_ONCE):
             peer = first + tl.arange(0, own.sizes.AT_ONCE)
             there = words_at(tl.load(segments + peer, mask=peer < P, other=0), own.boxes.counts)
             there += (entry + rank) * own.sizes.COUNTS
-            is_there = (peer < P)[:, None] & (columns < W)[None, :]
+            is_there = (peer < P)[:, None] & (columns <= W)[None, :]
             tl.store(there[:, None] + columns[None, :], stamped(sequence, mine)[None, :], mask=is_there)
-            if COLUMNS < W:
-                rest = COLUMNS + tl.arange(0, triton.next_power_of_2(W - COLUMNS))
-                is_there = (peer < P)[:, None] & (rest < W)[None, :]
-                tl.store(there[:, None] + rest[None, :], stamped(sequence, tl.zeros_like(rest))[None, :], mask=is_there)
+            if COLUMNS <= W:
+                rest = COLUMNS + tl.arange(0, triton.next_power_of_2(W + 1 - COLUMNS))
+                of_rest = stamped(sequence, tl.where(rest == W, told, 0))
+                is_there = (peer < P)[:, None] & (rest <= W)[None, :]
+                tl.store(there[:, None] + rest[None, :], of_rest[None, :], mask=is_there)
     post_words(segments, own.boxes.words + 8 * (entry + speaker), stamped_word(sequence, given), P)
     return sequence
 
@@ -237,7 +241,7 @@ def begin_call(call, payload: tl.int64, rank, max_polls: tl.int64, own, AWAITS: 
     """
     if is_ok(own.state):
         nothing = tl.zeros([1], tl.int64)
-        sequence = give_word(own, call, payload, False, nothing, rank, False)
+        sequence = give_word(own, call, payload, False, nothing, 0, rank, False)
         status = take_words(own, call, sequence, payload, rank, max_polls)
         if AWAITS != NOBODY:  # noqa: SIM102 - one is of the compiler, the other of the device
             if (status == OK) & some_push(call, own.sizes.P):
@@ -250,7 +254,7 @@ def exchange_words(payload: tl.int64, rank, max_polls: tl.int64, num_trips, call
     for _ in range(num_trips):
         if is_ok(own.state):
             nothing = tl.zeros([1], tl.int64)
-            sequence = give_word(own, call, payload, False, nothing, rank, False)
+            sequence = give_word(own, call, payload, False, nothing, 0, rank, False)
             take_words(own, call, sequence, payload, rank, max_polls)
         tl.debug_barrier()  # every warp sees how it went
 

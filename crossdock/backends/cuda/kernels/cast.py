@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import end_call, is_ok, slot_of
+from crossdock.backends.cuda.kernels.groups import value_of
 from crossdock.backends.cuda.kernels.metadata import pointers, region_at
 from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.rows import push_beside
@@ -100,7 +101,7 @@ def cast_blocks(given, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
 
 
 @triton.jit
-def cast_rows(x, stride, call, dst_rows, num_tokens, segments, arrivals, cast, places):
+def cast_rows(x, stride, call, dst_rows, num_tokens, segments, arrivals, segment_rows, cast, places):
     """A program's share of rows ``x [T, H]``: cast, data and scales written to all places of each row; see ``Cast``.
 
     Groups of all rows are shared out in one sequence, GROUPS at a time. The values of the next ones are on their way
@@ -138,7 +139,7 @@ def cast_rows(x, stride, call, dst_rows, num_tokens, segments, arrivals, cast, p
             there = (there + group * BLOCK)[:, None] + within
             tl.store(there, data, mask=is_value & is_there[:, None])
             to_scales = region_at(base, arrivals.scales, slot)
-            to_scales += scale_offset(row, places.SEGMENT_ROWS, places.SEGMENT_BYTES, places.ROW_BYTES)
+            to_scales += scale_offset(row, segment_rows, places.SEGMENT_BYTES, places.ROW_BYTES)
             tl.store(pointers(to_scales, SCALE_TYPE) + behind, stored, mask=is_there)
 
 
@@ -177,6 +178,7 @@ def push_cast(
     tables = tables_of(plan, num_tokens, own.sizes)
     if is_ok(own.state):
         dst_rows = tables.pair_dst_rows if how.cast.STAGED else tables.dst_rows
-        cast_rows(x, stride, call, dst_rows, num_tokens, own.segments, arrivals, how.cast, how.places)
+        segment_rows = value_of(own.capacity)
+        cast_rows(x, stride, call, dst_rows, num_tokens, own.segments, arrivals, segment_rows, how.cast, how.places)
         push_beside(call, tables, num_tokens, rank, carries, weights, extras, own, arrivals, how.beside)
     end_call(own, call, tables.tokens, rank, max_polls, how.ends)

@@ -41,7 +41,7 @@ from crossdock.backends.cuda.kernels.calls import (
     some_push,
     take_words,
 )
-from crossdock.backends.cuda.kernels.groups import Given
+from crossdock.backends.cuda.kernels.groups import Given, value_of
 from crossdock.backends.cuda.kernels.metadata import as_int64, region_at
 from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.plan import derive_recv_starts, derive_send_starts, tell_host
@@ -69,6 +69,8 @@ TELLS = tl.constexpr(4)
 WEIGHTS = tl.constexpr(8)
 """What a launch of a fused kernel does, or has: gives this rank's word; waits for rows, and tells the host of an
 overflow; tells it how many rows come; has weights."""
+TOO_MANY_SHIFT = tl.constexpr(4)
+"""Above these, this rank's tokens where they are more than the call may have, none of which is sent."""
 
 
 @triton.jit
@@ -89,7 +91,7 @@ def coordinate(call, payload, rank, max_polls, steps, tables, topk_idx, num_toke
         mine = count_picks(topk_idx, num_tokens * own.sizes.K, E).to(tl.int64)
         if good:
             tl.store(call + P + PROGRESS, tl.full([], BEGUN, tl.int64))
-            sequence = give_word(own, call, payload, False, mine, rank, True)
+            sequence = give_word(own, call, payload, False, mine, steps >> TOO_MANY_SHIFT, rank, True)
     elif good:
         settles = (tl.load(call + P + PROGRESS) == BEGUN).to(tl.int32)
     if ((steps & AWAITS) == 0) & good:
@@ -99,16 +101,16 @@ def coordinate(call, payload, rank, max_polls, steps, tables, topk_idx, num_toke
         release_programs(own.flags + GO_FLAG, tl.full([], NOTHING, tl.int32))
     else:
         counts = words_at(segment, own.boxes.counts) + (sequence & (own.sizes.RING - 1)) * (P * own.sizes.COUNTS)
-        status = tl.full([], ABORTED, tl.int32)
+        status, capacity = tl.full([], ABORTED, tl.int32), value_of(own.capacity)
         if good:
             status = take_words(own, call, sequence, payload, rank, max_polls)
         base, end, moves = derive_send_starts(
-            counts, status == OK, tables, send_starts, own.capacity, rank, False, own.sizes, own.sizes.COUNTS
+            counts, status == OK, tables, send_starts, capacity, rank, False, own.sizes, own.sizes.COUNTS
         )
         if status == OK:
             tl.store(call + P + PROGRESS, tl.full([], READY, tl.int64))
         release_programs(own.flags + GO_FLAG, tl.where(moves, GO, NO_ROWS))
-        derive_recv_starts(counts, base, end, moves, tables, own.capacity, rank, False, own.sizes, own.sizes.COUNTS)
+        derive_recv_starts(counts, base, end, moves, tables, capacity, rank, False, own.sizes, own.sizes.COUNTS)
         copy_counts(counts, tables.counts, moves, own.sizes, own.sizes.COUNTS)
 
 
@@ -143,7 +145,7 @@ def dispatch_rows(
             ``[T, ROW]``.
         scale: ``[T, SCALES]``, of one row, with padding; of rows that are cast those of ``shares``.
         call: see ``calls``; its PROGRESS says what is left to do.
-        steps: BEGINS, AWAITS, TELLS, WEIGHTS.
+        steps: BEGINS, AWAITS, TELLS, WEIGHTS; see also TOO_MANY_SHIFT.
         how: PIECE: words of a row that a program moves at a time; PIECES of a row, SCALE_PIECE scales of each.
             ROW_BYTES: between rows there. SCALES_OF_WORD: see ``scales``. STAGES: of pieces that are cast.
             METADATA_WORDS: words between metadata. CROWDED: whether rows of several ranks pass through this GPU's
@@ -163,7 +165,7 @@ def dispatch_rows(
             call,
             steps & BEGINS,
             Given(num_tokens, topk_idx, weights, steps & WEIGHTS, x, how.strides.rows, rows, stride, scales,
-                  scale_stride, rank * own.max_tokens),
+                  scale_stride, rank * value_of(own.max_tokens), value_of(own.capacity)),
             tables,
             shares,
             arrivals,
@@ -190,7 +192,7 @@ def dispatch_rows(
 def begin_combine(call, payload: tl.int64, rank, own):
     """Gives this rank's word for a combine, and waits for nobody."""
     if is_ok(own.state):
-        give_word(own, call, payload, False, tl.zeros([1], tl.int64), rank, False)
+        give_word(own, call, payload, False, tl.zeros([1], tl.int64), 0, rank, False)
 
 
 @triton.jit
@@ -275,7 +277,7 @@ def combine_rows(
         if is_ok(own.state):
             sequence = tl.load(call + own.sizes.P + SEQUENCE)
             if (steps & BEGINS) != 0:
-                sequence = give_word(own, call, payload, False, tl.zeros([1], tl.int64), rank, False)
+                sequence = give_word(own, call, payload, False, tl.zeros([1], tl.int64), 0, rank, False)
             status = take_words(own, call, sequence, payload, rank, max_polls)
             if status == OK:  # noqa: SIM102 - a call that is not OK has left no words
                 if some_push(call, own.sizes.P):

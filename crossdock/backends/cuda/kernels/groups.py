@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeVar
 
+import triton
 import triton.language as tl
 
 Group = TypeVar("Group", bound=tuple[Any, ...])
@@ -25,6 +26,21 @@ def as_constants(group: Group) -> Group:
     constants = [as_constants(value) if isinstance(value, tuple) else tl.constexpr(value) for value in group]
     made: Group = type(group)(*constants) if hasattr(group, "_fields") else tuple(constants)  # type: ignore[assignment]
     return made
+
+
+def odd(value: int) -> int:
+    """A number of calls, as a group has it: twice, and one more. So it is neither 1 nor a multiple of 16.
+
+    Kernels are then the same whatever it is: calls of another M have nothing to compile, nor to load.
+    ``value_of`` gives it back.
+    """
+    return 2 * value + 1
+
+
+@triton.jit
+def value_of(number):
+    """What ``odd`` was given."""
+    return number >> 1
 
 
 class Boxes(NamedTuple):
@@ -55,7 +71,7 @@ class Sizes(NamedTuple):
     P: tl.constexpr
     RING: tl.constexpr
     COUNTS: tl.constexpr
-    """Counts for which a row of the words has room: E + P, or more."""
+    """Counts for which a row of the words has room: E + P + 1, or more."""
     L: tl.constexpr
     K: tl.constexpr
     J: tl.constexpr
@@ -88,8 +104,9 @@ class Own(NamedTuple):
     all_tokens: tl.tensor
     """int64 ``[L]``, picks of each local expert in all calls."""
     capacity: tl.tensor
-    """Rows for which a rank has room, or each of its segments (ALIGNMENT 0)."""
+    """Rows for which a rank has room, or each of its segments (ALIGNMENT 0); see ``odd``."""
     max_tokens: tl.tensor
+    """The M of these calls; see ``odd``."""
     boxes: Boxes
     sizes: Sizes
 
@@ -190,8 +207,8 @@ class Copied(NamedTuple):
 class ScalePlaces(NamedTuple):
     """Where scales lie beside rows: see ``scales.scale_offset`` and ``scales.group_offset``."""
 
-    SEGMENT_ROWS: tl.constexpr
     SEGMENT_BYTES: tl.constexpr
+    """From a segment to the next; 0: these follow each other as rows do."""
     ROW_BYTES: tl.constexpr
     GROUP_BYTES: tl.constexpr
 
@@ -327,6 +344,7 @@ class Given(NamedTuple):
     scales: tl.tensor
     scale_stride: tl.tensor
     source: tl.tensor
+    segment_rows: tl.tensor
 
 
 class Shares(NamedTuple):

@@ -38,28 +38,30 @@ def e4m3_values(bits):
     return value
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "segment"])
 def copy_arrived(
     out,
     rows,
     plan,
     num_rows,
+    segment,
     ROW: tl.constexpr,
     PIECE: tl.constexpr,
-    SEGMENT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     COUNTS_AT: tl.constexpr,
 ):
     """Copies words of rows ``[R, ROW]`` to ``out``, as far as rows came; what is behind them is not touched.
 
     Args:
-        SEGMENT: rows of a segment, of which as many came as counts at COUNTS_AT in the plan say; 0: there is one.
+        segment: rows of a segment, of which as many came as counts at COUNTS_AT in the plan say.
+        SEGMENTS: whether there are several.
     """
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
     counts = at_bytes(plan, COUNTS_AT, tl.int32)
     for i in range(tl.program_id(0), num_rows * PIECES, tl.num_programs(0)):
         row = i // PIECES
-        nth = row % SEGMENT if SEGMENT > 0 else row
-        came = nth < (tl.load(counts + row // SEGMENT) if SEGMENT > 0 else tl.load(counts))
+        nth = row % segment if SEGMENTS else row
+        came = nth < (tl.load(counts + row // segment) if SEGMENTS else tl.load(counts))
         at = i % PIECES * PIECE + tl.arange(0, PIECE)
         there = as_int64(row) * ROW + at
         tl.store(out + there, tl.load(rows + there, mask=(at < ROW) & came), mask=(at < ROW) & came)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import REFUSED, TICKET, copy_counts, give_word, is_ok, take_words
+from crossdock.backends.cuda.kernels.groups import value_of
 from crossdock.backends.cuda.kernels.metadata import TELLS, push_metadata, push_partial_rows, zero_gaps
 from crossdock.backends.cuda.kernels.picks import (
     ROW_BITS,
@@ -29,6 +30,8 @@ from crossdock.backends.cuda.kernels.picks import (
 from crossdock.backends.cuda.kernels.sync import OK, PAYLOAD_MASK, is_last_program, release_to_host, words_at
 from crossdock.backends.cuda.kernels.tables import tables_of
 
+_RANK_BITS = tl.constexpr(16)
+_RANK_MASK = tl.constexpr(2**16 - 1)
 NUM_ROWS = tl.constexpr(0)
 OVERFLOW = tl.constexpr(1)
 NUM_PAIRS = tl.constexpr(2)
@@ -37,7 +40,8 @@ NEEDED = tl.constexpr(4)
 SCALARS = tl.constexpr(5)
 """Entries of a plan's int32 scalars: rows here up to the end of the last segment, whether a rank's rows do not fit
 anywhere (then nobody has any), and (token, rank) pairs that come here; of an overflow the receiver (rank, or expert for
-fixed blocks) that needs most, and how many rows (0: they fit)."""
+fixed blocks) that needs most, and how many rows (0: they fit). A rank that brings too many tokens is an overflow too:
+of -1 - rank, and of so many tokens."""
 
 HOST_ROWS = tl.constexpr(0)
 HOST_PAIRS = tl.constexpr(1)
@@ -108,6 +112,21 @@ def load_counts(counts, source, column, is_column, P: tl.constexpr, COUNTS: tl.c
 
 
 @triton.jit
+def most_brought(told, good, sizes, COUNTS: tl.constexpr):
+    """Of the ranks with more tokens than the call may have, the one that brings most: ``tokens << 16 | 65535 - rank``.
+
+    Args:
+        told: behind each rank's counts, its tokens, or 0.
+    """
+    most = tl.full([], 0, tl.int64)
+    for first in range(0, sizes.P, sizes.AT_ONCE):
+        source = first + tl.arange(0, sizes.AT_ONCE)
+        tokens = tl.load(told + source * COUNTS, mask=(source < sizes.P) & good, other=0) & PAYLOAD_MASK
+        most = tl.maximum(most, tl.max((tokens << _RANK_BITS) | (source ^ _RANK_MASK), axis=0))
+    return most
+
+
+@triton.jit
 def derive_send_starts(
     counts, good, tables, send_starts, capacity, rank, IS_PAIRS: tl.constexpr, sizes, COUNTS: tl.constexpr
 ):
@@ -151,6 +170,12 @@ def derive_send_starts(
         worst = tl.min(tl.where(is_key & (needed == most), key, B), axis=0)
         worst = worst if ALIGNMENT == 0 else worst // N
         fits = most <= capacity
+        if COUNTS > (L + 1) * P:
+            brought = most_brought(counts + (L + 1) * P, good, sizes, COUNTS)
+            tokens, rank_of = (brought >> _RANK_BITS).to(tl.int32), ((brought & _RANK_MASK) ^ _RANK_MASK).to(tl.int32)
+            fits = fits & (tokens == 0)
+            most = tl.where(tokens > 0, tokens, most)
+            worst = tl.where(tokens > 0, -rank_of - 1, worst)
         tl.store(tables.scalars + OVERFLOW, (fits == 0).to(tl.int32))
         tl.store(tables.scalars + NEEDED, tl.where(fits, 0, most))
         tl.store(tables.scalars + WORST, worst)
@@ -229,12 +254,13 @@ def derive_blocks(counts, good, tables, send_starts, capacity, rank, sizes, COUN
     return good
 
 
-@triton.jit(do_not_specialize=["num_tokens", "payload", "rank", "max_polls"])
+@triton.jit(do_not_specialize=["num_tokens", "too_many", "payload", "rank", "max_polls"])
 def begin_dispatch(
     topk_idx,
     plan,
     call,
     num_tokens,
+    too_many,
     payload: tl.int64,
     rank,
     max_polls: tl.int64,
@@ -250,6 +276,7 @@ def begin_dispatch(
 
     Args:
         topk_idx: int64 ``[T, K]``.
+        too_many: this rank's tokens where they are more than the call may have, and none is counted; else 0.
         TILE: chunks that are summed at a time, a power of two.
     """
     W: tl.constexpr = (own.sizes.L + 1) * own.sizes.P
@@ -264,11 +291,12 @@ def begin_dispatch(
         tl.debug_barrier()  # every warp has read whether it is OK
         tl.store(own.flags + REFUSED, 0)
         if good:
-            sequence = give_word(own, call, payload, is_refused, total.to(tl.int64), rank, True)
+            sequence = give_word(own, call, payload, is_refused, total.to(tl.int64), too_many, rank, True)
             status = take_words(own, call, sequence, payload, rank, max_polls)
             counts += (sequence & (own.sizes.RING - 1)) * (own.sizes.P * own.sizes.COUNTS)
             good = status == OK
-        good = derive_blocks(counts, good, tables, scratch.send_starts, own.capacity, rank, own.sizes, own.sizes.COUNTS)
+        capacity = value_of(own.capacity)
+        good = derive_blocks(counts, good, tables, scratch.send_starts, capacity, rank, own.sizes, own.sizes.COUNTS)
         copy_counts(counts, tables.counts, good, own.sizes, own.sizes.COUNTS)
 
 
@@ -281,7 +309,8 @@ def remake_plan(topk_idx, given, plan, num_tokens, rank, own, scratch, S: tl.con
     if is_last_program(own.flags + TICKET):
         sum_chunks(scratch.sums, (num_tokens + S - 1) // S, W, TILE)
         tl.store(own.flags + REFUSED, 0)
-        derive_blocks(given, is_ok(own.state), tables, scratch.send_starts, own.capacity, rank, own.sizes, W)
+        capacity = value_of(own.capacity)
+        derive_blocks(given, is_ok(own.state), tables, scratch.send_starts, capacity, rank, own.sizes, W)
         copy_counts(given, tables.counts, True, own.sizes, W)
 
 
@@ -411,8 +440,8 @@ def place_rows(
         if is_ok(own.state):
             end = tl.minimum((sub + 1) * S, num_tokens)
             push_metadata(
-                call, tables, sub * S, end, S, carries, weights, extras, rank * own.max_tokens, own.segments, arrivals,
-                own.sizes, beside, S,
+                call, tables, sub * S, end, S, carries, weights, extras, rank * value_of(own.max_tokens), own.segments,
+                arrivals, own.sizes, beside, S,
             )  # fmt: skip
             if own.sizes.PAIRS > 0:
                 push_partial_rows(call, tables, sub * S, num_tokens, own.segments, arrivals, own.sizes, S)

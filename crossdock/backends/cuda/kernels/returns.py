@@ -55,7 +55,7 @@ def begin_return(
     """
     P: tl.constexpr = own.sizes.P
     if (tl.program_id(0) == 0) & is_ok(own.state):
-        give_word(own, call, payload, False, tl.zeros([1], tl.int64), rank, False)
+        give_word(own, call, payload, False, tl.zeros([1], tl.int64), 0, rank, False)
     tables = tables_of(plan, num_tokens, own.sizes)
     BLOCKS: tl.constexpr = P if own.sizes.BY_RANK else own.sizes.L * P
     if is_ok(own.state):

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from crossdock.backends.cuda.kernels.calls import end_call, is_ok, slot_of
+from crossdock.backends.cuda.kernels.groups import value_of
 from crossdock.backends.cuda.kernels.metadata import (
     as_int64,
     pointers,
@@ -60,7 +61,7 @@ def push_beside(call, tables, num_tokens, rank, carries, weights, extras, own, a
         TOKENS: tl.constexpr = beside.TOKENS
         push_metadata(
             call, tables, tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS, carries, weights, extras,
-            rank * own.max_tokens, own.segments, arrivals, own.sizes, beside, TOKENS,
+            rank * value_of(own.max_tokens), own.segments, arrivals, own.sizes, beside, TOKENS,
         )  # fmt: skip
     zero_gaps(call, tables, rank, own.segments, arrivals, own.sizes, beside)
 
@@ -93,8 +94,8 @@ def push_rows(
         copy_words(words, strides.rows, call, dst_rows, num_tokens, own.segments, arrivals.rows, how.rows)
         if how.scales.SCALES > 0:
             copy_scales(
-                scale, strides, call, dst_rows, num_tokens, own.segments, arrivals.scales, how.rows.J, how.scales,
-                how.places,
+                scale, strides, call, dst_rows, num_tokens, own.segments, arrivals.scales, value_of(own.capacity),
+                how.rows.J, how.scales, how.places,
             )  # fmt: skip
         push_beside(call, tables, num_tokens, rank, carries, weights, extras, own, arrivals, how.beside)
     end_call(own, call, tables.tokens, rank, max_polls, how.ends)
@@ -204,5 +205,5 @@ def expand_rows(plan, call, num_tokens, rank, own, staged, arrivals, how):
             if how.scales.SCALES > 0:
                 expand_scales(
                     region_at(segment, staged.scales, slot), region_at(segment, arrivals.scales, slot), came, num_pairs,
-                    how.STAGED_BYTES, own.sizes, how.scales, how.places,
+                    value_of(own.capacity), how.STAGED_BYTES, own.sizes, how.scales, how.places,
                 )  # fmt: skip

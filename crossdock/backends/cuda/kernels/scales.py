@@ -17,17 +17,18 @@ from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
 
 
 @triton.jit
-def scale_offset(row, SEGMENT_ROWS: tl.constexpr, SEGMENT: tl.constexpr, ROW: tl.constexpr):
+def scale_offset(row, segment_rows, SEGMENT: tl.constexpr, ROW: tl.constexpr):
     """``ScaleLayout.offset``, int64, in units of SEGMENT and ROW: of a segment, and of a row in it.
 
     Args:
-        SEGMENT_ROWS: rows of a segment; 0: segments follow each other as rows do.
+        segment_rows: rows of a segment.
+        SEGMENT: 0: segments follow each other as rows do.
     """
-    if SEGMENT_ROWS == 0:
+    if SEGMENT == 0:
         offset = row.to(tl.int64) * ROW
     else:
-        segment = row.to(tl.int32) // SEGMENT_ROWS
-        within = row.to(tl.int32) - segment * SEGMENT_ROWS
+        segment = row.to(tl.int32) // segment_rows
+        within = row.to(tl.int32) - segment * segment_rows
         offset = segment.to(tl.int64) * SEGMENT + within.to(tl.int64) * ROW
     return offset
 
@@ -46,7 +47,9 @@ def group_offset(group, GROUP_BYTES: tl.constexpr, WORD: tl.constexpr, SIZE: tl.
 
 
 @triton.jit
-def copy_scales(scale, strides, call, dst_rows, num_tokens, segments, region, J: tl.constexpr, scales, places):
+def copy_scales(
+    scale, strides, call, dst_rows, num_tokens, segments, region, segment_rows, J: tl.constexpr, scales, places
+):
     """A program's share of the scales ``[T, SCALES]`` of rows: to all places of each, in the slots that peers named.
 
     Args:
@@ -68,13 +71,15 @@ def copy_scales(scale, strides, call, dst_rows, num_tokens, segments, region, J:
             dst_row = tl.load(dst_rows + token * J + j, mask=token < num_tokens, other=-1)
             peer = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0)
             there = region_at(tl.load(segments + peer), region, slot_of(call, peer))
-            there += scale_offset(dst_row & ROW_MASK, places.SEGMENT_ROWS, places.SEGMENT_BYTES, places.ROW_BYTES)
+            there += scale_offset(dst_row & ROW_MASK, segment_rows, places.SEGMENT_BYTES, places.ROW_BYTES)
             there = pointers(there, scales.WORD)[:, None]
             tl.store(there + behind, word, mask=is_scale & (dst_row >= 0)[:, None])
 
 
 @triton.jit
-def expand_scales(from_address, to_address, partial_rows, num_pairs, STAGED_BYTES: tl.constexpr, sizes, scales, places):
+def expand_scales(
+    from_address, to_address, partial_rows, num_pairs, segment_rows, STAGED_BYTES: tl.constexpr, sizes, scales, places
+):
     """A program's share of the scales of staged rows: to the places of their tokens' picks here.
 
     Args:
@@ -96,5 +101,5 @@ def expand_scales(from_address, to_address, partial_rows, num_pairs, STAGED_BYTE
         behind = group.to(tl.int64) * (places.GROUP_BYTES // SIZE)
         for k in tl.static_range(K):
             row = tl.load(partial_rows + pair.to(tl.int64) * K + k, mask=pair < num_pairs, other=-1)
-            there = scale_offset(row, places.SEGMENT_ROWS, places.SEGMENT_BYTES // SIZE, places.ROW_BYTES // SIZE)
+            there = scale_offset(row, segment_rows, places.SEGMENT_BYTES // SIZE, places.ROW_BYTES // SIZE)
             tl.store((to_scales + there)[:, None] + behind, word, mask=is_scale & (row >= 0)[:, None])

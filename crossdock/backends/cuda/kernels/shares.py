@@ -140,7 +140,7 @@ def address_share(
         tl.store(shares.to_rows + at, tl.where(is_row, to_row, 0), mask=is_here)
         if how.SCALES > 0:
             to_scale = region_at(segment, arrivals.scales, slot)
-            to_scale += scale_offset(row, places.SEGMENT_ROWS, places.SEGMENT_BYTES, places.ROW_BYTES)
+            to_scale += scale_offset(row, given.segment_rows, places.SEGMENT_BYTES, places.ROW_BYTES)
             tl.store(shares.to_scales + at, to_scale, mask=is_here)
         owns = is_here & (token >= first_owned)
         dst_row = (peer.to(tl.int64) << ROW_BITS) | row
