@@ -205,6 +205,7 @@ class Player:
         without = (*options.without, *(LOST_COUNT if self._has_kernels else ()))
         self._troubles = tuple(trouble for trouble in TROUBLES if trouble not in without)
         self._device, self._group = device, group
+        self._has_same_sms = options.same_sms
         self._has_processes = not options.threads and options.device == "cpu"
         self._kept: dict[int, tuple[Received, Tensor]] = {}
         """By spec: rows of an earlier round, and a copy."""
@@ -578,7 +579,7 @@ class Player:
 
     def _launch(self) -> dict[str, Any]:
         """What a call may say of its kernels; ranks need not agree."""
-        if not self._has_kernels:
+        if not self._has_kernels or self._has_same_sms:
             return {}
         return {"num_sms": [None, None, 1, 2][self._naps.integers(4)]}
 
@@ -746,6 +747,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shared", action="store_true", help="all Specs over one connection, some of them apart")
     parser.add_argument("--spec", type=int, choices=range(8), help="play this one of the Specs alone")
     parser.add_argument("--num-sms", type=int, help="on CUDA, of every buffer; calls choose others at times")
+    parser.add_argument("--same-sms", action="store_true", help="on CUDA: calls choose no others; less to compile")
     parser.add_argument("--expand", choices=["sender", "receiver"], help="on CUDA; else every other buffer has either")
     parser.add_argument("--mover", choices=["kernel", "copy"], default="kernel", help="on CUDA")
     parser.add_argument("--only", type=int, help="play this round alone")

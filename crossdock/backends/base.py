@@ -166,12 +166,14 @@ class Call(NamedTuple):
     """Of a fresh dispatch: what it uses of a receive slot; None: what the Spec's own M does."""
 
 
-@dataclass(frozen=True)
 class Outcome(Generic[Result]):
     """What a call gives, and the end of its work on a device (None: it is on the caller's stream, or done)."""
 
-    result: Result
-    event: Event | None = None
+    __slots__ = ("event", "result")
+
+    def __init__(self, result: Result, event: Event | None = None) -> None:
+        self.result = result
+        self.event = event
 
 
 class Backend(Protocol):
