@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -67,8 +68,9 @@ class Hosts:
         return path.read_text()
 
     def signal(self, rank: int, number: signal.Signals) -> None:
-        """Sends a signal to a rank."""
-        os.kill(int(self.wait_for(f"pid-{rank}")), number)
+        """Sends a signal to a rank, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(self.wait_for(f"pid-{rank}")), number)
 
 
 def leave(name: str, text: str = "") -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from crossdock import Buffer, Connection, Spec, connect
@@ -110,19 +112,23 @@ def parts_on(
 
 @functools.cache
 def patch_language_once() -> None:
-    """The interpreter looks through the whole language for what to patch, at every call of a function in a kernel too.
+    """Takes out what the interpreter does over and over, at every operation: more than half of its time.
 
-    That is a third of its time, and all but the first find nothing. And it leaves the constants of groups wrapped,
-    which its numbers (Python's) cannot be divided by.
+    And it leaves the constants of groups wrapped, which its numbers (Python's) cannot be divided by.
     """
     from triton import language
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang
 
+    @functools.cache
+    def languages_of(fn: Any) -> list[Any]:
+        return [value for value in fn.__globals__.values() if value is language or value is language.core]
+
     def patch_what_is_not(fn: Any) -> Any:
-        seen = [value for value in fn.__globals__.values() if value is language or value is language.core]
-        is_patched = not any(language.core.is_builtin(module.load) for module in seen)
+        """Looking through the whole language, at every call of a function in a kernel too, finds nothing but once."""
+        is_patched = not any(language.core.is_builtin(module.load) for module in languages_of(fn))
         return interpreter._LangPatchScope() if is_patched else patch(fn)
 
     interpreter._patch_lang = patch_what_is_not
@@ -132,6 +138,36 @@ def patch_language_once() -> None:
         return arg.value if isinstance(arg, language.constexpr) else convert(arg)
 
     interpreter._implicit_cvt = convert_unwrapped
+    dtype_of = functools.cache(interpreter._get_np_dtype)  # which makes a table of all of them anew
+    addresses = np.dtype(np.uint64)
+    interpreter._get_np_dtype = lambda kind: addresses if kind.scalar.is_ptr() else dtype_of(kind.scalar)
+    language.core.tensor.__init__ = _init_tensor
+    TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
+
+
+def _init_tensor(tensor: Any, handle: Any, kind: Any) -> None:
+    """As Triton's own, with a shape's constants made once."""
+    tensor.handle, tensor.type, tensor.dtype = handle, kind, kind.scalar
+    tensor.numel, tensor.shape = _constants_of(tuple(kind.shape) if kind.is_block() else ())
+
+
+@functools.cache
+def _constants_of(shape: tuple[int, ...]) -> tuple[Any, tuple[Any, ...]]:
+    from triton.language import constexpr
+
+    return constexpr(math.prod(shape)), tuple(map(constexpr, shape))
+
+
+def _check_overflow(_: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+    """As Triton's own, which makes ten operations of the interpreter of it."""
+    kind = lhs.type.scalar
+    if kind.int_bitwidth >= 64:
+        return
+    exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__](
+        lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64)
+    )
+    fits = (kind.get_int_min_value() <= exact) & (exact <= kind.get_int_max_value())
+    assert fits.all(), f"{kind} overflow detected for operation {operation.__name__}"
 
 
 def without_a_gpu() -> None:

@@ -38,8 +38,8 @@ from crossdock.transport.rails.dist import DistEngine
 from crossdock.transport.rails.inproc import InprocEngine
 from tests.gpu.ranks import own_stream, take_all, take_share
 
-LIMIT_S = {"processes": 60, "interpreted": 60, "cuda": 200, "cudathreads": 200}
-"""A program that has not ended by then is a failed test. On CUDA it may have kernels to compile."""
+LIMIT_S = {"processes": 60, "interpreted": 120, "cuda": 200, "cudathreads": 200}
+"""A program that has not ended by then is a failed test. On CUDA it may have kernels to compile; Python is slow."""
 _GROUP_LIMIT_S = 30
 _TIMEOUT_S = 30
 """Of a buffer on CUDA, whose calls of other ranks may have kernels to compile."""
@@ -261,14 +261,18 @@ class _Pool:
 
 
 def _context_of(kind: str) -> Any:
-    """How a kind's processes are made: on the CPU as forks of a server that has imported torch, which takes seconds.
+    """How a kind's processes are made. CUDA does not survive a fork.
 
-    CUDA does not survive a fork. And forks have the same addresses, where a kernel could take a peer's for its own.
+    And forks have the same addresses, where a kernel could take a peer's for its own.
     """
-    if kind != "processes":
-        return multiprocessing.get_context("spawn")
+    return context_of_forks() if kind == "processes" else multiprocessing.get_context("spawn")
+
+
+def context_of_forks() -> Any:
+    """Processes are forks of a server that has imported torch, which takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "hypothesis", "pytest"])  # modules of tests import the last two
+    # Modules of tests import the last two.
+    context.set_forkserver_preload([__name__, "hypothesis", "pytest"])
     return context
 
 

@@ -178,11 +178,13 @@ def die_in_a_call(group):
         os.kill(os.getpid(), signal.SIGKILL)
     error, seconds = raised(lambda: check_round(buffer, 1))
     assert torch.equal(kept.x, rows)
-    return error, seconds, leftovers()
+    return error, seconds, leftovers("/dev/shm", buffer)
 
 
-def leftovers(folder="/dev/shm"):
-    return [path.name for path in Path(folder).glob("crossdock-*")]
+def leftovers(folder, buffer=None):
+    """The names of segments there; of one buffer, because other tests may make theirs meanwhile."""
+    number = f"{buffer.connection.number:016x}" if buffer else ""
+    return [path.name for path in Path(folder).glob(f"crossdock-{number}*")]
 
 
 @pytest.mark.worlds("processes-4")
@@ -245,7 +247,7 @@ def in_folder(group, folder, spec=SPEC):
     try:
         with Buffer(group, spec, timeout_s=TIMEOUT_S) as buffer:
             check_round(buffer)  # all ranks have left the set-up then
-            return leftovers(folder)
+            return leftovers(folder, buffer)
     finally:
         os.environ.pop("CROSSDOCK_SHM_DIR")
         if before is not None:

@@ -52,10 +52,16 @@ def spec_of(layout, wire=None, **kwargs):
     return Spec(layout=layout, wire=wire or Bf16(), reduce="node", **kwargs)
 
 
-@grids
+@pytest.mark.worlds("grid-2x2")
 @pytest.mark.parametrize("wire", WIRES, ids=repr)
 @layouts
 def test_brings_every_row_to_its_place(world, layout, wire):
+    test_dispatch.check_each(world, loads(spec_of(layout, wire), world.num_ranks))
+
+
+@pytest.mark.worlds("grid-3x2", "grid-4x1", "dist-2x2")
+@pytest.mark.parametrize(("wire", "layout"), list(zip(WIRES, LAYOUTS + LAYOUTS[:2], strict=True)), ids=repr)
+def test_brings_every_row_to_its_place_among_other_nodes(world, layout, wire):
     test_dispatch.check_each(world, loads(spec_of(layout, wire), world.num_ranks))
 
 

@@ -1,4 +1,4 @@
-"""A host, or a rank of one, as ``Hosts`` starts them: ``python -m crossdock.cli.hosts FOLDER NODE [LOCAL]``."""
+"""A host, as ``Hosts`` starts it, which forks its ranks: ``python -m crossdock.cli.hosts FOLDER NODE``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from crossdock.cli.hosts.world import PORT, Setting, moments_of
 def _be_a_host(folder: Path, node: int, setting: Setting) -> None:
     # ip netns exec has given this process mounts of its own, which its ranks share.
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
-    env = os.environ | {
+    os.environ |= {
         "CROSSDOCK_HOSTS_FOLDER": str(folder),
         "GLOO_SOCKET_IFNAME": setting.links[node],
         "UCX_TLS": "tcp,self",  # else it finds a way around the link
@@ -28,16 +28,27 @@ def _be_a_host(folder: Path, node: int, setting: Setting) -> None:
         "UCX_WARN_UNUSED_ENV_VARS": "n",
         "NIXL_LOG_LEVEL": "ERROR",
     }
-    words = [sys.executable, "-m", "crossdock.cli.hosts", str(folder), str(node)]
-    ranks = [subprocess.Popen([*words, str(local)], env=env) for local in range(setting.node_size)]
-    for rank in ranks:
-        rank.wait()
+    import torch.distributed  # noqa: F401, PLC0415 - ranks are forks of a process that has imported what takes seconds
+
+    import crossdock.cli.world  # noqa: F401, PLC0415
+
+    ranks = []
+    for local in range(setting.node_size):
+        if pid := os.fork():
+            ranks.append(pid)
+            continue
+        try:
+            _be_a_rank(folder, node * setting.node_size + local, setting)
+        finally:
+            os._exit(1)  # a fork must not go on as its parent
+    for pid in ranks:
+        os.waitpid(pid, 0)
 
 
 def _be_a_rank(folder: Path, rank: int, setting: Setting) -> None:
     parent = Client(str(folder / "socket"), "AF_UNIX")
     _say(parent, rank)
-    import torch  # noqa: PLC0415 - the parent is to hear of this process before it spends seconds on imports
+    import torch  # noqa: PLC0415 - the host has imported it
     import torch.distributed as dist  # noqa: PLC0415
 
     from crossdock.cli.line import StartingLine  # noqa: PLC0415
@@ -83,9 +94,5 @@ def _end_with(parent: Connection) -> None:
 
 
 if __name__ == "__main__":
-    _folder, _node, *_local = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    _setting = Setting(*pickle.loads((_folder / "setting").read_bytes()))  # noqa: S301 - our own parent's
-    if _local:
-        _be_a_rank(_folder, _node * _setting.node_size + _local[0], _setting)
-    else:
-        _be_a_host(_folder, _node, _setting)
+    _folder = Path(sys.argv[1])
+    _be_a_host(_folder, int(sys.argv[2]), Setting(*pickle.loads((_folder / "setting").read_bytes())))  # noqa: S301 - our own parent's

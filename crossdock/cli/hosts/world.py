@@ -103,7 +103,7 @@ class Hosts:
         (self.folder / "moments").write_bytes(bytes(shared_moments(self.num_ranks, _array)))
         self._listener = Listener(str(self.folder / "socket"), "AF_UNIX", backlog=self.num_ranks)
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         for node in range(self._setting.num_nodes):
             command = [sys.executable, "-m", "crossdock.cli.hosts", str(self.folder), str(node)]
             with (self.folder / f"log-{node}").open("wb") as log, deferred():
