@@ -601,3 +601,33 @@ def play_widely(group, case, rows, home):
         if home == "pulled":
             y.copy_(case.y[r].view_as(y))
         return seen, buffer.combine(y, recv.plan)
+
+
+def overflow_by_refused_picks(group, spec):
+    """Rank 1 picks an expert twice, which is one row too many for rank 0; what is raised then, and behind it."""
+    with open_buffer(group, spec) as buffer:
+        x, said, buffer._looks_at_picks = torch.ones(4, spec.hidden), [], False  # as on a GPU, where kernels do
+        good = torch.tensor([[0, 1, -1]] * 2 + [[2, 3, -1]] * 2)
+        for started in (False, True):
+            picks = good.clone()
+            if buffer.rank == 1:
+                picks[0] = torch.tensor([0, 1, 1])
+            try:
+                if started:
+                    buffer.dispatch_start(x, picks, rows="capacity").wait()
+                else:
+                    buffer.dispatch(x, picks, rows="capacity")
+                buffer.check()
+            except (ConfigError, PeerFailed) as error:
+                said.append(type(error).__name__)
+            buffer.check()
+            said.append(int(buffer.dispatch(x, good, rows="capacity").num_tokens_per_expert.sum()))
+            buffer.check()
+        return said
+
+
+@two_ranks
+def test_an_overflow_of_picks_that_are_refused_is_not_raised_behind_that(world):
+    ours, theirs = world.run(overflow_by_refused_picks, spec_of(Expanded(capacity=8)))
+    assert ours == ["PeerFailed", 8, "PeerFailed", 8]
+    assert theirs == ["ConfigError", 8, "ConfigError", 8]

@@ -183,9 +183,10 @@ def dispatch_rows(
         tl.debug_barrier()  # every warp has read it
         tl.store(own.flags + REFUSED, 0)
         if (steps & AWAITS) != 0:
+            status = tl.full([], ABORTED, tl.int32)
             if good:
-                await_rows(own, call, tables.tokens, rank, max_polls, ALL, True)
-            tell_host(host_counts, tables, steps & TELLS, own.sizes)
+                status = await_rows(own, call, tables.tokens, rank, max_polls, ALL, True)
+            tell_host(host_counts, tables, steps & TELLS, status == OK, own.sizes)
 
 
 @triton.jit(do_not_specialize=["payload", "rank"])

@@ -383,14 +383,18 @@ def place_chunk(num_tokens, sub, tables, good, scratch, sizes, IS_PAIRS: tl.cons
 
 
 @triton.jit
-def tell_host(host_counts, tables, tells, sizes):
+def tell_host(host_counts, tables, tells, stands, sizes):
     """What the host is told of a dispatch: how many rows come, if it waits for that; an overflow in any case.
 
     Only then, because what is stored for the host takes a kernel microseconds.
+
+    Args:
+        stands: whether the call has not failed so far. Of one that has, an overflow is nobody's matter: it may come of
+            picks that were refused.
     """
     scalars = tables.scalars
     needed = tl.load(scalars + NEEDED)
-    if needed > 0:
+    if (needed > 0) & stands:
         tl.store(host_counts + HOST_NEEDED, needed.to(tl.int64))
         tl.store(host_counts + HOST_WORST, tl.load(scalars + WORST).to(tl.int64))
     if tells != 0:
@@ -428,7 +432,7 @@ def place_rows(
     """
     tables = tables_of(plan, num_tokens, own.sizes)
     if tl.program_id(0) == 0:
-        tell_host(host_counts, tables, carries & TELLS, own.sizes)
+        tell_host(host_counts, tables, carries & TELLS, True, own.sizes)
     good = is_ok(own.state) & (tl.load(tables.scalars + OVERFLOW) == 0)
     sub = tl.program_id(0)
     if sub * S < num_tokens:
