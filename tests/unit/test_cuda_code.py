@@ -225,7 +225,8 @@ def test_scales_that_arrive_column_major_are_moved_without_local_memory(pool):
 def _launch_what_comes_late(backend: Any) -> None:
     """Sums of the caller's rows, and tensors to count in."""
     spec, on = backend._spec, backend._on
-    plan, call = backend._planner.blank(1, 0), Call(0, Word(Kind.COMBINE, 0, PUSHED))
+    extent = backend._on.arena.extent
+    plan, call = backend._planner.blank(1, 0, extent), Call(0, Word(Kind.COMBINE, 0, PUSHED))
     y, rows = torch.zeros(3, spec.hidden, dtype=spec.combine_dtype), torch.zeros(1, spec.num_topk, dtype=torch.int32)
     for weights in (None, torch.zeros(3)):
         backend._return(call, plan, Outputs(y, weights, partial_rows=rows), pushes=True, sums=True)

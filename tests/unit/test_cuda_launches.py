@@ -227,7 +227,7 @@ def _python_calls(case: str, verb: str, *, backend_alone: bool, **options: Any) 
     [
         ("compact", {}, "fresh", 15),
         ("compact", {}, "cached", 10),
-        ("compact", {}, "pushed", 10),
+        ("compact", {}, "pushed", 11),
         ("padded", {"max_tokens": 64}, "fresh", 10),
     ],
 )

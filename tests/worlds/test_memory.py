@@ -52,6 +52,9 @@ def watch(group, spec):
         x = torch.ones(MAX_TOKENS, HIDDEN, dtype=torch.bfloat16)
         idx = torch.rand(MAX_TOKENS, spec.num_experts).topk(spec.num_topk, 1).indices
         weights = torch.ones(MAX_TOKENS, spec.num_topk)
+        watched(
+            lambda: buffer.dispatch(x, idx, weights=weights)
+        )  # torch imports what modes need when one first is used
         recv, dispatched, dispatch_peak = watched(lambda: buffer.dispatch(x, idx, weights=weights))
         rows = recv.x.data if isinstance(recv.x, Quantized) else recv.x
         y = recv.output_rows().copy_(rows)

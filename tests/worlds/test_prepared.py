@@ -90,9 +90,7 @@ def be_refused(group, case):
         for _ in range(2):
             recv, *_ = good()
         x, topk, weights, y = case.x[r], case.topk[r], case.weights[r], case.y[r]
-        long = torch.cat([x] * 3), torch.cat([topk] * 3), torch.cat([weights] * 3)
         wrong = [
-            lambda: buffer.dispatch(long[0], long[1], weights=long[2]),
             lambda: buffer.dispatch(x, topk[:-1], weights=weights),
             lambda: buffer.dispatch(x, topk, weights=weights[:-1]),
             lambda: buffer.dispatch(x[:-1], recv.plan),
@@ -122,7 +120,7 @@ def test_nothing_is_overlooked_because_a_kind_is_known(world):
     ours, theirs = world.run(be_refused, case)
     assert [kind for kind, _ in ours] == ["ConfigError"] * len(ours)
     assert [kind for kind, _ in theirs] == ["PeerFailed"] * len(theirs)
-    about = ("x has", "topk_idx has", "weights has", "x has", "the plan", "an input", "topk_idx[0", "y has", "the plan")
+    about = ("topk_idx has", "weights has", "x has", "the plan", "an input", "topk_idx[0", "y has", "the plan")
     for (_, sentence), begins in zip(ours, (*about, "an input", "bias is"), strict=True):
         assert sentence.startswith(begins)
 
