@@ -1,7 +1,6 @@
 """An interrupt at any moment of a call, a child that was forked in the middle, two threads: nothing stays in flight."""
 
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -33,7 +32,6 @@ def step(buffer, number=1.0):
 def interrupted(group, nth, again):
     """How the step ended that rank 0 was interrupted in, how those behind it ended, and where it was."""
     log, where = [], None
-    gc.collect()  # or buffers of steps before are closed within this one, where an interrupt goes nowhere
     buffer = Buffer(group, SPEC, timeout_s=TIMEOUT_S)  # no with block: nobody else tells the peers
     step(buffer)
     for number in range(1 + NUM_AFTER):
