@@ -13,6 +13,7 @@ import pytest
 
 LONGEST = (
     "tests/unit/test_cuda_code.py",
+    "tests/worlds/test_interrupts.py",
     "tests/worlds/test_nodes.py",
     "tests/worlds/test_cuda_interpreted.py",
     "tests/worlds/test_compiled.py",

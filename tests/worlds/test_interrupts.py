@@ -18,7 +18,7 @@ from tests.world import WorkerLost, meet
 
 SPEC = Spec(num_experts=6, num_topk=2, hidden=4, max_tokens=4, wire=Fp32(), layout=Expanded())
 TOPK = torch.tensor([[0, 3], [1, 2]])
-TIMEOUT_S = 1
+TIMEOUT_S = 0.7
 """In a step of few milliseconds: some of the calls wait for as long, and the machine may be busy."""
 NUM_AFTER = 4
 """Steps behind the one that was interrupted; the last two must work."""
@@ -65,7 +65,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_in_flight(again):
         assert log[0] == "KeyboardInterrupt", (nth, where, log, other)
         assert log[-2:] == other[-2:] == ["right", "right"], (nth, where, log, other)
         told += other[0] == "PeerFailed"
-        nth += 1 if nth < 100 and not again else 7
+        nth += 1 if nth < 60 and not again else 13
     assert len(seen) > 40, seen
     assert told > 0.6 * len(seen), "peers wait for a rank that was interrupted"
 
