@@ -15,19 +15,8 @@ from crossdock.cli.machine import Machine
 from crossdock.cli.terminal import console_of
 
 _WIDTH = 124
-_HEADINGS = (
-    "picks",
-    "op",
-    "median ms",
-    "p10 – p90",
-    "on the link",
-    "of bound",
-    "TCP",
-    "of TCP",
-    "flat",
-    "vs flat",
-    "predicted",
-)  # fmt: skip
+_NAMES = "picks", "op"
+_FIGURES = "median", "p10 – p90", "on the link", "of bound", "TCP", "of TCP", "flat", "vs flat", "predicted"
 
 
 def json_lines(config: HostsConfig, figures: Sequence[HostFigure], machine: Machine) -> Iterator[str]:
@@ -41,22 +30,12 @@ def print_hosts(config: HostsConfig, figures: Sequence[HostFigure], machine: Mac
     console = console_of(_WIDTH)
     console.print(str(config), highlight=False, markup=False, style="bold")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in (
-        "picks",
-        "op",
-        "median",
-        "p10 – p90",
-        "on the link",
-        "of bound",
-        "TCP",
-        "of TCP",
-        "flat",
-        "vs flat",
-    ):
-        table.add_column(heading, justify="left" if heading in ("picks", "op") else "right", no_wrap=True)
-    table.add_column("predicted", justify="right", no_wrap=True)
-    for figure in figures:
-        table.add_row(*_cells(figure))
+    for name in _NAMES:
+        table.add_column(name, no_wrap=True)
+    for figure in _FIGURES:
+        table.add_column(figure, justify="right", no_wrap=True)
+    for measured in figures:
+        table.add_row(*_cells(measured))
     console.print(table)
     for line in _notes(config, machine):
         console.print(line, highlight=False, markup=False, style="dim")
@@ -66,21 +45,26 @@ def _cells(figure: HostFigure) -> tuple[str, ...]:
     return (
         figure.picks,
         figure.op,
-        f"{figure.median_ms:,.0f}",
-        f"{figure.p10_ms:,.0f} – {figure.p90_ms:,.0f}",
+        _ms(figure.median_ms),
+        f"{_ms(figure.p10_ms)} – {_ms(figure.p90_ms)}",
         f"{figure.link_bytes / 1e6:,.2f} MB",
         f"{figure.link_bytes / figure.bound_bytes:.3f}",
-        f"{figure.tcp_ms:,.0f}",
+        _ms(figure.tcp_ms),
         f"{figure.median_ms / figure.tcp_ms:.2f}",
-        f"{figure.flat_ms:,.0f}",
+        _ms(figure.flat_ms),
         f"{figure.flat_ms / figure.median_ms:.1f}×",
-        f"{figure.predicted_ms:,.0f}",
+        _ms(figure.predicted_ms),
     )
+
+
+def _ms(value: float) -> str:
+    """Whole numbers, where they have two digits at least."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _notes(config: HostsConfig, machine: Machine) -> list[str]:
     return [
-        f"Slowest rank's median of {config.repeats} calls, after one other; rows and sums equal gloo's, bit for bit.",
+        f"ms, slowest rank's median of {config.repeats} calls after one; rows and sums equal gloo's, bit for bit.",
         "On the link: what the fullest host sends in a call, by its interface. Bound: one row for each token and",
         "foreign host, with metadata and places. TCP: plain sockets for as many bytes. Flat: gloo's all_to_all_single.",
         f"Hosts are network namespaces of one machine: {machine}",
