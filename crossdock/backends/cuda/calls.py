@@ -43,7 +43,7 @@ from crossdock.kinds import Kinds
 from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
 from crossdock.scales import as_integers
-from crossdock.spec import MAX_COUNT, Spec
+from crossdock.spec import Spec
 from crossdock.transport.device import DeviceTransport
 from crossdock.wire import Fp8, Opaque, Quantized
 
@@ -154,12 +154,10 @@ class CudaBackend:
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        plan, room = (
-            self._planner.blank(topk_idx.shape[0], call.sequence, call.extent or self._on.arena.extent),
-            self._on.next_call(),
-        )
+        plan = self._planner.blank(topk_idx.shape[0], call.sequence, call.extent or self._on.arena.extent)
+        room = self._on.next_call()
         stream = self._streams.enter()
-        if plan.num_tokens > plan.extent.max_tokens:
+        if plan.too_many:
             self._empty(plan, stream)
         self._remember(plan)
         seen = None if call.counters is None else self._counters.begin(stream)
@@ -226,10 +224,8 @@ class CudaBackend:
         on, x, weights, at_once = self._on, batch.x, batch.weights, call.at_once
         is_fresh = isinstance(routing, Tensor)
         if isinstance(routing, Tensor):
-            topk_idx, plan = (
-                routing,
-                self._planner.blank(routing.shape[0], call.sequence, call.extent or on.arena.extent),
-            )
+            topk_idx = routing
+            plan = self._planner.blank(routing.shape[0], call.sequence, call.extent or on.arena.extent)
         else:
             assert isinstance(routing, DevicePlan), "the plan of another backend"
             topk_idx, plan = on.flags, routing
@@ -254,11 +250,10 @@ class CudaBackend:
         if kind is None:
             config = self.launch.using(call.num_sms)
             kind = self._sends.keep(key, self._send_kinds.make(batch, config, extent, is_fresh=is_fresh, known=known))
-        room, memory, num_tokens, too_many, rank = on.next_call(), plan.memory, plan.num_tokens, 0, on.rank
-        if num_tokens > extent.max_tokens:
-            num_tokens, too_many = 0, min(num_tokens, MAX_COUNT)
-            if is_fresh:
-                self._empty(plan, stream)
+        room, memory, rank = on.next_call(), plan.memory, on.rank
+        num_tokens, too_many = 0 if plan.too_many else plan.num_tokens, plan.too_many
+        if too_many and is_fresh:
+            self._empty(plan, stream)
         carries = (0 if weights is None else _WEIGHTS) | (_EXTRAS if extras else 0)
         beside = (carries, on.flags if weights is None else weights, extras[0] if extras else on.flags)
         if kind.place is None:
@@ -587,10 +582,8 @@ class CudaBackend:
         for at_once in (True, False):
             call = Call(0, Word(Kind.DISPATCH, 0), at_once=at_once)
             if self.fused is not None and not batch.unquantized:
-                made, at = (
-                    self._planner.blank(1, 0, self._on.arena.extent),
-                    At(self._streams.enter(), self._on.next_call()),
-                )
+                made = self._planner.blank(1, 0, self._on.arena.extent)
+                at = At(self._streams.enter(), self._on.next_call())
                 self.fused.dispatch(call, made, batch, picks, at, begins=True, awaits=at_once)
                 if self._zero_gaps is not None:
                     self._zero_gaps(0, at.stream, made.memory, at.room, made.num_tokens, self._on.rank)

@@ -22,7 +22,7 @@ from crossdock.backends.cuda.scales import as_kernels_take, dtype_of, places_of
 from crossdock.consent import Word
 from crossdock.extent import Extent
 from crossdock.kinds import Kinds
-from crossdock.spec import MAX_COUNT, Spec
+from crossdock.spec import Spec
 from crossdock.wire import Fp8
 
 _PATIENCE = 32
@@ -108,10 +108,8 @@ class FusedCalls:
         if launch is None:
             launch = self._dispatches.keep(key, self._bind_dispatch(data, scale, self._config(call), plan.extent))
         steps = begins * _BEGINS | awaits * _AWAITS | (call.row_count == "exact") * _TELLS
-        host_counts, num_tokens = plan.host_counts, plan.num_tokens
-        if num_tokens > plan.extent.max_tokens:
-            steps |= min(num_tokens, MAX_COUNT) << _TOO_MANY_SHIFT
-            num_tokens = 0
+        steps |= plan.too_many << _TOO_MANY_SHIFT
+        host_counts, num_tokens = plan.host_counts, 0 if plan.too_many else plan.num_tokens
         launch(
             num_tokens,
             at.stream,

@@ -165,6 +165,8 @@ class DevicePlan(Plan):
     shape: PlanShape
     host_counts: HostCounts | None
     """None when the host knows already."""
+    too_many: int = 0
+    """This rank's tokens, as its word tells them, where they are more than the dispatch might have: none was sent."""
     num_pairs: int | None = None
     """Pairs that came here, where the host was told."""
     told_tokens: list[int] | None = None

@@ -31,6 +31,7 @@ from crossdock.errors import CapacityError, NotSupported
 from crossdock.extent import Extent
 from crossdock.layout import Padded
 from crossdock.plan import overflow
+from crossdock.spec import MAX_COUNT
 
 NUM_HOST_COUNTS = 64
 """Dispatches whose host counts are kept."""
@@ -135,6 +136,7 @@ class Planner:
             num_rows=extent.slot_rows if self._has_fixed_rows else None,
             stamp=stamp,
             num_tokens=num_tokens,
+            too_many=min(num_tokens, MAX_COUNT) if num_tokens > extent.max_tokens else 0,
             masked=self._masked,
             host_counts=host_counts,
         )
