@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crossdock import record_load, uniform_load
-from crossdock.cli import bench, main, world
+from crossdock.cli import bench, main, options, world
 from crossdock.cli.bench import cuda_cases, exchange
 from crossdock.cli.bench.figures import figures, limits_of
 from crossdock.cli.bench.measure import WrongRows, check_bits, measure
@@ -203,7 +203,7 @@ def test_says_which_argument_is_not_allowed(capsys, arguments, message):
 
 
 def test_names_the_extra_that_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda _name: None)
     assert main(TINY) == 1
     assert "pip install 'crossdock[cli]'" in capsys.readouterr().err
 

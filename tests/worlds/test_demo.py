@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from crossdock.cli import demo, main
+from crossdock.cli import demo, main, options
 from crossdock.cli.demo.estimate import STAGES
 from tests.timeline import check_nesting
 
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_anything_starts(tmp_
 
 
 def test_names_the_extra_that_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "plotly" else name)
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None if name == "plotly" else name)
     monkeypatch.setattr(demo, "run_world", None)
     assert main(["demo"]) == 1
     assert "the demo needs plotly, not installed here; pip install 'crossdock[cli]'" in capsys.readouterr().err

@@ -30,8 +30,6 @@ _PATIENCE = 32
 _BEGINS, _AWAITS, _TELLS, _WEIGHTS = (
     step.value for step in (kernels.BEGINS, kernels.AWAITS, kernels.TELLS, kernels.WEIGHTS)
 )
-
-
 _TOO_MANY_SHIFT = kernels.TOO_MANY_SHIFT.value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -13,13 +12,14 @@ from crossdock.cli.bench.cuda_measure import measure_on_gpus
 from crossdock.cli.bench.figures import figures, limits_of
 from crossdock.cli.bench.host_figures import HostFigure, host_figures
 from crossdock.cli.bench.measure import measure
-from crossdock.cli.bench.outcome import BASELINES, Outcome, open_to_write
+from crossdock.cli.bench.outcome import BASELINES, Outcome
 from crossdock.cli.bench.over_hosts import HostsConfig, make_hosts_job, measure_over_hosts
 from crossdock.cli.device import add_device_option, choose_device, gpus_for
 from crossdock.cli.hosts import parse_grid, run_hosts
 from crossdock.cli.machine import this_machine
+from crossdock.cli.options import check_extras, numbers, open_to_write
 from crossdock.cli.world import run_world
-from crossdock.errors import BackendUnavailable, ConfigError
+from crossdock.errors import ConfigError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -67,7 +67,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     cuda.add_argument("--mover", choices=("kernel", "copy"), default=None, help="what moves compact rows")
     cuda.add_argument("--mps-percentage", type=float, default=None, help="of a shared GPU's SMs, what each rank sees")
     cuda.add_argument(
-        "--sweep-sms", type=_numbers, default=(), metavar="N,N,...", help="also time other numbers of SMs, a line each"
+        "--sweep-sms", type=numbers, default=(), metavar="N,N,...", help="also time other numbers of SMs, a line each"
     )
     cuda.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw the sweep into an HTML file")
     parser.set_defaults(run=run)
@@ -81,11 +81,7 @@ def run(args: argparse.Namespace) -> None:
         BackendUnavailable: rich (or, for a plot, plotly) is not installed, or there is no GPU.
         CrossdockError: a rank failed, or an operation gave wrong rows.
     """
-    needed = ["rich"] if args.plot is None else ["rich", "plotly"]
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise BackendUnavailable(
-            f"the command line needs {' and '.join(missing)}, not installed here; pip install 'crossdock[cli]'"
-        )
+    check_extras("the command line", *(("rich",) if args.plot is None else ("rich", "plotly")))
     from crossdock.cli.bench import report  # noqa: PLC0415 - it imports rich, which is an extra
 
     if args.hosts is not None:
@@ -173,15 +169,3 @@ def make_config(args: argparse.Namespace) -> Config:
     values = {name: getattr(args, name) for name in Config.__dataclass_fields__}
     repeats = 20 if args.repeats is None else args.repeats
     return Config(**{**values, "device": choose_device(args.device).type, "repeats": repeats})
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Parses comma-separated positive integers, for argparse.
-
-    >>> _numbers("2,4,8")
-    (2, 4, 8)
-    """
-    numbers = tuple(int(part) for part in text.split(","))
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
-    return numbers

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from crossdock.cli.bench.config import Config
 from crossdock.cli.bench.cuda_cases import CACHED, FUSED, STEP
@@ -16,7 +15,6 @@ from crossdock.cli.bench.measure import WARM_UPS
 from crossdock.cli.bench.samples import OnGpu
 from crossdock.cli.machine import Machine
 from crossdock.cli.mps import Sharing
-from crossdock.errors import ConfigError
 
 BASELINES = {"fresh": "gloo all_to_all_single", "kept": "gloo all_to_all_single, buffers kept"}
 NCCL = "NCCL all_to_all_single"
@@ -129,20 +127,3 @@ class Outcome:
 
     def _median(self, op: str, wire: str) -> float | None:
         return next((figure.median_us for figure in self.figures if (figure.op, figure.wire) == (op, wire)), None)
-
-
-def open_to_write(path: Path, option: str) -> TextIO:
-    """Opens a file to append to.
-
-    Args:
-        option: the command line's option, for the error.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    try:
-        return path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{option}={path} cannot be written ({error.strerror}); pass a file in a folder that exists"
-        ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,10 +28,11 @@ from crossdock.cli.demo.watch import steps_to_show
 from crossdock.cli.device import add_device_option, choose_device, gpus_for
 from crossdock.cli.hosts import parse_grid, run_hosts
 from crossdock.cli.machine import this_machine
+from crossdock.cli.options import check_extras
 from crossdock.cli.trace import write_timeline
 from crossdock.cli.trace.parts import read
 from crossdock.cli.world import run_world
-from crossdock.errors import BackendUnavailable, ConfigError
+from crossdock.errors import ConfigError
 
 _EXPERTS = Shape().num_experts
 _GROUPS_PER_TOKEN = 2
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         BackendUnavailable: rich, plotly or jinja2 is not installed, or there is no GPU.
         CrossdockError: a rank failed, or it came to another result than one process.
     """
-    _check_extras()
+    check_extras("the demo")
     from crossdock.cli.demo import page, screen  # noqa: PLC0415 - they import rich, plotly and jinja2, which are extras
 
     grid = None if args.hosts is None else parse_grid(args.hosts)
@@ -273,11 +273,3 @@ def open_for_writing(folder: Path, name: str) -> Path:
             f"out={folder}: {error.filename} cannot be written ({error.strerror}); pass --out with a folder that can"
         ) from error
     return path
-
-
-def _check_extras() -> None:
-    missing = [name for name in ("rich", "plotly", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BackendUnavailable(
-            f"the demo needs {' and '.join(missing)}, not installed here; pip install 'crossdock[cli]'"
-        )

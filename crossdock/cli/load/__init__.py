@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 from crossdock.cli.load.figures import make_spec, measure
 from crossdock.cli.load.recording import read
-from crossdock.errors import BackendUnavailable, ConfigError
+from crossdock.cli.options import check_extras
+from crossdock.errors import ConfigError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,9 +44,7 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: the file holds no picks, or an argument is not allowed.
         BackendUnavailable: rich, plotly or jinja2 is not installed.
     """
-    missing = [name for name in ("rich", "plotly", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BackendUnavailable(f"load needs {' and '.join(missing)}, not installed; pip install 'crossdock[cli]'")
+    check_extras("load")
     from crossdock.cli.load import report  # noqa: PLC0415 - it imports rich, plotly and jinja2, which are extras
 
     if min(args.replicas, default=0) < 0:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 
 from crossdock.cli.bench.config import WIRES
+from crossdock.cli.options import check_extras, numbers, open_to_write
 from crossdock.cli.size.figures import LAYOUTS, Question, answer, as_values
 from crossdock.cost import METHODS
-from crossdock.errors import BackendUnavailable, ConfigError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "the model beside figures that were measured, and says where it is wrong.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--ranks", type=_numbers, default=(16, 64, 256, 2048), metavar="N,N,...", help="to compare")
+    parser.add_argument("--ranks", type=numbers, default=(16, 64, 256, 2048), metavar="N,N,...", help="to compare")
     parser.add_argument("--node-size", type=int, default=8, help="GPUs of a node; fewer ranks are one node")
     parser.add_argument("--tokens", type=int, default=4096, help="of each rank in a call")
     parser.add_argument("--hidden", type=int, default=7168, help="values of a row")
@@ -54,36 +53,15 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: sizes do not fit together, or a file cannot be read or written.
         BackendUnavailable: rich, plotly or jinja2 is not installed.
     """
-    missing = [name for name in ("rich", "plotly", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BackendUnavailable(f"size needs {' and '.join(missing)}, not installed; pip install 'crossdock[cli]'")
+    check_extras("size")
     from crossdock.cli.size import report  # noqa: PLC0415 - it imports rich, plotly and jinja2, which are extras
 
     question = Question(**{name: getattr(args, name) for name in Question.__dataclass_fields__})
     sizes = answer(question)
     if args.json is not None:
-        _write(args.json, "json", "".join(json.dumps(as_values(question, size)) + "\n" for size in sizes))
+        with open_to_write(args.json, "json", "w") as file:
+            file.writelines(json.dumps(as_values(question, size)) + "\n" for size in sizes)
     if args.page is not None:
-        _write(args.page, "page", report.render(question, sizes))
+        with open_to_write(args.page, "page", "w") as file:
+            file.write(report.render(question, sizes))
     report.print_sizes(question, sizes, args.page)
-
-
-def _write(path: Path, option: str, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{option}={path} cannot be written ({error.strerror}); pass a file in a folder that exists"
-        ) from error
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Parses comma-separated positive integers, for argparse.
-
-    >>> _numbers("16,64")
-    (16, 64)
-    """
-    numbers = tuple(int(part) for part in text.split(","))
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
-    return numbers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -12,10 +11,11 @@ from pathlib import Path
 
 from crossdock._env import TRACE
 from crossdock.cli.command import exit_code
+from crossdock.cli.options import check_extras
 from crossdock.cli.trace import profiles, timeline
 from crossdock.cli.trace.figures import measure
 from crossdock.cli.trace.parts import Trace, read
-from crossdock.errors import BackendUnavailable, ConfigError
+from crossdock.errors import ConfigError
 from crossdock.trace import open_problem
 from crossdock.trace.part import parts_in
 
@@ -58,9 +58,7 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: there is no part, a file cannot be read or written, or the command cannot be run.
         BackendUnavailable: rich, plotly or jinja2 is not installed.
     """
-    missing = [name for name in ("rich", "plotly", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BackendUnavailable(f"trace needs {' and '.join(missing)}, not installed; pip install 'crossdock[cli]'")
+    check_extras("trace")
     from crossdock.cli.trace import report  # noqa: PLC0415 - it imports rich, plotly and jinja2, which are extras
 
     folder, command = args.folder, args.behind
