@@ -16,10 +16,10 @@ import torch.distributed as dist
 from crossdock.cli import hosts
 from crossdock.cli.hosts import problem, sent_bytes
 from crossdock.cli.world import Member
+from tests.child import HUNG_S
 from tests.world import _dumps as dumps
 
 __all__ = ["Hosts", "leave", "problem", "sent_bytes"]
-LIMIT_S = 240
 
 
 class Hosts:
@@ -45,9 +45,9 @@ class Hosts:
         """Runs ``program(group, *args)`` on all ranks of all hosts; ``outcomes`` waits for it."""
         self._hosts.start(_run, dumps((program, args)))
 
-    def outcomes(self, of: Collection[int] | None = None, limit_s: float = LIMIT_S) -> list[Any]:
+    def outcomes(self, of: Collection[int] | None = None) -> list[Any]:
         """By rank, what its program returned, or the error that it raised; None of one that died."""
-        found = self._hosts.outcomes(of=of, limit_s=limit_s)
+        found = self._hosts.outcomes(of=of, limit_s=HUNG_S)
         return [None if outcome is None else outcome.error or pickle.loads(outcome.value) for outcome in found]  # noqa: S301 - our own
 
     def run(self, program: Callable[..., Any], *args: Any) -> list[Any]:
@@ -61,7 +61,7 @@ class Hosts:
 
     def wait_for(self, name: str) -> str:
         """What a rank has left under a name (``leave``), once it has."""
-        until = time.monotonic() + LIMIT_S
+        until = time.monotonic() + HUNG_S
         while not (path := self._hosts.folder / name).exists():
             assert time.monotonic() < until, f"nobody left {name}"
             time.sleep(0.01)

@@ -1,10 +1,11 @@
 """The distribution that provides the import name: by a finder behind all others, so that nobody is shadowed."""
 
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+from tests.child import run_child
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "compat-dist" / "src"
@@ -14,14 +15,7 @@ def run(program, *paths):
     """In a Python that has read the distribution's .pth, as one does that has it installed."""
     begin = (SOURCE / "crossdock_deep_ep.pth").read_text()
     env = os.environ | {"PYTHONPATH": ":".join(map(str, (*paths, SOURCE, ROOT)))}
-    done = subprocess.run(
-        [sys.executable, "-c", begin + textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=env,
-    )
+    done = run_child([sys.executable, "-c", begin + textwrap.dedent(program)], env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -69,21 +63,12 @@ def test_the_script_says_what_each_program_gave(tmp_path):
     )
     (tests / "test_ep.py").write_text("import deep_ep\ndeep_ep.EngramBuffer()\n")
     env = os.environ | {"PYTHON": sys.executable, "RANKS": "3"}
-    done = subprocess.run(
-        [ROOT / "scripts" / "deep-ep-tests", tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        env=env,
-    )
+    done = run_child([ROOT / "scripts" / "deep-ep-tests", tmp_path], env=env)
     said = {line.split()[0]: line for line in done.stdout.splitlines()}
     assert "passed in" in said["elastic/test_barrier"]
     assert "EngramBuffer is not supported" in said["elastic/test_ep"]
     assert "not in this checkout" in said["legacy/test_intranode"]
     assert done.returncode == 1
-    done = subprocess.run(
-        [ROOT / "scripts" / "deep-ep-tests"], capture_output=True, text=True, timeout=20, check=False, env=env
-    )
+    done = run_child([ROOT / "scripts" / "deep-ep-tests"], env=env)
     assert done.returncode == 2
     assert "name the folder" in done.stderr

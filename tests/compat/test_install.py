@@ -1,23 +1,17 @@
 """Where ``import deep_ep`` leads, and that it never leads away from a DeepEP that is installed."""
 
 import os
-import subprocess
 import sys
 import textwrap
 
 import pytest
 
+from tests.child import run_child
+
 
 def run(program, path=None):
     env = {**os.environ} | ({} if path is None else {"PYTHONPATH": f"{path}:" + ":".join(sys.path)})
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=env,
-    )
+    done = run_child([sys.executable, "-c", textwrap.dedent(program)], env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

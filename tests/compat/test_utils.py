@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import sys
 import textwrap
 
@@ -12,6 +11,7 @@ import torch
 from crossdock import Fp8
 from crossdock.compat import deep_ep
 from crossdock.compat.deep_ep.utils import gate, math, refs, testing
+from tests.child import run_child
 from tests.compat.test_expert_parallel import HIDDEN, M, dispatched, make
 
 
@@ -173,14 +173,8 @@ PROGRAM = """
 def test_a_program_begins_as_deepeps_do(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
-    done = subprocess.run(
-        [sys.executable, program],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "MASTER_PORT": _free_port(), "GLOO_SOCKET_IFNAME": "lo"},
-    )
+    environment = os.environ | {"MASTER_PORT": _free_port(), "GLOO_SOCKET_IFNAME": "lo"}
+    done = run_child([sys.executable, program], env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["0 2 64.0 0.0 (1, 2)", "1 2 64.0 0.0 (1, 2)", "once"]
 

@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from crossdock.cli.doctor.facts import Fact, Links, RankFacts, Report, RoundTrip
 from crossdock.cli.doctor.host import network
 from crossdock.errors import BackendUnavailable, ConfigError
 from crossdock.transport import shm
+from tests.child import run_child
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_group_wants_torchrun(capsys, monkeypatch):
 def test_ranks_of_a_torchrun_send_to_each_other():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "crossdock", "doctor", "--group", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = run_child(command)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert [rank["rank"] for rank in said["ranks"]] == [0, 1]

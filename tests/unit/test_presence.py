@@ -10,6 +10,7 @@ import pytest
 from crossdock import PeerFailed
 from crossdock.transport.inproc import ThreadGroup
 from crossdock.transport.presence import Presence, is_unlocked, lock
+from tests.child import run_child
 
 
 class Told:
@@ -41,7 +42,7 @@ def is_locked(fd):
     """Whether another process finds a descriptor of this one's locked."""
     code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     path = f"/proc/{os.getpid()}/fd/{fd}"
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False, timeout=60)
+    done = run_child([sys.executable, "-c", code, path])
     assert done.returncode == 0 or "BlockingIOError" in done.stderr
     return done.returncode != 0
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 
 from crossdock.cli import demo, main, options
 from crossdock.cli.demo.estimate import STAGES
+from tests.child import run_child
 from tests.timeline import check_nesting
 
 pytest.importorskip("rich")
@@ -39,7 +39,7 @@ def ran(folder):
         f"--steps={STEPS}",
         f"--out={folder}",
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    return run_child(command)
 
 
 def test_says_what_it_did(ran, folder):

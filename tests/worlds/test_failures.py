@@ -28,6 +28,7 @@ from crossdock import (
     run_local,
 )
 from crossdock._env import shm_dir
+from tests.child import run_child
 from tests.world import WorkerLost
 
 T, H = 4, 16
@@ -405,7 +406,7 @@ LEFT_OPEN = """
 def test_a_program_may_end_with_buffers_open(ranks):
     script = [sys.executable, "-W", "error", "-c", textwrap.dedent(LEFT_OPEN), ranks]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    done = run_child(script, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from crossdock import Buffer, ConfigError, Expanded, Fp32, Group, PeerFailed, Spec, ThreadGroup, run_local
 from crossdock.transport.base import group_of
 from crossdock.transport.symmetric import _rendezvous, as_torchs
+from tests.child import HUNG_S
 from tests.house.pages import ROOT, blocks_of
 
 SPEC = Spec(num_experts=6, num_topk=2, hidden=4, max_tokens=3, wire=Fp32(), layout=Expanded())
-LIMIT_S = 60
+LIMIT_S = HUNG_S
 
 
 class PipeComm:

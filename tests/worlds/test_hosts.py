@@ -16,6 +16,7 @@ from crossdock import Bf16, Buffer, Compact, Expanded, Fp8, Spec, Topology
 from crossdock.transport.rails.nixl import NixlEngine
 from tests import hosts, oracle
 from tests.cases import check_received, make_case, observed, same_bits
+from tests.child import HUNG_S
 from tests.house.pages import ROOT, blocks_of, commands_of
 
 _PROBLEM = hosts.problem()
@@ -140,7 +141,7 @@ def test_all_name_a_rank_that_was_killed_or_stopped(how):
         for rank in range(4):
             world.wait_for(f"warm-{rank}")
         world.signal(victim, how)
-        outcomes = world.outcomes(of=range(3), limit_s=60)
+        outcomes = world.outcomes(of=range(3))
     for rank in range(3):
         kind, culprit, says, _ = outcomes[rank]
         assert (kind, culprit) == ("PeerTimeout", victim), (rank, outcomes[rank])
@@ -245,6 +246,6 @@ def test_torchrun_over_two_hosts_from_the_words_of_the_page():
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 )
             )  # fmt: skip
-        said = [process.communicate(timeout=120) for process in running]
+        said = [process.communicate(timeout=HUNG_S) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     assert [out for out, _ in said] == [shown.said, ""]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -17,6 +16,7 @@ from crossdock import PeerFailed, PeerTimeout
 from crossdock.cli import main
 from crossdock.cli.trace.figures import measure
 from crossdock.cli.trace.parts import read
+from tests.child import run_child
 from tests.timeline import check_nesting
 from tests.world import WorkerLost, meet, open_buffer
 
@@ -347,13 +347,7 @@ def test_a_program_that_knows_nothing_of_traces_is_traced(tmp_path, code):
     folder = tmp_path / "made" / "here"
     command = [sys.executable, "-m", "crossdock", "trace", str(folder), "--", sys.executable]
     for _ in range(2):  # parts of the first time are gone
-        done = subprocess.run(
-            [*command, str(tmp_path / "program.py"), str(code)],
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-        )
+        done = run_child([*command, str(tmp_path / "program.py"), str(code)])
         assert done.returncode == code, done.stderr
     assert "Slow rank: 3." in done.stdout
     assert len(list(folder.glob("*.jsonl"))) == 4
