@@ -892,10 +892,9 @@ class Buffer:
     ) -> Word:
         """This rank's word, with a checksum of what must be the same on all ranks: the Spec, ``agreed``, plan, masks.
 
-        Not of the plan on CUDA: where one rank replays a graph and another makes the same calls, plans have other
-        numbers. So there words of one kind are the same.
+        Where it says nothing of a plan, words of one kind are the same.
         """
-        is_signed = plan is not None and self.device.type == "cpu"
+        is_signed = plan is not None and self._backend.signs_plans
         stamp = plan.stamp if plan is not None and is_signed else None
         word = Word(verb, slot, output_slot, self._signature ^ _checksum((agreed, stamp, self.masked)))
         if not is_signed:

@@ -25,7 +25,8 @@ import struct
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from functools import cached_property
+from typing import Any, Literal, Protocol, TypeVar
 
 from crossdock.errors import ConfigError, CrossdockError, NotSupported, PeerFailed, PeerTimeout, TransportError
 from crossdock.masks import Proposal, num_words
@@ -94,7 +95,8 @@ class Kind(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-class Word(NamedTuple):
+@dataclass(frozen=True)
+class Word:
     """What a begin word says besides its sequence number: 40 bits of payload.
 
     Fields: kind (2 bits); slot (3), where peers may write: a receive slot of a dispatch, a returned slot of a combine;
@@ -107,6 +109,7 @@ class Word(NamedTuple):
     output_slot: int = PUSHED
     signature: int = 0
 
+    @cached_property
     def payload(self) -> int:
         """The word in 40 bits."""
         fields = self.kind << KIND_SHIFT | self.slot << SLOT_SHIFT | self.output_slot << OUTPUT_SHIFT
@@ -212,6 +215,8 @@ class Consent:
     ) -> None:
         self._mailbox = mailbox
         self.rank = rank
+        self.found: Any = (0,)
+        """The first is not 0 once a device has found a failure that this host has not heard of."""
         self._num_ranks = num_ranks
         self._peers: Sequence[int] = range(num_ranks)
         """Those that take part, this rank included."""
@@ -243,11 +248,6 @@ class Consent:
         """Whether the epoch has begun by a failure, and no call has been taken in it."""
         return not self.is_open and self.next_sequence & CALL_MASK == 0
 
-    @property
-    def is_in_step(self) -> bool:
-        """Whether the epoch goes on as far as this rank knows: nothing has failed, and no call was left half begun."""
-        return self.is_open and self.taken is None
-
     def take(self) -> int:
         """The sequence number of the next call."""
         self.taken = sequence = self.next_sequence
@@ -277,7 +277,7 @@ class Consent:
     def post(self, sequence: int, word: Word) -> None:
         """Gives this rank's word for the call to every rank, itself included."""
         self._last_posted = sequence
-        value = stamped_word(sequence, word.payload())
+        value = stamped_word(sequence, word.payload)
         for peer in self._peers:
             self._mailbox.post(peer, "words", self.entry(sequence), value)
 

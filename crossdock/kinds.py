@@ -10,7 +10,7 @@ Letters: T tokens here, K top-k, H hidden, R rows received.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Kinds(dict[Hashable, Kind]):
         return kind
 
 
-def key_of(options: Key, tensors: Sequence[object]) -> Key | None:
+def key_of(options: Key, tensors: Sequence[Any]) -> Key | None:
     """What a call's kind depends on: options, and dtypes, devices, trailing shapes, strides, alignments of its tensors.
 
     None for a call that is never prepared: with a tensor that wants a gradient, or that is more than a plain tensor
@@ -73,14 +73,12 @@ def key_of(options: Key, tensors: Sequence[object]) -> Key | None:
     parts: list[Hashable] = [options]
     for given in tensors:
         if given.__class__ is Tensor:
-            assert isinstance(given, Tensor)
             if given.requires_grad and torch.is_grad_enabled():
                 return None
             parts.append((given.dtype, given.device, given.shape[1:], given.stride(), given.data_ptr() & 15))
         elif given is None:
             parts.append((None,))
         elif given.__class__ is Quantized:
-            assert isinstance(given, Quantized)
             if (part := key_of((), given)) is None:
                 return None
             parts.append(part)

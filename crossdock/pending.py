@@ -144,7 +144,9 @@ class CallQueue:
         slots have been started and not waited for (``most`` of one owner; of all owners, as many as there is room for).
         Behind a failure that was raised, it goes where the peers are.
         """
-        if self._unraised is not None or self._failing is not None or not self._consent.is_in_step:
+        consent = self._consent
+        goes_on = consent.is_open and consent.taken is None and not consent.found[0]
+        if self._unraised is not None or self._failing is not None or not goes_on:
             self.check_failure()
             self._consent.catch_up()
         if self._unwaited and len(self._unwaited) >= (most or self._depth):

@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -24,50 +23,39 @@ CopyRows = Callable[[Plan, "Tensor | Quantized"], "Tensor | Quantized"]
 """``Backend.copied``."""
 
 
-class LazyMetadata:
-    """What travelled with rows, read when somebody asks for them, and before their slot comes round."""
+class Lease:
+    """The right to the rows of one receive slot, until a later dispatch takes it, and what travelled with them.
 
-    def __init__(self, read: Callable[[], Metadata]) -> None:
+    That is read when somebody asks for it; or when the slot comes round, where somebody could still ask.
+    """
+
+    def __init__(self, slot: int, read: Callable[[], Metadata]) -> None:
+        self.slot = slot
+        self.is_valid = True
         self._read: Callable[[], Metadata] | None = read
-        self._values: Metadata | None = None
+        self._metadata: Metadata | None = None
 
-    def read(self) -> Metadata:
-        """Reads them, the first time.
+    def metadata(self) -> Metadata:
+        """What travelled with the rows; stays when they are stale.
 
         Raises:
-            ConfigError: they could not be read before their slot came round, or cannot be read here.
+            ConfigError: it could not be read before the slot came round, or cannot be read here.
         """
-        if self._values is None:
+        if self._metadata is None:
             if self._read is None:
                 raise ConfigError(
                     "what came with these rows is gone: their receive slot was taken in a CUDA graph's capture before "
                     "anybody read it; ask for recv.src_idx (and weights) before the capture begins"
                 )
-            self._values, self._read = self._read(), None
-        return self._values
+            self._metadata, self._read = self._read(), None
+        return self._metadata
 
     def end(self) -> None:
-        """Their slot comes round: reads them now, if that can be."""
-        with contextlib.suppress(ConfigError):
-            self.read()
-        self._read = None
-
-
-class Lease:
-    """The right to the rows of one receive slot, until a later dispatch takes the slot."""
-
-    def __init__(self, slot: int, stamp: int, metadata: LazyMetadata) -> None:
-        self.slot = slot
-        self.stamp = stamp
-        """The plan whose rows lie in the slot."""
-        self.is_valid = True
-        self._metadata = ref(metadata)
-
-    def end(self) -> None:
-        """The slot comes round: rows in it are stale from now on."""
+        """The slot comes round: rows in it are stale from now on. Reads what came with them, if that can be."""
         self.is_valid = False
-        if (metadata := self._metadata()) is not None:
-            metadata.end()
+        with contextlib.suppress(ConfigError):
+            self.metadata()
+        self._read = None
 
     def check(self) -> None:
         """Raises ConfigError when the slot has come round."""
@@ -100,13 +88,10 @@ class Received:
     ``x`` and ``output_rows()`` are views of a receive slot, valid until it comes round; all the rest stays valid.
     """
 
-    def __init__(
-        self, plan: Plan, lease: Lease, metadata: LazyMetadata, views: SlotViews, region: str, num_rows: int
-    ) -> None:
+    def __init__(self, plan: Plan, lease: Lease, views: SlotViews, region: str, num_rows: int) -> None:
         self.plan = plan
         """Where each row came from and goes back to; good for any number of dispatches and combines."""
         self._lease = lease
-        self._metadata = metadata
         self._views = views
         self._region = region
         self._num_rows = num_rows
@@ -154,22 +139,22 @@ class Received:
     @property
     def topk_idx(self) -> Tensor | None:
         """Compact: int32 [R, K], the local experts each row is for, in pick order; -1 for picks of other ranks."""
-        return self._metadata.read().topk_idx
+        return self._lease.metadata().topk_idx
 
     @property
     def weights(self) -> Tensor | None:
         """float32, when dispatch was given weights: for Compact [R, K], 0 for other ranks' picks; else one per row."""
-        return self._metadata.read().weights
+        return self._lease.metadata().weights
 
     @property
     def src_idx(self) -> Tensor:
         """int32: source rank * max_tokens + source token; -1 in rows that hold none."""
-        return self._metadata.read().src_idx
+        return self._lease.metadata().src_idx
 
     @property
     def extras(self) -> tuple[Tensor, ...]:
         """The opaque tensors dispatch was given, by row."""
-        return self._metadata.read().extras
+        return self._lease.metadata().extras
 
     @property
     def x(self) -> Tensor | Quantized:
@@ -196,13 +181,13 @@ class Received:
 
     def copied(self, copies: CopyRows) -> Received:
         """The same with rows ``x`` of its own, which no later dispatch overwrites; of those that came, no others."""
-        copy = Received(self.plan, self._lease, self._metadata, self._views, self._region, self._num_rows)
+        copy = Received(self.plan, self._lease, self._views, self._region, self._num_rows)
         copy._owned = copies(self.plan, self.x)
         return copy
 
     def without_copy(self) -> Received:
         """The same, whose ``x`` is a view again: it keeps no copy of the rows alive."""
-        return Received(self.plan, self._lease, self._metadata, self._views, self._region, self._num_rows)
+        return Received(self.plan, self._lease, self._views, self._region, self._num_rows)
 
     @cached_property
     def _rows(self) -> Tensor | Quantized:

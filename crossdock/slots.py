@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from crossdock.consent import PUSHED
 from crossdock.errors import ConfigError
 from crossdock.layout import Expanded, Padded
 from crossdock.pending import CallQueue, Pending
-from crossdock.received import CopyRows, LazyMetadata, Lease, Received
+from crossdock.received import CopyRows, Lease, Received
 from crossdock.wire import Quantized
 
 
@@ -52,7 +53,10 @@ class ReceiveSlots:
         self._spans = {name: (regions[name].data_ptr(), regions[name].nbytes) for name in ("outputs", "data")}
         self.begin, self.end = arena.begin, arena.num_bytes
         """Which bytes of the segment calls of this Spec write to."""
-        self._leases: list[Lease | None] = [None] * self._num_slots
+        self._leases: list[ref[Lease] | None] = [None] * self._num_slots
+        """Of the rows in each slot, while somebody has them."""
+        self._stamps: list[int | None] = [None] * self._num_slots
+        """Of the plan whose rows lie in each slot."""
         self._calls: list[Pending[Received] | None] = [None] * self._num_slots
         self._num_taken = 0
         self.is_settled = False
@@ -66,14 +70,14 @@ class ReceiveSlots:
             ConfigError: it belongs to a dispatch that was started and not waited for.
         """
         slot = self._num_taken % self._num_slots
-        call, lease = self._calls[slot], self._leases[slot]
+        call = self._calls[slot]
         if call is not None and queue.is_unwaited(call):
             raise ConfigError(
                 f"receive slot {slot} belongs to a dispatch that was not waited for; call wait() on it first"
             )
         self._num_taken += 1
-        self._leases[slot] = self._calls[slot] = None
-        if lease is not None:
+        self._stamps[slot] = self._calls[slot] = None
+        if (known := self._leases[slot]) and (lease := known()):
             lease.end()
         return slot
 
@@ -83,7 +87,7 @@ class ReceiveSlots:
         Raises:
             ConfigError: it is of a dispatch that was started and not waited for.
         """
-        for slot, (call, lease) in enumerate(zip(self._calls, self._leases, strict=True)):
+        for slot, call in enumerate(self._calls):
             if not self._overlaps(slot, begin, end):
                 continue
             if call is not None and queue.is_unwaited(call):
@@ -91,9 +95,9 @@ class ReceiveSlots:
                     f"receive slot {slot} of another Spec, over the same bytes, belongs to a dispatch that was not "
                     f"waited for; call wait() on it first, or make one of the Buffers with exclusive=True"
                 )
-            if lease is not None:
+            self._stamps[slot] = self._calls[slot] = None
+            if (known := self._leases[slot]) and (lease := known()):
                 lease.end()
-            self._calls[slot] = self._leases[slot] = None
 
     def _overlaps(self, slot: int, begin: int, end: int) -> bool:
         """Whether any of a slot's regions lies in those bytes of the segment, at least in part."""
@@ -119,12 +123,12 @@ class ReceiveSlots:
         """
         self._calls[slot], self.is_settled = None, True
         plan, num_rows = arrived.plan, arrived.num_rows
-        metadata = LazyMetadata(lambda: self._shaped(arrived.read_metadata(), num_rows))
-        self._leases[slot] = lease = Lease(slot, plan.stamp, metadata)
+        lease = Lease(slot, lambda: self._shaped(arrived.read_metadata(), num_rows))
+        self._leases[slot], self._stamps[slot] = ref(lease), plan.stamp
         region = self._region_of_rows[unquantized]
         if poisons and region == "data":
             self.poison(slot, "outputs")
-        recv = Received(plan, lease, metadata, self, region, num_rows)
+        recv = Received(plan, lease, self, region, num_rows)
         return recv if copies is None else recv.copied(copies)
 
     def _shaped(self, metadata: Metadata, num_rows: int) -> Metadata:
@@ -170,8 +174,7 @@ class ReceiveSlots:
             offset = y.data_ptr() - begin
             if 0 <= offset < num_bytes and y.numel():
                 slot, within = divmod(offset, num_bytes // self._num_slots)
-                lease = self._leases[slot]
-                if lease is None or lease.stamp != stamp:
+                if self._stamps[slot] != stamp:
                     raise ConfigError(
                         f"y is stale: it lies in receive slot {slot}, which a later dispatch has taken; combine rows "
                         f"before their slot comes round, or pass a tensor of your own"

@@ -188,6 +188,9 @@ class Backend(Protocol):
     """[L] int64, picks of each local expert in all dispatches but unquantized ones."""
     tells_tokens: bool
     """Whether all ranks are told of one that brings more tokens than a call may have; else it must not begin it."""
+    signs_plans: bool
+    """Whether words say which plan a call is on. Not where one rank may replay a graph and another make the same calls:
+    their plans have other numbers."""
     has_pairs: bool
     """Whether plans say which rows of a rank are of one token (``Plan.partial_rows``)."""
 

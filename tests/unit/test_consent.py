@@ -118,14 +118,14 @@ def errors(rank: Rank) -> list[BaseException | None]:
 )
 def test_a_stamped_word_comes_back(sequence, kind, slot, output_slot, signature):
     word = Word(kind, slot, output_slot, signature)
-    value = stamped_word(sequence, word.payload())
+    value = stamped_word(sequence, word.payload)
     assert -(2**63) <= value < 2**63
     assert value >> WORD_BITS & 0xFFFFFF == (sequence >> EPOCH_SHIFT) << 16 | sequence & 0xFFFF
     assert Word.of(value & WORD_MASK) == word
 
 
 def test_a_literal_word():
-    assert Word(Kind.COMBINE, slot=1, output_slot=PUSHED, signature=0xBEEF).payload() == 0b11_001_111 << 32 | 0xBEEF
+    assert Word(Kind.COMBINE, slot=1, output_slot=PUSHED, signature=0xBEEF).payload == 0b11_001_111 << 32 | 0xBEEF
     assert stamped_word(SEQUENCE_MASK, WORD_MASK) == stamped(SEQUENCE_MASK, PAYLOAD_MASK) == -1
 
 

@@ -42,6 +42,7 @@ class CpuBackend:
         spec = arena.spec
         self.launch: Launch | None = None
         self.tells_tokens = True
+        self.signs_plans = True
         self.has_pairs = spec.ranks_sum_picks
         self.overflows: list[tuple[int, CapacityError]] = []
         self.wait_s = torch.zeros(transport.num_ranks, dtype=torch.float64, device="cpu")

@@ -86,6 +86,7 @@ class CudaBackend:
         self._zero_gaps = self._send_kinds.bind_gaps() if self.fused is not None else None
         """Behind a fused dispatch, where alignment leaves gaps."""
         self.tells_tokens = True
+        self.signs_plans = False
         self.overflows: list[tuple[int, CapacityError]] = self._planner.overflows
         self.num_tokens_per_expert = on.tokens
         self._masked: tuple[int, ...] = ()
@@ -257,7 +258,7 @@ class CudaBackend:
         carries = (0 if weights is None else _WEIGHTS) | (_EXTRAS if extras else 0)
         beside = (carries, on.flags if weights is None else weights, extras[0] if extras else on.flags)
         if kind.place is None:
-            kind.begin(0, stream, room, call.word.payload(), rank, on.max_polls)
+            kind.begin(0, stream, room, call.word.payload, rank, on.max_polls)
         else:
             assert plan.host_counts is not None
             self._remember(plan)
@@ -269,7 +270,7 @@ class CudaBackend:
                 room,
                 num_tokens,
                 too_many,
-                call.word.payload(),
+                call.word.payload,
                 rank,
                 on.max_polls,
             )
@@ -399,7 +400,7 @@ class CudaBackend:
         if kind is None:
             config = self.launch.using(call.num_sms)
             kind = self._sums.keep(key, self._sum_kinds.make(pushed, weights, bias, rows, sent, config, sums=sums))
-        room, memory, payload = on.next_call(), plan.memory, call.word.payload()
+        room, memory, payload = on.next_call(), plan.memory, call.word.payload
         if pushed is None and sent is None:
             kind.begin(0, stream, room, payload, rank, on.max_polls)
         else:

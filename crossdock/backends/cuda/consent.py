@@ -78,6 +78,7 @@ class DeviceConsent(Consent):
         self.recent_plans: deque[DevicePlan] = deque(maxlen=_NUM_PICKS)
         """Of fresh dispatches, to say what is wrong with their picks if the device refuses them."""
         super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=on.control.ring)
+        self.found = self._failure
 
     def start_from(self, sequence: int) -> None:
         """See Consent. Nothing of this rank may be running."""
@@ -88,11 +89,6 @@ class DeviceConsent(Consent):
     def is_fresh(self) -> bool:
         """See Consent. Graphs begin calls without this host."""
         return super().is_fresh and self._state()[NEXT.value] == self.next_sequence
-
-    @property
-    def is_in_step(self) -> bool:
-        """See Consent. A failure that the device has found is in host memory."""
-        return self.is_open and self.taken is None and self._failure[0] == sync.OK.value
 
     def mask(self, ranks: Sequence[int]) -> None:
         """See Consent."""
@@ -105,7 +101,7 @@ class DeviceConsent(Consent):
 
     def exchange_words(self, num_trips: int) -> None:
         """See Consent. Issued behind the calls before, whose numbers go on on the device alone, as in a graph."""
-        payload = Word(Kind.COMBINE, 0).payload()
+        payload = Word(Kind.COMBINE, 0).payload
         self._exchange(0, self._streams.enter(), payload, self._on.rank, self._on.max_polls, num_trips)
 
     def settle(self) -> None:

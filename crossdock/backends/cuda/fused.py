@@ -119,7 +119,7 @@ class FusedCalls:
             at.room,
             self._planner.nobody if host_counts is None else host_counts.row,
             num_tokens,
-            call.word.payload(),
+            call.word.payload,
             self._on.rank,
             self._on.max_polls if awaits else _PATIENCE,
             steps if weights is None else steps | _WEIGHTS,
@@ -127,7 +127,7 @@ class FusedCalls:
 
     def begin_combine(self, word: Word, at: At) -> None:
         """This rank's word for a combine that another kernel goes on with."""
-        self._begin_combine(0, at.stream, at.room, word.payload(), self._on.rank)
+        self._begin_combine(0, at.stream, at.room, word.payload, self._on.rank)
 
     def combine(
         self,
@@ -159,7 +159,7 @@ class FusedCalls:
             plan.memory,
             at.room,
             plan.num_tokens,
-            call.word.payload(),
+            call.word.payload,
             self._on.rank,
             self._on.max_polls,
             _BEGINS if begins else 0,

@@ -60,6 +60,9 @@ class Launch:
         self._metadata: Any = None
         self._bound: tuple[Any, ...] = ()
         """Fixed arguments as addresses, and constants in their places."""
+        self._tensors: list[int] = []
+        self._groups: list[int] = []
+        """Which of the arguments that vary are tensors, and groups of them."""
 
     def __call__(self, num_tokens: int, stream: int, *args: Any) -> None:
         """Launches it for so many tokens (or rows) on a stream.
@@ -75,14 +78,11 @@ class Launch:
         if self._run is None:
             self._launch_first(grid, stream, args)
             return
-        addresses: list[Any] = []
-        for arg in args:
-            if arg.__class__ is int:
-                addresses.append(arg)
-            elif arg.__class__ is tuple:
-                addresses.append(as_addresses(arg))
-            else:
-                addresses.append(arg.data_ptr())
+        addresses = [*args]
+        for i in self._tensors:
+            addresses[i] = args[i].data_ptr()
+        for i in self._groups:
+            addresses[i] = as_addresses(args[i])
         self._run(grid, 1, 1, stream, self._function, self._metadata, None, None, None, *addresses, *self._bound)
 
     def most_tokens(self, num_programs: int) -> int:
@@ -104,6 +104,8 @@ class Launch:
         if handle is not None:  # an interpreted kernel has none
             self._run, self._function, self._metadata = handle.run, handle.function, handle.packed_metadata
             self._bound = (*as_addresses(self._fixed), *self._constants.values())
+            self._tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+            self._groups = [i for i, arg in enumerate(args) if isinstance(arg, tuple)]
 
 
 class Launcher:

@@ -74,6 +74,7 @@ class NodesBackend:
         num_ranks = self._topology.num_ranks
         self.launch: Launch | None = None
         self.tells_tokens = False
+        self.signs_plans = True
         self.has_pairs = True
         self.overflows: list[tuple[int, CapacityError]] = []
         self.wait_s = torch.zeros(num_ranks, dtype=torch.float64, device="cpu")
