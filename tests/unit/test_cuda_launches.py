@@ -152,8 +152,9 @@ def test_a_call_is_few_launches_and_no_operation_of_torch(case, pool):
         assert len(launched) <= most, (verb, launched)
 
 
-def test_a_call_of_few_tokens_is_one_launch(pool):
-    costs = pool.apply(_costs, ("padded",), {"max_tokens": 64})
+@pytest.mark.parametrize("case", ["compact", "compact, sums by token", "padded"])
+def test_a_call_of_few_tokens_is_one_launch(case, pool):
+    costs = pool.apply(_costs, (case,), {"max_tokens": 64})
     for verb in ("fresh", "fresh, exact", "fresh, quantised"):
         assert costs[verb] == (["dispatch_rows"], []), verb
     for verb in ("pulled", "pulled, bias"):

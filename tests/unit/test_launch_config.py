@@ -77,16 +77,19 @@ def test_the_cheaper_one_makes_copies_unless_somebody_is_asked_for(layout):
             assert decided(spec, topology, expand=expand).expand == expand
 
 
-@pytest.mark.parametrize("layout", [Expanded(), Padded(capacity=64)], ids=repr)
+@pytest.mark.parametrize("layout", [Compact(), Expanded(), Padded(capacity=64)], ids=repr)
 def test_calls_of_few_tokens_are_one_kernel_on_all_sms(layout):
     few = spec_of(layout=layout, max_tokens=512)
     assert decided(few).is_fused
     assert decided(few, FAST_MEMORY).expand == "sender"
     assert decided(few).num_sms == 132
     assert "one kernel" in str(decided(few))
-    others = [spec_of(max_tokens=512), replace(few, max_tokens=513), replace(few, reduce="rank")]
-    assert not any(decided(spec).is_fused for spec in others)
-    assert not decided(few, expand="receiver").is_fused
+    assert not decided(replace(few, max_tokens=513)).is_fused
+    assert decided(replace(few, reduce="rank")).is_fused is not layout.per_pick
+    if layout.per_pick:
+        assert not decided(few, expand="receiver").is_fused
+    else:
+        assert not decided(few, mover="copy").is_fused
     assert decided(replace(few, wire=Fp8())).is_fused
     assert decided(replace(few, wire=Fp8(column_major=True))).is_fused
 

@@ -173,7 +173,7 @@ def test_sequence_numbers_come_round(world, first):
 
 @two_ranks
 @pytest.mark.parametrize("patience", [0, 2**30])
-@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=repr)
+@layouts
 def test_what_is_started_is_sent_at_once_or_by_wait(world, layout, patience):
     """Two calls in flight; without patience nothing is sent before ``wait()``."""
     case = make_case(spec_of(layout), [4, 3])
@@ -249,7 +249,7 @@ def call_behind_events(group, case):
 
 @pytest.mark.worlds("interpreted-1")
 def test_calls_wait_for_events_where_they_run(world):
-    case = make_case(spec_of(Compact(), 1, num_experts=4), [4])
+    case = make_case(spec_of(Expanded(), 1, num_experts=4, reduce="rank"), [4])  # no fused calls, which start elsewhere
     ((out, waited, texts),) = world.run(call_behind_events, case)
     assert same_bits(out, oracle.combined(case.spec, case.topk, case.flat_y())[0])
     assert waited == [(0, False), (1, True), (2, False), (3, True), (4, False)]

@@ -264,8 +264,7 @@ def decide(
     LaunchConfig(num_sms=16 to store and 24 to load of 132, expand='sender', mover='kernel', link 450 GB/s, memory 4100 GB/s)
     """  # noqa: E501 - as it is printed
     is_fused = (
-        spec.layout.per_pick
-        and spec.reduce == "token"
+        not spec.ranks_sum_picks
         and spec.max_tokens * spec.num_topk <= _FUSED_PICKS
         and launch_options.expand != "receiver"
         and launch_options.mover == "kernel"

@@ -244,7 +244,7 @@ class FusedCalls:
 
         one = shape(1)
         how = Summed(
-            J=spec.num_topk,
+            J=self._on.plan_shape.num_columns,
             H=spec.hidden,
             PIECE=one.piece,
             TOKENS=1,

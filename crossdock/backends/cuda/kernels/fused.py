@@ -46,6 +46,7 @@ from crossdock.backends.cuda.kernels.metadata import as_int64, region_at
 from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.plan import derive_recv_starts, derive_send_starts, tell_host
 from crossdock.backends.cuda.kernels.shares import count_picks, send_share
+from crossdock.backends.cuda.kernels.sums import weight_of
 from crossdock.backends.cuda.kernels.sync import (
     ABORTED,
     GO,
@@ -80,15 +81,12 @@ def coordinate(call, payload, rank, max_polls, steps, tables, topk_idx, num_toke
     See ``dispatch_rows``.
     """
     P: tl.constexpr = own.sizes.P
-    E: tl.constexpr = own.sizes.L * P
     segment = tl.load(own.segments + rank)
     good = is_ok(own.state)
     sequence = tl.load(call + P + SEQUENCE)
     settles = tl.full([], 1, tl.int32)
-    if (
-        steps & BEGINS
-    ) != 0:  # pairs of tokens and ranks, whose counts lie behind those of experts, are not counted here
-        mine = count_picks(topk_idx, num_tokens * own.sizes.K, E).to(tl.int64)
+    if (steps & BEGINS) != 0:
+        mine = count_picks(topk_idx, num_tokens, own.sizes).to(tl.int64)
         if good:
             tl.store(call + P + PROGRESS, tl.full([], BEGUN, tl.int64))
             sequence = give_word(own, call, payload, False, mine, steps >> TOO_MANY_SHIFT, rank, True)
@@ -133,7 +131,7 @@ def dispatch_rows(
     shares,
     how,
 ):
-    """A fresh dispatch of rows with one pick each: ``[T, ...]`` to all their places, with sources and weights.
+    """A fresh dispatch of rows ``[T, ...]`` to all their places, with what travels beside them but extras.
 
     In one launch, or in two: the first BEGINS, and sends if all words are here within ``max_polls`` polls; the
     second AWAITS, and sends before if the first did not.
@@ -219,7 +217,8 @@ def sum_share(out, bias, weights, tables, call, num_tokens, rank, returned, bias
             dst_row = tl.load(tables.dst_rows + token * J + j)
             dst_rows_of = dst_rows_of + (dst_row,)  # noqa: RUF005 - Triton's compiler knows no unpacking
             if HAS_WEIGHTS:
-                weight = tl.load(weights + token * J + j, mask=dst_row >= 0, other=0.0)
+                peer = dst_row >> ROW_BITS
+                weight = weight_of(weights, tables.picks, as_int64(token), j, peer, dst_row >= 0, own.sizes)
                 weights_of = weights_of + (weight,)  # noqa: RUF005
         if decided == 0:  # the first ones are here when peers' words are
             decided = await_go(own.flags + GO_FLAG)

@@ -52,8 +52,8 @@ def pointers(address, dtype: tl.constexpr):
 
 @triton.jit
 def push_metadata(
-    call, tables, begin, end, step, carries, weights, extras, source, segments, arrivals, sizes, beside,
-    TOKENS: tl.constexpr,
+    call, tables, begin, end, step, carries, weights, extras, source, segments, arrivals, sizes,
+    WORDS: tl.constexpr, EXTRA: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Writes the metadata of each row beside it, of the tokens from ``begin`` to ``end``, TOKENS of each ``step``.
 
@@ -61,11 +61,11 @@ def push_metadata(
         carries: WEIGHTS, EXTRAS.
         weights: int32 ``[T, K]``, the bits of float32; extras: int32 ``[T, EXTRA]``.
         source: of this rank's token 0.
+        WORDS: between metadata; EXTRA of them for extras.
     """
     K: tl.constexpr = sizes.K
     J: tl.constexpr = sizes.J
     PICKS: tl.constexpr = 2 * K if sizes.BY_RANK else 1
-    EXTRA: tl.constexpr = beside.EXTRA
     has_weights, has_extras = (carries & WEIGHTS) != 0, (carries & EXTRAS) != 0
     word = tl.arange(0, triton.next_power_of_2(1 + PICKS + EXTRA))
     at = word[None, :]
@@ -88,7 +88,7 @@ def push_metadata(
             dst_row = tl.load(tables.dst_rows + token * J + j, mask=is_token, other=-1)
             peer = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0)
             there = region_at(tl.load(segments + peer), arrivals.metadata, slot_of(call, peer))
-            there += (dst_row & ROW_MASK) * (4 * beside.WORDS)
+            there += (dst_row & ROW_MASK) * (4 * WORDS)
             if not sizes.BY_RANK:
                 weight = tl.load(weights + token * K + j, mask=is_token & has_weights, other=0)
                 metadata = tl.where(at == 1, weight[:, None], metadata)

@@ -25,11 +25,11 @@ def picks_at(at, is_there):
 
 
 @triton.jit
-def load_picks(topk_idx, num_tokens, chunk, K: tl.constexpr, S: tl.constexpr):
-    """A chunk's picks, token by token, ``[S * next_power_of_2(K)]``: expert (-1: none), token, pick."""
+def load_picks(topk_idx, num_tokens, first, K: tl.constexpr, S: tl.constexpr):
+    """Picks of S tokens from ``first`` on, one by one, ``[S * next_power_of_2(K)]``: expert (-1: none), token, pick."""
     KP: tl.constexpr = triton.next_power_of_2(K)
     i = tl.arange(0, S * KP)
-    token, pick = chunk * S + i // KP, i % KP
+    token, pick = first + i // KP, i % KP
     return picks_at(topk_idx + token * K + pick, (token < num_tokens) & (pick < K)), token, pick
 
 
@@ -53,6 +53,26 @@ def nth_of_token(key, is_row, S: tl.constexpr, IN_ORDER_OF_KEYS: tl.constexpr):
         is_before = (of_token[:, None, :] < of_token[:, :, None]).to(tl.int32)
         return tl.reshape(tl.sum(is_before * is_row[:, None, :], axis=2), [S * KP])
     return tl.reshape(tl.cumsum(is_row, axis=1) - is_row, [S * KP])
+
+
+@triton.jit
+def rows_of(expert, sizes, BY_RANK: tl.constexpr, S: tl.constexpr):
+    """Of picks, token by token: the key of each (-1: no expert), and whether it has a row of its own; ``[n]`` twice."""
+    is_pick = (expert >= 0) & (expert < sizes.L * sizes.P)
+    key = tl.where(is_pick, expert // sizes.L if BY_RANK else expert, -1)
+    is_row = is_first_there(key, S) if BY_RANK else is_pick
+    return key, is_row
+
+
+@triton.jit
+def columns_of(key, is_row, S: tl.constexpr, IN_ORDER_OF_KEYS: tl.constexpr):
+    """Of picks, token by token: a column each, those of rows first, in the order of keys or of picks; ``[n]``."""
+    KP: tl.constexpr = key.shape[0] // S
+    nth = nth_of_token(key, is_row, S, IN_ORDER_OF_KEYS)
+    of_rest = nth_of_token(key, is_row == 0, S, False)
+    num_rows = tl.sum(tl.reshape(is_row.to(tl.int32), [S, KP]), axis=1)
+    num_rows = tl.reshape(tl.broadcast_to(num_rows[:, None], [S, KP]), [S * KP])
+    return tl.where(is_row, nth, num_rows + of_rest)
 
 
 @triton.jit

@@ -21,11 +21,12 @@ from crossdock.backends.cuda.kernels.groups import value_of
 from crossdock.backends.cuda.kernels.metadata import TELLS, push_metadata, push_partial_rows, zero_gaps
 from crossdock.backends.cuda.kernels.picks import (
     ROW_BITS,
+    columns_of,
     has_bad_picks,
     is_first_there,
     load_picks,
     nth_of_key,
-    nth_of_token,
+    rows_of,
 )
 from crossdock.backends.cuda.kernels.sync import OK, PAYLOAD_MASK, is_last_program, release_to_host, words_at
 from crossdock.backends.cuda.kernels.tables import tables_of
@@ -65,7 +66,7 @@ def count_chunk(topk_idx, num_tokens, tables, sums, flags, sizes, S: tl.constexp
     L: tl.constexpr = sizes.L
     K: tl.constexpr = sizes.K
     E: tl.constexpr = L * P
-    expert, token, pick = load_picks(topk_idx, num_tokens, tl.program_id(0), K, S)
+    expert, token, pick = load_picks(topk_idx, num_tokens, tl.program_id(0) * S, K, S)
     is_here = (token < num_tokens) & (pick < K)
     at = token * K + pick
     tl.store(tables.picks + at, tl.load(topk_idx + at, mask=is_here, other=-1), mask=is_here)
@@ -321,14 +322,10 @@ def before_there(topk_idx, num_tokens, key, first, num_before, sizes, IS_PAIRS: 
     By comparing, sub-chunk by sub-chunk: there are few of them.
     """
     BY_RANK: tl.constexpr = True if IS_PAIRS else sizes.BY_RANK
-    E: tl.constexpr = sizes.L * sizes.P
     num = tl.zeros_like(key)
     for sub in range(first, first + num_before):
-        expert, _, _ = load_picks(topk_idx, num_tokens, sub, sizes.K, S)
-        is_row = (expert >= 0) & (expert < E)
-        other = tl.where(is_row, expert // sizes.L if BY_RANK else expert, -1)
-        if BY_RANK:
-            is_row = is_first_there(other, S)
+        expert, _, _ = load_picks(topk_idx, num_tokens, sub * S, sizes.K, S)
+        other, is_row = rows_of(expert, sizes, BY_RANK, S)
         num += tl.sum(((other[None, :] == key[:, None]) & is_row[None, :]).to(tl.int32), axis=1)
     return num
 
@@ -357,18 +354,9 @@ def place_chunk(num_tokens, sub, tables, good, scratch, sizes, IS_PAIRS: tl.cons
     dst_rows = tables.pair_dst_rows if IS_PAIRS else tables.dst_rows
     return_rows = tables.pair_return_rows if IS_PAIRS else tables.return_rows
     send_starts = scratch.send_starts + STARTS_AT
-    expert, token, pick = load_picks(tables.picks, num_tokens, sub, sizes.K, S)
-    is_row = (expert >= 0) & (expert < L * P) & good
-    key = tl.where(is_row, expert // L if BY_RANK else expert, -1)
-    column = pick
-    if BY_RANK:
-        is_row = is_first_there(key, S)
-        column = nth_of_token(key, is_row, S, RANK_ORDER)
-        slots = sub * S * J + tl.arange(0, S * triton.next_power_of_2(J))
-        is_slot = slots < tl.minimum((sub + 1) * S, num_tokens) * J
-        tl.store(dst_rows + slots, tl.full([slots.shape[0]], -1, tl.int64), mask=is_slot)
-        tl.store(return_rows + slots, tl.full([slots.shape[0]], -1, tl.int32), mask=is_slot)
-        tl.debug_barrier()
+    expert, token, pick = load_picks(tables.picks, num_tokens, sub * S, sizes.K, S)
+    key, is_row = rows_of(tl.where(good, expert, -1), sizes, BY_RANK, S)
+    column = columns_of(key, is_row, S, RANK_ORDER) if BY_RANK else pick
     chunk = sub // SUBS
     nth = nth_of_key(key, is_row, N * P)
     nth += before_there(tables.picks, num_tokens, key, chunk * SUBS, sub - chunk * SUBS, sizes, IS_PAIRS, S)
@@ -377,7 +365,7 @@ def place_chunk(num_tokens, sub, tables, good, scratch, sizes, IS_PAIRS: tl.cons
     return_row = tl.load(send_starts + N * P + key, mask=is_row, other=0) + nth
     dst_row = ((key // N).to(tl.int64) << ROW_BITS) | row
     at = token * J + column
-    is_written = is_row if BY_RANK else (token < num_tokens) & (pick < sizes.K)
+    is_written = (token < num_tokens) & (column < J)
     tl.store(dst_rows + at, tl.where(is_row, dst_row, -1), mask=is_written)
     tl.store(return_rows + at, tl.where(is_row, return_row, -1), mask=is_written)
 
@@ -445,7 +433,7 @@ def place_rows(
             end = tl.minimum((sub + 1) * S, num_tokens)
             push_metadata(
                 call, tables, sub * S, end, S, carries, weights, extras, rank * value_of(own.max_tokens), own.segments,
-                arrivals, own.sizes, beside, S,
+                arrivals, own.sizes, beside.WORDS, beside.EXTRA, S,
             )  # fmt: skip
             if own.sizes.PAIRS > 0:
                 push_partial_rows(call, tables, sub * S, num_tokens, own.segments, arrivals, own.sizes, S)

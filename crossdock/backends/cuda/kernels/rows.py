@@ -61,7 +61,8 @@ def push_beside(call, tables, num_tokens, rank, carries, weights, extras, own, a
         TOKENS: tl.constexpr = beside.TOKENS
         push_metadata(
             call, tables, tl.program_id(0) * TOKENS, num_tokens, tl.num_programs(0) * TOKENS, carries, weights, extras,
-            rank * value_of(own.max_tokens), own.segments, arrivals, own.sizes, beside, TOKENS,
+            rank * value_of(own.max_tokens), own.segments, arrivals, own.sizes, beside.WORDS,
+            beside.EXTRA, TOKENS,
         )  # fmt: skip
     zero_gaps(call, tables, rank, own.segments, arrivals, own.sizes, beside)
 
