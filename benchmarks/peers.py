@@ -22,11 +22,11 @@ import torch
 from benchmarks.cases import OPENERS, OPS
 from benchmarks.measure import Figure, Row, Work, measure
 from crossdock.cli.bench.config import Config, make_job
-from crossdock.cli.bench.outcome import open_to_write
 from crossdock.cli.device import Gpus, add_device_option, choose_device, gpus_for
 from crossdock.cli.machine import this_machine
 from crossdock.cli.mps import num_visible_gpus, share_gpus
 from crossdock.cli.mps.sharing import PERCENTAGE
+from crossdock.cli.options import open_to_write
 from crossdock.cli.signals import handled
 from crossdock.cli.world import run_world
 from crossdock.errors import ConfigError, CrossdockError
