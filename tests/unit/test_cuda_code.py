@@ -9,8 +9,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -137,6 +139,20 @@ def test_rows_over_a_table_of_addresses_are_loaded_in_words_of_16_bytes(ptx):
 def test_what_moves_rows_uses_no_local_memory(ptx):
     for launch in ptx:
         assert not re.search(r"\b(?:ld|st)\.local\b|\.local \.align", launch.code), launch.name
+
+
+@pytest.mark.skipif(triton.__version__ < "3.7", reason="once is enough")
+def test_whole_calls_keep_nearly_all_in_registers(ptx, tmp_path):
+    """They have 64 of them, so that programs of many ranks run at once; by the assembler that comes with Triton."""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    for launch in ptx:
+        if launch.name in WHOLE:
+            source = tmp_path / "kernel.ptx"
+            source.write_text(launch.code)
+            command = [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", tmp_path / "kernel.cubin"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            (spilled,) = map(int, re.findall(r"(\d+) bytes spill stores", said))
+            assert spilled <= 256, (launch.name, launch.constants)
 
 
 def _constant(launch: Launch, name: str) -> Any:

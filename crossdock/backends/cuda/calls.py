@@ -557,7 +557,7 @@ class CudaBackend:
             combine = Call(0, Word(Kind.COMBINE, 0, PUSHED))
             for pushes in (True, False):
                 self._return(combine, plan, Outputs(wide, given, bias), pushes=pushes, sums=True)
-            if self.fused is not None:
+            if self.fused is not None and (given is None or spec.reduce == "token"):  # else outputs are pushed
                 at = At(self._streams.enter(), self._on.next_call())
                 self.fused.begin_combine(combine.word, at)
                 self.fused.combine(combine, plan, wide, given, bias, at, begins=True)

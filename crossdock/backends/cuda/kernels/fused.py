@@ -46,7 +46,6 @@ from crossdock.backends.cuda.kernels.metadata import as_int64, region_at
 from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.plan import derive_recv_starts, derive_send_starts, tell_host
 from crossdock.backends.cuda.kernels.shares import count_picks, send_share
-from crossdock.backends.cuda.kernels.sums import weight_of
 from crossdock.backends.cuda.kernels.sync import (
     ABORTED,
     GO,
@@ -195,6 +194,23 @@ def begin_combine(call, payload: tl.int64, rank, own):
 
 
 @triton.jit
+def weights_of_rows(weights, picks, token, dst_rows, sizes):
+    """Of a token's rows, one to a rank: the sums of its weights of picks there, in pick order; a tuple of J."""
+    K: tl.constexpr = sizes.K
+    J: tl.constexpr = sizes.J
+    sums = (0.0,) * J
+    for k in tl.static_range(K):
+        expert = tl.load(picks + token * K + k)
+        peer = tl.where(expert >= 0, expert // sizes.L, -2)  # not -1, the peer of no row
+        weight = tl.load(weights + token * K + k)
+        more = ()
+        for j in tl.static_range(J):
+            more = more + (sums[j] + tl.where(peer == dst_rows[j] >> ROW_BITS, weight, 0.0),)  # noqa: RUF005
+        sums = more
+    return sums
+
+
+@triton.jit
 def sum_share(out, bias, weights, tables, call, num_tokens, rank, returned, bias_rows, own, returns, how):
     """A program's share of the sums: pieces one after another, the addresses of a token's rows worked out once.
 
@@ -216,10 +232,11 @@ def sum_share(out, bias, weights, tables, call, num_tokens, rank, returned, bias
         for j in tl.static_range(J):
             dst_row = tl.load(tables.dst_rows + token * J + j)
             dst_rows_of = dst_rows_of + (dst_row,)  # noqa: RUF005 - Triton's compiler knows no unpacking
-            if HAS_WEIGHTS:
-                peer = dst_row >> ROW_BITS
-                weight = weight_of(weights, tables.picks, as_int64(token), j, peer, dst_row >= 0, own.sizes)
+            if HAS_WEIGHTS and not own.sizes.BY_RANK:
+                weight = tl.load(weights + token * J + j, mask=dst_row >= 0, other=0.0)
                 weights_of = weights_of + (weight,)  # noqa: RUF005
+        if HAS_WEIGHTS and own.sizes.BY_RANK:
+            weights_of = weights_of_rows(weights, tables.picks, token, dst_rows_of, own.sizes)
         if decided == 0:  # the first ones are here when peers' words are
             decided = await_go(own.flags + GO_FLAG)
         rows = ()

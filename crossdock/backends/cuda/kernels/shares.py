@@ -30,7 +30,7 @@ from crossdock.backends.cuda.kernels.sync import GO, NOTHING, await_go
 
 _PICKS = tl.constexpr(1024)
 """Picks that are counted at a time."""
-_COMPARED = tl.constexpr(8192)
+_COMPARED = tl.constexpr(4096)
 """Pairs of a token's picks that are compared at a time."""
 _PLACED = tl.constexpr(32)
 """Picks for which a program works out places at a time, or those of one token."""
