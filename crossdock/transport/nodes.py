@@ -6,6 +6,7 @@ for it. So consent asks the same questions of both.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 
@@ -46,6 +47,7 @@ class NodesTransport:
         self.num_notes = 0
         """Notes sent so far."""
         self._rail = rail
+        self._process = os.getpid()
         self._node_of = {rank: node for node, rank in self.rail_peers.items()}
         self._names = [name for name in control.regions if name != "counts"]
         self._reasons: dict[int, bytes] = {}
@@ -168,5 +170,6 @@ class NodesTransport:
         self.host.reacquire(NodeGroup(group, self.node_size))
 
     def _close(self) -> None:
-        self._rail.close()
+        if os.getpid() == self._process:  # a child that was forked has its parent's sockets, and would say goodbye
+            self._rail.close()
         self.host.close()

@@ -1,5 +1,6 @@
 """Two hops: bit for bit the rows of the flat path and the sums of ``reduce="node"``, whatever comes late."""
 
+import os
 import time
 from dataclasses import replace
 from unittest import mock
@@ -353,6 +354,29 @@ def test_rows_that_come_after_their_call_has_failed_are_skipped(layout):
     assert "rank 0 (node 0, local 0) did not begin this dispatch over scale_out within timeout_s=1" in got[1][0]
     assert "over scale_out within timeout_s=1" in got[0][0]  # to rank 0 it may seem that rank 1 makes no room
     check_received(case, [rows for _, rows in got])
+
+
+def left_by_a_child(group, case):
+    """Rank 1 forks within the block, and the child leaves it, as a program does that ends."""
+    with open_buffer(group, case.spec, timeout_s=10) as buffer:
+        r = buffer.rank
+        buffer.dispatch(case.x[r], case.topk[r])
+        if r == 1 and (child := os.fork()) == 0:
+            try:
+                buffer.__exit__(SystemExit, SystemExit(0), None)
+            finally:
+                os._exit(0)
+        elif r == 1:
+            os.waitpid(child, 0)
+        meet(group)
+        recv = buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], extras=case.extras[r])
+        return observed(recv)
+
+
+@pytest.mark.worlds("dist-2x2")
+def test_a_child_says_nothing_to_its_parents_rail_peers(world):
+    case = make_case(spec_of(Compact()), [9] * 4)
+    check_received(case, world.run(left_by_a_child, case))
 
 
 def masking(group, case, gone):
