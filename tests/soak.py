@@ -6,6 +6,9 @@ value: it is drawn first, printed if a result is wrong, and repeated by ``--only
 ``--device cuda`` runs the same rounds on GPUs. Inputs are then also written late on the caller's stream, and
 ``buffer.check()`` raises the errors of calls without a host sync. ``--device interpreted`` runs them without a GPU, on
 the CUDA backend in Triton's interpreter, at a few rounds per second.
+
+``--grid 2x2`` plays them over nodes that share no memory: with ``--threads`` messages between them are late at random,
+else they travel through torch.distributed. Whoever a failure names must then be a rank that is at fault.
 """
 
 # Printing is what it is for.
@@ -55,16 +58,20 @@ from crossdock import (
     TransportError,
     run_local,
 )
-from crossdock.arena import PAGE
+from crossdock.arena import PAGE, Control
+from crossdock.spec import MAX_SLOTS
 from tests.gpu import late
 from tests.gpu.ranks import own_stream, take_all, take_share
 from tests.interrupter import Interrupter
 from tests.soak_batch import EXTRA_BYTES, Batch
+from tests.soak_grid import Grid
 
 MAX_TOKENS = 12
 """Of every Spec."""
 LOST_COUNT = ("leave out", "repeat", "interrupt")
 """After these ranks are a call or a failure apart, and find back."""
+SLOW = (*LOST_COUNT, "stay away")
+"""They take some tenths of a second, or seconds."""
 TROUBLES = (
     "bad dispatch",
     "bad combine",
@@ -74,16 +81,20 @@ TROUBLES = (
     "mismatch",
     "bad picks",
     "restart",
-    *LOST_COUNT,
+    *SLOW,
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What a rank may have as its default."""
 TIGHT_S = 0.2
 """How long calls wait while ranks have lost count; then they do no longer than ``RELAXED_S``."""
 RELAXED_S = 10
+PATIENT_S = 3
+"""How long calls wait for a rank that stays away: a healthy one is never as late."""
 _AHEAD = 20
 """Rounds that no rank can be ahead of another: each has calls of all."""
-REASONS = ("hidden=", "outputs go home", "had enough", "the same on all ranks", "topk_idx", "restart()")
+_NEXT = 3
+"""Rounds of which a rank that is behind may hear the failures."""
+REASONS = ("hidden=", "outputs go home", "had enough", "the same on all ranks", "topk_idx", "max_tokens=", "restart()")
 """What the ranks that cause trouble say."""
 
 
@@ -92,7 +103,10 @@ class Wrong(Exception):
 
 
 def make_specs(num_ranks: int) -> list[Spec]:
-    """One buffer each: every layout, wire and place to sum at, tight capacities, one to three slots."""
+    """One buffer each: every layout, wire and place to sum at, tight capacities, one to three slots.
+
+    Over a grid all of them sum on each node first.
+    """
     common: dict[str, Any] = {"num_topk": 3, "hidden": 32, "max_tokens": MAX_TOKENS, "extra_bytes": EXTRA_BYTES}
     few, many = 2 * num_ranks, 4 * num_ranks
     return [
@@ -149,14 +163,14 @@ def make_round(
     def chance(probability: float) -> bool:
         return bool(rng.random() < probability)
 
-    lost_count = [trouble for trouble in troubles if trouble in LOST_COUNT]
-    quick = [trouble for trouble in troubles if trouble not in LOST_COUNT]
+    slow = [trouble for trouble in troubles if trouble in SLOW]
+    quick = [trouble for trouble in troubles if trouble not in SLOW]
     trouble = None
     if num_ranks > 1:
         if chance(0.15) and quick:
             trouble = str(rng.choice(quick))
-        elif chance(0.005) and lost_count:  # it takes some tenths of a second
-            trouble = str(rng.choice(lost_count))
+        elif chance(0.005) and slow:
+            trouble = str(rng.choice(slow))
     return Round(
         number=number,
         spec=int(rng.integers(num_specs)),
@@ -184,7 +198,10 @@ class Player:
 
     def __init__(self, group: Any, options: argparse.Namespace, device: torch.device) -> None:
         self._has_kernels, make_buffer = options.device != "cpu", Buffer
+        self._grid: Grid | None = options.grid
         self.specs = make_specs(options.ranks)
+        if self._grid is not None:
+            self.specs = [replace(spec, reduce="node") for spec in self.specs]
         if options.device == "interpreted":
             from tests.interpreted import make_buffer  # noqa: PLC0415 - it imports Triton
 
@@ -202,7 +219,7 @@ class Player:
         ]
         self.rank, self.num_ranks, self._seed = self.buffers[0].rank, options.ranks, options.seed
         # How long kernels wait is fixed when a buffer is made.
-        without = (*options.without, *(LOST_COUNT if self._has_kernels else ()))
+        without = (*options.without, *(SLOW if self._has_kernels else ()))
         self._troubles = tuple(trouble for trouble in TROUBLES if trouble not in without)
         self._device, self._group = device, group
         self._has_same_sms = options.same_sms
@@ -216,7 +233,7 @@ class Player:
         self.round = make_round(rng, number, len(self.specs), self.num_ranks, self._troubles)
         self._naps = np.random.default_rng([self._seed, number, self.rank, 1])
         spec, self.buffer = self.specs[self.round.spec], self.buffers[self.round.spec]
-        batch = Batch(rng, replace(spec, max_tokens=self.round.max_tokens), self.num_ranks)
+        batch = self._batch(rng, replace(spec, max_tokens=self.round.max_tokens))
         if self._has_processes and self._naps.random() < 0.2:
             torch.set_default_dtype(DTYPES[self._naps.integers(len(DTYPES))])
         try:
@@ -226,11 +243,16 @@ class Player:
         if self._has_processes and self._naps.random() < 0.001:
             self._fork()
 
+    def _batch(self, rng: np.random.Generator, spec: Spec) -> Batch:
+        return Batch(rng, spec, self.num_ranks, None if self._grid is None else self._grid.local)
+
     def _play(self, rng: np.random.Generator, spec: Spec, batch: Batch) -> None:
         needs_two_slots = self.round.trouble == "abort overlapped"
         if self.round.trouble is not None and batch.routes.fits and not (needs_two_slots and spec.num_slots == 1):
             if self.round.trouble in LOST_COUNT:
                 self._lose_count(batch)
+            elif self.round.trouble == "stay away":
+                self._stay_away(batch)
             elif self.round.trouble == "restart":
                 self._restart(batch)
             else:
@@ -239,7 +261,7 @@ class Player:
             if self.round.resets[self.rank]:
                 self.buffer.reset()
         elif self.round.is_overlapped and spec.num_slots > 1:
-            self._overlap([batch, Batch(rng, spec, self.num_ranks)], rng)
+            self._overlap([batch, self._batch(rng, spec)], rng)
         else:
             self._do(batch)
 
@@ -288,6 +310,13 @@ class Player:
         most = int(batch.num_tokens.max()) - 1
         if most < 1:
             return
+        if self._grid is not None:  # whoever has too many gives up
+            if batch.num_tokens[self.rank] > most:
+                with _expect(CapacityError, f"more than max_tokens={most}"):
+                    self._dispatch(batch, batch.tokens(), max_tokens=most)
+            else:
+                self._hear_of_it(batch, batch.tokens(), max_tokens=most)
+            return
         with _expect(CapacityError, f"more than max_tokens={most}"):
             recv = self._dispatch(batch, batch.tokens(), max_tokens=most).wait()
             if int(recv.num_tokens_per_expert.sum()):
@@ -324,7 +353,7 @@ class Player:
         """Calls of another Spec over the same connection while some of this one's are in flight."""
         if self.connection is None:
             return
-        batch, own = Batch(rng, self.specs[spec], self.num_ranks), self.buffer
+        batch, own = self._batch(rng, self.specs[spec]), self.buffer
         if batch.routes.fits:
             self.buffer = self.buffers[spec]
             recv = self._dispatch(batch, tokens := batch.tokens()).wait()
@@ -357,17 +386,65 @@ class Player:
             raise Wrong(f"ranks have not found back: {is_right}")
         queue._timeout_s = patience
 
+    def _stay_away(self, batch: Batch) -> None:
+        """One rank begins nothing until all others have missed it: they name it, and no other."""
+        queue, patience = self.buffer._queue, self.buffer._queue._timeout_s
+        tokens, error = batch.tokens(), None
+        queue._timeout_s = PATIENT_S
+        self._meet()
+        if self.rank != self.round.culprit:
+            try:
+                self._dispatch(batch, tokens).wait()
+            except TransportError as raised:
+                error = raised
+            if error is None or getattr(error, "rank", None) != self.round.culprit:
+                raise Wrong(f"rank {self.round.culprit} has stayed away, and this was raised: {error!r}")
+        self._meet()
+        queue._timeout_s = patience
+        self.buffer.restart()
+
     def _restart(self, batch: Batch) -> None:
         """One rank begins again, in a call or without one; the others are told, and come to it."""
         tokens = batch.tokens()
         if self.rank != self.round.culprit:
-            with _expect(PeerFailed):
-                recv = self._dispatch(batch, tokens).wait()
-                self._combine(batch, recv).wait()
-                self._surface()
+            self._hear_of_it(batch, tokens)
         elif self._naps.random() < 0.5:
             self._dispatch(batch, tokens)
         self.buffer.restart()
+
+    def _hear_of_it(self, batch: Batch, tokens: Tensor, *, max_tokens: int | None = None) -> None:
+        """Calls, of which one fails because another rank has given up."""
+        with self._blaming():
+            recv = self._dispatch(batch, tokens, max_tokens=max_tokens).wait()
+            self._combine(batch, recv).wait()
+            self._surface()
+            self._go_on(batch, tokens)
+
+    def _go_on(self, batch: Batch, tokens: Tensor) -> None:
+        """More calls: over a grid, those of a rank that is two steps away do until it hears of a failure."""
+        for _ in range(4 if self._grid is not None else 0):
+            self._dispatch(batch, tokens).wait()
+
+    @contextlib.contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """A call in it fails because of a peer, which is one that is at fault."""
+        with _expect(PeerFailed):
+            try:
+                yield
+            except PeerFailed as error:
+                if error.rank not in self._at_fault():
+                    raise Wrong(f"rank {error.rank} is healthy, and was blamed: {error}") from error
+                raise
+
+    def _at_fault(self) -> set[int]:
+        """The ranks that give up in this round or, for a rank that is behind, in one of the next."""
+        ranks: set[int] = set()
+        for number in range(self.round.number, self.round.number + _NEXT):
+            rng = np.random.default_rng([self._seed, number])
+            other = make_round(rng, number, len(self.specs), self.num_ranks, self._troubles)
+            is_everybody = other.trouble in (*SLOW, "restart", "mismatch") or other.brings_too_many
+            ranks |= set(range(self.num_ranks)) if is_everybody else {other.culprit}
+        return ranks
 
     def _attempt(self, batch: Batch, tokens: Tensor) -> bool:
         """Whether a dispatch and its combine gave what they mean; False: a peer was missed, or gave up."""
@@ -405,7 +482,7 @@ class Player:
         tokens, trouble = batch.tokens(), self.round.trouble
         is_culprit = self.rank == self.round.culprit
         if trouble == "mismatch":
-            with _expect(PeerFailed):
+            with self._blaming():
                 self._dispatch(batch, tokens, rows="capacity" if is_culprit else "exact").wait()
                 self._surface()
         elif trouble in ("bad dispatch", "bad picks") and is_culprit:
@@ -420,25 +497,24 @@ class Player:
             if is_culprit:
                 self.buffer.abort("had enough")
                 return
-            with _expect(PeerFailed):
+            with self._blaming():
                 if self.buffer.spec.num_slots > 1:
                     pending.append(self._dispatch(batch, tokens, rows="exact"))
                 for call in pending:
                     call.wait()
                 self._surface()
+                self._go_on(batch, tokens)
         elif trouble in ("bad dispatch", "bad picks", "abort in flight"):
-            with _expect(PeerFailed):
-                recv = self._dispatch(batch, tokens).wait()
-                self._combine(batch, recv).wait()
-                self._surface()
+            self._hear_of_it(batch, tokens)
         else:
             recv = self._dispatch(batch, tokens).wait()
             self._check_received(batch, tokens, recv)
             self._nap()
             if not is_culprit:
-                with _expect(PeerFailed):
+                with self._blaming():
                     self._combine(batch, recv).wait()
                     self._surface()
+                    self._go_on(batch, tokens)
             elif trouble == "abort":
                 self.buffer.abort("had enough")
             else:
@@ -514,7 +590,7 @@ class Player:
         inputs = self._bring(y, weights, bias, self._home(batch) if self.round.brings_home else None)
         y, weights, bias, home = inputs
         y, home = _filled(y, recv), None if home is None else _filled(home, recv)
-        if weights is not None and spec.reduce == "rank":
+        if weights is not None and spec.reduce != "token":
             weights = _filled(weights, recv)
         if self.round.pulls[rank]:
             outputs = recv.output_rows()
@@ -592,6 +668,8 @@ class Player:
 def _buffer_options(options: argparse.Namespace, device: torch.device, spec: Spec, number: int) -> dict[str, Any]:
     """How the buffer of that number is made."""
     timeout = {"timeout_s": 2 * options.watchdog}
+    if options.grid is not None:
+        return timeout | options.grid.options(in_threads=options.threads)
     if options.device == "cpu":
         return timeout
     may_expand = spec.layout.per_pick and spec.row_bytes() <= spec.hidden * spec.combine_dtype.itemsize
@@ -607,13 +685,18 @@ def _is_apart(number: int) -> bool:
 
 def _shared_connection(group: Any, options: argparse.Namespace, specs: list[Spec]) -> Connection:
     """A connection with room for all buffers; at first for half, so that it grows on CPUs."""
-    sizes = [Arena(spec, Topology(num_ranks=options.ranks)).num_body_bytes + 2 * PAGE for spec in specs]
+    topology, over_rail = Topology(num_ranks=options.ranks), {}
+    if options.grid is not None:
+        over_rail = options.grid.options(in_threads=options.threads)
+        topology = over_rail["topology"]
+    control = Control(topology=topology, max_experts=512, max_in_flight=MAX_SLOTS, over_rail=bool(over_rail))
+    sizes = [Arena(spec, topology, control).num_body_bytes + 2 * PAGE for spec in specs]
     num_bytes = max(sizes) + sum(size for i, size in enumerate(sizes) if _is_apart(i))
     if options.device == "interpreted":
         from tests.interpreted import make_connection  # noqa: PLC0415 - it imports Triton
 
         return make_connection(group, num_bytes, timeout_s=2 * options.watchdog)
-    connection = Connection(group, num_bytes // 2, timeout_s=2 * options.watchdog)
+    connection = Connection(group, num_bytes // 2, timeout_s=2 * options.watchdog, **over_rail)
     connection.reserve(num_bytes)
     return connection
 
@@ -741,6 +824,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="play no longer, however many rounds are left")
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--grid", type=Grid.of, metavar="NxU", help="over N nodes of U ranks, instead of --ranks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", action="store_true", help="ranks are threads of one process")
     parser.add_argument("--device", choices=["cpu", "cuda", "interpreted"], default="cpu")
@@ -761,7 +845,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cuda: this machine has no CUDA device that torch could use")
     if options.device == "interpreted" and options.threads:
         parser.error("--device interpreted: Triton's interpreter is not made for threads; leave --threads out")
+    if options.grid is not None and options.device != "cpu":
+        parser.error("--grid: ranks of several nodes move rows on CPUs; leave --device out")
+    if options.grid is not None:
+        options.ranks = options.grid.num_ranks
     configuration = f"{options.ranks} {'threads' if options.threads else 'processes'}, seed {options.seed}"
+    if options.grid is not None:
+        configuration += f", grid {options.grid}"
     if options.device != "cpu":
         configuration += f", {options.device}"
     if options.spec is not None:

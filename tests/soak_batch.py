@@ -68,8 +68,9 @@ def find_routes(spec: Spec, num_ranks: int, topk: np.ndarray) -> Routes:
 class Batch:
     """Inputs by rank, and what each rank must get."""
 
-    def __init__(self, rng: np.random.Generator, spec: Spec, num_ranks: int) -> None:
+    def __init__(self, rng: np.random.Generator, spec: Spec, num_ranks: int, node_size: int | None = None) -> None:
         self.spec, self.num_ranks, self._rng = spec, num_ranks, rng
+        self._part_size = node_size if spec.reduce == "node" and node_size else 1
         m, k = spec.max_tokens, spec.num_topk
         self.num_tokens = rng.integers(0, m + 1, num_ranks)
         if rng.random() < 0.2:
@@ -135,10 +136,12 @@ class Batch:
             for k in range(spec.num_topk):
                 total.add(self._term(rank, k, weighted=weighted), self._is_first(rank, k))
         else:
-            for r in range(self.num_ranks):
+            for ranks_of_part in self._parts():
                 part = _Sum(spec)
-                for k in range(spec.num_topk):
-                    part.add(self._term(rank, k, weighted=weighted), self._is_first(rank, k) & (ranks[:, k] == r))
+                for r in ranks_of_part:
+                    for k in range(spec.num_topk):
+                        is_term = self._is_first(rank, k) & np.isin(ranks[:, k], r)
+                        part.add(self._term(rank, k, weighted=weighted), is_term)
                 total.add(part.value.to(spec.combine_dtype).float(), part.has_any)
         out = total.value + self.bias[rank] if biased else total.value
         return out.to(spec.combine_dtype)[: self.num_tokens[rank]]
@@ -151,11 +154,19 @@ class Batch:
         if not isinstance(spec.layout, Compact):
             return values[: self.num_tokens[rank]]
         total = torch.zeros_like(values[:, 0])
-        for r in range(self.num_ranks) if spec.reduce == "rank" else (None,):
-            for k in range(spec.num_topk):
-                counts = self._is_first(rank, k) & (True if r is None else ranks[:, k] == r)
-                total = torch.where(torch.from_numpy(counts)[:, None], total + values[:, k], total)
+        for ranks_of_part in [[range(self.num_ranks)]] if spec.reduce == "token" else self._parts():
+            part = torch.zeros_like(total)
+            for r in ranks_of_part:
+                for k in range(spec.num_topk):
+                    counts = self._is_first(rank, k) & np.isin(ranks[:, k], r)
+                    part = torch.where(torch.from_numpy(counts)[:, None], part + values[:, k], part)
+            total = total + part
         return total[: self.num_tokens[rank]]
+
+    def _parts(self) -> list[list[range]]:
+        """The ranks whose rows are summed first, rank by rank, or all at once in the order of picks."""
+        parts = [range(first, first + self._part_size) for first in range(0, self.num_ranks, self._part_size)]
+        return [[range(r, r + 1) for r in part] if isinstance(self.spec.layout, Compact) else [part] for part in parts]
 
     @property
     def _num_local(self) -> int:
@@ -177,7 +188,7 @@ class Batch:
         term = self.y[ranks[:, k], rows[:, k]].float()
         if not weighted:
             return term
-        if self.spec.reduce == "rank":
+        if self.spec.reduce != "token":
             weights = self.row_weights[ranks[:, k], rows[:, k]]
         elif isinstance(self.spec.layout, Compact):
             weights = torch.zeros(self.spec.max_tokens, dtype=torch.float32)
