@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -28,6 +29,9 @@ from crossdock import (
     Topology,
     run_local,
 )
+from crossdock.backends.nodes.chunks import ChunkFormat
+from crossdock.backends.nodes.outbound import Inbound
+from crossdock.transport.lanes import Lane
 from crossdock.transport.rail import Box
 from crossdock.transport.rails.inproc import InprocEngine
 from crossdock.transport.rails.nixl import NixlEngine
@@ -354,6 +358,33 @@ def test_rows_that_come_after_their_call_has_failed_are_skipped(layout):
     assert "rank 0 (node 0, local 0) did not begin this dispatch over scale_out within timeout_s=1" in got[1][0]
     assert "over scale_out within timeout_s=1" in got[0][0]  # to rank 0 it may seem that rank 1 makes no room
     check_received(case, [rows for _, rows in got])
+
+
+class _Rail:
+    """A rail on which chunks have landed."""
+
+    def __init__(self, box, num_landed):
+        self.inbox = torch.zeros(2, box.num_chunks, box.chunk_bytes, dtype=torch.uint8)
+        self.outbox, self.num_landed = self.inbox.clone(), num_landed
+
+    def landed(self, _):
+        return self.num_landed
+
+    def freed(self, *_):
+        pass
+
+
+def test_room_of_chunks_that_are_skipped_is_given_back_at_once():
+    """They come when the next call has begun, whose rows wait for that leave."""
+    box, told = Box(chunk_bytes=1024, num_chunks=2), []
+    lane = Lane(_Rail(box, num_landed=2), box, 1)
+    for chunk in lane._in:
+        chunk[:16].view(torch.int64)[:] = torch.tensor([(1 << 32) + 3, 1])  # a row of call 3
+    transport = SimpleNamespace(lanes={1: lane}, rail_peers={1: 1}, give_leave=lambda: told.append(lane.grant))
+    coming = Inbound(transport, 2 << 32, [0, 5], ChunkFormat((8,)))
+    assert not coming.take(lambda *_: pytest.fail("a row of another call"))
+    assert told == [4]
+    assert coming.waiting == [1]
 
 
 def left_by_a_child(group, case):

@@ -89,9 +89,10 @@ class Inbound:
 
         Gives whether any had.
         """
-        has_any = False
+        has_any = has_freed = False
         for node in list(self._came):
             lane = self._transport.lanes[node]
+            num_taken = lane.num_taken
             while node in self._came and (chunk := lane.next_of(self._sequence)) is not None:
                 use(node, self._came[node], self._format.arrays(chunk.memory, chunk.num_rows))
                 lane.done()
@@ -99,7 +100,8 @@ class Inbound:
                 self._came[node] += chunk.num_rows
                 if self._came[node] == self._num_rows[node]:
                     del self._came[node]
-        if has_any:
+            has_freed |= lane.num_taken != num_taken  # also by skipping what a call that failed has left
+        if has_freed:
             self._transport.give_leave()
         return has_any
 
