@@ -520,7 +520,8 @@ class Player:
             else:
                 with _expect(ConfigError, "outputs go home"):
                     self.buffer.combine(*self._bring(torch.zeros(1, dtype=torch.float64)), recv.plan)
-            self._check_received(batch, tokens, recv)
+            if not recv.is_stale:  # calls on the way to a failure may have taken its slot
+                self._check_received(batch, tokens, recv)
 
     def _dispatch_badly(self, batch: Batch, tokens: Tensor) -> None:
         if self.round.trouble == "bad dispatch":
