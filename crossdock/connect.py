@@ -108,6 +108,7 @@ def connect(
     timeout_s: float,
     row_bytes: int = 1,
     consent_type: type[Consent] = Consent,
+    nodes_consent_type: type[NodesConsent] = NodesConsent,
     rail_engine: Engine | None = None,
 ) -> Connected:
     """Makes the parts and connects them to the peers'. Collective.
@@ -117,6 +118,7 @@ def connect(
         number: of the connection, the same on all ranks and no other's.
         row_bytes: of the rows that are expected on CPUs, if that is known.
         consent_type: of ranks whose hosts give the words.
+        nodes_consent_type: of ranks of several nodes.
         rail_engine: makes the rail, where there are several nodes that share no memory.
     """
     name = f"crossdock-{number:016x}"
@@ -124,7 +126,7 @@ def connect(
         mates = NodeGroup(members, control.topology.node_size)
         host = _connect_host(mates, control, num_bytes, name=name, row_bytes=row_bytes)
         nodes = NodesTransport(host, rail_engine.connect(members, control.topology), control, rail_engine.box)
-        words = NodesConsent(nodes, ring=control.ring)
+        words = nodes_consent_type(nodes, ring=control.ring)
         return Connected(transport=nodes, consent=words, lay=partial(NodesBackend, nodes, words))
     if device.type == "cpu":
         host = _connect_host(members, control, num_bytes, name=name, row_bytes=row_bytes)

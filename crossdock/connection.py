@@ -23,14 +23,15 @@ from crossdock._env import trace_folder
 from crossdock.agreement import agree, agree_on_masked
 from crossdock.arena import PAGE, Arena, Control
 from crossdock.backends.base import Backend, LaunchOptions, Outcome
+from crossdock.backends.nodes.consent import NodesConsent
 from crossdock.body import Body, Share
 from crossdock.connect import check_support, connect, problem_with, vet
 from crossdock.consent import Consent, Steps
-from crossdock.errors import ConfigError, NotSupported
+from crossdock.errors import ConfigError
 from crossdock.masks import listed
 from crossdock.pending import CallQueue, Pending
 from crossdock.spec import MAX_SLOTS, Spec, Topology
-from crossdock.trace import TracedConsent, TracedQueue, Tracer, open_problem
+from crossdock.trace import TracedConsent, TracedNodesConsent, TracedQueue, Tracer, open_problem
 from crossdock.transport.base import Group, group_of
 from crossdock.transport.engines import AnyRail, choose, named, problem_with_rail
 from crossdock.transport.rail import Engine
@@ -163,7 +164,7 @@ class Connection:
         }
         number = agree(members if tracer is None else tracer.members, timeout_s, options, problem)
         topology = topology or Topology(num_ranks=members.size)
-        engine = _engine_of(members, topology, rail, tracer)
+        engine = choose(members, topology, rail)
         control = Control(
             topology=topology,
             max_experts=max_experts,
@@ -204,7 +205,7 @@ class Connection:
         }
         number = agree(members if tracer is None else tracer.members, timeout_s, options, problem, spec)
         topology = topology or Topology(num_ranks=members.size)
-        engine = _engine_of(members, topology, rail, tracer)
+        engine = choose(members, topology, rail)
         check_support(spec, chosen, topology, over_rail=engine is not None)
         control = Arena(spec, topology).control_words
         if engine is not None:
@@ -237,6 +238,7 @@ class Connection:
             timeout_s=agreed.timeout_s,
             row_bytes=agreed.row_bytes,
             consent_type=Consent if agreed.tracer is None else TracedConsent,
+            nodes_consent_type=NodesConsent if agreed.tracer is None else TracedNodesConsent,
             rail_engine=agreed.rail_engine,
         )
         self.transport, self.consent, self._lay = parts.transport, parts.consent, parts.lay
@@ -593,14 +595,6 @@ def _members_of(group: AnyGroup, trace: str | os.PathLike[str] | None) -> tuple[
     if folder is None:
         return members, None, None
     return members, Tracer(folder, members), open_problem(folder)
-
-
-def _engine_of(members: Group, topology: Topology, rail: AnyRail, tracer: Tracer | None) -> Engine | None:
-    """What rails are made by, if the nodes need any. Collective."""
-    engine = choose(members, topology, rail)
-    if engine is not None and tracer is not None:
-        raise NotSupported("calls over nodes are not traced yet; leave trace= and CROSSDOCK_TRACE out")
-    return engine
 
 
 def _whole_pages(num_bytes: int) -> int:

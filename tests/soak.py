@@ -520,8 +520,7 @@ class Player:
             else:
                 with _expect(ConfigError, "outputs go home"):
                     self.buffer.combine(*self._bring(torch.zeros(1, dtype=torch.float64)), recv.plan)
-            if not recv.is_stale:  # calls on the way to a failure may have taken its slot
-                self._check_received(batch, tokens, recv)
+            self._check_if_there(batch, tokens, recv)
 
     def _dispatch_badly(self, batch: Batch, tokens: Tensor) -> None:
         if self.round.trouble == "bad dispatch":
@@ -625,6 +624,11 @@ class Player:
                 is_row = want["src_idx"] >= 0
                 mine, theirs = mine[is_row], theirs[is_row]
             _same(f"received {name}", mine, theirs)
+
+    def _check_if_there(self, batch: Batch, tokens: Tensor, recv: Received) -> None:
+        """Calls on the way to a failure may have taken its slot."""
+        if not recv.is_stale:
+            self._check_received(batch, tokens, recv)
 
     def _check_combined(self, batch: Batch, result: Any) -> None:
         out, home = (result[0], result[1][0]) if self.round.brings_home else (result, None)

@@ -176,6 +176,26 @@ class Outcome(Generic[Result]):
         self.event = event
 
 
+class RowTimes:
+    """When a call has moved rows, for a trace: written by the backend, begun anew for each call.
+
+    Times are nanoseconds of ``time.perf_counter_ns``.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self.move_ns = [0] * num_ranks
+        """How long rows to each peer that shares memory took."""
+        self.put: dict[int, list[int]] = {}
+        """By rail peer, when the first and the last chunk were put into its box."""
+        self.landed: dict[int, list[int]] = {}
+        """By rail peer, when its first chunk was seen and its last, and the rows of all but the first."""
+
+    def begin(self) -> None:
+        """Another call."""
+        self.move_ns[:] = [0] * len(self.move_ns)
+        self.put, self.landed = {}, {}
+
+
 class Backend(Protocol):
     """Carries out calls: the three verbs. All of them begin at once whatever waits for no peer.
 
@@ -291,8 +311,8 @@ class Backend(Protocol):
         Plans from now on have no rows of theirs, and those before are void, in graphs too.
         """
 
-    def time_rows(self, move_ns: list[int]) -> bool:
-        """From now on rows to each peer are timed, for a trace, and the nanoseconds added there, by peer.
+    def time_rows(self, times: RowTimes) -> bool:
+        """From now on rows are timed, for a trace, and their times written there.
 
         False where a device moves them.
         """

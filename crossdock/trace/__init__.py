@@ -4,6 +4,6 @@ A traced buffer has a queue, a turn and a consent of other classes; others have 
 """
 
 from crossdock.trace.part import open_problem, write_spans
-from crossdock.trace.tracer import TracedConsent, TracedQueue, Tracer
+from crossdock.trace.tracer import TracedConsent, TracedNodesConsent, TracedQueue, Tracer
 
-__all__ = ["TracedConsent", "TracedQueue", "Tracer", "open_problem", "write_spans"]
+__all__ = ["TracedConsent", "TracedNodesConsent", "TracedQueue", "Tracer", "open_problem", "write_spans"]

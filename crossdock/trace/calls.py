@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from crossdock.backends.base import Arrived, Batch, Outcome
+from crossdock.backends.base import Arrived, Batch, Outcome, RowTimes
+from crossdock.backends.nodes.plan import NodePlan
 from crossdock.consent import CALL_MASK, EPOCH_SHIFT, Missing
 from crossdock.pending import CallKind
 from crossdock.plan import Hop, HostPlan
@@ -34,9 +35,7 @@ class TracedCall:
         """When each peer's word was seen."""
         self.signalled = self.arrived = 0
         """When rows of this rank were in place at peers, and theirs here."""
-        self.move_ns: list[int] | None = None
-        """How long rows to each peer took."""
-        self._plan = next((value for value in held if isinstance(value, HostPlan)), None)
+        self._plan = next((value for value in held if isinstance(value, (HostPlan, NodePlan))), None)
         self._is_wide = any(value.unquantized for value in held if isinstance(value, Batch))
         self._wait: _Wait | None = None
 
@@ -70,13 +69,16 @@ class TracedCall:
         wait.come(wait.left, t)
         self._end_wait(t)
 
-    def done(self, outcome: Outcome[Any], spec: Spec | None) -> None:
-        """It is at its end."""
+    def done(self, outcome: Outcome[Any], spec: Spec | None, times: RowTimes | None) -> None:
+        """It is at its end; ``times`` are those of its rows."""
         self.looks(None)
         line = self._line(now())
+        if times is not None:
+            of_rows = {"move_ns": times.move_ns if any(times.move_ns) else (), "put": times.put, "landed": times.landed}
+            line |= {name: what for name, what in of_rows.items() if what}
         result, is_dispatch = outcome.result, isinstance(outcome.result, Arrived)
         plan, self._plan = result.plan if isinstance(result, Arrived) else self._plan, None
-        if isinstance(plan, HostPlan) and spec is not None:
+        if isinstance(plan, (HostPlan, NodePlan)) and spec is not None:
             line |= self._rows(plan, spec, is_dispatch=is_dispatch)
         elif isinstance(result, Arrived) and result.plan.num_rows is not None:
             line["num_rows"] = result.plan.num_rows
@@ -107,14 +109,14 @@ class TracedCall:
             line["signalled"] = self.signalled
         if self.arrived:
             line["arrived"] = self.arrived
-        if self.move_ns is not None and any(self.move_ns):
-            line["move_ns"] = self.move_ns
         return line
 
-    def _rows(self, plan: HostPlan, spec: Spec, *, is_dispatch: bool) -> dict[str, Any]:
+    def _rows(self, plan: HostPlan | NodePlan, spec: Spec, *, is_dispatch: bool) -> dict[str, Any]:
         """Rows to each peer and from each, bytes of one, and of a dispatch the picks of each local expert."""
-        hop = plan.hops[0] if is_dispatch else plan.back
-        there, here = _rows_of(hop)
+        if isinstance(plan, NodePlan):
+            there, here = plan.rows_by_peer(spec.num_slot_rows(plan.counts.shape[0]))
+        else:
+            there, here = _rows_of(plan.hops[0] if is_dispatch else plan.back)
         wide = spec.hidden * spec.combine_dtype.itemsize
         if not is_dispatch:
             return {"sent": here, "got": there, "row_bytes": wide}

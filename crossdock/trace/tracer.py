@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from crossdock.backends.base import Backend, Counters, Outcome
+from crossdock.backends.base import Backend, Counters, Outcome, RowTimes
+from crossdock.backends.nodes.consent import NodesConsent
 from crossdock.connect import Connected
 from crossdock.consent import Consent, Missing, Steps, Waiting, Word
 from crossdock.pending import CallKind, CallQueue, Owner, Pending
@@ -20,6 +21,7 @@ from crossdock.spec import Spec
 from crossdock.trace.calls import TracedCall, name_of, told
 from crossdock.trace.part import Part, StampedGroup, now
 from crossdock.transport.base import Group, ProcessGroup
+from crossdock.transport.nodes import NodesTransport
 from crossdock.turn import Turn
 from crossdock.version import __version__
 
@@ -56,6 +58,8 @@ class Tracer:
             "launched_by": self._launched_by,
             "met": self.members.met,
         }
+        if isinstance(parts.transport, NodesTransport):
+            header["node_size"] = parts.transport.node_size
         part = Part(self._folder, self.members.rank, header)
         return TracedQueue(part, parts, depth=depth, timeout_s=timeout_s)
 
@@ -107,8 +111,8 @@ class Notes:
         """The call whose steps are being taken, or were last."""
         self.posted: dict[int, int] = {}
         """When words were given of calls that have not been started yet."""
-        self.move_ns: list[int] | None = None
-        """How long rows to each peer have taken, counted by the backend; None where the device moves them."""
+        self.times: RowTimes | None = None
+        """When the call has moved rows, as its backend says; None where the device moves them."""
 
 
 class TracedConsent(Consent):
@@ -120,24 +124,25 @@ class TracedConsent(Consent):
 
     def post(self, sequence: int, word: Word) -> None:
         """See Consent."""
+        t = now()  # before it is posted: clocks are compared by it
         super().post(sequence, word)
         call = self.notes.driven
         if call is not None and call.sequence == sequence:
-            call.posted = now()
+            call.posted = t
         else:
-            self.notes.posted[sequence] = now()
+            self.notes.posted[sequence] = t
 
     def words(self, sequence: int, own: Word) -> Steps[Sequence[Word]]:
         """See Consent."""
         steps, call, left = super().words(sequence, own), self._call, set(self._peers)
+        if self.notes.times is not None:  # before words are seen nothing of a call has moved
+            self.notes.times.begin()
         while True:
             try:
                 missing = next(steps)
             except StopIteration as stop:
                 call.words |= dict.fromkeys(left, now())
                 call.looks(None)
-                if self.notes.move_ns is not None:
-                    self.notes.move_ns[:] = [0] * self._num_ranks
                 words: Sequence[Word] = stop.value
                 return words
             if len(missing.peers) < len(left):
@@ -147,10 +152,8 @@ class TracedConsent(Consent):
 
     def signal(self, sequence: int) -> None:
         """See Consent."""
-        call, move_ns = self._call, self.notes.move_ns
-        call.move_ns = None if move_ns is None else [*move_ns]
         super().signal(sequence)
-        call.signalled = now()
+        self._call.signalled = now()
 
     def arrivals(self, sequence: int, words: Sequence[Word], *, from_all: bool) -> Waiting:
         """See Consent."""
@@ -165,6 +168,10 @@ class TracedConsent(Consent):
         return self.notes.driven
 
 
+class TracedNodesConsent(TracedConsent, NodesConsent):
+    """The same among several nodes."""
+
+
 class TracedQueue(CallQueue):
     """A queue that writes down what becomes of calls, and whom they wait for."""
 
@@ -172,13 +179,13 @@ class TracedQueue(CallQueue):
         super().__init__(parts.consent, parts.transport, depth=depth, timeout_s=timeout_s)
         self.turn = self._traced_turn = TracedTurn(self.left_by, part)
         self._part = part
-        self._move_ns = [0] * parts.transport.num_ranks
+        self._times = RowTimes(parts.transport.num_ranks)
         self._notes = parts.consent.notes if isinstance(parts.consent, TracedConsent) else Notes()
 
     def lay(self, spec: Spec, backend: Backend) -> None:
         """A Spec has been laid over the connection."""
-        if backend.time_rows(self._move_ns):
-            self._notes.move_ns = self._move_ns
+        if backend.time_rows(self._times):
+            self._notes.times = self._times
         self._part.add({"is": "spec", "t": now(), "spec": str(spec), "num_experts": spec.num_experts})
 
     def end(self, loads: Sequence[tuple[int, Tensor]], wait_s: Sequence[float]) -> None:
@@ -220,7 +227,7 @@ class TracedQueue(CallQueue):
                     missing = next(steps)
                 except StopIteration as stop:
                     outcome: Outcome[Any] = stop.value
-                    call.done(outcome, None if owner is None else owner.spec)
+                    call.done(outcome, None if owner is None else owner.spec, self._notes.times)
                     return outcome
                 call.looks(missing)
                 yield missing

@@ -6,6 +6,7 @@ import json
 import sys
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 import crossdock
-from crossdock import Buffer, Compact, Fp32, Spec, ThreadGroup
+from crossdock import Buffer, Compact, Fp32, Spec, ThreadGroup, Topology, run_local
+from crossdock.backends.nodes.consent import NodesConsent
 from crossdock.cli import main
 from crossdock.cli.trace import timeline
-from crossdock.cli.trace.clocks import Clock, shifts
+from crossdock.cli.trace.clocks import UNKNOWN, Clock, fits, shifts
 from crossdock.cli.trace.figures import ROWS, WORDS_OF_COMBINE, Figures, measure
 from crossdock.cli.trace.parts import read
 from crossdock.consent import Consent
@@ -72,6 +74,49 @@ def test_off_it_costs_no_call_and_no_allocation(monkeypatch):
     assert not [name for name in files if "/trace/" in name.removeprefix(HOME) and name.startswith(HOME)]
 
 
+GRID = Topology.grid(nodes=2, local=1)
+CALLS_OVER_NODES = {"dispatch": 71, "combine": 44}
+"""Of the code that packs, places and sums rows over nodes, in a warm call, as counted before these could be traced."""
+FILES_OVER_NODES = ("rows", "offers", "places", "plan", "tables", "chunks", "outbound")
+
+
+def calls_over_nodes(group):
+    """The fewest calls of Python of each verb, of those above, and all functions of ours that were called."""
+    spec = replace(SPEC, reduce="node")
+    with Buffer(group, spec, topology=GRID, rail="inproc", timeout_s=60) as buffer:
+        parts = (buffer._queue, buffer._queue.turn, buffer._consent)
+        assert [type(part) for part in parts] == [CallQueue, Turn, NodesConsent]
+        recv = buffer.dispatch(X, TOPK_IDX)
+        y, plan = recv.x.clone(), recv.plan
+        verbs = {"dispatch": lambda: buffer.dispatch(X, TOPK_IDX), "combine": lambda: buffer.combine(y, plan)}
+        fewest, names = dict.fromkeys(verbs, 1000), set()
+        for _ in range(5):
+            for verb, make in verbs.items():
+                calls, _ = calls_of_python(make)
+                names |= set(calls)
+                own = sum(n for name, n in calls.items() if Path(name.split(":")[0]).stem in FILES_OVER_NODES)
+                # Chunks come when they come; each look for them is two calls.
+                fewest[verb] = min(fewest[verb], own - 2 * calls["/backends/nodes/outbound.py:take"])
+        group.all_gather(None)
+        tracemalloc.start()
+        try:
+            for make in verbs.values():
+                make()
+            snapshot = tracemalloc.take_snapshot()
+        finally:
+            group.all_gather(None)
+            tracemalloc.stop()
+        return fewest, names, {statistic.traceback[0].filename for statistic in snapshot.statistics("filename")}
+
+
+def test_off_it_costs_nothing_over_nodes_either(monkeypatch):
+    monkeypatch.delenv("CROSSDOCK_TRACE", raising=False)
+    for fewest, names, files in run_local(calls_over_nodes, 2):
+        assert not [name for name in names if "trace" in name or "timed" in name]
+        assert not [name for name in files if name.startswith(HOME) and ("/trace/" in name or "timed" in name)]
+        assert all(fewest[verb] <= most for verb, most in CALLS_OVER_NODES.items()), fewest
+
+
 def test_what_a_trace_keeps_does_not_grow(tmp_path):
     with Buffer(ThreadGroup.world(1)[0], SPEC, trace=tmp_path) as buffer:
 
@@ -114,6 +159,25 @@ def test_clocks_of_other_hosts_are_compared_by_their_meetings():
     assert shifts([here, there._replace(buffer="3", met=[], unix=7)])[1] == 7  # nothing but the clock on the wall
     same = here._replace(process="c", met=[(10, 905), (953, 1003), (1004, 1102)])
     assert shifts([here, same]) == [0, 0]
+
+
+def test_clocks_of_other_hosts_are_compared_by_the_words_of_calls():
+    ahead, calls = 5_000_000_000, [(1, n) for n in range(3)]
+    posted = [1_000, 5_000, 9_000]
+    met = [(0, 900_000), (950_000, 1_000_000)]
+    there_met = [(came + ahead, left + ahead) for came, left in met]
+
+    def clock(rank, boot, shift, late):
+        """Of a rank that sees words so late; it speaks with the rank of its local index on the other node."""
+        seen = {call: (t + shift, {rank ^ 2: t + late + shift}) for call, t in zip(calls, posted, strict=True)}
+        return Clock(f"p{rank}", boot, "1", 0, 0, there_met if shift else met, rank, seen)
+
+    clocks = [clock(0, "boot a", 0, 30), clock(1, "boot a", 0, 20), clock(2, "boot b", ahead, 50)]
+    clocks.append(clock(3, "boot b", ahead, 400))
+    found = fits(clocks)
+    assert [fit.shift for fit in found[:2]] == [0, 0]
+    assert all(abs(fit.shift + ahead) <= fit.within == 40 for fit in found[2:])  # by rank 2 and its rail peer
+    assert fits([clocks[0], clocks[2]._replace(buffer="2")])[1].within == UNKNOWN
 
 
 def write(folder, rank, number, lines=(), *, t=0, pid=None, num_ranks=2, **more):

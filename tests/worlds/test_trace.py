@@ -16,6 +16,9 @@ from crossdock import PeerFailed, PeerTimeout
 from crossdock.cli import main
 from crossdock.cli.trace.figures import measure
 from crossdock.cli.trace.parts import read
+from crossdock.transport.rail import Box
+from crossdock.transport.rails.dist import DistEngine
+from crossdock.transport.rails.inproc import InprocEngine
 from tests.child import run_child
 from tests.timeline import check_nesting
 from tests.world import WorkerLost, meet, open_buffer
@@ -370,3 +373,74 @@ def test_a_folder_that_cannot_be_is_told_to_all_and_ranks_may_trace_alone(world,
     world.run(cannot_write, [str(tmp_path / "ok"), str(tmp_path / "file" / "folder")])
     _, events = shown(tmp_path / "ok", capsys)
     assert {event["pid"] for event in events} == {0}
+
+
+def steps_over_nodes(group, trace):
+    """Steps in which the last rank is late to dispatches, and a failure; results."""
+    num_ranks = 4
+    spec = spec_of(num_ranks, reduce="node", hidden=256, max_tokens=256)
+    results = []
+    with open_buffer(group, spec, trace=trace, timeout_s=60) as buffer:
+        x, topk_idx = torch.ones(256, 256), inputs_of(spec, buffer.rank)[1].repeat(43, 1)[:256]
+        for _ in range(STEPS):
+            if buffer.rank == num_ranks - 1:
+                time.sleep(2 * LATE_S)
+            recv = buffer.dispatch(x + buffer.rank, topk_idx)
+            results.append(buffer.combine(recv.x * 2, recv.plan))
+        pending = [buffer.dispatch_start(x, recv.plan) for _ in range(2)]
+        results += [one.wait().x.clone() for one in pending]
+        meet(group)
+    return results
+
+
+def rows_over_nodes(per_node=4):
+    """[P, P]: rows that each rank hands to each of its peers in a dispatch of ``steps_over_nodes``, from its picks."""
+    spec, want = spec_of(4, hidden=256), torch.zeros(4, 4, dtype=torch.int64)
+    for source in range(4):
+        node, local = divmod(source, 2)
+        for picks in inputs_of(spec, source)[1].repeat(43, 1)[:256].tolist():
+            other = 1 - node
+            want[source, 2 * other + local] += any(e // per_node == other for e in picks)
+            for e in picks:  # by the rank of this local index on the node of the expert
+                want[2 * (e // per_node) + local, e // 2] += 1
+    return want
+
+
+@pytest.mark.worlds("grid-2x2", "dist-2x2")
+def test_over_nodes_waits_are_charged_to_the_end_of_their_chain_and_hops_are_named(world, tmp_path, capsys):
+    box = Box(chunk_bytes=64 * 1024, num_chunks=4)
+    rail = InprocEngine(lambda: 0.001, box=box) if world.kind == "inproc" else DistEngine(box=box)
+    world = world.opening(rail=rail)
+    plain = world.run(steps_over_nodes, None)
+    for attempt in range(4):
+        folder = tmp_path / str(attempt)
+        traced = world.run(steps_over_nodes, str(folder))
+        said, events = shown(folder, capsys)
+        if "Slow rank: 3. Others waited" in said:
+            break
+    assert all(
+        torch.equal(a, b) for mine, other in zip(traced, plain, strict=True) for a, b in zip(mine, other, strict=True)
+    )
+    text = " ".join(said.split())
+    assert "Slow rank: 3. Others waited" in text, said
+    assert "late to dispatches" in text
+    assert re.search(r"Its peers missed it \S+ \w+ over scale_up and \S+ \w+ over scale_out", text), said
+    assert "over scale_up" in said
+    assert re.search(r"Slow link over scale_out: .* GB/s", text), said
+    figures = measure(read(folder))
+    assert figures.waits[0, 3] > 0.5 * STEPS * 2 * LATE_S  # rank 0 does not reach rank 3, and waits for those that do
+    assert figures.hops["scale_out"].waited_s[:2, :2].sum() == figures.hops["scale_up"].waited_s[:2, 2:].sum() == 0
+    for rank, mate, across in ((0, 1, 2), (1, 0, 3), (2, 3, 0), (3, 2, 1)):
+        words = [len(named(events, f"word of rank {peer}", rank)) for peer in (mate, across, 3 - rank)]
+        assert words == [2 * STEPS + 2, 2 * STEPS + 2, 0]
+        for what in (f"dispatch: rows from rank {across}", f"combine: rows to rank {across}"):
+            assert len([e for e in named(events, f"{what} over scale_out", rank) if e["ph"] == "b"]) == STEPS
+    waits = named(events, "for rank 3 over scale_out to begin dispatch", 1)
+    assert sum(wait["dur"] for wait in waits) > 0.5 * STEPS * 2 * LATE_S * 1e6
+    want, parts = rows_over_nodes(), read(folder).parts
+    for part in parts:
+        first = next(line for line in part.of("call"))
+        back = next(line for line in part.of("call") if line["kind"] == "combine")
+        assert first["sent"] == back["got"] == want[part.rank].tolist()
+        assert first["got"] == back["sent"] == want[:, part.rank].tolist()
+        assert any(first["move_ns"])

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Arrived, Batch, Call, Event, Launch, LaunchOptions, Outcome, Outputs, PlanTensors
+from crossdock.backends.base import (
+    Arrived,
+    Batch,
+    Call,
+    Event,
+    Launch,
+    LaunchOptions,
+    Outcome,
+    Outputs,
+    PlanTensors,
+    RowTimes,
+)
 from crossdock.backends.cpu.by_node import RowsByNode, TimedRowsByNode
 from crossdock.backends.cpu.rows import CpuRows
 from crossdock.backends.cpu.timed import TimedRows
@@ -223,10 +234,10 @@ class CpuBackend:
         self._masked = ranks
         self._rows.mask(ranks)
 
-    def time_rows(self, move_ns: list[int]) -> bool:
+    def time_rows(self, times: RowTimes) -> bool:
         """See Backend."""
         timed = TimedRowsByNode if self._arena.spec.reduce == "node" else TimedRows
-        self._rows = timed(self._arena, self._transport, move_ns)
+        self._rows = timed(self._arena, self._transport, times.move_ns)
         return True
 
     def check_capture(self, *, asks_host: bool) -> None:

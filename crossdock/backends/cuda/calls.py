@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena, Control
-from crossdock.backends.base import Arrived, Batch, Call, Event, LaunchOptions, Metadata, Outcome, Outputs, PlanTensors
+from crossdock.backends.base import (
+    Arrived,
+    Batch,
+    Call,
+    Event,
+    LaunchOptions,
+    Metadata,
+    Outcome,
+    Outputs,
+    PlanTensors,
+    RowTimes,
+)
 from crossdock.backends.cuda.config import LaunchConfig, agreed_topology, decide
 from crossdock.backends.cuda.consent import DeviceConsent, Passing
 from crossdock.backends.cuda.copies import push_blocks
@@ -525,7 +536,7 @@ class CudaBackend:
                 "rows='capacity', or recv.plan of an earlier dispatch, with mover='kernel'"
             )
 
-    def time_rows(self, move_ns: list[int]) -> bool:
+    def time_rows(self, times: RowTimes) -> bool:
         """See Backend."""
         return False
 

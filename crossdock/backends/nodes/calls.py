@@ -16,6 +16,7 @@ its own tokens. Letters: T tokens here, K top-k, H hidden, R rows received, P ra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -23,7 +24,18 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import Arrived, Batch, Call, Event, Launch, LaunchOptions, Outcome, Outputs, PlanTensors
+from crossdock.backends.base import (
+    Arrived,
+    Batch,
+    Call,
+    Event,
+    Launch,
+    LaunchOptions,
+    Outcome,
+    Outputs,
+    PlanTensors,
+    RowTimes,
+)
 from crossdock.backends.cpu.arrived import copied_rows, widths_of
 from crossdock.backends.cpu.mapped import Mapped
 from crossdock.backends.nodes.chunks import ChunkFormat, check_row
@@ -43,6 +55,7 @@ from crossdock.backends.nodes.places import (
 from crossdock.backends.nodes.plan import NodePlan, made, rail_finals
 from crossdock.backends.nodes.rows import NodeRows, Rows
 from crossdock.backends.nodes.tables import Tables
+from crossdock.backends.nodes.timed import TimedInbound, TimedMates, TimedOutbound
 from crossdock.backends.training import own_rows, weigh_gradients
 from crossdock.consent import PUSHED, Kind, Missing, Steps, Word
 from crossdock.errors import CapacityError, ConfigError
@@ -91,6 +104,8 @@ class NodesBackend:
         self._num_blocks = transport.node_size * (num_local if self._spec.layout.per_pick else 1)
         self._place_dtype = place_dtype(self._spec, self._num_blocks)
         self._masked: tuple[int, ...] = ()
+        self._outbound: Callable[..., Outbound] = Outbound
+        self._inbound: Callable[..., Inbound] = Inbound
         self._need = 0, (0, 0)
         """The last call of which this rank knows whether its node has room, and what it has told rail peers."""
         check_row(self._spec, arena, transport.box)
@@ -133,7 +148,7 @@ class NodesBackend:
             arrays[4].numpy()[:] = np.ascontiguousarray(places[node][start:stop]).view(np.uint8)
 
         num_sent = [tokens.size for tokens in sent.tokens]
-        going = Outbound(self._transport, call.sequence, num_sent, chunk_format, pack)
+        going = self._outbound(self._transport, call.sequence, num_sent, chunk_format, pack)
         words = yield from self._meanwhile(self._consent.words(call.sequence, call.word), going.push)
         counts = yield from self._node_counts(call, sent, going)
         arriving = incoming(extent.spec, self._topology, counts.numpy())
@@ -142,7 +157,7 @@ class NodesBackend:
         if self._is_too_much(call, arriving):
             return (yield from self._void(call, batch, topk_idx))
         self._fan_out_own(batch, rows, sent, own, words, extent)
-        coming = Inbound(self._transport, call.sequence, self._tables.num_rail_rows(counts), chunk_format)
+        coming = self._inbound(self._transport, call.sequence, self._tables.num_rail_rows(counts), chunk_format)
         came: dict[int, list[Ints]] = {node: [] for node in self._transport.lanes}
         slots = self._slots(words)
 
@@ -171,10 +186,10 @@ class NodesBackend:
             _pack_rows(rows, plan.sent.tokens[node][start:stop], arrays)
 
         num_sent = [tokens.size for tokens in plan.sent.tokens]
-        going = Outbound(self._transport, call.sequence, num_sent, chunk_format, pack)
+        going = self._outbound(self._transport, call.sequence, num_sent, chunk_format, pack)
         words = yield from self._meanwhile(self._consent.words(call.sequence, call.word), going.push)
         self._fan_out_own(batch, rows, plan.sent, plan.finals[self._transport.node], words, plan.extent)
-        coming = Inbound(self._transport, call.sequence, [len(final) for final in plan.finals], chunk_format)
+        coming = self._inbound(self._transport, call.sequence, [len(final) for final in plan.finals], chunk_format)
         slots = self._slots(words)
 
         def forward(node: int, start: int, arrays: list[Tensor]) -> None:
@@ -308,9 +323,11 @@ class NodesBackend:
             if has_data:
                 there.data[start:stop] = arrays[0].view(self._spec.combine_dtype)
 
-        going = Outbound(self._transport, call.sequence, [len(final) for final in plan.finals], chunk_format, pack)
+        going = self._outbound(
+            self._transport, call.sequence, [len(final) for final in plan.finals], chunk_format, pack
+        )
         num_home = [tokens.size for tokens in plan.sent.tokens]
-        coming = Inbound(self._transport, call.sequence, num_home, chunk_format)
+        coming = self._inbound(self._transport, call.sequence, num_home, chunk_format)
         going.push()
         own = self._transport.node
         sum_into(own, slice(None), home.of_node(own))
@@ -472,9 +489,12 @@ class NodesBackend:
         """See Backend."""
         self._masked = ranks
 
-    def time_rows(self, move_ns: list[int]) -> bool:
+    def time_rows(self, times: RowTimes) -> bool:
         """See Backend."""
-        return False
+        self._rows.at = TimedMates(self._rows.at, self._transport.mates, times)
+        self._outbound = partial(TimedOutbound, times)
+        self._inbound = partial(TimedInbound, times)
+        return True
 
     def check_capture(self, *, asks_host: bool) -> None:
         """See Backend."""

@@ -32,6 +32,34 @@ class NodePlan(Plan):
     segment_rows: Ints
     """[segments]: rows received in each, without padding."""
 
+    def rows_by_peer(self, num_slot_rows: int) -> tuple[list[int], list[int]]:
+        """[P]: rows of a dispatch that this rank hands to each of its peers, and that each hands to it; 0 of others.
+
+        To rail peers and from them one for each token, over the rail; to mates also those that came over it.
+
+        Args:
+            num_slot_rows: S.
+        """
+        num_ranks, num_nodes = self.counts.shape[0], len(self.finals)
+        node_size = num_ranks // num_nodes
+        node, local = divmod(self.rank, node_size)
+        mates = slice(node * node_size, (node + 1) * node_size)
+        there, here = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
+        ends = np.concatenate([final.ravel() for final in self.finals])
+        there[mates] = np.bincount(ends[ends >= 0] // num_slot_rows, minlength=node_size)
+        per_pick = self.extent.spec.layout.per_pick
+        num_local = (self.counts.shape[1] - 1 - node_size) // node_size
+        blocks = slice(local * num_local, (local + 1) * num_local)
+        if not per_pick:
+            blocks = slice(num_local * node_size + local, num_local * node_size + local + 1)
+        of_sources = self.counts[:, blocks].sum(1).numpy()  # a row comes by the mate of its sender's local index
+        here[mates] = of_sources.reshape(num_nodes, node_size).sum(0)
+        for other in range(num_nodes):
+            if other != node:
+                peer = other * node_size + local
+                there[peer], here[peer] = len(self.sent.tokens[other]), len(self.finals[other])
+        return there.tolist(), here.tolist()
+
 
 def made(  # noqa: PLR0913 - all that a plan is made of
     arena: Arena,

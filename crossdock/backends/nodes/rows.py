@@ -46,8 +46,9 @@ class NodeRows:
     def __init__(self, arena: Arena, transport: NodesTransport, mapped: Mapped) -> None:
         self._arena = arena
         self._rank = transport.rank
-        self._at = mapped.at
-        self._own = self._at[transport.local]
+        self.at: Sequence[dict[str, Tensor]] = mapped.at
+        """Regions by mate, and name."""
+        self._own = self.at[transport.local]
         self._slot_rows = arena.spec.num_slot_rows(arena.topology.num_ranks)
 
     def of_tokens(self, batch: Batch, topk_idx: Tensor, extent: Extent) -> Rows:
@@ -89,10 +90,10 @@ class NodeRows:
         ends = finals[which, pick]
         order = np.argsort(ends, kind="stable")
         which, pick, ends = idx[which[order]], pick[order], ends[order]
-        borders = np.searchsorted(ends, np.arange(len(self._at) + 1) * self._slot_rows)
+        borders = np.searchsorted(ends, np.arange(len(self.at) + 1) * self._slot_rows)
         metadata = self._metadata(batch, rows, which, pick)
         region = self._arena.region_of_rows(unquantized=batch.unquantized)
-        for u, (views, slot) in enumerate(zip(self._at, slots, strict=True)):
+        for u, (views, slot) in enumerate(zip(self.at, slots, strict=True)):
             mine = slice(borders[u], borders[u + 1])
             there = ends[mine] - u * self._slot_rows
             if there.size:

@@ -41,7 +41,7 @@ _REPLAYED = 10
 _SEEDS = 2**31
 _BENCH_REPEATS = 10
 _FILES = ("report.html", "trace.json")
-"""What is left behind; no trace of ranks of several hosts."""
+"""What is left behind."""
 _SEQUENCES = 8
 """Sequences that each rank writes."""
 _OPENINGS = (b"def main(argv):\n    ", b"class Reader:\n    def ", b"    raise ValueError(")
@@ -95,18 +95,19 @@ def run(args: argparse.Namespace) -> None:
         show(estimate.READ)
         text = standard_library()
         job = make_job(text, shape, recipe, num_ranks=num_ranks)
-        files = {name: open_for_writing(args.out, name) for name in (["report.html"] if grid else _FILES)}
+        files = {name: open_for_writing(args.out, name) for name in _FILES}
         device = choose_device("cpu" if grid else args.device)
         show(estimate.START)
         gpus = None
-        if grid is not None:
-            runs = run_hosts(run_rank, replace(job, over_hosts=True), grid=grid, rate=args.rate, on_progress=show)
-        else:
-            with gpus_for(device, num_ranks) as gpus, tempfile.TemporaryDirectory(prefix="crossdock-demo-") as parts:
-                job = replace(job, trace=parts)
-                runs = run_world(run_rank, job, num_ranks=num_ranks, on_progress=show, gpus=gpus)
-                spans = steps_to_show([run.spans for run in runs])
-                write_timeline(read(Path(parts)), files["trace.json"], between=spans)
+        with tempfile.TemporaryDirectory(prefix="crossdock-demo-") as parts:
+            job = replace(job, trace=parts)
+            if grid is not None:
+                runs = run_hosts(run_rank, replace(job, over_hosts=True), grid=grid, rate=args.rate, on_progress=show)
+            else:
+                with gpus_for(device, num_ranks) as gpus:
+                    runs = run_world(run_rank, job, num_ranks=num_ranks, on_progress=show, gpus=gpus)
+            spans = steps_to_show([run.spans for run in runs])
+            write_timeline(read(Path(parts)), files["trace.json"], between=spans)
         show(estimate.REPEAT)
         compared = compare_losses(runs[0].losses, replay(job, num_replayed, device))
         show(estimate.WRITE_AGAIN)

@@ -3,23 +3,26 @@
 A rank that waits for several peers at once waits for the one that comes last, and its time is charged to that one
 alone: so charges add up to the time that was waited. A late *word* is a late program: before a dispatch, whatever ran
 since the last call; before a combine, above all the rank's experts. Late *rows* are those of a rank that was in the
-call, and writes slowly, or had much to write.
+call, and writes slowly, or had much to write. Among several nodes that one may itself wait for a third: ``chains``.
 
 Letters: P ranks, E experts.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.cli.trace.parts import Line, Part, Trace
+from crossdock.cli.trace.chains import Chains, last_of
+from crossdock.cli.trace.clocks import UNKNOWN
+from crossdock.cli.trace.parts import HOPS, Part, Trace
 
 Seconds = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -42,6 +45,16 @@ class Failure:
     at_s: float
     rank: int
     text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hop:
+    """What is known of one axis over which ranks reach each other. Matrices as in ``Figures``."""
+
+    waited_s: Seconds
+    """[P, P]: how long each rank has missed each over it, whoever that one was waiting for itself."""
+    links: npt.NDArray[np.bool_]
+    """[P, P]: who reaches whom over it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +81,10 @@ class Figures:
     expert_rank: Sequence[int | None]
     """[E]: the rank of each expert; None where ranks of several groups have it, or none has a part."""
     failures: Sequence[Failure]
+    hops: Mapping[str, Hop] = field(default_factory=dict)
+    """Over several nodes, each axis."""
+    clocks_within_s: float = 0.0
+    """How far apart clocks of several machines may be after all; inf: nobody knows."""
 
     @cached_property
     def waits(self) -> Seconds:
@@ -99,20 +116,22 @@ class Figures:
         is_slow = others.size and self.waiting_share >= _LEAST_SHARE
         return late if is_slow and self.charged_s[late] >= _STANDS_OUT * others.mean() else None
 
-    @property
-    def slowest_link(self) -> tuple[int, int] | None:
+    def rates_over(self, hop: str | None) -> Seconds:
+        """The rates of one axis alone; None: of all links."""
+        return self.rates if hop is None else np.where(self.hops[hop].links, self.rates, np.nan)
+
+    def slowest_link(self, hop: str | None = None) -> tuple[int, int] | None:
         """From where to where; None where no rate is known."""
-        if np.isnan(self.rates).all():
+        rates = self.rates_over(hop)
+        if np.isnan(rates).all():
             return None
-        src, dst = divmod(int(np.nanargmin(self.rates)), len(self.ranks))
+        src, dst = divmod(int(np.nanargmin(rates)), len(self.ranks))
         return src, dst
 
-    @property
-    def is_link_slow(self) -> bool:
+    def is_link_slow(self, hop: str | None = None) -> bool:
         """Whether the slowest stands out."""
-        return self.slowest_link is not None and bool(
-            self.rates[self.slowest_link] * _STANDS_OUT <= np.nanmedian(self.rates)
-        )
+        link = self.slowest_link(hop)
+        return link is not None and bool(self.rates[link] * _STANDS_OUT <= np.nanmedian(self.rates_over(hop)))
 
     @property
     def hot_expert(self) -> int | None:
@@ -134,6 +153,9 @@ def measure(trace: Trace) -> Figures:
     spans: dict[int, list[int]] = defaultdict(list)
     failures: list[Failure] = []
     on_device = False
+    chains = Chains(trace)
+    missed = {hop: np.zeros(shape) for hop in HOPS}
+    links = {hop: np.zeros(shape, np.bool_) for hop in HOPS}
     for part in trace.parts:
         own, peers = place[part.rank], [place[rank] for rank in part.ranks]
         spans[own] += part.span
@@ -141,19 +163,20 @@ def measure(trace: Trace) -> Figures:
             sum(line["t"][1] - line["t"][0] for line in part.of("verb") if line["name"] != "Buffer") / 1e9
         )
         num_calls[own] += sum(1 for _ in part.of("start"))
-        for reason, peer, seconds in _charges(part):
-            waited[reason][own, peers[peer]] += seconds
+        for hop, peer in chains.reached(part):
+            links[hop][own, peers[peer]] = True
+        for line, peer in last_of(part):
+            if (over := part.hop_to(peer)) is not None:
+                missed[over][own, peers[peer]] += (line["t"][1] - line["t"][0]) / 1e9
+            for what, kind, culprit, seconds in chains.charges(part, line, peer):
+                waited[_reason(what, kind)][own, peers[culprit]] += seconds
         on_device |= (of_device := _waits_of_device(part)) is not None
         for peer, seconds in zip(peers, of_device or (), strict=False):
             waited[REST][own, peer] += seconds
-        for line in part.of("call"):
-            for peer, num_rows, ns in zip(peers, line.get("sent", ()), line.get("move_ns", ()), strict=False):
-                if ns and peer != own and (num_bytes := num_rows * line["row_bytes"]) >= _LEAST_BYTES:
-                    of_links[own, peer].append(num_bytes / ns * 1e9)
-        failures += [
-            Failure(at_s=(part.at(line["t"]) - trace.first) / 1e9, rank=part.rank, text=line["error"]["text"])
-            for line in part.of("failed")
-        ]
+        for src, dst, num_bytes, ns in _moved(part):
+            if num_bytes >= _LEAST_BYTES and ns > 0:
+                of_links[peers[src], peers[dst]].append(num_bytes / ns * 1e9)
+        failures += _failures(part, trace.first)
     rates = np.full(shape, np.nan)
     for link, of_calls in of_links.items():
         rates[link] = np.median(of_calls)
@@ -167,23 +190,36 @@ def measure(trace: Trace) -> Figures:
         rates=rates,
         **_loads(trace),
         failures=sorted(failures, key=lambda failure: failure.at_s),
+        hops={hop: Hop(waited_s=missed[hop], links=links[hop]) for hop in HOPS if any(map(np.any, links.values()))},
+        clocks_within_s=math.inf if trace.clocks_within_ns >= UNKNOWN else trace.clocks_within_ns / 1e9,
     )
 
 
-def _charges(part: Part) -> Iterator[tuple[str, int, float]]:
-    """Of each wait: what for, for whom, how long."""
-    kinds = {tuple(line["call"]): line["kind"] for line in part.of("start")}
-    for line in part.waits():
-        late = {**line["came"], **dict.fromkeys(line["missing"], line["t"][1])}
-        if late:
-            peer = max(late, key=lambda peer: late[peer])
-            yield _reason(line, kinds.get(tuple(line["call"]), "")), peer, (line["t"][1] - line["t"][0]) / 1e9
+def _moved(part: Part) -> Iterator[tuple[int, int, int, int]]:
+    """Bytes that a call has moved from one rank of the buffer to another, and nanoseconds in which it did.
+
+    Over the rail it is the receiver who knows: those behind the first chunk have come since that one was seen.
+    """
+    own = part.header["rank"]
+    for line in part.of("call"):
+        for peer, (num_rows, ns) in enumerate(zip(line.get("sent", ()), line.get("move_ns", ()), strict=False)):
+            if peer != own:
+                yield own, peer, num_rows * line["row_bytes"], ns
+        for peer, (first, last, num_rows) in line.get("landed", {}).items():
+            yield peer, own, num_rows * line.get("row_bytes", 0), last - first
 
 
-def _reason(line: Line, kind: str) -> str:
-    if line["what"] == "begin":
+def _failures(part: Part, first: int) -> list[Failure]:
+    return [
+        Failure(at_s=(part.at(line["t"]) - first) / 1e9, rank=part.rank, text=line["error"]["text"])
+        for line in part.of("failed")
+    ]
+
+
+def _reason(what: str, kind: str) -> str:
+    if what == "begin":
         return WORDS_OF_COMBINE if kind == "combine" else WORDS_OF_DISPATCH
-    return ROWS if line["what"].startswith("send its rows") else REST
+    return ROWS if what.startswith(("send its rows", "make room")) else REST
 
 
 def _waits_of_device(part: Part) -> list[float] | None:

@@ -9,12 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from crossdock.cli.trace.clocks import Clock, shifts
+from crossdock.cli.trace.clocks import Clock, fits
 from crossdock.errors import ConfigError
 from crossdock.trace.part import parts_in
 
 Line = dict[str, Any]
 CallName = tuple[int, int]
+SCALE_UP, SCALE_OUT = "scale_up", "scale_out"
+HOPS = (SCALE_UP, SCALE_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,13 @@ class Part:
         ranks: list[int] = self.header["ranks"]
         return ranks
 
+    def hop_to(self, peer: int) -> str | None:
+        """The axis over which it reaches a rank of its buffer; None where there is but one."""
+        node_size = self.header.get("node_size")
+        if node_size is None:
+            return None
+        return SCALE_UP if peer // node_size == self.header["rank"] // node_size else SCALE_OUT
+
     @cached_property
     def rank(self) -> int:
         """This rank, among all."""
@@ -50,7 +59,16 @@ class Part:
         """What is known of its clock."""
         told = self.header["clock"]
         process = f"{self.header['host']} {told['boot']} {self.header['pid']}"
-        return Clock(process, told["boot"], self.buffer, told["t"], told["unix"], self.header["met"])
+        return Clock(
+            process,
+            told["boot"],
+            self.buffer,
+            told["t"],
+            told["unix"],
+            self.header["met"],
+            self.header["rank"],
+            {tuple(line["call"]): (line["posted"], line["words"]) for line in self.of("call")},
+        )
 
     @property
     def launch(self) -> tuple[str, int] | None:
@@ -93,6 +111,8 @@ class Trace:
     parts: Sequence[Part]
     num_others: int
     """Parts of other runs in the same folder, which were left out."""
+    clocks_within_ns: int = 0
+    """How far apart clocks of several machines may be after all; 0 where all have one."""
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -120,13 +140,14 @@ def read(folder: Path) -> Trace:
             f"crossdock trace {folder} -- python program.py"
         )
     run = _last_run(found)
-    return Trace(parts=aligned(run), num_others=len(found) - len(run))
+    within = max(fit.within for fit in fits([part.clock for part in run]))
+    return Trace(parts=aligned(run), num_others=len(found) - len(run), clocks_within_ns=within)
 
 
 def aligned(parts: Sequence[Part]) -> list[Part]:
     """The parts on one clock, by rank."""
-    moved = shifts([part.clock for part in parts])
-    shifted = [replace(part, shift=shift) for part, shift in zip(parts, moved, strict=True)]
+    moved = fits([part.clock for part in parts])
+    shifted = [replace(part, shift=fit.shift) for part, fit in zip(parts, moved, strict=True)]
     return sorted(shifted, key=lambda part: (part.rank, part.span))
 
 
@@ -142,7 +163,7 @@ def _read_part(path: Path) -> Part | None:
     if not lines:
         return None
     for line in lines:
-        for name in ("came", "words"):  # JSON has no numbers as keys
+        for name in ("came", "words", "put", "landed"):  # JSON has no numbers as keys
             if name in line:
                 line[name] = {int(peer): t for peer, t in line[name].items()}
     return Part(path=path, header=lines[0], lines=lines[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def print_figures(figures: Figures, files: Sequence[tuple[str, Path]]) -> None:
     """What matters, on stdout, and where the files are."""
     with without_trailing_blanks(_WIDTH) as console:
         console.print(Text(title(figures), style="bold"))
-        console.print(_table([HEADINGS, *rows(figures)]))
+        console.print(_table([headings(figures), *rows(figures)]))
         if len(figures.ranks) <= _MOST_RANKS and figures.waits.any():
             console.print(_table(matrix(figures)))
         for line in lines(figures):
@@ -46,23 +47,27 @@ def render(figures: Figures, source: str) -> str:
         charts=_charts(figures),
         measured_on=f"Made from {source} by crossdock {__version__}.",
         title=title(figures),
-        headings=HEADINGS,
+        headings=headings(figures),
         rows=rows(figures),
         lines=lines(figures),
     )
 
 
-HEADINGS = ("rank", "in calls", "it waits", "others wait", *REASONS[:3], "share", "its rows / mean")
+def headings(figures: Figures) -> tuple[str, ...]:
+    """Of ``rows``. Over several nodes a rank's waits are also said by hop."""
+    over = (f"over {hop}" for hop in figures.hops)
+    return ("rank", "in calls", "it waits", *over, "others wait", *REASONS[:3], "share", "its rows / mean")
 
 
 def rows(figures: Figures) -> list[tuple[str, ...]]:
-    """A line for each rank, below ``HEADINGS``: seconds of its own, and those that others have waited for it."""
+    """A line for each rank, below ``headings``: seconds of its own, and those that others have waited for it."""
     all_s = max(float(figures.waits.sum()), 1e-12)
     return [
         (
             str(rank),
             seconds(figures.in_calls_s[i]),
             seconds(figures.waits[i].sum()),
+            *(seconds(hop.waited_s[i].sum()) for hop in figures.hops.values()),
             seconds(figures.charged_s[i]),
             *(seconds(figures.waited_s[reason][:, i].sum()) for reason in REASONS[:3]),
             f"{figures.charged_s[i] / all_s:.0%}",
@@ -90,7 +95,16 @@ def title(figures: Figures) -> str:
 
 def lines(figures: Figures) -> list[str]:
     """What the figures mean."""
-    said = [_of_rank(figures), _of_link(figures), _of_expert(figures)]
+    said = [_of_rank(figures), *(_of_link(figures, hop) for hop in figures.hops or (None,)), _of_expert(figures)]
+    if math.isinf(figures.clocks_within_s):
+        said.append(
+            "Clocks of several machines were put on one by their clocks on the wall alone: nobody knows how well."
+        )
+    elif figures.clocks_within_s:
+        said.append(
+            f"Clocks of several machines were put on one by what ranks told each other, to within "
+            f"{seconds(figures.clocks_within_s)}."
+        )
     if figures.on_device:
         said.append(
             "Kernels waited: what for is not known, and a wait for several ranks at once is charged to each of them."
@@ -118,22 +132,28 @@ def _of_rank(figures: Figures) -> str:
         REST: "",
     }[reason]
     tail = f"; {by_reason[reason] / charged:.0%} of that because {why}" if why else ""
-    return f"Slow rank: {rank}. Others waited {seconds(charged)} for it, {share:.0%} of all waiting{tail}."
+    missed = [f"{seconds(hop.waited_s[:, late].sum())} over {name}" for name, hop in figures.hops.items()]
+    over = f" Its peers missed it {' and '.join(missed)}; the others waited for these." if missed else ""
+    return f"Slow rank: {rank}. Others waited {seconds(charged)} for it, {share:.0%} of all waiting{tail}.{over}"
 
 
 def _load_of(figures: Figures, late: int) -> str:
     return f" ({figures.rank_rows[late]:.2f} times the mean rank's rows)" if figures.rank_rows.size else ""
 
 
-def _of_link(figures: Figures) -> str:
-    if (link := figures.slowest_link) is None:
-        return "Slow link: not known; rows are moved by devices, or few at a time."
+def _of_link(figures: Figures, hop: str | None) -> str:
+    over = "" if hop is None else f" over {hop}"
+    if (link := figures.slowest_link(hop)) is None:
+        return f"Slow link{over}: not known; rows are moved by devices, or few at a time."
     src, dst = (figures.ranks[i] for i in link)
-    rate, median = figures.rates[link] / 1e9, float(np.nanmedian(figures.rates)) / 1e9
-    if figures.is_link_slow:
-        return f"Slow link: from rank {src} to rank {dst}, {rate:.2f} GB/s; the median link has {median:.2f} GB/s."
+    rate, median = figures.rates[link] / 1e9, float(np.nanmedian(figures.rates_over(hop))) / 1e9
+    if figures.is_link_slow(hop):
+        return (
+            f"Slow link{over}: from rank {src} to rank {dst}, {rate:.2f} GB/s; the median link has {median:.2f} GB/s."
+        )
     return (
-        f"Slow link: none stands out; the slowest, {src} to {dst}, has {rate:.2f} GB/s, the median {median:.2f} GB/s."
+        f"Slow link{over}: none stands out; the slowest, {src} to {dst}, has {rate:.2f} GB/s, the median "
+        f"{median:.2f} GB/s."
     )
 
 
@@ -178,7 +198,7 @@ def _table(cells: Sequence[Sequence[str]]) -> Table:
 
 
 def _cards(figures: Figures) -> list[Card]:
-    late, hot, link = figures.slow_rank, figures.hot_expert, figures.slowest_link
+    late, hot, link = figures.slow_rank, figures.hot_expert, figures.slowest_link()
     return [
         Card(f"{figures.waiting_share:.0%}", "of the ranks' time waiting for peers"),
         Card(f"{figures.calls_share:.0%}", "in calls, waiting included"),
@@ -213,7 +233,7 @@ def _charts(figures: Figures) -> list[Chart]:
                 as_json(expert_chart(figures)),
             )
         )
-    if figures.slowest_link is not None:
+    if figures.slowest_link() is not None:
         charts.append(
             Chart(
                 "links",

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from crossdock.cli.trace.parts import CallName, Line, Part, Trace
+from crossdock.cli.trace.parts import SCALE_OUT, CallName, Line, Part, Trace
 
 Event = dict[str, Any]
 PROGRAM = 0
@@ -113,6 +113,8 @@ def _of_part(part: Part, tid: int, first: int) -> Iterator[Event]:
             yield span(line["name"], tid, line["t"], **line.get("args", {}))
     for line in part.of("call"):
         said = _said(line)
+        for about, t in _over_rail(part, line):
+            yield from ({**about, "pid": part.rank, "tid": rows, "ph": ph, "ts": at(t)} for ph, t in zip("be", t))  # noqa: B905 - two of each
         for peer, t in line["words"].items():
             yield moment(f"word of rank {part.ranks[peer]}", words, t, call=said)
         yield from (span(name, rows, t, call=said, **args) for name, t, args in _rows_of(part, line))
@@ -121,14 +123,8 @@ def _of_part(part: Part, tid: int, first: int) -> Iterator[Event]:
             about = {"name": name, "cat": "in flight", "id": f"{part.buffer} {part.rank} {said}"}
             yield from ({**about, "ph": ph, "pid": part.rank, "tid": calls, "ts": at(t)} for ph, t in zip("be", t))  # noqa: B905 - two of each
     for line in part.waits():
-        began, ended = line["t"]
         name = f"{line['what']} {kinds.get(_name(line), 'call')}"
-        came = {**dict.fromkeys(line["missing"], ended), **line["came"]}
-        if not came:
-            yield span(f"for the device to {line['what']}", waits, line["t"], call=_said(line))
-        for peer, t in sorted(came.items(), key=lambda item: -item[1]):
-            late = {"came": False} if peer in line["missing"] else {}
-            yield span(f"for rank {part.ranks[peer]} to {name}", waits, (began, t), call=_said(line), **late)
+        yield from (span(whom, waits, t, call=_said(line), **late) for whom, t, late in _waits_of(part, line, name))
 
 
 def _rows_of(part: Part, line: Line) -> Iterator[tuple[str, tuple[int, int], dict[str, object]]]:
@@ -136,16 +132,46 @@ def _rows_of(part: Part, line: Line) -> Iterator[tuple[str, tuple[int, int], dic
     if "sent" not in line:
         return
     num_bytes = [rows * line["row_bytes"] for rows in line["sent"]]
-    about: dict[str, object] = {
-        f"rows to rank {part.ranks[peer]}": rows for peer, rows in enumerate(line["sent"]) if rows
-    }
+    about = _by_peer("rows to", part, line["sent"])
     seen = max(line["words"].values(), default=0)
-    if line.get("signalled") and seen:
+    if seen and line.get("signalled", 0) >= seen:  # over nodes outputs are offered before words are seen
         yield f"{line['kind']}: rows to peers", (seen, line["signalled"]), {**about, "bytes": sum(num_bytes)}
     if line.get("arrived") and not line.get("void"):
-        got = {f"rows from rank {part.ranks[peer]}": rows for peer, rows in enumerate(line["got"]) if rows}
+        got = _by_peer("rows from", part, line["got"])
         name = "sums" if line["kind"] == "combine" else "takes rows"
         yield f"{line['kind']}: {name}", (line["arrived"], line["t"][1]), got
+
+
+def _by_peer(what: str, part: Part, num_rows: Sequence[int]) -> dict[str, object]:
+    return {f"{what} rank {_named(part, peer)}": rows for peer, rows in enumerate(num_rows) if rows}
+
+
+def _waits_of(part: Part, line: Line, name: str) -> Iterator[tuple[str, tuple[int, int], dict[str, object]]]:
+    """For whom and what a wait was, from when to when; the longest first."""
+    began, ended = line["t"]
+    came = {**dict.fromkeys(line["missing"], ended), **line["came"]}
+    if not came:
+        yield f"for the device to {line['what']}", (began, ended), {}
+    for peer, t in sorted(came.items(), key=lambda item: -item[1]):
+        yield f"for rank {_named(part, peer)} to {name}", (began, t), {"came": False} if peer in line["missing"] else {}
+
+
+def _over_rail(part: Part, line: Line) -> Iterator[tuple[Event, tuple[int, int]]]:
+    """From when to when chunks of a call were put into boxes of rail peers, and theirs were seen here."""
+    for what, key, by_peer in (("to", "sent", line.get("put", {})), ("from", "got", line.get("landed", {}))):
+        for peer, (first, last, *_) in by_peer.items():
+            name = f"{line['kind']}: rows {what} rank {_named(part, peer)}"
+            about = {
+                "name": name,
+                "cat": "over the rail",
+                "id": f"{part.buffer} {part.rank} {_said(line)} {key} {peer}",
+            }
+            yield {**about, "args": {"rows": line[key][peer]} if key in line else {}}, (first, last)
+
+
+def _named(part: Part, peer: int) -> str:
+    hop = part.hop_to(peer)
+    return str(part.ranks[peer]) if hop is None else f"{part.ranks[peer]} over {hop}"
 
 
 def _arrows(trace: Trace, tracks: dict[Any, int]) -> Iterator[Event]:
@@ -158,9 +184,12 @@ def _arrows(trace: Trace, tracks: dict[Any, int]) -> Iterator[Event]:
         for line in part.waits():
             if not line["came"] or line["missing"] or line["t"][1] - line["t"][0] < _ARROW_NS:
                 continue
-            late = part.ranks[max(line["came"], key=lambda peer: line["came"][peer])]
+            last = max(line["came"], key=lambda peer: line["came"][peer])
+            late = part.ranks[last]
             other, theirs = done.get((part.buffer, late, _name(line)), (None, {}))
             did = theirs.get("posted" if line["what"] == "begin" else "signalled")
+            if line["what"] != "begin" and part.hop_to(last) == SCALE_OUT:
+                did = theirs.get("put", {}).get(part.header["rank"], (0, 0))[1]
             if other is None or not did:
                 continue
             end = (part.at(line["t"][1]) - trace.first) / 1e3 - _EDGE_US
