@@ -35,19 +35,23 @@ EXTRA_BYTES = 14
 """Of the extras that make_case gives each token: three int16 and a float64."""
 
 
-def make_case(spec: Spec, num_tokens: Sequence[int], *, picks: str = "some", seed: int = 0, idx=torch.int64) -> Case:
-    """Random rows; picks that are "some" (a fifth missing), "none", or "one" (each token's first is expert 0)."""
+def make_case(
+    spec: Spec, num_tokens: Sequence[int], *, picks: str | Sequence[Tensor] = "some", seed: int = 0, idx=torch.int64
+) -> Case:
+    """Random rows; picks that are given, or "some" (a fifth missing), "none", "one" (a token's first is expert 0)."""
     g = torch.Generator().manual_seed(seed)
     num_ranks, num_topk = len(num_tokens), spec.num_topk
     dtype = spec.combine_dtype
     x, topk, weights, extras = [], [], [], []
-    for t in num_tokens:
+    for r, t in enumerate(num_tokens):
         if isinstance(spec.wire, Opaque):
             x.append(opaque_rows(spec, t, g))
         else:
             x.append((torch.randn(t, spec.hidden, generator=g) * 3).to(dtype))
         picked = torch.rand(t, spec.num_experts, generator=g).topk(num_topk, 1).indices
-        if picks == "one":
+        if not isinstance(picks, str):
+            picked = picks[r].clone()
+        elif picks == "one":
             picked[:, 1:] = -1
             picked[:, 0] = 0
         else:
@@ -65,7 +69,7 @@ def make_case(spec: Spec, num_tokens: Sequence[int], *, picks: str = "some", see
             tensor[is_gap] = float("nan")
         y.append(here[0].to(dtype).view(*lead, spec.hidden))
         y_extras.append((here[1].view(*lead, 3), here[2].view(*lead, 1)))
-    name = f"{picks} picks of {list(num_tokens)} tokens"
+    name = f"{picks if isinstance(picks, str) else 'given'} picks of {list(num_tokens)} tokens"
     return Case(name=name, spec=spec, x=x, topk=topk, weights=weights, extras=extras, y=y, y_extras=y_extras)
 
 

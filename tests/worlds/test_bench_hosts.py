@@ -10,6 +10,7 @@ from crossdock import Compact, Expanded, Fp8, Spec, Topology
 from crossdock.cli import hosts, main
 from crossdock.cli.bench.over_hosts import rail_row_bytes, rail_rows
 from crossdock.cli.hosts import network
+from tests.timeline import check_nesting
 
 pytest.importorskip("rich")
 pytest.importorskip("plotly")
@@ -44,6 +45,13 @@ def test_demo_trains_over_hosts(tmp_path, capsys):
     assert "generated sequences are those of the one process" in said
     assert re.search(r"2x1 ranks at 1gbit, 1024 tokens each", said)
     assert "on hosts 2x1" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    check_nesting(events)
+    for rank in range(2):
+        names = [event["name"] for event in events if event["pid"] == rank]
+        assert names.count("step") == 2
+        assert f"word of rank {1 - rank}" in names
+        assert any(name.startswith(f"dispatch: rows to rank {1 - rank} over scale_out") for name in names)
 
 
 @pytest.mark.parametrize(("layout", "going"), [(Compact(), 8 + 4 + 20 + 16), (Expanded(), 8 + 4 + 4 + 16)], ids=repr)

@@ -7,12 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import crossdock as cd
 from crossdock import Bf16, Buffer, Compact, Expanded, Fp8, Spec, Topology
+from crossdock.cli.trace.figures import measure
+from crossdock.cli.trace.parts import read
+from crossdock.routing import group_limited_topk
 from crossdock.transport.rails.nixl import NixlEngine
 from tests import hosts, oracle
 from tests.cases import check_received, make_case, observed, same_bits
@@ -94,19 +98,50 @@ def test_rows_cross_a_link_once_per_host_and_nothing_else_does(grid, rail):
         check_received(case, [rows for _, rows, *_ in here], extras=False)
         want = oracle.combined(case.spec, case.topk, case.flat_y(), node_size=local)
         assert all(same_bits(out, mine) for (_, _, out, *_), mine in zip(here, want, strict=True))
-        num_topk = case.spec.num_topk
-        ids = 4 * (1 + num_topk * (1 if case.spec.layout.per_pick else 2))  # source, weights, and picks
-        going = case.spec.row_bytes() + ids + 4 * num_topk  # and places
-        coming = case.spec.hidden * 2
-        homes = rows_over_link(case, nodes, local)
-        returned = [sum(_rows_back(case, nodes, local, node).values()) for node in range(nodes)]
-        for node in range(nodes):
-            *_, dispatched, combined = here[node * local]
-            for sent, rows, row_bytes in ((dispatched, homes[node], going), (combined, returned[node], coming)):
-                bound = rows * row_bytes
-                # Ethernet, IP and TCP have 66 of 1514 bytes; a note, an acknowledgement and gloo's words are small.
-                room = 1.06 * bound + 1500 * local * (nodes - 1) + 66 * bound / 1448
-                assert bound < sent < room, (grid, case.spec.wire, node, sent / bound)
+        _check_bytes(case, nodes, local, [here[node * local][3:] for node in range(nodes)])
+
+
+@pytest.mark.parametrize("layout", [Compact(), Expanded()], ids=repr)
+def test_a_gate_that_picks_from_two_of_four_hosts_sends_fewer_rows_over_the_links(layout):
+    """By as many as its own picks say: of each token to two hosts at most."""
+    nodes, local = 4, 2
+    spec = spec_of(layout, max_tokens=48, num_topk=6)
+    scores = torch.rand(nodes * local, 48, 16, generator=torch.Generator().manual_seed(7))
+    gates = [scores.topk(6, 2).indices, group_limited_topk(scores.flatten(0, 1), 6, num_groups=4, num_topk_groups=2)]
+    picks = [gates[0], gates[1].topk_idx.view(nodes * local, 48, 6)]
+    cases = [make_case(spec, [48] * nodes * local, picks=list(each)) for each in picks]
+    with hosts.Hosts(nodes, local) as world:
+        got = world.run(round_trips, cases, "auto")
+    sent, counted = [], []
+    for i, case in enumerate(cases):
+        here = [mine[i] for mine in got]
+        check_received(case, [rows for _, rows, *_ in here], extras=False)
+        want = oracle.combined(case.spec, case.topk, case.flat_y(), node_size=local)
+        assert all(same_bits(out, mine) for (_, _, out, *_), mine in zip(here, want, strict=True))
+        of_hosts = [here[node * local][3:] for node in range(nodes)]
+        _check_bytes(case, nodes, local, of_hosts)
+        sent.append(sum(map(sum, of_hosts)))
+        counted.append(sum(rows_over_link(case, nodes, local)))
+    assert counted[1] <= 2 * 48 * nodes * local
+    assert sent[1] / sent[0] == pytest.approx(counted[1] / counted[0], rel=0.05)
+    assert counted[1] < 0.8 * counted[0]
+
+
+def _check_bytes(case, nodes, local, of_hosts):
+    """Bytes that each host has sent in a dispatch and in a combine, against the rows that its picks let cross."""
+    num_topk = case.spec.num_topk
+    ids = 4 * (1 + num_topk * (1 if case.spec.layout.per_pick else 2))  # source, weights, and picks
+    going = case.spec.row_bytes() + ids + 4 * num_topk  # and places
+    coming = case.spec.hidden * 2
+    homes = rows_over_link(case, nodes, local)
+    returned = [sum(_rows_back(case, nodes, local, node).values()) for node in range(nodes)]
+    for node in range(nodes):
+        dispatched, combined = of_hosts[node]
+        for sent, rows, row_bytes in ((dispatched, homes[node], going), (combined, returned[node], coming)):
+            bound = rows * row_bytes
+            # Ethernet, IP and TCP have 66 of 1514 bytes; a note, an acknowledgement and gloo's words are small.
+            room = 1.06 * bound + 1500 * local * (nodes - 1) + 66 * bound / 1448
+            assert bound < sent < room, ((nodes, local), case.spec.wire, node, sent / bound)
 
 
 def _rows_back(case, nodes, local, node):
@@ -203,6 +238,34 @@ def test_a_host_at_a_tenth_of_the_rate_makes_calls_late_and_not_wrong():
     at_least_s = (num_bytes - 2 * 131_072) / (20e6 / 8)  # what a token bucket has saved goes at once, and is sent on
     assert at_least_s > 0.1
     assert all(took > at_least_s for _, _, took, _ in outcomes)  # all wait for it
+
+
+def traced(group, case, folder):
+    """Calls to which the last rank comes late, over links on which a call's rows take some tenths of a second."""
+    with Buffer(group, case.spec, topology=Topology.of(group), trace=folder, timeout_s=60) as buffer:
+        r = buffer.rank
+        for _ in range(3):
+            if r == 3:
+                time.sleep(0.5)
+            recv = buffer.dispatch(case.x[r], case.topk[r])
+            buffer.combine(case.y[r], recv.plan)
+
+
+def test_a_trace_of_hosts_names_the_late_rank_and_measures_the_link(tmp_path):
+    pytest.importorskip("rich")
+    case = make_case(spec_of(Compact(), hidden=2048, max_tokens=128), [128] * 4)
+    with hosts.Hosts(2, 2, rate="100mbit") as world:
+        world.run(traced, case, str(tmp_path))
+    trace = read(tmp_path)
+    figures = measure(trace)
+    assert figures.ranks[figures.slow_rank] == 3
+    assert figures.waits[0, 3] > 0.75  # of three times 0.5 s, through its mate and its rail peer
+    assert figures.clocks_within_s == 0  # namespaces of one machine have one clock
+    over_link, in_memory = (np.nanmedian(figures.rates_over(hop)) for hop in ("scale_out", "scale_up"))
+    assert 2e6 < over_link < 100e6 / 8 * 1.5  # both ranks of a host share it, and a token bucket may have saved some
+    assert in_memory > 4 * over_link
+    for part in trace.parts:
+        assert all(line["landed"] and line["put"] for line in part.of("call"))
 
 
 def beyond_the_deadline(group, case):
