@@ -188,7 +188,8 @@ class RowTimes:
         self.put: dict[int, list[int]] = {}
         """By rail peer, when the first and the last chunk were put into its box."""
         self.landed: dict[int, list[int]] = {}
-        """By rail peer, when its first chunk was seen and its last, and the rows of all but the first."""
+        """By rail peer, when its first chunk was seen and its last; and of those that had just come when they were
+        seen the first and the last, 0 for none, and the rows that came after the first of these up to the last."""
 
     def begin(self) -> None:
         """Another call."""

@@ -253,7 +253,7 @@ def traced(group, case, folder):
 
 def test_a_trace_of_hosts_names_the_late_rank_and_measures_the_link(tmp_path):
     pytest.importorskip("rich")
-    case = make_case(spec_of(Compact(), hidden=2048, max_tokens=128), [128] * 4)
+    case = make_case(spec_of(Compact(), hidden=4096, max_tokens=128), [128] * 4)
     with hosts.Hosts(2, 2, rate="100mbit") as world:
         world.run(traced, case, str(tmp_path))
     trace = read(tmp_path)

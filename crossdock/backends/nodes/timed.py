@@ -50,21 +50,38 @@ class TimedOutbound(Outbound):
 
 
 class TimedInbound(Inbound):
-    """Notes when the first and the last chunk of each rail peer were seen, and the rows of all but the first."""
+    """Notes when the first and the last chunk of each rail peer were seen, and how fast they came in between.
+
+    A chunk that another look has missed just before has come just now. From one such chunk to another is the time of
+    the rows behind the first.
+    """
 
     def __init__(self, times: RowTimes, *args: Any) -> None:
         super().__init__(*args)
         self._times = times
+        self._missed: set[int] = set()
+        """Nodes of which the last look has found nothing."""
+        self._num_since = dict.fromkeys(self._came, 0)
+        """Rows since the last chunk that came just then."""
 
     def take(self, use: Callable[[int, int, list[Tensor]], None]) -> bool:
         """See Inbound."""
+        looked_for, seen = set(self._came), set[int]()
 
         def note_and_use(node: int, start: int, arrays: list[Tensor]) -> None:
-            t, landed, peer = _now(), self._times.landed, self._transport.rail_peers[node]
-            if peer in landed:
-                landed[peer][1:] = t, landed[peer][2] + arrays[0].shape[0]
-            else:
-                landed[peer] = [t, t, 0]
+            t, peer = _now(), self._transport.rail_peers[node]
+            landed = self._times.landed.setdefault(peer, [t, t, 0, 0, 0])
+            landed[1] = t
+            self._num_since[node] += arrays[0].shape[0]
+            if node in self._missed and node not in seen:
+                if landed[2]:
+                    landed[3:] = t, landed[4] + self._num_since[node]
+                else:
+                    landed[2] = t
+                self._num_since[node] = 0
+            seen.add(node)
             use(node, start, arrays)
 
-        return super().take(note_and_use)
+        has_any = super().take(note_and_use)
+        self._missed = looked_for - seen
+        return has_any

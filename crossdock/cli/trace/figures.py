@@ -198,14 +198,14 @@ def measure(trace: Trace) -> Figures:
 def _moved(part: Part) -> Iterator[tuple[int, int, int, int]]:
     """Bytes that a call has moved from one rank of the buffer to another, and nanoseconds in which it did.
 
-    Over the rail it is the receiver who knows: those behind the first chunk have come since that one was seen.
+    Over the rail it is the receiver who knows, of chunks that it saw as they came.
     """
     own = part.header["rank"]
     for line in part.of("call"):
         for peer, (num_rows, ns) in enumerate(zip(line.get("sent", ()), line.get("move_ns", ()), strict=False)):
             if peer != own:
                 yield own, peer, num_rows * line["row_bytes"], ns
-        for peer, (first, last, num_rows) in line.get("landed", {}).items():
+        for peer, (_, _, first, last, num_rows) in line.get("landed", {}).items():
             yield peer, own, num_rows * line.get("row_bytes", 0), last - first
 
 

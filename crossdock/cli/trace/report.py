@@ -29,9 +29,11 @@ def print_figures(figures: Figures, files: Sequence[tuple[str, Path]]) -> None:
     """What matters, on stdout, and where the files are."""
     with without_trailing_blanks(_WIDTH) as console:
         console.print(Text(title(figures), style="bold"))
-        console.print(_table([headings(figures), *rows(figures)]))
+        console.print(_table([HEADINGS, *rows(figures)]))
         if len(figures.ranks) <= _MOST_RANKS and figures.waits.any():
             console.print(_table(matrix(figures)))
+        if hops := by_hop(figures):
+            console.print(_table(hops))
         for line in lines(figures):
             console.print(Text(line))
         console.print()
@@ -47,27 +49,24 @@ def render(figures: Figures, source: str) -> str:
         charts=_charts(figures),
         measured_on=f"Made from {source} by crossdock {__version__}.",
         title=title(figures),
-        headings=headings(figures),
+        headings=HEADINGS,
+        hops=by_hop(figures),
         rows=rows(figures),
         lines=lines(figures),
     )
 
 
-def headings(figures: Figures) -> tuple[str, ...]:
-    """Of ``rows``. Over several nodes a rank's waits are also said by hop."""
-    over = (f"over {hop}" for hop in figures.hops)
-    return ("rank", "in calls", "it waits", *over, "others wait", *REASONS[:3], "share", "its rows / mean")
+HEADINGS = ("rank", "in calls", "it waits", "others wait", *REASONS[:3], "share", "its rows / mean")
 
 
 def rows(figures: Figures) -> list[tuple[str, ...]]:
-    """A line for each rank, below ``headings``: seconds of its own, and those that others have waited for it."""
+    """A line for each rank, below ``HEADINGS``: seconds of its own, and those that others have waited for it."""
     all_s = max(float(figures.waits.sum()), 1e-12)
     return [
         (
             str(rank),
             seconds(figures.in_calls_s[i]),
             seconds(figures.waits[i].sum()),
-            *(seconds(hop.waited_s[i].sum()) for hop in figures.hops.values()),
             seconds(figures.charged_s[i]),
             *(seconds(figures.waited_s[reason][:, i].sum()) for reason in REASONS[:3]),
             f"{figures.charged_s[i] / all_s:.0%}",
@@ -82,6 +81,18 @@ def matrix(figures: Figures) -> list[tuple[str, ...]]:
     head = ("waited", *(f"for {rank}" for rank in figures.ranks))
     own = [[seconds(value) for value in of_rank] for of_rank in figures.waits]
     return [head, *((f"rank {rank}", *values) for rank, values in zip(figures.ranks, own, strict=True))]
+
+
+def by_hop(figures: Figures) -> list[tuple[str, ...]]:
+    """Over several nodes, how long each rank missed others over each axis, and whom most; headings first."""
+    if not figures.hops:
+        return []
+    cells = [("rank", *(text for name in figures.hops for text in (f"waits over {name}", "most for")))]
+    for i, rank in enumerate(figures.ranks):
+        of_rank = [hop.waited_s[i] for hop in figures.hops.values()]
+        most = [(seconds(own.sum()), f"rank {figures.ranks[own.argmax()]}" if own.any() else "") for own in of_rank]
+        cells.append((str(rank), *(text for pair in most for text in pair)))
+    return cells
 
 
 def title(figures: Figures) -> str:
