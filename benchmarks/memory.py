@@ -13,12 +13,26 @@ import statistics
 import time
 from itertools import cycle
 
-from crossdock import Arena, Bf16, Buffer, Compact, Connection, Fp8, Padded, Spec, ThreadGroup, Topology, run_local
+from crossdock import (
+    Arena,
+    Bf16,
+    Buffer,
+    Compact,
+    Connection,
+    Expanded,
+    Fp8,
+    Padded,
+    Spec,
+    ThreadGroup,
+    Topology,
+    run_local,
+)
 from crossdock.layout import Layout
 from crossdock.wire import Wire
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK = 7168, 256, 8
 PREFILL, DECODE = 4096, 128
+STAGED = Expanded(staged=True)
 MIB = 1 << 20
 
 
@@ -36,6 +50,19 @@ def specs_of(num_ranks: int) -> dict[str, Spec]:
             num_experts=NUM_EXPERTS, num_topk=NUM_TOPK, hidden=HIDDEN, max_tokens=tokens, wire=wire, layout=layout
         )
         for name, tokens, wire, layout in kinds
+    }
+
+
+def training_specs(num_ranks: int) -> dict[str, Spec]:
+    """A row for each pick, so that no routing is too much: the worst case in the arena, and rows that are staged."""
+    worst = Expanded(capacity=num_ranks * PREFILL * NUM_TOPK)  # no routing needs more, and Spec cuts it down
+    kinds = [(f"{name} {wire}", layout, form) for name, layout in (("worst case", worst), ("staged", STAGED))
+             for wire, form in (("bf16", Bf16()), ("FP8", Fp8()))]  # fmt: skip
+    return {
+        name: Spec(
+            num_experts=NUM_EXPERTS, num_topk=NUM_TOPK, hidden=HIDDEN, max_tokens=PREFILL, wire=wire, layout=layout
+        )
+        for name, layout, wire in kinds
     }
 
 
@@ -65,6 +92,8 @@ def print_memory() -> None:
         print(f"  {'one Connection, all share':<34}{max(sizes.values()) / MIB:>10,.0f}")
         print(f"  {'one Connection, decode apart':<34}{apart / MIB:>10,.0f}")
         print(f"  {'DeepEP V1 hint, low latency alone':<34}{deepep_low_latency() / MIB:>10,.0f}")
+        for name, spec in training_specs(num_ranks).items():
+            print(f"  {'Expanded, ' + name:<34}{Arena(spec, ranks).num_body_bytes / MIB:>10,.0f}")
 
 
 def lay(group: ThreadGroup) -> tuple[float, float, float]:

@@ -23,6 +23,8 @@ from crossdock.spec import Spec, Topology
 
 PAGE = 4096
 _LINE = 64
+_WORD = 16
+"""The most bytes that a rank moves at a time: staged rows, and scales in them, begin at multiples of it."""
 REASON_BYTES = 512
 
 
@@ -36,11 +38,33 @@ class Region:
     dtype: torch.dtype
     writer: str
     """Who writes the region, for the memory map."""
+    pitch: int | None = None
+    """Bytes from a row, the last axis, to the next, where other regions lie between them; None: rows are dense."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from a row to the next."""
+        return self.pitch or self.shape[-1] * self.dtype.itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes from a slot, the first axis, to the next."""
+        return math.prod(self.shape[1:-1]) * self.row_bytes
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the region, without padding."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes of the region, without padding; with what lies between its rows, but for the last."""
+        num_rows = math.prod(self.shape[:-1])
+        return num_rows and (num_rows - 1) * self.row_bytes + self.shape[-1] * self.dtype.itemsize
+
+    def view(self, segment: Tensor) -> Tensor:
+        """It as a view of a segment (uint8, which ends behind the region)."""
+        raw = segment[self.offset : self.offset + self.num_bytes]
+        if self.pitch is None:
+            return raw.view(self.dtype).view(self.shape)
+        strides = [self.pitch * math.prod(self.shape[i + 1 : -1]) for i in range(len(self.shape) - 1)]
+        row_bytes = self.shape[-1] * self.dtype.itemsize
+        return raw.as_strided((*self.shape[:-1], row_bytes), (*strides, 1)).view(self.dtype)
 
 
 class _Table:
@@ -56,9 +80,7 @@ class _Table:
 
     def view(self, segment: Tensor, name: str) -> Tensor:
         """The region as a view of a segment (uint8, at least ``num_bytes`` elements)."""
-        region = self.regions[name]
-        raw = segment[region.offset : region.offset + region.num_bytes]
-        return raw.view(region.dtype).view(region.shape)
+        return self.regions[name].view(segment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +211,17 @@ class Arena(_Table):
         by_pick = spec.layout.per_pick and spec.reduce != "rank"
         return spec.max_tokens * (spec.num_topk if by_pick else min(spec.num_topk, self.topology.num_ranks))
 
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes from a staged row to the next: room for a row of the wire, scales behind it, or an unquantized one."""
+        scale_bytes = self.scales.num_scales * self.scales.dtype.itemsize
+        return _round_up(max(self._scales_at + scale_bytes, self.row_bytes), _WORD)
+
+    @property
+    def _scales_at(self) -> int:
+        """Where the scales of a staged row begin in it."""
+        return _round_up(self.spec.wire.data_bytes(self.spec.hidden), _WORD)
+
     @cached_property
     def extent(self) -> Extent:
         """What calls of the Spec's own M use of a slot: all of it."""
@@ -207,22 +240,26 @@ class Arena(_Table):
     @cached_property
     def _of_spec(self) -> dict[str, Region]:
         spec, num_ranks = self.spec, self.topology.num_ranks
-        slots, rows, hidden = spec.num_slots, spec.num_slot_rows(num_ranks), spec.hidden
+        slots, rows, hidden = spec.num_slots, spec.most_rows(num_ranks), spec.hidden
         num_sent = spec.max_tokens * (spec.num_topk if spec.layout.per_pick else min(spec.num_topk, num_ranks))
         out = spec.combine_dtype
         whole_rows = math.lcm(_LINE, hidden * out.itemsize)
         table = _Regions(end=self.begin)
         add = table.add
-        add("data", (slots, rows, spec.wire.num_columns(hidden)), spec.wire.dtype, "peers: dispatched rows", PAGE)
-        if self.scales.num_scales:
-            add("scale", (slots, *self.scales.shape), spec.wire.scale_dtype, "peers: their scales", PAGE)
+        if spec.is_staged:
+            self._add_staged(table)
+        else:
+            add("data", (slots, rows, spec.wire.num_columns(hidden)), spec.wire.dtype, "peers: dispatched rows", PAGE)
+            if self.scales.num_scales:
+                add("scale", (slots, *self.scales.shape), spec.wire.scale_dtype, "peers: their scales", PAGE)
         add("metadata", (slots, rows, self.metadata_bytes), torch.uint8, "peers: source, ids, weights, extras", PAGE)
         if spec.layout.per_pick and not self.control_words.over_rail:
             shape = (slots, num_ranks * spec.max_tokens, spec.num_topk)
             add("partial_rows", shape, torch.int32, "peers: which rows are one token's", PAGE)
-        has_guests = self.region_of_rows(unquantized=True) == "outputs"
-        writer = "this rank: experts' outputs" + ("; peers: unquantized rows" if has_guests else "")
-        add("outputs", (slots, rows, hidden), out, writer, whole_rows)
+        if not spec.is_staged:
+            has_guests = self.region_of_rows(unquantized=True) == "outputs"
+            writer = "this rank: experts' outputs" + ("; peers: unquantized rows" if has_guests else "")
+            add("outputs", (slots, rows, hidden), out, writer, whole_rows)
         if self.control_words.over_rail:
             # Two, in turn: when a call offers outputs, all mates have read those of the call before the last.
             add("offered", (2, rows, hidden), out, "this rank: outputs from elsewhere", whole_rows)
@@ -234,6 +271,20 @@ class Arena(_Table):
             add("returned_weights", (slots, self.num_returned_rows), torch.float32, "peers: their weights", PAGE)
         add("returned_extras", (slots, num_sent, self.return_bytes), torch.uint8, "peers: extras come home", PAGE)
         return table
+
+    def _add_staged(self, table: _Regions) -> None:
+        """Staged rows: of the wire, and their scales, or unquantized ones in the same bytes."""
+        spec, wire = self.spec, self.spec.wire
+        lead, pitch = (spec.num_slots, self.topology.num_ranks * spec.max_tokens), self.staged_bytes
+        columns = wire.num_columns(spec.hidden)
+        table.add("data", (*lead, columns), wire.dtype, "peers: rows, one for each token", PAGE, pitch=pitch)
+        first = table["data"].offset
+        if num_scales := self.scales.num_scales:
+            shape, at = (*lead, num_scales), first + self._scales_at
+            table.add("scale", shape, wire.scale_dtype, "peers: their scales", pitch=pitch, offset=at)
+        if self.region_of_rows(unquantized=True) != "data":
+            shape, writer = (*lead, spec.hidden), "peers: unquantized rows"
+            table.add("unquantized", shape, spec.combine_dtype, writer, pitch=pitch, offset=first)
 
     @property
     def num_body_bytes(self) -> int:
@@ -250,10 +301,14 @@ class Arena(_Table):
         return replace(self, control=self.control_words, first=first)
 
     def region_of_rows(self, *, unquantized: bool) -> str:
-        """The region where dispatched rows arrive: ``data``, or ``outputs`` if their format is not the wire's."""
+        """The region where dispatched rows arrive: ``data``; if their format is not the wire's, another.
+
+        That is ``outputs``, or ``unquantized`` where rows are staged.
+        """
         wire = self.spec.wire
         is_the_wires = wire.is_unquantized and self.spec.combine_dtype == wire.dtype
-        return "outputs" if unquantized and not is_the_wires else "data"
+        other = "unquantized" if self.spec.is_staged else "outputs"
+        return other if unquantized and not is_the_wires else "data"
 
     @property
     def num_bytes(self) -> int:
@@ -283,10 +338,21 @@ class _Regions(dict[str, Region]):
         super().__init__()
         self._end = end
 
-    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, writer: str, align: int = _LINE) -> None:
-        """Puts one more behind the last."""
-        region = Region(name=name, offset=_round_up(self._end, align), shape=shape, dtype=dtype, writer=writer)
-        self[name], self._end = region, region.offset + region.num_bytes
+    def add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        writer: str,
+        align: int = _LINE,
+        *,
+        pitch: int | None = None,
+        offset: int | None = None,
+    ) -> None:
+        """Puts one more behind the last, or at an offset among those that are there."""
+        offset = _round_up(self._end, align) if offset is None else offset
+        region = Region(name=name, offset=offset, shape=shape, dtype=dtype, writer=writer, pitch=pitch)
+        self[name], self._end = region, max(self._end, offset + region.num_bytes)
 
 
 def _round_up(value: int, to: int) -> int:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from crossdock import inputs, ops
-from crossdock.backends.base import RowCount
 from crossdock.buffer import Buffer
 from crossdock.errors import ConfigError
+from crossdock.extent import RowCount
 from crossdock.layout import Expanded, Padded
 from crossdock.plan import Plan
 

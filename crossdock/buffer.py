@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from crossdock import inputs
-from crossdock.backends.base import Batch, Call, Counters, Event, LaunchOptions, Outputs, PlanTensors, RowCount
+from crossdock.backends.base import Batch, Call, Counters, Event, LaunchOptions, Outputs, PlanTensors
 from crossdock.connection import AnyGroup, Connection, Stats
 from crossdock.consent import CALL_SIGNATURE_BITS, PUSHED, Kind, Word
 from crossdock.errors import ConfigError
-from crossdock.extent import Extent
+from crossdock.extent import Extent, RowCount
 from crossdock.kinds import NUM_CALL_KINDS, CallKind, Kinds, key_of
 from crossdock.layout import Padded
 from crossdock.masks import drop_picks, listed
@@ -336,9 +336,10 @@ class Buffer:
                 that brings more makes all ranks raise CapacityError, as rows that do not fit do.
             unquantized: x is in the combine format and travels as it is, whatever the wire, as gradients do. The rows
                 lie where outputs are written (``recv.x`` is ``recv.output_rows()``) unless that is the wire's own
-                format; calls in flight are finished first. The same on all ranks.
+                format, or rows are staged by the layout; calls in flight are finished first. The same on all ranks.
             copy: give rows of their own, which no later dispatch overwrites. As many are copied as came, also where
-                only the device knows how many; what ``recv.x`` has behind them is nobody's.
+                only the device knows how many; what ``recv.x`` has behind them is nobody's. Staged ones are their own
+                without it.
             num_sms: for this call, in place of the buffer's.
             after: on CUDA, an event (``torch.cuda.Event``) that the call's work waits for, beside what the current
                 stream has by now; the host does not wait.
@@ -346,7 +347,7 @@ class Buffer:
 
         Raises:
             ConfigError: bad input here; the other ranks raise PeerFailed.
-            CapacityError, PeerFailed, PeerTimeout: see ``Pending.wait``.
+            CapacityError, PeerFailed, PeerTimeout, TransportError: see ``Pending.wait``.
         """
         with self._queue.turn:
             return self._start_dispatch(
@@ -407,7 +408,7 @@ class Buffer:
                 ("dispatch", rows, max_tokens, unquantized, at_once, num_sms), (x, routing, weights, *batch.extras)
             )
             known = self._kinds.get(key) if key else None
-            if known is not None and self._fits_dispatch(batch, routing, max_tokens):
+            if known is not None and self._fits_dispatch(batch, routing, rows, max_tokens):
                 kind = known
             else:
                 kind = self._vetted_dispatch(batch, routing, rows, max_tokens, num_sms)
@@ -423,7 +424,7 @@ class Buffer:
             self._queue.check_room(self._slots, self.spec.num_slots)
         slot = self._slots.take(self._queue)
         if self._debug and self._slots.is_settled:  # else peers may still pull what another Spec's call has left there
-            self._slots.poison(slot, "data", "scale", "metadata")
+            self._slots.poison(slot, "data", "scale", "unquantized", "metadata")
         plan = routing if isinstance(routing, Plan) else None
         most = None if plan or max_tokens == self.spec.max_tokens else max_tokens
         verb = Kind.CACHED_DISPATCH if plan else Kind.DISPATCH
@@ -445,13 +446,16 @@ class Buffer:
             self._kinds.keep(key, kind)
         return pending
 
-    def _fits_dispatch(self, batch: Batch, routing: Tensor | Plan, max_tokens: int | None) -> bool:
+    def _fits_dispatch(
+        self, batch: Batch, routing: Tensor | Plan, rows: RowCount | None, max_tokens: int | None
+    ) -> bool:
         """Whether a batch of a kind that has been seen is allowed too: its numbers of tokens, and its plan."""
         x, weights, extras, _ = batch
         num_tokens = (x.data if isinstance(x, Quantized) else x).shape[0]
         if isinstance(routing, Plan):
             is_ours = routing.buffer_id == self._id and routing.masked == self.masked
             fits = is_ours and routing.num_tokens == num_tokens and max_tokens in (None, routing.extent.max_tokens)
+            fits = fits and (rows != "capacity" or (routing.num_rows or 0) <= routing.extent.slot_rows)
         else:
             extent = self._extents.get(max_tokens)
             fits = extent is not None and (self._backend.tells_tokens or num_tokens <= extent.max_tokens)
@@ -499,8 +503,7 @@ class Buffer:
                 raise overflow(extent.spec, self.topology, worst=-1 - self.rank, needed=num_tokens)
         inputs.check_weights(self.spec, weights, num_tokens)
         inputs.check_token_extras(self.spec, extras, num_tokens)
-        if rows not in (None, "exact", "capacity"):
-            raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
+        inputs.check_row_count(self.spec, rows, routing)
         return kind
 
     def _learn_extent(self, max_tokens: int | None) -> Extent:
@@ -836,6 +839,8 @@ class Buffer:
         Args:
             rows: as the dispatch had it; with ``"capacity"`` rows are 0 where none came.
         """
+        if self.spec.is_staged:  # nobody else's already, and 0 there
+            return recv.x if isinstance(recv.x, Tensor) else self._backend.own_rows(recv.x, None)
         return self._backend.own_rows(recv.x, recv.src_idx if rows == "capacity" else None)
 
     def weigh_gradients(self, grads: Tensor, y: Tensor, weights: Tensor, src_idx: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,14 @@ Letters: P ranks, M max_tokens, C capacity in rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from crossdock.layout import Padded
 from crossdock.scales import ScaleLayout
 from crossdock.spec import Spec
+
+RowCount = Literal["exact", "capacity"]
+"""Whether a dispatch gives as many rows as came, or as many as there is room for."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,10 +31,16 @@ class Extent:
     """C, rows for which there is room (Padded: of each expert)."""
     slot_rows: int
     """Rows of all segments together."""
+    most_rows: int
+    """Rows that a call may bring: ``slot_rows``, or where they are staged any routing's."""
     may_overflow: bool
     """Whether some routing sends more rows than there is room for."""
     scales: ScaleLayout
     """Where scales of these rows lie in the slot; ``num_scales`` is 0 for an unquantized wire."""
+
+    def room(self, row_count: RowCount) -> int:
+        """Rows for which a dispatch has room (Padded: of each expert): C, or what may come of staged ones."""
+        return self.most_rows if self.spec.is_staged and row_count == "exact" else self.capacity
 
     @staticmethod
     def of(spec: Spec, num_ranks: int, *, max_tokens: int | None = None) -> Extent:
@@ -60,6 +70,7 @@ class Extent:
             max_tokens=of_call.max_tokens,
             capacity=capacity,
             slot_rows=of_call.num_slot_rows(num_ranks),
+            most_rows=of_call.most_rows(num_ranks),
             may_overflow=capacity < worst,
             scales=ScaleLayout(
                 num_segments=num_local if is_padded else None,

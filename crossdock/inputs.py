@@ -344,10 +344,30 @@ def flat_extras(extras: Sequence[Tensor] | None, lead: Sequence[int]) -> tuple[T
     return tuple(extra.reshape(math.prod(lead), *extra.shape[len(lead) :]) for extra in extras) if extras else ()
 
 
+def check_row_count(spec: Spec, rows: str | None, routing: Tensor | Plan) -> None:
+    """Raises ConfigError for what is no way to count rows, or needs room for more than staged rows have."""
+    if rows not in (None, "exact", "capacity"):
+        raise ConfigError(f"rows={rows!r}; pass 'exact' or 'capacity'")
+    if not spec.is_staged or rows != "capacity":
+        return
+    if spec.layout.capacity is None:
+        raise ConfigError(
+            f"rows='capacity' with {spec.layout}, which says for how many rows to make a tensor where the host is not "
+            f"told how many come; make the Spec with Expanded(capacity=..., staged=True), or pass rows='exact'"
+        )
+    if isinstance(routing, Plan) and routing.num_rows is not None and routing.num_rows > routing.extent.slot_rows:
+        raise ConfigError(
+            f"rows='capacity' is room for {routing.extent.slot_rows} rows, and the plan has {routing.num_rows}; leave "
+            f"rows out with this plan"
+        )
+
+
 def fits_lead(spec: Spec, plan: Plan, lead: Sequence[int]) -> bool:
     """Whether rows of the plan may have these leading dimensions."""
     if len(lead) == 1:
-        return lead[0] in (plan.num_rows, plan.extent.slot_rows) and not isinstance(spec.layout, Padded)
+        num_rows, slot_rows = plan.num_rows, plan.extent.slot_rows
+        is_slot = lead[0] == slot_rows and (num_rows is None or num_rows <= slot_rows)
+        return (is_slot or lead[0] == num_rows) and not isinstance(spec.layout, Padded)
     return tuple(lead) in _leads(spec, plan)
 
 
@@ -359,6 +379,8 @@ def _leads(spec: Spec, plan: Plan) -> list[tuple[int, ...]]:
         return [(num_local, slot_rows // num_local)]
     if plan.num_rows is None or plan.num_rows == slot_rows:
         return [(slot_rows,)]
+    if plan.num_rows > slot_rows:  # of staged rows there may be more than a tensor of ``capacity`` has
+        return [(plan.num_rows,)]
     return [(plan.num_rows,), (slot_rows,)]
 
 

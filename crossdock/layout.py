@@ -66,13 +66,21 @@ class Expanded(Layout):
     dispatch zeroes the padding rows behind a segment. Worst case: ``P * M * min(K, L) + L * (A - 1)`` rows, rounded up
     to a multiple of A.
 
+    With ``staged`` the worst case needs no memory: a token's row arrives once at each rank, in P * M rows of a slot,
+    and the receiver copies it for each local expert into a tensor that is its caller's. ``recv.x`` never goes stale, has
+    exactly the rows that came, and a dispatch raises no CapacityError for them. Outputs are pushed in a combine, from
+    any tensor (``recv.output_rows()`` makes one). A receiver without memory for the tensor fails on all ranks.
+
     Args:
-        capacity: see ``Layout``.
+        capacity: see ``Layout``. With ``staged``: rows of the tensor in a dispatch with ``rows="capacity"``, for which
+            the host is not told how many came; those that hold none are 0. None: only ``rows="exact"`` is allowed.
         alignment: A, rows; 1 for no padding.
+        staged: rows arrive once per rank, and the receiver expands them; else they arrive expanded in the slot.
     """
 
     per_pick = True
     alignment: int = 1
+    staged: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,10 +38,11 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
-from crossdock.backends.base import PlanTensors, RowCount
+from crossdock.backends.base import PlanTensors
 from crossdock.buffer import Buffer
 from crossdock.direct import Direct
 from crossdock.errors import PeerFailed, PeerTimeout
+from crossdock.extent import RowCount
 from crossdock.layout import Padded
 from crossdock.plan import Plan
 from crossdock.received import Received

@@ -86,6 +86,7 @@ class Pending(Generic[Result]):
             PeerTimeout: a peer did not do its part within the buffer's ``timeout_s``; the call is void.
             PeerFailed: a peer gave up; the call is void.
             CapacityError: more rows than a rank has room for; all ranks raise, no row was moved.
+            TransportError: no memory for rows that were to be expanded here; the other ranks raise PeerFailed.
         """
         if self._results:
             return self._results[0]

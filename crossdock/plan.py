@@ -21,7 +21,7 @@ from jaxtyping import Int, Int32, Int64
 from torch import Tensor
 
 from crossdock.errors import CapacityError
-from crossdock.extent import Extent
+from crossdock.extent import Extent, RowCount
 from crossdock.layout import Padded
 from crossdock.spec import Spec, Topology
 
@@ -140,12 +140,16 @@ class HostPlan(Plan):
     num_rows: int
     hops: tuple[Hop, ...]
     back: Hop
-    """The exchange whose rows return to their owners in a combine: ``hops[0]``, or one row per (token, rank) pair where
-    ranks sum picks."""
+    """The exchange whose rows return to their owners in a combine: ``hops[0]``, or ``pairs`` where ranks sum picks."""
+    pairs: Hop | None
+    """The exchange of one row per (token, rank) pair, in the order of sources; None unless ranks sum picks, or rows
+    are staged."""
     pick_pos: Int64[Tensor, "T K"]
     """For each pick, the index of its row in the sending order of ``hops[0]``; -1: no pick."""
     back_pos: Int64[Tensor, "T K"]
     """For each pick, the index of its row in the sending order of ``back``; -1: no pick."""
+    pair_pos: Int64[Tensor, "T K"]
+    """The same in the order of ``pairs``; of ``hops[0]`` where there are none."""
     sums_by_pick: bool
     """True: the owner sums rows in the order of picks; False: in the order of ranks."""
     segment_rows: Int64[Tensor, "segments"]
@@ -178,7 +182,12 @@ def local_counts(spec: Spec, topology: Topology, topk_idx: Int[Tensor, "T K"]) -
 
 
 def check_capacity(
-    extent: Extent, topology: Topology, counts: Int64[Tensor, "P W"], too_many: Int64[Tensor, "P"] | None = None
+    extent: Extent,
+    topology: Topology,
+    counts: Int64[Tensor, "P W"],
+    too_many: Int64[Tensor, "P"] | None = None,
+    *,
+    row_count: RowCount = "capacity",
 ) -> None:
     """Raises the same CapacityError on every rank if any rank would receive more rows than there is room for.
 
@@ -191,7 +200,7 @@ def check_capacity(
     _, ends, per_segment = _final_blocks(spec, topology, counts.numpy())
     needed = per_segment if isinstance(spec.layout, Padded) else ends
     worst = int(needed.argmax())
-    if needed.flat[worst] > extent.capacity:
+    if needed.flat[worst] > extent.room(row_count):
         raise overflow(spec, topology, worst=worst, needed=int(needed.flat[worst]))
 
 
@@ -262,29 +271,33 @@ def make_plan(  # noqa: PLR0913 - all that a plan is made of
         counts=counts,
         hops=(hop,),
         back=hop,
+        pairs=None,
         pick_pos=pick_pos,
         back_pos=pick_pos,
+        pair_pos=pick_pos,
         sums_by_pick=spec.reduce == "token",
         num_rows=int(base[rank, -1]) if isinstance(spec.layout, Padded) else int(ends[rank, 0]),
         num_tokens_per_expert=torch.from_numpy(all_counts[:, mine].sum(axis=0, dtype=np.int32)),
         segment_starts=torch.from_numpy(base[rank].copy()),
         segment_rows=torch.from_numpy(per_segment[rank].copy()),
     )
-    if spec.ranks_sum_picks:
+    if spec.ranks_sum_picks or spec.is_staged:
         per_rank = all_counts[:, spec.num_experts :]
-        send_idx, back_pos = _send_places(picks // num_local, topology.num_ranks)
-        back = _hop("scale_up", everyone, rank, send_idx, None, per_rank, _exclusive_cumsum(per_rank, axis=0))
-        return replace(plan, back=back, back_pos=back_pos)
+        send_idx, pair_pos = _send_places(picks // num_local, topology.num_ranks)
+        pairs = _hop("scale_up", everyone, rank, send_idx, None, per_rank, _exclusive_cumsum(per_rank, axis=0))
+        plan = replace(plan, pairs=pairs, pair_pos=pair_pos)
+        if spec.ranks_sum_picks:
+            plan = replace(plan, back=pairs, back_pos=pair_pos)
     return plan
 
 
 def partial_rows_to_send(plan: HostPlan) -> Int32[Tensor, "Q K"]:
-    """For each (token, rank) pair in ``back``'s order: the rows of its picks at that rank, -1 for other picks."""
-    hop, back = plan.hops[0], plan.back
-    pos, back_pos = plan.pick_pos.numpy(), plan.back_pos.numpy()
+    """For each (token, rank) pair in the order of ``pairs``: the rows of its picks at that rank, -1 for other picks."""
+    assert plan.pairs is not None, "a plan without pairs"
+    hop, tokens = plan.hops[0], plan.pairs.send_idx.numpy()
+    pos, pair_pos = plan.pick_pos.numpy(), plan.pair_pos.numpy()
     rows = np.where(pos >= 0, hop.send_dst_rows[pos], -1) if hop.send_dst_rows.size else np.full(pos.shape, -1)
-    tokens = back.send_idx.numpy()
-    same_rank = back_pos[tokens] == np.arange(tokens.size)[:, None]
+    same_rank = pair_pos[tokens] == np.arange(tokens.size)[:, None]
     return torch.from_numpy(np.where(same_rank, rows[tokens], -1).astype(np.int32))
 
 

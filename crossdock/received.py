@@ -81,14 +81,27 @@ class SlotViews(Protocol):
         """The first rows of a slot in a region."""
         raise NotImplementedError
 
+    def new_outputs(self, num_rows: int) -> Tensor:
+        """Memory for so many outputs that lies in no slot."""
+        raise NotImplementedError
+
 
 class Received:
     """Rows that came to this rank. Leading dimensions are [R] for Compact and Expanded, [L, C] for Padded.
 
-    ``x`` and ``output_rows()`` are views of a receive slot, valid until it comes round; all the rest stays valid.
+    ``x`` and ``output_rows()`` are views of a receive slot, valid until it comes round, unless the layout expands rows
+    into memory of their own (``Expanded(staged=True)``); all the rest stays valid.
     """
 
-    def __init__(self, plan: Plan, lease: Lease, views: SlotViews, region: str, num_rows: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        lease: Lease,
+        views: SlotViews,
+        region: str,
+        num_rows: int,
+        x: Tensor | Quantized | None = None,
+    ) -> None:
         self.plan = plan
         """Where each row came from and goes back to; good for any number of dispatches and combines."""
         self._lease = lease
@@ -96,7 +109,9 @@ class Received:
         self._region = region
         self._num_rows = num_rows
         """Rows to look at."""
-        self._owned: Tensor | Quantized | None = None
+        self._expanded = x
+        """Rows that were expanded into memory of their own: nothing of them lies in a slot."""
+        self._owned = x
         """Rows of its own, which no later dispatch overwrites."""
 
     def __repr__(self) -> str:
@@ -171,12 +186,14 @@ class Received:
     def output_rows(self) -> Tensor:
         """Where to write outputs so that combine can leave them in place and the owners pull them: shaped as ``x``.
 
-        Once a combine has been given them they belong to the peers, until a later dispatch completes.
+        Once a combine has been given them they belong to the peers, until a later dispatch completes. Where rows are
+        staged these are memory of the caller's, contents undefined, which combine pushes like any other tensor.
 
         Raises:
             ConfigError: the slot has come round.
         """
-        self._lease.check()
+        if self._expanded is None:
+            self._lease.check()
         return self._outputs
 
     def copied(self, copies: CopyRows) -> Received:
@@ -186,8 +203,8 @@ class Received:
         return copy
 
     def without_copy(self) -> Received:
-        """The same, whose ``x`` is a view again: it keeps no copy of the rows alive."""
-        return Received(self.plan, self._lease, self._views, self._region, self._num_rows)
+        """The same, whose ``x`` is a view again where rows lie in a slot: it keeps no copy of them alive."""
+        return Received(self.plan, self._lease, self._views, self._region, self._num_rows, self._expanded)
 
     @cached_property
     def _rows(self) -> Tensor | Quantized:
@@ -195,9 +212,11 @@ class Received:
 
     @cached_property
     def _outputs(self) -> Tensor:
+        if self._expanded is not None:
+            return self._views.new_outputs(self._num_rows)
         return self._views.rows("outputs", self._lease.slot, self._num_rows)
 
     @property
     def is_stale(self) -> bool:
-        """Whether the receive slot has come round."""
-        return not self._lease.is_valid
+        """Whether the receive slot has come round; never of rows that were expanded into memory of their own."""
+        return not self._lease.is_valid and self._expanded is None

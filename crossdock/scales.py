@@ -5,8 +5,9 @@ Letters: N segments, R rows of a segment, R' rows for which a segment has room, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,6 +98,10 @@ class ScaleLayout:
         shape = self.num_segments, num_rows // self.num_segments, self.num_scales
         return slot.as_strided(shape, (segment, row, group), slot.storage_offset())
 
+    def of_own_rows(self, num_rows: int) -> ScaleLayout:
+        """The same order for so many rows in memory of their own."""
+        return replace(self, segment_rows=max(1, num_rows), room_rows=None)
+
     def copied(self, scale: Tensor) -> Tensor:
         """A copy of scales ``[..., R, G]`` in the same order; column-major with the padding for R rows."""
         if not self.column_major:
@@ -109,11 +114,24 @@ class ScaleLayout:
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_NUMPY = {torch.uint8: np.uint8, torch.int16: np.int16, torch.int32: np.int32}
 
 
 def as_integers(scale: Tensor) -> Tensor:
     """A view as integers of the same size, for torch operations that take few dtypes. Any strides."""
     return scale.view(_INTEGERS[scale.dtype.itemsize])
+
+
+def no_bits(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory on the CPU, contents undefined: of all dtypes there is such, but torch cannot fill that of some.
+
+    numpy asks for huge pages where it takes more than 4 MiB from the system. To write 59 MB of rows into such memory
+    took 10 ms, into torch's 39: its pages of 4 KiB are each given when they are first written to.
+    """
+    integers = _INTEGERS[dtype.itemsize]
+    if torch.are_deterministic_algorithms_enabled():  # torch fills what it gives, if it was told to
+        return torch.empty(shape, dtype=integers, device="cpu").view(dtype)
+    return torch.from_numpy(np.empty(shape, dtype=_NUMPY[integers])).view(dtype)
 
 
 def cloned(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class ReceiveSlots:
     def __init__(self, arena: Arena, segment: Tensor) -> None:
         spec, num_ranks = arena.spec, arena.topology.num_ranks
         self.spec = spec
-        self._arena = arena
+        self._arena, self._device = arena, segment.device
         self._region_of_rows = [arena.region_of_rows(unquantized=unquantized) for unquantized in (False, True)]
         self.scales = arena.scales
         self.has_offsets = isinstance(spec.layout, Expanded)
@@ -35,22 +35,24 @@ class ReceiveSlots:
             lead = (self._num_segments, arena.extent.capacity)
         self._regions: dict[str, Tensor] = {
             name: arena.view(segment, name)
-            for name in ("data", "scale", "metadata", "outputs")
+            for name in ("data", "scale", "unquantized", "metadata", "outputs")
             if name in arena.regions
         }
         regions = self._regions
         self._views: dict[str, Tensor] = {
-            name: region.view(self._num_slots, *lead, region.shape[2])
-            for name, region in regions.items()
-            if name != "scale"
+            name: regions[name].view(self._num_slots, *lead, regions[name].shape[2])
+            for name in ("data", "outputs")
+            if not spec.is_staged
         }
-        """Of all slots, shaped as the layout has its rows."""
-        if "scale" in regions:
+        """Of all slots, shaped as the layout has its rows; none where these are in memory of their own."""
+        if "scale" in regions and not spec.is_staged:
             of_slots = regions["scale"]
             of_slot = arena.scales.of_rows(of_slots[0], self._slot_rows)
             shape, strides = (self._num_slots, *of_slot.shape), (of_slots.stride(0), *of_slot.stride())
             self._views["scale"] = of_slots.as_strided(shape, strides)
-        self._spans = {name: (regions[name].data_ptr(), regions[name].nbytes) for name in ("outputs", "data")}
+        spans = ("outputs", "data") if not spec.is_staged else ()
+        self._spans = {name: (regions[name].data_ptr(), regions[name].nbytes) for name in spans}
+        """Where tensors lie that a dispatch may have given: addresses, and bytes."""
         self.begin, self.end = arena.begin, arena.num_bytes
         """Which bytes of the segment calls of this Spec write to."""
         self._leases: list[ref[Lease] | None] = [None] * self._num_slots
@@ -101,10 +103,10 @@ class ReceiveSlots:
 
     def _overlaps(self, slot: int, begin: int, end: int) -> bool:
         """Whether any of a slot's regions lies in those bytes of the segment, at least in part."""
-        for name, region in self._regions.items():
-            num_bytes = region.nbytes // self._num_slots
-            first = self._arena[name].offset + slot * num_bytes
-            if first < end and begin < first + num_bytes:
+        for name in self._regions:
+            at = self._arena[name]
+            first = at.offset + slot * at.slot_bytes
+            if first < end and begin < first + at.slot_bytes:
                 return True
         return False
 
@@ -128,8 +130,8 @@ class ReceiveSlots:
         region = self._region_of_rows[unquantized]
         if poisons and region == "data":
             self.poison(slot, "outputs")
-        recv = Received(plan, lease, self, region, num_rows)
-        return recv if copies is None else recv.copied(copies)
+        recv = Received(plan, lease, self, region, num_rows, arrived.x)
+        return recv if copies is None or arrived.x is not None else recv.copied(copies)
 
     def _shaped(self, metadata: Metadata, num_rows: int) -> Metadata:
         """Of the first rows, with their leading dimensions: [R], or [L, C] for Padded."""
@@ -156,6 +158,10 @@ class ReceiveSlots:
         if name == "scale":
             return replace(self.scales, segment_rows=of_segment).of_rows(of_slot, num_rows)
         return of_slot[:num_rows].view(self._num_segments, of_segment, of_slot.shape[-1])
+
+    def new_outputs(self, num_rows: int) -> Tensor:
+        """Memory for so many outputs that lies in no slot."""
+        return torch.empty(num_rows, self.spec.hidden, dtype=self.spec.combine_dtype, device=self._device)
 
     def received(self, region: str, slot: int, num_rows: int) -> Tensor | Quantized:
         """The rows that lie in the slot, with their scales where they are narrow."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from crossdock.errors import ConfigError
-from crossdock.layout import Compact, Layout, Padded
+from crossdock.layout import Compact, Expanded, Layout, Padded
 from crossdock.wire import Bf16, Wire
 
 MAX_COUNT = 2**24 - 1
@@ -202,6 +202,11 @@ class Spec:
         """Whether a rank sums several rows of a token before one returns; it then needs to know which rows they are."""
         return self.reduce == "rank" and self.layout.per_pick
 
+    @property
+    def is_staged(self) -> bool:
+        """Whether rows arrive once per rank, and the receiver expands them into a tensor of its caller's."""
+        return isinstance(self.layout, Expanded) and self.layout.staged
+
     def num_local_experts(self, num_ranks: int) -> int:
         """L, the experts of one rank. Raises ConfigError if ``num_ranks`` does not divide E."""
         check_experts(self.num_experts, num_ranks)
@@ -215,32 +220,33 @@ class Spec:
     def capacity(self, num_ranks: int) -> int:
         """C, rows of a receive slot (Padded: of one expert): the layout's capacity, limited to the worst case.
 
+        Where rows are staged (``Expanded(staged=True)``): rows of the tensor with ``rows="capacity"``.
+
         A layout without a capacity gets the worst case.
 
         Raises:
             ConfigError: the layout has no capacity, and the worst case exceeds ``MAX_DEFAULT_BYTES``.
         """
-        worst = self.layout.worst_case(
-            num_ranks=num_ranks,
-            max_tokens=self.max_tokens,
-            num_topk=self.num_topk,
-            num_local_experts=self.num_local_experts(num_ranks),
-        )
-        if self.layout.capacity is not None:
-            return min(self.layout.capacity, worst)
+        worst = self._worst_case(num_ranks)
+        if self.layout.capacity is not None or self.is_staged:
+            return min(self.layout.capacity or worst, worst)
         num_bytes = worst * self._segments(num_ranks) * self.row_bytes()
         if num_bytes > MAX_DEFAULT_BYTES:
             raise ConfigError(
                 f"{self.layout} has a worst case of {worst} rows{self._per_expert()}, {num_bytes / 2**30:.1f} GiB for "
                 f"each receive slot; the default stops at {MAX_DEFAULT_BYTES / 2**30:.0f} GiB: pass capacity= with the "
                 f"rows you want room for (a call that needs more raises CapacityError on all ranks), or "
-                f"capacity={worst} to have the worst case all the same"
+                f"capacity={worst} to have the worst case all the same{self._or_staged()}"
             )
         return worst
 
     def num_slot_rows(self, num_ranks: int) -> int:
         """Rows of one receive slot, all segments together."""
         return self.capacity(num_ranks) * self._segments(num_ranks)
+
+    def most_rows(self, num_ranks: int) -> int:
+        """Rows that a call may bring to a rank: those of a slot; where they are staged, any routing's."""
+        return self._worst_case(num_ranks) if self.is_staged else self.num_slot_rows(num_ranks)
 
     def num_counts(self, topology: Topology) -> int:
         """W, the counts that a rank sends to each rank that has mapped its memory: E per expert, and P per rank."""
@@ -266,6 +272,19 @@ class Spec:
         for name, value, kind, examples in kinds:
             if not isinstance(value, kind):
                 raise ConfigError(f"{name}={value!r} is no {kind.__name__}; pass one such as {examples}")
+
+    def _worst_case(self, num_ranks: int) -> int:
+        return self.layout.worst_case(
+            num_ranks=num_ranks,
+            max_tokens=self.max_tokens,
+            num_topk=self.num_topk,
+            num_local_experts=self.num_local_experts(num_ranks),
+        )
+
+    def _or_staged(self) -> str:
+        """What Expanded may do besides."""
+        is_expanded = isinstance(self.layout, Expanded)
+        return ", or staged=True to have rows in a tensor of your own, exactly as many as came" if is_expanded else ""
 
     def _segments(self, num_ranks: int) -> int:
         return self.num_local_experts(num_ranks) if isinstance(self.layout, Padded) else 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from crossdock import Compact, Opaque, Padded, Quantized, Received, Spec
+from crossdock import Compact, Expanded, Opaque, Padded, Quantized, Received, Spec
 from tests import oracle
 
 
@@ -31,6 +31,8 @@ class Case:
         return [y.reshape(-1, y.shape[-1]) for y in self.y]
 
 
+STAGED = Expanded(alignment=4, capacity=10**6, staged=True)
+"""With room for whatever comes where rows="capacity" is asked for."""
 EXTRA_BYTES = 14
 """Of the extras that make_case gives each token: three int16 and a float64."""
 

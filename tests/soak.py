@@ -60,6 +60,7 @@ from crossdock import (
 )
 from crossdock.arena import PAGE, Control
 from crossdock.spec import MAX_SLOTS
+from tests.cases import STAGED
 from tests.gpu import late
 from tests.gpu.ranks import own_stream, take_all, take_share
 from tests.interrupter import Interrupter
@@ -123,6 +124,8 @@ def make_specs(num_ranks: int) -> list[Spec]:
             **common | {"num_topk": 2},
         ),
         Spec(num_experts=few, layout=Padded(capacity=14), **common | {"hidden": 16}),
+        Spec(num_experts=many, layout=STAGED, wire=Fp8(block=16), **common),
+        Spec(num_experts=few, layout=STAGED, reduce="rank", **common | {"hidden": 20}),
     ]
 
 
@@ -677,7 +680,9 @@ def _buffer_options(options: argparse.Namespace, device: torch.device, spec: Spe
         return timeout | options.grid.options(in_threads=options.threads)
     if options.device == "cpu":
         return timeout
-    may_expand = spec.layout.per_pick and spec.row_bytes() <= spec.hidden * spec.combine_dtype.itemsize
+    may_expand = (
+        spec.layout.per_pick and not spec.is_staged and spec.row_bytes() <= spec.hidden * spec.combine_dtype.itemsize
+    )
     expand = (options.expand or ("sender", "receiver")[number % 2]) if may_expand else None
     engine = options.mover if not spec.layout.per_pick else "kernel"
     return timeout | {"device": device, "num_sms": options.num_sms, "expand": expand, "mover": engine}
@@ -834,7 +839,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", action="store_true", help="ranks are threads of one process")
     parser.add_argument("--device", choices=["cpu", "cuda", "interpreted"], default="cpu")
     parser.add_argument("--shared", action="store_true", help="all Specs over one connection, some of them apart")
-    parser.add_argument("--spec", type=int, choices=range(8), help="play this one of the Specs alone")
+    parser.add_argument("--spec", type=int, choices=range(10), help="play this one of the Specs alone")
     parser.add_argument("--num-sms", type=int, help="on CUDA, of every buffer; calls choose others at times")
     parser.add_argument("--same-sms", action="store_true", help="on CUDA: calls choose no others; less to compile")
     parser.add_argument("--expand", choices=["sender", "receiver"], help="on CUDA; else every other buffer has either")

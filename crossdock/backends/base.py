@@ -15,7 +15,7 @@ from torch import Tensor
 from crossdock import cost
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
-from crossdock.extent import Extent
+from crossdock.extent import Extent, RowCount
 from crossdock.plan import Plan
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
@@ -64,9 +64,6 @@ class LaunchOptions:
             )
         if device.type == "cpu" and (self.num_sms, self.expand, self.mover) != (None, None, "kernel"):
             raise ConfigError("num_sms, expand and mover say how a GPU moves rows; leave them out on CPUs")
-
-
-RowCount = Literal["exact", "capacity"]
 
 
 class PlanTensors(NamedTuple):
@@ -124,13 +121,15 @@ class Metadata(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """Rows that are in place in a receive slot."""
+    """Rows that are in place, in a receive slot or in memory of their own."""
 
     plan: Plan
     num_rows: int
     """Rows to look at: as many as came, or all of the slot."""
     read_metadata: Callable[[], Metadata]
     """Reads what travelled with these rows; to be called at most once, before the slot comes round."""
+    x: Tensor | Quantized | None = None
+    """The rows, where they were expanded into memory of their own; None: they lie in the slot."""
 
 
 class Event(Protocol):

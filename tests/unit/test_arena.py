@@ -1,12 +1,13 @@
 """The memory map: regions apart from each other, aligned, and printed as they are."""
 
+import itertools
 import math
 import re
 
 import pytest
 import torch
 
-from crossdock import Arena, Compact, Expanded, Fp8, Fp32, Padded, Spec, Topology
+from crossdock import Arena, Bf16, Compact, Expanded, Fp8, Fp32, Padded, Spec, Topology
 from tests.cases import same_bits
 
 SPECS = [
@@ -32,6 +33,21 @@ SPECS = [
         (20, Fp8(block=4, scale="ue8m0", packed=True, column_major=True), Expanded(alignment=3), "rank", 0, 2),
     ]
 ]
+STAGED = [
+    Arena(
+        spec=Spec(
+            num_experts=16, num_topk=4, hidden=h, max_tokens=5, wire=wire, layout=Expanded(alignment=3, staged=True),
+            reduce=reduce, extra_bytes=3, num_slots=n,
+        ),
+        topology=Topology(num_ranks=p),
+    )
+    for p in (1, 8)
+    for h, wire, reduce, n in [
+        (7, Fp32(), "token", 3),
+        (24, Fp8(block=8), "rank", 2),
+        (20, Fp8(block=4, scale="ue8m0", packed=True, column_major=True), "token", 1),
+    ]
+]  # fmt: skip
 ARENAS = [Arena(spec=spec, topology=Topology(num_ranks=p)) for spec in SPECS for p in (1, 2, 8, 16)]
 ARENAS.append(Arena(spec=SPECS[0], topology=Topology(num_ranks=16, scale_up=4)))
 
@@ -68,6 +84,50 @@ def test_views_are_where_the_map_says(arena):
     assert str(arena).splitlines()[-1].split() == [
         f"{arena.num_bytes:,}", "bytes", "in", "each", "of", str(arena.topology.num_ranks), "ranks'", "segments"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arena", STAGED, ids=lambda a: f"{a.spec.wire}-{a.topology.num_ranks}")
+def test_staged_rows_have_room_for_every_format_and_lie_apart(arena):
+    """Each row of each slot in bytes of its own, those of its scales among them; wide rows in the same bytes."""
+    spec, num_rows = arena.spec, 5 * arena.topology.num_ranks
+    segment = torch.zeros(arena.num_bytes, dtype=torch.uint8)
+    views = {name: arena.view(segment, name) for name in arena.regions}
+    parts = [name for name in ("data", "scale") if name in views]
+    for slot in range(spec.num_slots):
+        for row in range(num_rows):
+            for name in parts:
+                assert views[name].shape[:2] == (spec.num_slots, num_rows)
+                view = views[name][slot, row].view(torch.uint8)
+                assert not view.any()
+                view.fill_(1)
+    num_bytes = sum(views[name][0, 0].nbytes for name in parts)
+    assert int(segment.sum()) == spec.num_slots * num_rows * num_bytes
+    first, last = arena["data"].offset, arena["metadata"].offset
+    assert not segment[:first].any()
+    assert not segment[last:].any()
+    assert arena.staged_bytes % 16 == 0
+    assert ("unquantized" in views) == ("scale" in views)
+    if "unquantized" in views:
+        views["unquantized"].zero_()
+        assert not views["data"].view(torch.uint8).any()
+        assert arena["unquantized"].offset == first
+    assert "outputs" not in views
+    rest = [region for name, region in arena.regions.items() if name not in ("scale", "unquantized")]
+    assert all(a.offset + a.num_bytes <= b.offset for a, b in itertools.pairwise(rest))
+    assert last >= first + (spec.num_slots * num_rows - 1) * arena.staged_bytes + arena.row_bytes
+
+
+def test_staged_rows_take_a_ninth_of_their_worst_case():
+    """At a large model's sizes: 8 ranks of 4096 tokens, top-8 of 256 experts, hidden 7168."""
+    sizes = {}
+    for layout in (Expanded(capacity=8 * 4096 * 8), Expanded(staged=True), Expanded(capacity=65536, staged=True)):
+        for wire in (Bf16(), Fp8()):
+            spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=4096, layout=layout, wire=wire)
+            sizes[layout, wire] = Arena(spec, Topology(num_ranks=8)).num_body_bytes
+    of_rows = [size / 2**30 for size in sizes.values()]
+    assert [round(size, 2) for size in of_rows] == [14.88, 11.49, 1.76, 1.76, 1.76, 1.76]
+    rows, pairs = 2 * 8 * 4096 * 7168 * 2, 2 * 4096 * 8 * 7168 * 2  # staged, and returned
+    assert rows + pairs < of_rows[2] * 2**30 < 1.01 * (rows + pairs)
 
 
 def test_a_literal_map():

@@ -19,10 +19,12 @@ def test_a_large_worst_case_is_refused_with_what_to_pass():
         spec_of(layout=Expanded(alignment=128)).capacity(64)
     # 64 * 4096 * min(8, 4) + 4 * 127 rows, up to a multiple of 128; each 7168 bfloat16.
     assert str(raised.value) == (
-        "Expanded(capacity=None, alignment=128) has a worst case of 1049088 rows, 14.0 GiB for each receive slot; the "
-        "default stops at 2 GiB: pass capacity= with the rows you want room for (a call that needs more raises "
-        "CapacityError on all ranks), or capacity=1049088 to have the worst case all the same"
+        "Expanded(capacity=None, alignment=128, staged=False) has a worst case of 1049088 rows, 14.0 GiB for each "
+        "receive slot; the default stops at 2 GiB: pass capacity= with the rows you want room for (a call that needs "
+        "more raises CapacityError on all ranks), or capacity=1049088 to have the worst case all the same, or "
+        "staged=True to have rows in a tensor of your own, exactly as many as came"
     )
+    assert spec_of(layout=Expanded(alignment=128, staged=True)).capacity(64) == 1049088
 
 
 def test_a_large_worst_case_can_be_had_by_naming_it():

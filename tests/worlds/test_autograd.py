@@ -18,12 +18,12 @@ from crossdock import (
     Spec,
 )
 from crossdock import autograd as ag
-from tests.cases import same_bits
+from tests.cases import STAGED, same_bits
 from tests.world import device, meet, open_buffer
 
 E, K, H, M = 8, 3, 16, 7
-LAYOUTS = [Compact(), Expanded(), Expanded(alignment=4), Padded()]
-NAMES = ["compact", "expanded", "aligned", "padded"]
+LAYOUTS = [Compact(), Expanded(), Expanded(alignment=4), Padded(), STAGED]
+NAMES = ["compact", "expanded", "aligned", "padded", "staged"]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=NAMES)
 reduces = pytest.mark.parametrize("reduce", ["token", "rank"])
 

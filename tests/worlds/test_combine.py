@@ -7,10 +7,10 @@ import torch
 
 from crossdock import Bf16, Buffer, Compact, ConfigError, Expanded, Fp8, Fp16, Fp32, Padded, Spec, ThreadGroup, Topology
 from tests import oracle
-from tests.cases import EXTRA_BYTES, loads, make_case, same_bits
+from tests.cases import EXTRA_BYTES, STAGED, loads, make_case, same_bits
 from tests.world import device, open_buffer
 
-LAYOUTS = [Compact(), Expanded(), Expanded(alignment=8), Padded()]
+LAYOUTS = [Compact(), Expanded(), Expanded(alignment=8), Padded(), STAGED]
 WIRES = [Bf16(), Fp32(), Fp8(block=8)]
 OPTIONS = [(False, 0), (False, 1), (True, 0), (True, 2)]
 """Whether there are weights, and which bias."""

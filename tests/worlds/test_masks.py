@@ -28,11 +28,11 @@ from crossdock import (
 )
 from crossdock.masks import Proposal, drop_picks, find_disagreement, num_words
 from tests import oracle
-from tests.cases import EXTRA_BYTES, check_received, make_case, observed, same_bits
+from tests.cases import EXTRA_BYTES, STAGED, check_received, make_case, observed, same_bits
 from tests.world import WorkerLost, meet, open_buffer
 from tests.worlds.test_combine import row_weights, weights_of_rows
 
-LAYOUTS = [(Compact(), "token"), (Expanded(alignment=4), "rank"), (Padded(), "token")]
+LAYOUTS = [(Compact(), "token"), (Expanded(alignment=4), "rank"), (Padded(), "token"), (STAGED, "token")]
 TIMEOUT_S = 40
 AT_ONCE_S = 15
 

@@ -10,12 +10,12 @@ import torch
 from crossdock import Compact, ConfigError, Expanded, Padded
 from crossdock import autograd as ag
 from crossdock.backends.base import PlanTensors
-from tests.cases import same_bits
+from tests.cases import STAGED, same_bits
 from tests.world import meet, open_buffer
 from tests.worlds.test_autograd import E, make_experts, make_inputs, make_spec, run_layer
 
-LAYOUTS = [Compact(), Expanded(), Padded()]
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["compact", "expanded", "padded"])
+LAYOUTS = [Compact(), Expanded(), Padded(), STAGED]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["compact", "expanded", "padded", "staged"])
 reduces = pytest.mark.parametrize("reduce", ["token", "rank"])
 
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from crossdock import Bf16, Buffer, Compact, Expanded, Fp8, Fp32, Padded, Quantized, Spec, ThreadGroup
+from tests.cases import STAGED
 
 MAX_TOKENS, HIDDEN = 2048, 2048
 X_BYTES = MAX_TOKENS * HIDDEN * 2
@@ -64,18 +65,20 @@ def watch(group, spec):
         elif recv.topk_idx is None:
             given = recv.weights
         combines = [watched(lambda y=y: buffer.combine(y, recv.plan, weights=given))[1:] for y in (y, y.clone())]
-        return (dispatched, dispatch_peak), combines
+        return rows.nbytes, (dispatched, dispatch_peak), combines
 
 
 @pytest.mark.worlds("inproc-1", "processes-2")
 @pytest.mark.parametrize("reduce", ["token", "rank"])
 @pytest.mark.parametrize("wire", [Bf16(), Fp8()], ids=["Bf16", "Fp8"])
-@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=128), Padded()], ids=repr)
+@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=128), Padded(), STAGED], ids=repr)
 def test_nothing_of_the_order_of_the_rows_is_allocated_beside_the_arena(world, layout, wire, reduce):
     spec = Spec(
         num_experts=4, num_topk=2, hidden=HIDDEN, max_tokens=MAX_TOKENS, layout=layout, wire=wire, reduce=reduce
     )
-    for (dispatched, dispatch_peak), combines in world.run(watch, spec):
+    for row_bytes, (dispatched, dispatch_peak), combines in world.run(watch, spec):
+        if spec.is_staged:
+            assert dispatched.pop(0) == row_bytes  # of exactly the rows that came
         assert dispatched[0] <= X_BYTES / 4
         assert dispatch_peak <= X_BYTES / 8
         for sizes, peak in combines:

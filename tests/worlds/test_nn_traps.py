@@ -9,11 +9,12 @@ from torch import nn
 from crossdock import Compact, ConfigError, Expanded, Fp32, Padded, Spec, autograd
 from crossdock.nn import ExpertParallel, Gate, GroupedExperts, Placement, sum_replica_gradients
 from crossdock.routing import Routing
+from tests.cases import STAGED
 from tests.world import open_buffer
 
 P, E, H, T = 3, 6, 8, 4
 TOKENS = torch.randn(P, T, H, generator=torch.Generator().manual_seed(1))
-LAYOUTS = [Expanded(), Expanded(alignment=4), Compact(), Padded()]
+LAYOUTS = [Expanded(), Expanded(alignment=4), Compact(), Padded(), STAGED]
 
 
 class OnlyRankZero(nn.Module):

@@ -21,10 +21,10 @@ from crossdock import (
 )
 from crossdock.masks import drop_picks
 from tests import oracle
-from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
+from tests.cases import EXTRA_BYTES, STAGED, check_received, loads, make_case, observed, same_bits
 from tests.world import open_buffer
 
-LAYOUTS = [Compact(), Expanded(alignment=8), Padded()]
+LAYOUTS = [Compact(), Expanded(alignment=8), Padded(), STAGED]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
 WIRES = {
     "bytes": Opaque(),

@@ -6,10 +6,10 @@ import pytest
 
 from crossdock import Compact, ConfigError, Expanded, Padded, PeerFailed, Spec
 from tests import oracle
-from tests.cases import EXTRA_BYTES, check_received, make_case, observed, same_bits
+from tests.cases import EXTRA_BYTES, STAGED, check_received, make_case, observed, same_bits
 from tests.world import meet, open_buffer
 
-LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
+LAYOUTS = [Compact(), Expanded(alignment=4), Padded(), STAGED]
 
 
 def cases_of(world, layout, count, reduce="token", num_slots=2):

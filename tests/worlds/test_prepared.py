@@ -13,11 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from crossdock import CapacityError, Compact, ConfigError, Expanded, Fp8, Fp32, Padded, PeerFailed, Spec
 from crossdock.kinds import NUM_CALL_KINDS, CallKind, Kinds, key_of
 from tests import oracle
-from tests.cases import EXTRA_BYTES, check_received, make_case, observed, row_weights, same_bits
+from tests.cases import EXTRA_BYTES, STAGED, check_received, make_case, observed, row_weights, same_bits
 from tests.world import open_buffer
 
-LAYOUTS = [Compact(), Expanded(alignment=4), Padded()]
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["compact", "expanded", "padded"])
+LAYOUTS = [Compact(), Expanded(alignment=4), Padded(), STAGED]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["compact", "expanded", "padded", "staged"])
 
 
 def spec_of(layout, **options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crossdock import Buffer, CapacityError, Compact, ConfigError, Counters, Expanded, Fp32, Padded, Spec, ThreadGroup
-from tests.cases import make_case
+from tests.cases import STAGED, make_case
 from tests.world import device, open_buffer
 
 
@@ -25,7 +25,7 @@ def count(group, cases):
 
 
 @pytest.mark.worlds("inproc-1", "inproc-4", "processes-2")
-@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=4), Padded()], ids=repr)
+@pytest.mark.parametrize("layout", [Compact(), Expanded(alignment=4), Padded(), STAGED], ids=repr)
 def test_tokens_per_expert_add_up_over_dispatches(world, layout):
     cases = [make_case(spec_of(layout), [7] * world.num_ranks, seed=i) for i in range(3)]
     experts = torch.cat([idx.flatten() for case in (*cases, cases[-1]) for idx in case.topk])

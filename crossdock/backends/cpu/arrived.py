@@ -45,7 +45,7 @@ class Segmented(Protocol):
 def take_metadata(
     arena: Arena, own: Mapping[str, Tensor], plan: Segmented, batch: Batch, *, rank: int, slot: int, num_rows: int
 ) -> Metadata:
-    """The metadata of rows that are in place; zeroes gaps between segments.
+    """The metadata of rows that are in place; zeroes gaps between segments of a slot.
 
     Args:
         own: the regions of this rank's segment.
@@ -58,7 +58,7 @@ def take_metadata(
     is_real = np.zeros(num_rows, dtype=np.bool_)
     for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True):
         is_real[start : start + length] = True
-        if isinstance(arena.spec.layout, Expanded) and start + length < end:
+        if isinstance(arena.spec.layout, Expanded) and start + length < end and not arena.spec.is_staged:
             as_integers(data[start + length : end]).zero_()
             if scale is not None:
                 as_integers(arena.scales.of_block(scale, slice(start + length, end))).zero_()

@@ -92,6 +92,8 @@ class CpuBackend:
     ) -> Steps[Outcome[Arrived]]:
         words = yield from self._words(call, None if is_posted else routing)
         plan = _of_host(routing) if isinstance(routing, Plan) else self._make_plan(call, routing)
+        num_rows = plan.extent.slot_rows if call.row_count == "capacity" else plan.num_rows
+        into = self._rows.room(num_rows, unquantized=batch.unquantized)  # while all ranks can be told of a failure
         self._rows.push_rows(plan, batch, words)
         self._consent.signal(call.sequence)
         yield from self._consent.arrivals(call.sequence, words, from_all=True)
@@ -99,9 +101,8 @@ class CpuBackend:
             self.num_tokens_per_expert += plan.num_tokens_per_expert
         if call.counters is not None and call.counters.num_tokens_per_expert is not None:
             call.counters.num_tokens_per_expert.add_(plan.num_tokens_per_expert)
-        num_rows = plan.extent.slot_rows if call.row_count == "capacity" else plan.num_rows
-        plan, metadata = self._rows.take(plan, batch, call.word.slot, num_rows)
-        return Outcome(Arrived(plan, num_rows, lambda: metadata))
+        plan, metadata = self._rows.take(plan, batch, call.word.slot, num_rows, into)
+        return Outcome(Arrived(plan, num_rows, lambda: metadata, into))
 
     def combine(
         self, call: Call, plan: Plan, given: Outputs
@@ -170,7 +171,7 @@ class CpuBackend:
     def _make_plan(self, call: Call, topk_idx: Tensor) -> HostPlan:
         extent, (counts, too_many) = self._extent(call), self._rows.counts(call.sequence)
         try:
-            check_capacity(extent, self._arena.topology, counts, too_many)
+            check_capacity(extent, self._arena.topology, counts, too_many, row_count=call.row_count)
         except CapacityError as error:
             if call.row_count == "exact":
                 raise

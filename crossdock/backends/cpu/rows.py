@@ -18,6 +18,7 @@ from crossdock.arena import Arena, Control
 from crossdock.backends.base import Batch, Metadata
 from crossdock.backends.cpu.arrived import apart, as_bytes, copied_rows, movable, take_metadata, widths_of
 from crossdock.backends.cpu.mapped import Mapped
+from crossdock.backends.cpu.staged import expand_rows, no_rows
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Word, stamped
 from crossdock.plan import Hop, HostPlan, Terms, partial_rows_to_send
@@ -41,6 +42,7 @@ class CpuRows:
 
     def __init__(self, arena: Arena, transport: HostTransport) -> None:
         self._arena = arena
+        self._is_staged = arena.spec.is_staged
         self._rank = transport.rank
         self._num_ranks = transport.num_ranks
         self._left = list(range(transport.num_ranks))
@@ -78,19 +80,25 @@ class CpuRows:
         return told[:, : self._num_counts].contiguous(), told[:, self._num_counts]
 
     def push_rows(self, plan: HostPlan, batch: Batch, words: Sequence[Word]) -> None:
-        """Writes each row into its final place, in the receive slot that each peer named: one gather per block."""
+        """Writes each row into its final place, in the receive slot that each peer named: one gather per block.
+
+        Where rows are staged, one for each rank that its token goes to.
+        """
         slots = [word.slot for word in words]
         hop = plan.hops[0]
         blocks = list(self._blocks(hop))
         metadata = self._pack_metadata(plan, batch)
         for peer, src, dst in blocks:
             self._metadata[peer][slots[peer], dst] = metadata[src]
-        if plan.hops[0] is not plan.back:
-            rows_to_sum = partial_rows_to_send(plan)
-            for peer, src, dst in self._blocks(plan.back):
-                self._at[peer]["partial_rows"][slots[peer], dst] = rows_to_sum[src]
+        if plan.pairs is not None:
+            rows_of_pairs = partial_rows_to_send(plan)
+            of_pairs = list(self._blocks(plan.pairs))
+            for peer, src, dst in of_pairs:
+                self._at[peer]["partial_rows"][slots[peer], dst] = rows_of_pairs[src]
+            if self._is_staged:
+                hop, blocks = plan.pairs, of_pairs
         wire, region = self._arena.spec.wire, self._arena.region_of_rows(unquantized=batch.unquantized)
-        columns, is_column = plan.extent.scales, self._arena.scales.column_major
+        columns, is_column = plan.extent.scales, self._arena.scales.column_major and not self._is_staged
         gather_scales = partial(self._gather_columns, columns) if is_column else self._gather
         if isinstance(batch.x, Quantized) or not isinstance(wire, Fp8) or batch.unquantized:
             data, scale = batch.x if isinstance(batch.x, Quantized) else (batch.x, None)
@@ -106,11 +114,28 @@ class CpuRows:
             self._gather(data, hop.send_idx - start, "data", part, slots)
             gather_scales(scale, hop.send_idx - start, "scale", part, slots)
 
-    def take(self, plan: HostPlan, batch: Batch, slot: int, num_rows: int) -> tuple[HostPlan, Metadata]:
-        """The metadata of rows that are in place, and the plan with what came for it; zeroes gaps between segments."""
+    def room(self, num_rows: int, *, unquantized: bool) -> Tensor | Quantized | None:
+        """What staged rows are expanded into; None where they arrive in their places.
+
+        Raises:
+            TransportError: there is no memory for it.
+        """
+        return no_rows(self._arena, num_rows, unquantized=unquantized) if self._is_staged else None
+
+    def take(
+        self, plan: HostPlan, batch: Batch, slot: int, num_rows: int, into: Tensor | Quantized | None
+    ) -> tuple[HostPlan, Metadata]:
+        """The metadata of rows that are in place, and the plan with what came for it; zeroes gaps between segments.
+
+        Args:
+            into: what ``room`` gave; staged rows are expanded into it.
+        """
         metadata = take_metadata(self._arena, self._own, plan, batch, rank=self._rank, slot=slot, num_rows=num_rows)
-        if plan.hops[0] is not plan.back:
-            num_pairs = int(plan.back.counts[:, self._rank].sum())
+        num_pairs = 0 if plan.pairs is None else int(plan.pairs.counts[:, self._rank].sum())
+        if into is not None:
+            region = self._arena.region_of_rows(unquantized=batch.unquantized)
+            expand_rows(self._own, plan, into, region=region, slot=slot, num_pairs=num_pairs)
+        if self._arena.spec.ranks_sum_picks:
             plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
         return plan, metadata
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import Arena
-from crossdock.backends.base import PlanTensors, RowCount
+from crossdock.backends.base import PlanTensors
 from crossdock.backends.cuda.kernels.plan import (
     HOST_NEEDED,
     HOST_PAIRS,
@@ -28,7 +28,7 @@ from crossdock.backends.cuda.plan import DevicePlan, HostCounts
 from crossdock.backends.cuda.state import DeviceState
 from crossdock.backends.cuda.stream import CallStreams
 from crossdock.errors import CapacityError, NotSupported
-from crossdock.extent import Extent
+from crossdock.extent import Extent, RowCount
 from crossdock.layout import Padded
 from crossdock.plan import overflow
 from crossdock.spec import MAX_COUNT

@@ -40,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--topk", type=int, default=8, help="experts per token")
     parser.add_argument("--wire", choices=WIRES, default="bf16", help="format of dispatched rows")
     parser.add_argument("--layout", choices=LAYOUTS, default="compact", help="layout of received rows")
-    parser.add_argument("--alignment", type=int, default=1, help="of each expert's rows, for --layout expanded")
+    parser.add_argument("--alignment", type=int, default=1, help="of each expert's rows, of expanded ones")
     parser.add_argument("--reduce", choices=("token", "rank"), default="token", help="where picks are summed first")
     parser.add_argument("--load", default="uniform", help="uniform, zipf, hot, or an .npy FILE of recorded picks")
     parser.add_argument("--seed", type=int, default=0, help="of picks and values")

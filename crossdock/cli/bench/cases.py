@@ -58,8 +58,8 @@ def open_cases(job: Job) -> Iterator[list[Case]]:
     with ExitStack() as stack:
         side = stack.enter_context(_side(job.spec, job))
         cases = [side.dispatch(), side.cached_dispatch(), side.pull(), side.push()]
-        if job.spec.ranks_sum_picks:
-            del cases[2]  # where ranks sum first, outputs are always pushed
+        if job.spec.ranks_sum_picks or job.spec.is_staged:
+            del cases[2]  # where ranks sum first, or outputs lie in no slot, they are always pushed
         if isinstance(job.spec.wire, Fp8):
             wide = stack.enter_context(_side(replace(job.spec, wire=Bf16()), job))
             cases[1:1] = [side.fused_cast(), wide.dispatch()]

@@ -18,7 +18,12 @@ from crossdock.spec import Spec, Topology
 from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Wire
 
 WIRES: dict[str, Wire] = {"bf16": Bf16(), "fp16": Fp16(), "fp32": Fp32(), "fp8": Fp8()}
-LAYOUTS: dict[str, Layout] = {"compact": Compact(), "expanded": Expanded(), "padded": Padded()}
+LAYOUTS: dict[str, Layout] = {
+    "compact": Compact(),
+    "expanded": Expanded(),
+    "staged": Expanded(staged=True),
+    "padded": Padded(),
+}
 LOADS = {"uniform": uniform_load, "zipf": zipf_load, "hot": hot_expert_load}
 _FOR_CUDA = ("num_sms", "expand", "mover", "mps_percentage", "sweep_sms")
 
@@ -141,7 +146,7 @@ def draw_load(config: Config) -> Tensor:
 def _check(config: Config) -> None:
     if config.repeats < 1:
         raise ConfigError(f"repeats={config.repeats}; pass a positive number")
-    if config.alignment != 1 and config.layout != "expanded":
+    if config.alignment != 1 and not isinstance(LAYOUTS[config.layout], Expanded):
         raise ConfigError(f"alignment={config.alignment} with layout={config.layout}; only expanded rows are aligned")
     if config.device == "cuda":
         if config.baseline == "kept":
