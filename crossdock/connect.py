@@ -64,9 +64,10 @@ def problem_with(launch_options: LaunchOptions, spec: Spec, device: torch.device
 
 def check_support(spec: Spec, device: torch.device, topology: Topology, *, over_rail: bool) -> None:
     """Raises NotSupported for what no backend of the device does; the same on all ranks."""
-    if spec.is_staged and (over_rail or device.type == "cuda"):
-        where = "between nodes" if over_rail else "with device='cuda'"
-        raise NotSupported(f"{spec.layout} {where}: rows are staged on the CPUs of one host only; pass staged=False")
+    if spec.is_staged and over_rail:
+        raise NotSupported(
+            f"{spec.layout} between nodes: rows are staged among ranks that share memory; pass staged=False"
+        )
     if over_rail and device.type == "cuda":
         raise NotSupported("ranks of several nodes move rows on CPUs only, and device='cuda' was asked for")
     if over_rail and spec.reduce != "node":

@@ -67,9 +67,9 @@ class Expanded(Layout):
     to a multiple of A.
 
     With ``staged`` the worst case needs no memory: a token's row arrives once at each rank, in P * M rows of a slot,
-    and the receiver copies it for each local expert into a tensor that is its caller's. ``recv.x`` never goes stale, has
-    exactly the rows that came, and a dispatch raises no CapacityError for them. Outputs are pushed in a combine, from
-    any tensor (``recv.output_rows()`` makes one). A receiver without memory for the tensor fails on all ranks.
+    and the receiver copies it for each local expert into a tensor that is its caller's. ``recv.x`` never goes stale,
+    has exactly the rows that came, and a dispatch raises no CapacityError for them. Outputs are pushed in a combine,
+    from any tensor (``recv.output_rows()`` makes one). A receiver without memory for the tensor fails on all ranks.
 
     Args:
         capacity: see ``Layout``. With ``staged``: rows of the tensor in a dispatch with ``rows="capacity"``, for which

@@ -122,16 +122,20 @@ def as_integers(scale: Tensor) -> Tensor:
     return scale.view(_INTEGERS[scale.dtype.itemsize])
 
 
-def no_bits(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Memory on the CPU, contents undefined: of all dtypes there is such, but torch cannot fill that of some.
+def integers_of(dtype: torch.dtype) -> torch.dtype:
+    """Integers of the same size."""
+    return _INTEGERS[dtype.itemsize]
+
+
+def no_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Integers on the CPU, contents undefined.
 
     numpy asks for huge pages where it takes more than 4 MiB from the system. To write 59 MB of rows into such memory
     took 10 ms, into torch's 39: its pages of 4 KiB are each given when they are first written to.
     """
-    integers = _INTEGERS[dtype.itemsize]
     if torch.are_deterministic_algorithms_enabled():  # torch fills what it gives, if it was told to
-        return torch.empty(shape, dtype=integers, device="cpu").view(dtype)
-    return torch.from_numpy(np.empty(shape, dtype=_NUMPY[integers])).view(dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.from_numpy(np.empty(shape, dtype=_NUMPY[dtype]))
 
 
 def cloned(tensor: Tensor) -> Tensor:

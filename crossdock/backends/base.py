@@ -62,6 +62,8 @@ class LaunchOptions:
                 f"do not fit where outputs of {spec.combine_dtype} are written, in multiples of 16 bytes: pass "
                 f"expand=None"
             )
+        if self.expand == "sender" and spec.is_staged:
+            raise ConfigError(f"expand='sender' with {spec.layout}, whose rows the receiver expands: pass expand=None")
         if device.type == "cpu" and (self.num_sms, self.expand, self.mover) != (None, None, "kernel"):
             raise ConfigError("num_sms, expand and mover say how a GPU moves rows; leave them out on CPUs")
 

@@ -139,9 +139,11 @@ def predict(
 def receiver_can_expand(spec: Spec) -> bool:
     """Whether a receiver can expand arrived rows; False for Compact, which has no copies.
 
-    Rows are staged in the ``outputs`` region: data and scales of a row must fit in one output row, and both sizes be
-    multiples of 16 bytes.
+    Rows of ``Expanded(staged=True)`` have memory for that. Others are staged in the ``outputs`` region: data and scales
+    of a row must fit in one output row, and both sizes be multiples of 16 bytes.
     """
+    if spec.is_staged:
+        return True
     out_bytes = spec.hidden * spec.combine_dtype.itemsize
     data_bytes = spec.wire.data_bytes(spec.hidden)
     fits = spec.row_bytes() <= out_bytes and data_bytes % 16 == 0 and out_bytes % 16 == 0
@@ -156,8 +158,8 @@ def cheaper_expand(spec: Spec, topology: Topology, *, method: Method = TWO_HOPS)
     >>> cheaper_expand(spec, Topology(num_ranks=8)), cheaper_expand(spec, Topology(num_ranks=64))
     ('receiver', 'sender')
     """
-    if not receiver_can_expand(spec):
-        return "sender"
+    if spec.is_staged or not receiver_can_expand(spec):
+        return "receiver" if spec.is_staged else "sender"
     by_receiver, by_sender = (
         predict("dispatch", spec, topology, method=method, expand=who).seconds for who in ("receiver", "sender")
     )

@@ -116,7 +116,10 @@ class TracedCall:
         if isinstance(plan, NodePlan):
             there, here = plan.rows_by_peer(spec.num_slot_rows(plan.counts.shape[0]))
         else:
-            there, here = _rows_of(plan.hops[0] if is_dispatch else plan.back)
+            hop = plan.hops[0] if is_dispatch else plan.back
+            if is_dispatch and spec.is_staged and plan.pairs is not None:
+                hop = plan.pairs
+            there, here = _rows_of(hop)
         wide = spec.hidden * spec.combine_dtype.itemsize
         if not is_dispatch:
             return {"sent": here, "got": there, "row_bytes": wide}

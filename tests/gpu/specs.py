@@ -12,6 +12,7 @@ from crossdock import Compact, Expanded, Padded, Spec
 from tests.cases import EXTRA_BYTES
 
 ALIGNED = Expanded(alignment=8)
+STAGED = Expanded(alignment=8, capacity=10**6, staged=True)
 LAYOUTS = [Compact(), ALIGNED, Padded()]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
 reduces = pytest.mark.parametrize("reduce", ["token", "rank"])

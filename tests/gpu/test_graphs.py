@@ -8,7 +8,7 @@ import torch
 from crossdock import Bf16, CapacityError, Compact, ConfigError, Expanded, Fp8, Padded
 from tests import oracle
 from tests.cases import check_received, make_case, observed, raw_rows, same_bits
-from tests.gpu.specs import ALIGNED, spec_of
+from tests.gpu.specs import ALIGNED, STAGED, spec_of
 from tests.world import open_buffer
 from tests.worlds.test_dispatch import spec_of as spec_of_two
 
@@ -116,6 +116,7 @@ def test_replays_give_what_their_inputs_mean_now(world, layout, reduce, way, pul
     [
         ({"expand": "receiver"}, ALIGNED, Fp8(block=8), "rank"),
         ({"expand": "receiver"}, Padded(), Bf16(), "token"),
+        ({}, STAGED, Fp8(block=8), "rank"),
         ({"num_sms": 1}, ALIGNED, Fp8(block=8), "token"),
     ],
     ids=repr,

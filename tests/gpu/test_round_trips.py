@@ -5,7 +5,7 @@ import pytest
 from crossdock import Bf16, Compact, Expanded, Fp8, Fp32, Padded
 from tests import oracle
 from tests.cases import check_received, loads, make_case, observed, same_bits
-from tests.gpu.specs import ALIGNED, once_each, once_each_dense, spec_of
+from tests.gpu.specs import ALIGNED, STAGED, once_each, once_each_dense, spec_of
 from tests.world import open_buffer
 from tests.worlds import test_combine as combine
 from tests.worlds import test_dispatch as dispatch
@@ -27,6 +27,9 @@ WAYS = [
     ({"expand": "receiver"}, ALIGNED, Fp8(block=8), "rank"),
     ({"expand": "receiver", "num_sms": 1}, Expanded(), Fp8(block=4, scale="ue8m0", packed=True), "token"),
     ({"expand": "receiver"}, ALIGNED, Fp8(block=4, scale="ue8m0", packed=True, column_major=True), "rank"),
+    ({}, STAGED, Bf16(), "token"),
+    ({}, STAGED, Fp8(block=8), "rank"),
+    ({"num_sms": 1}, STAGED, Fp8(block=4, scale="ue8m0", packed=True, column_major=True), "token"),
     ({"mover": "copy"}, Compact(), Bf16(), "token"),
     ({"mover": "copy"}, Compact(), Fp8(block=8, column_major=True), "token"),
     ({"mover": "copy"}, Compact(), Fp8(block=8), "rank"),

@@ -51,6 +51,10 @@ COLUMNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"layout": Expanded(alignment=8, capacity=4096), "wire": Fp8(column_major=True)},
         {"expand": "receiver"},
     ),
+    "staged, scales column-major": (
+        {"layout": Expanded(alignment=8, capacity=4096, staged=True), "wire": Fp8(column_major=True)},
+        {},
+    ),
     "expanded at the receiver, opaque": (
         {
             "layout": Expanded(alignment=8, capacity=4096),

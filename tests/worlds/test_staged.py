@@ -111,15 +111,17 @@ def lack_memory(group, case):
         plan = dispatch(buffer, case).plan
         full = RuntimeError("DefaultCPUAllocator: can't allocate memory")
         for routing in (case.topk[r], plan):
-            with mock.patch("crossdock.backends.cpu.staged.no_bits", side_effect=full) if r else nullcontext():
+            maker = getattr(buffer._backend, "_rows", buffer._backend)._row_maker
+            with mock.patch.object(maker, "_empty", side_effect=full) if r else nullcontext():
                 try:
                     buffer.dispatch(case.x[r], routing)
+                    buffer.check()
                 except (TransportError, PeerFailed) as error:
                     errors.append(error)
         return errors, observed(dispatch(buffer, case))
 
 
-@pytest.mark.worlds("processes-2")
+@pytest.mark.worlds("processes-2", "interpreted-2")
 def test_rows_without_memory_are_the_failure_of_all_ranks(world):
     case = make_case(spec_of(), [7] * world.num_ranks)
     got = world.run(lack_memory, case)

@@ -18,11 +18,12 @@ from crossdock.arena import Arena, Control
 from crossdock.backends.base import Batch, Metadata
 from crossdock.backends.cpu.arrived import apart, as_bytes, copied_rows, movable, take_metadata, widths_of
 from crossdock.backends.cpu.mapped import Mapped
-from crossdock.backends.cpu.staged import expand_rows, no_rows
+from crossdock.backends.cpu.staged import expand_rows
+from crossdock.backends.staged import RowMaker
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Word, stamped
 from crossdock.plan import Hop, HostPlan, Terms, partial_rows_to_send
-from crossdock.scales import ScaleLayout, as_integers
+from crossdock.scales import ScaleLayout, as_integers, no_bits
 from crossdock.transport.host import HostTransport
 from crossdock.transport.segments import SideBySide
 from crossdock.wire import Fp8, Quantized
@@ -43,6 +44,7 @@ class CpuRows:
     def __init__(self, arena: Arena, transport: HostTransport) -> None:
         self._arena = arena
         self._is_staged = arena.spec.is_staged
+        self._row_maker = RowMaker(arena, no_bits)
         self._rank = transport.rank
         self._num_ranks = transport.num_ranks
         self._left = list(range(transport.num_ranks))
@@ -120,7 +122,7 @@ class CpuRows:
         Raises:
             TransportError: there is no memory for it.
         """
-        return no_rows(self._arena, num_rows, unquantized=unquantized) if self._is_staged else None
+        return self._row_maker.rows(num_rows, unquantized=unquantized) if self._is_staged else None
 
     def take(
         self, plan: HostPlan, batch: Batch, slot: int, num_rows: int, into: Tensor | Quantized | None

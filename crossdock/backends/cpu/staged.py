@@ -12,40 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossdock.arena import Arena
 from crossdock.backends.cpu.arrived import Segmented
-from crossdock.errors import TransportError
-from crossdock.scales import as_integers, no_bits
+from crossdock.scales import as_integers
 from crossdock.wire import Quantized
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
-def no_rows(arena: Arena, num_rows: int, *, unquantized: bool) -> Tensor | Quantized:
-    """Memory for so many expanded rows, contents undefined: nobody's but their caller's.
-
-    Raises:
-        TransportError: there is not so much.
-    """
-    region = arena[arena.region_of_rows(unquantized=unquantized)]
-    try:
-        data = no_bits(num_rows, region.shape[-1], dtype=region.dtype)
-        if unquantized or not arena.scales.num_scales:
-            return data
-        scales = arena.scales.of_own_rows(num_rows)
-        return Quantized(data, scales.of_rows(no_bits(*scales.shape, dtype=scales.dtype), num_rows))
-    except (RuntimeError, MemoryError) as error:
-        num_bytes = num_rows * (arena.row_bytes if unquantized else arena.spec.row_bytes())
-        raise TransportError(
-            f"no memory for the {num_rows} rows that come here, {num_bytes / 2**30:.2f} GiB ({error}); no row was "
-            f"moved: free some, route less, or split the batch"
-        ) from error
-
-
 def expand_rows(
     own: Mapping[str, Tensor], plan: Segmented, rows: Tensor | Quantized, *, region: str, slot: int, num_pairs: int
 ) -> None:
-    """Fills ``rows`` (``no_rows``) from the staged rows of a slot; 0 where none belongs.
+    """Fills ``rows`` (of ``RowMaker``) from the staged rows of a slot; 0 where none belongs.
 
     Args:
         own: the regions of this rank's segment.

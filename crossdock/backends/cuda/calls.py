@@ -48,6 +48,7 @@ from crossdock.backends.cuda.state import CallState, DeviceState
 from crossdock.backends.cuda.stream import CallStreams
 from crossdock.backends.cuda.sums import SumKind, SumKinds
 from crossdock.backends.cuda.training import TrainingKernels
+from crossdock.backends.staged import RowMaker
 from crossdock.consent import PUSHED, Kind, Missing, Steps, Word
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.kinds import Kinds
@@ -63,6 +64,8 @@ _BIAS_ROWS, _UNCHECKED = (given.value for given in (sum_kernels.BIAS_ROWS, sum_k
 _NAMES = {kind: f"crossdock {kind}" for kind in Kind}
 """What calls are named in a profiler."""
 _TURN = Missing((), "come to its turn")
+IN_SLOT = (0, 0, 0, 0)
+"""Where staged rows are expanded to, as their kernel takes it: to their places in the slot."""
 _LEFT = Missing((), "finish", has_sent=True)
 """What a fused call that has been started leaves to ``wait()``."""
 
@@ -76,7 +79,9 @@ class CudaBackend:
         self.launch: LaunchConfig = launcher.config
         """The default; a call may ask for another number of SMs."""
         spec = arena.spec
+        self._is_staged = spec.is_staged
         self._on = on = launcher.state
+        self._row_maker = RowMaker(arena, lambda shape, dtype: on.state.new_empty(shape, dtype=dtype))
         self.has_pairs = on.num_pairs > 0
         self._spec, self._out_dtype = spec, spec.combine_dtype
         self._is_opaque = isinstance(spec.wire, Opaque)
@@ -151,14 +156,51 @@ class CudaBackend:
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
+        into, room = self._room(call, batch, routing) if self._is_staged else None, self._on.next_call()
         try:
-            plan = self._send(call, batch, routing)
+            plan, kind, seen = self._send(call, batch, routing, room, into)
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         event = None if call.at_once else self._streams.event()
         if call.row_count == "exact" and plan.host_counts is not None:
             plan = yield from self._told(plan)
-        return Outcome(self._arrived(call, plan, batch), event)
+        if kind.ends_late:
+            into = self._end_late(call, batch, plan, kind, room, seen)
+            event = None if call.at_once else self._streams.event()
+        return Outcome(self._arrived(call, plan, batch, into), event)
+
+    def _room(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Tensor | Quantized | None:
+        """What staged rows are expanded into; None where the host is still to be told how many come.
+
+        Raises:
+            TransportError: there is no memory for it.
+        """
+        extent = routing.extent if isinstance(routing, Plan) else call.extent or self._on.arena.extent
+        num_rows = routing.num_rows if isinstance(routing, Plan) else None
+        if call.row_count == "capacity" or (isinstance(routing, Plan) and num_rows is None):
+            num_rows = extent.slot_rows
+        if num_rows is None:
+            return None
+        return self._row_maker.rows(num_rows, unquantized=batch.unquantized)
+
+    def _end_late(
+        self, call: Call, batch: Batch, plan: DevicePlan, kind: SendKind, room: Tensor, seen: Tensor | None
+    ) -> Tensor | Quantized:
+        """Tells that rows are in place, now that there is room for those that come here, and expands these.
+
+        Raises:
+            TransportError: there is none. Until now no rank has got what it waits for.
+        """
+        assert plan.num_rows is not None, "the host was told"
+        into = self._row_maker.rows(plan.num_rows, unquantized=batch.unquantized)
+        stream = self._streams.enter() if call.at_once else self._streams.enter_side()
+        kind.finish(0, stream, room, self._on.rank, self._on.max_polls, plan.memory)
+        self._consent.owes_arrival = False
+        assert kind.expand is not None, "staged rows"
+        kind.expand(0, stream, *_where(into), plan.memory, room, plan.num_tokens, self._on.rank)
+        if call.counters is not None and seen is not None:
+            self._counters.end(call.counters, seen, plan.memory, stream)
+        return into
 
     def _dispatch_fused(self, fused: FusedCalls, call: Call, batch: Batch, topk_idx: Tensor) -> Steps[Outcome[Arrived]]:
         """A call that is only started yields after rows have been sent, or when a peer is late."""
@@ -184,13 +226,13 @@ class CudaBackend:
             fused.dispatch(call, plan, batch, plan.topk_idx, At(stream, room), begins=False, awaits=True)
         self._planner.placed(plan, call.sequence, call.row_count, stream)
         if self._zero_gaps is not None:
-            self._zero_gaps(0, stream, plan.memory, room, plan.num_tokens, self._on.rank)
+            self._zero_gaps(0, stream, *IN_SLOT, plan.memory, room, plan.num_tokens, self._on.rank)
         if call.counters is not None and seen is not None:
             self._counters.end(call.counters, seen, plan.memory, stream)
         event = None if call.at_once else self._streams.event()
         if call.row_count == "exact":
             plan = yield from self._told(plan)
-        return Outcome(self._arrived(call, plan, batch), event)
+        return Outcome(self._arrived(call, plan, batch, None), event)
 
     def _empty(self, plan: DevicePlan, stream: int) -> None:
         """Of a rank with more tokens than the call may have: none of them goes anywhere."""
@@ -208,16 +250,20 @@ class CudaBackend:
         yield from self._consent.until(stamp, "begin this dispatch")
         if (failure := self._consent.failure()) is not None:
             raise failure
-        return self._planner.told(plan)
+        try:
+            return self._planner.told(plan)
+        except CapacityError:
+            self._consent.owes_arrival = False  # nobody waits for rows of such a call
+            raise
 
-    def _arrived(self, call: Call, plan: DevicePlan, batch: Batch) -> Arrived:
+    def _arrived(self, call: Call, plan: DevicePlan, batch: Batch, into: Tensor | Quantized | None) -> Arrived:
         """Rows to look at are as many as came, where that is asked for and known."""
         num_rows = plan.num_rows
         if call.row_count == "capacity" or num_rows is None:
             num_rows = plan.extent.slot_rows
         is_captured = torch.cuda.is_current_stream_capturing()
         return Arrived(
-            plan, num_rows, partial(self._read, plan, batch, call.word.slot, num_rows, is_captured=is_captured)
+            plan, num_rows, partial(self._read, plan, batch, call.word.slot, num_rows, is_captured=is_captured), into
         )
 
     def _read(self, plan: DevicePlan, batch: Batch, slot: int, num_rows: int, *, is_captured: bool) -> Metadata:
@@ -231,8 +277,22 @@ class CudaBackend:
             )
         return self._reader.read(plan, batch, slot, num_rows, self._streams.enter())
 
-    def _send(self, call: Call, batch: Batch, routing: Tensor | Plan) -> DevicePlan:  # noqa: PLR0912, PLR0915 - in one place: each function would be one more call of Python in each call
-        """Issues a dispatch of several kernels, up to where everybody's rows are in place."""
+    def _send(  # noqa: PLR0912, PLR0915 - in one place: each function would be one more call of Python in each call
+        self,
+        call: Call,
+        batch: Batch,
+        routing: Tensor | Plan,
+        room: Tensor,
+        into: Tensor | Quantized | None,
+    ) -> tuple[DevicePlan, SendKind, Tensor | None]:
+        """Issues a dispatch of several kernels, up to where everybody's rows are in place, or as its kind says.
+
+        Gives also what its counters were when it began.
+
+        Args:
+            room: for what its kernels keep of it.
+            into: what staged rows are expanded into; None: into the slot, or later.
+        """
         on, x, weights, at_once = self._on, batch.x, batch.weights, call.at_once
         is_fresh = isinstance(routing, Tensor)
         if isinstance(routing, Tensor):
@@ -257,12 +317,13 @@ class CudaBackend:
             batch = Batch(x, weights, extras, batch.unquantized)
         known = plan.src_idx is not None
         picks, extent = topk_idx if is_fresh else None, plan.extent
-        key = self._send_kinds.key(batch, picks, call.num_sms, extent.max_tokens, known=known)
+        key = self._send_kinds.key(batch, picks, call.num_sms, extent.max_tokens, call.row_count, known=known)
         kind = self._sends.get(key)
         if kind is None:
             config = self.launch.using(call.num_sms)
-            kind = self._sends.keep(key, self._send_kinds.make(batch, config, extent, is_fresh=is_fresh, known=known))
-        room, memory, rank = on.next_call(), plan.memory, on.rank
+            made = self._send_kinds.make(batch, config, extent, call.row_count, is_fresh=is_fresh, known=known)
+            kind = self._sends.keep(key, made)
+        memory, rank = plan.memory, on.rank
         num_tokens, too_many = 0 if plan.too_many else plan.num_tokens, plan.too_many
         if too_many and is_fresh:
             self._empty(plan, stream)
@@ -302,15 +363,19 @@ class CudaBackend:
                 kind.push(num_tokens, stream, data, memory, room, num_tokens, rank, max_polls, *beside)
             else:
                 kind.push(num_tokens, stream, data, scale, memory, room, num_tokens, rank, max_polls, *beside)
+        if kind.ends_late:
+            self._consent.owes_arrival = True
+            return plan, kind, seen
         if max_polls < 0:
             kind.end(0, stream, room, rank, on.max_polls, memory)
         elif not at_once or self.launch.mover == "copy":
             kind.finish(0, stream, room, rank, on.max_polls, memory)
         if kind.expand is not None:
-            kind.expand(0, stream, memory, room, num_tokens, rank)
+            where = IN_SLOT if into is None else _where(into)
+            kind.expand(0, stream, *where, memory, room, num_tokens, rank)
         if call.counters is not None and seen is not None:
             self._counters.end(call.counters, seen, memory, stream)
-        return plan
+        return plan, kind, seen
 
     def combine(
         self, call: Call, plan: Plan, given: Outputs
@@ -555,7 +620,7 @@ class CudaBackend:
         weights = torch.zeros(1, spec.num_topk, dtype=torch.float32, device=device)
         wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=device)
         batches = [Batch(x=x, weights=weights, extras=()) for x in _all_kinds_of(wide, spec)]
-        if self._on.arena.region_of_rows(unquantized=True) == "outputs":
+        if self._on.arena.region_of_rows(unquantized=True) != "data":
             batches.append(Batch(x=wide, weights=weights, extras=(), unquantized=True))
         else:  # the same rows, which do not count
             batches.append(Batch(x=wide, weights=None, extras=(), unquantized=True))
@@ -598,11 +663,16 @@ class CudaBackend:
                 at = At(self._streams.enter(), self._on.next_call())
                 self.fused.dispatch(call, made, batch, picks, at, begins=True, awaits=at_once)
                 if self._zero_gaps is not None:
-                    self._zero_gaps(0, at.stream, made.memory, at.room, made.num_tokens, self._on.rank)
-        plan = self._send(call, batch, picks)
-        self._send(call, batch, plan)
+                    self._zero_gaps(0, at.stream, *IN_SLOT, made.memory, at.room, made.num_tokens, self._on.rank)
+        into, room = None, self._on.next_call
+        if self._is_staged:
+            into = self._row_maker.rows(1, unquantized=batch.unquantized)
+            plan, kind, _ = self._send(call._replace(row_count="exact"), batch, picks, room(), None)
+            self._end_late(call, batch, plan.changed(num_rows=1), kind, room(), None)
+        plan, *_ = self._send(call, batch, picks, room(), into)
+        self._send(call, batch, plan, room(), into)
         known = plan.changed(src_idx=picks[0, :0].int(), local_idx=None)
-        self._send(call, batch._replace(weights=None), known)
+        self._send(call, batch._replace(weights=None), known, room(), into)
         for given in (None, batch.weights):
             self._reader.read(plan, batch._replace(weights=given), 0, 1, self._streams.enter())
 
@@ -664,6 +734,13 @@ def _all_kinds_of(wide: Tensor, spec: Spec) -> list[Tensor | Quantized]:
     data = torch.zeros(1, num_columns, dtype=dtype_of(wire.dtype.itemsize), device=wide.device)
     scale = torch.zeros(1, num_scales, dtype=dtype_of(wire.scale_dtype.itemsize), device=wide.device)
     return [Quantized(data, scale) if num_scales else data]
+
+
+def _where(into: Tensor | Quantized) -> tuple[int, int, int, int]:
+    """Memory that staged rows are expanded into, as their kernel takes it: addresses, words between scales, rows."""
+    if isinstance(into, Tensor):
+        return into.data_ptr(), 0, 0, into.shape[0]
+    return into.data.data_ptr(), into.scale.data_ptr(), into.scale.stride(1), into.data.shape[0]
 
 
 def _raw(extra: Tensor) -> Tensor:

@@ -266,6 +266,7 @@ def decide(
     is_fused = (
         not spec.ranks_sum_picks
         and spec.max_tokens * spec.num_topk <= _FUSED_PICKS
+        and not spec.is_staged
         and launch_options.expand != "receiver"
         and launch_options.mover == "kernel"
     )

@@ -77,6 +77,8 @@ class DeviceConsent(Consent):
         self._transport = transport = on.transport
         self.recent_plans: deque[DevicePlan] = deque(maxlen=_NUM_PICKS)
         """Of fresh dispatches, to say what is wrong with their picks if the device refuses them."""
+        self.owes_arrival = False
+        """Whether the last call that was issued does not tell yet that this rank's rows are in place."""
         super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=on.control.ring)
         self.found = self._failure
 
@@ -229,7 +231,7 @@ class DeviceConsent(Consent):
         state = self._state()
         with torch.cuda.stream(self._transport.stream):
             progress: list[list[int]] = self._on.calls[:, self._num_ranks :].tolist()
-        is_current = state[STATUS.value] != sync.OK.value
+        is_current = self.owes_arrival or state[STATUS.value] != sync.OK.value
         first: int = state[CURRENT.value if is_current else NEXT.value]
         owed: list[int] = [call[SEQUENCE.value] for call in progress if call[PROGRESS.value] == BEGUN.value]
         earliest: int = min([first, *owed], key=lambda call: (call - first + CALL_MASK // 2) & CALL_MASK) & CALL_MASK
@@ -246,6 +248,7 @@ class DeviceConsent(Consent):
         state[NEXT.value], state[CURRENT.value] = self.next_sequence, self.next_sequence
         state[NUM_ENDED.value], state[STATUS.value] = self.num_ended, sync.OK.value
         state[NUM_MASKED.value] = self._num_ranks - len(self._peers)
+        self.owes_arrival = False
         with torch.cuda.stream(self._transport.stream):
             self._on.state[: len(state)].copy_(torch.tensor(state, dtype=torch.int64, device="cpu"))
             self._on.calls.zero_()

@@ -225,7 +225,7 @@ class FusedCalls:
         return self._launcher.bind(
             kernels.dispatch_rows,
             lambda num_tokens: shape(num_tokens).programs,
-            on.own_of(extent),
+            on.own_of(extent, "capacity"),
             self._arrivals,
             self._shares,
             how,

@@ -34,7 +34,7 @@ from crossdock.backends.cuda.kernels.groups import (
 )
 from crossdock.backends.cuda.launch import Launch, Launcher
 from crossdock.backends.cuda.scales import NO_SCALES, places_of, shared_out
-from crossdock.extent import Extent
+from crossdock.extent import Extent, RowCount
 from crossdock.layout import Expanded as ExpandedLayout
 from crossdock.wire import Fp8, Quantized
 
@@ -68,6 +68,8 @@ class SendKind:
     """Whether it sends what travels beside rows."""
     most_tokens: int
     """Whose rows a push can end by itself: more tokens are too many programs for that."""
+    ends_late: bool
+    """Whether ``finish`` tells that rows are in place: once the host has made room for those that come here."""
     end: Launch
     """Behind a push that does not."""
 
@@ -83,6 +85,8 @@ class Sent(NamedTuple):
     """Of a row as it travels."""
     between: int
     """Bytes from row to row where they land."""
+    scale_offset: int
+    """From a staged row to its scales."""
     scale_bytes: int
     """Of a row's scales as they travel; 0 for none."""
     own: Own
@@ -97,8 +101,18 @@ class SendKinds:
         self._on = launcher.state
         self.arena = launcher.state.arena
         self._spec = launcher.state.arena.spec
+        self._is_staged = self._spec.is_staged
 
-    def key(self, batch: Batch, topk_idx: Tensor | None, num_sms: int | None, max_tokens: int, *, known: bool) -> Any:
+    def key(
+        self,
+        batch: Batch,
+        topk_idx: Tensor | None,
+        num_sms: int | None,
+        max_tokens: int,
+        row_count: RowCount,
+        *,
+        known: bool,
+    ) -> Any:
         """All that may differ between kinds.
 
         Args:
@@ -110,37 +124,50 @@ class SendKinds:
         aligned = topk_idx is not None and topk_idx.data_ptr() & 15
         beside = weights is not None or bool(extras)
         weights_at = 0 if weights is None else weights.data_ptr() & 15
-        same = (is_fresh, aligned, weights_at, unquantized, num_sms, max_tokens, known and not beside)
+        counts = self._is_staged and row_count
+        same = (is_fresh, aligned, weights_at, unquantized, num_sms, max_tokens, counts, known and not beside)
         if isinstance(x, Tensor):
             return (x.dtype, x.stride(0), x.data_ptr() & 15, same)
         data, scale = x.data, x.scale
         return (data.stride(0), data.data_ptr() & 15, scale.stride(), scale.data_ptr() & 15, same)
 
-    def make(self, batch: Batch, config: LaunchConfig, extent: Extent, *, is_fresh: bool, known: bool) -> SendKind:
+    def make(
+        self,
+        batch: Batch,
+        config: LaunchConfig,
+        extent: Extent,
+        row_count: RowCount,
+        *,
+        is_fresh: bool,
+        known: bool,
+    ) -> SendKind:
         """What such a dispatch launches; see ``key``."""
-        sent = self._sent(batch, config, self._on.own_of(extent))
+        sent = self._sent(batch, config, self._on.own_of(extent, row_count))
+        ends_late = self._is_staged and is_fresh and row_count == "exact"
         has_metadata = not known or batch.weights is not None or bool(batch.extras)
         counted = not batch.unquantized
         is_copied = config.mover == "copy"
         ends = Ends(POSTS=True, AWAITS=call_kernels.ALL.value, COUNTED=counted)
+        at_push = Ends(POSTS=False, AWAITS=call_kernels.NOBODY.value, COUNTED=False) if ends_late else ends
         if not is_fresh:
             begin, place = self._bind_begin_cached(), None
         else:
             begin, place = self._bind_begin(sent), self._bind_place(sent, batch)
         push = None
         if not is_copied:
-            push = self._bind_push(sent, batch, config, ends, is_fresh=is_fresh, has_metadata=has_metadata)
+            push = self._bind_push(sent, batch, config, at_push, is_fresh=is_fresh, has_metadata=has_metadata)
         if is_copied and not is_fresh and has_metadata:
             push = self._bind_beside(sent, batch)
         return SendKind(
             begin=begin,
             place=place,
             push=push,
-            finish=self.bind_finish(Ends(POSTS=is_copied, AWAITS=call_kernels.ALL.value, COUNTED=counted)),
+            finish=self.bind_finish(ends._replace(POSTS=is_copied or ends_late)),
             expand=self._bind_expand(sent, batch, config, is_fresh=is_fresh),
             is_cast=sent.is_cast and not is_copied,
             pushes_beside=has_metadata and not is_fresh,
             most_tokens=0 if push is None else push.most_tokens(MOST_TICKETS),
+            ends_late=ends_late,
             end=self.bind_finish(ends),
         )
 
@@ -151,26 +178,31 @@ class SendKinds:
     def bind_remake(self) -> tuple[Launch, Launch]:
         """What makes a plan again of picks and counts."""
         on, shape = self._on, self._chunks()
+        own = on.own_of(self.arena.extent, "exact")
         no_batch = Batch(x=on.state.new_empty((0, self._spec.hidden), dtype=self._spec.combine_dtype), weights=None,
                          extras=(), unquantized=True)  # fmt: skip
-        remake = self._launcher.bind(
-            plan_kernels.remake_plan, self._num_chunks, on.own, on.scratch, **shape, num_warps=8
-        )
-        return remake, self._bind_place(self._sent(no_batch, self._launcher.config, on.own), None)
+        remake = self._launcher.bind(plan_kernels.remake_plan, self._num_chunks, own, on.scratch, **shape, num_warps=8)
+        return remake, self._bind_place(self._sent(no_batch, self._launcher.config, own), None)
 
     def _sent(self, batch: Batch, config: LaunchConfig, own: Own) -> Sent:
         spec, region = self._spec, self.arena.region_of_rows(unquantized=batch.unquantized)
         out_bytes = spec.hidden * spec.combine_dtype.itemsize
-        is_staged = config.expand == "receiver" and region == "data"
         is_wires = region == "data"
+        is_staged = self._is_staged or (config.expand == "receiver" and is_wires)
         row_bytes = spec.wire.data_bytes(spec.hidden) if is_wires else out_bytes
-        layout = self.arena.scales
+        layout, between, scale_offset = self.arena.scales, row_bytes, row_bytes
+        if self._is_staged:
+            between = self.arena.staged_bytes
+            scale_offset = self.arena["scale"].offset - self.arena["data"].offset if layout.num_scales else 0
+        elif is_staged:
+            region, between = "outputs", out_bytes
         return Sent(
-            region="outputs" if is_staged else region,
+            region=region,
             is_staged=is_staged,
             is_cast=is_wires and isinstance(spec.wire, Fp8) and isinstance(batch.x, Tensor),
             row_bytes=row_bytes,
-            between=out_bytes if is_staged else row_bytes,
+            between=between,
+            scale_offset=scale_offset,
             scale_bytes=layout.num_scales * layout.dtype.itemsize if is_wires else 0,
             own=own,
         )
@@ -178,11 +210,11 @@ class SendKinds:
     def _arrivals(self, sent: Sent) -> Any:
         """Where rows of this rank land."""
         if sent.is_staged:
-            return self._on.arrivals("outputs", scales="outputs", scale_offset=sent.row_bytes)
+            return self._on.arrivals(sent.region, scales=sent.region, scale_offset=sent.scale_offset)
         return self._on.arrivals(sent.region)
 
     def _final(self, sent: Sent) -> Any:
-        """Where they belong."""
+        """Where they belong, if that is in the slot."""
         return self._on.arrivals("data" if sent.is_staged else sent.region)
 
     def _chunks(self) -> dict[str, Any]:
@@ -211,6 +243,7 @@ class SendKinds:
         num_tokens = max(1, PICKS_TO_PLACE // power_of_two(spec.num_topk))
         num_tokens = min(num_tokens, on.num_chunk_tokens)
         beside = self._beside(sent, batch, 4, has_metadata=batch is not None)
+        beside = beside._replace(GAPS=beside.GAPS and not self._is_staged)
         least = on.num_local if beside.GAPS else 1
         return self._launcher.bind(
             plan_kernels.place_rows,
@@ -369,6 +402,8 @@ class SendKinds:
             places=places_of(self.arena.scales),
             STAGED_BYTES=0,
             KEEPS=False,
+            IN_SLOT=True,
+            COLUMNS=False,
             beside=beside,
         )
         own, arrivals = self._on.own, self._final(sent)
@@ -410,7 +445,7 @@ class SendKinds:
         word = size
         if scale.stride(1) == 1 and not (layout.column_major and not sent.is_staged):
             word = math.gcd(8, sent.scale_bytes, scale.stride(0) * size, scale.data_ptr() & 15, sent.between)
-            word = math.gcd(word, sent.row_bytes) if sent.is_staged else word
+            word = math.gcd(word, sent.scale_offset) if sent.is_staged else word
         places = places_of(layout, word_bytes=None if layout.column_major else word)
         if sent.is_staged:
             places = ScalePlaces(SEGMENT_BYTES=0, ROW_BYTES=sent.between, GROUP_BYTES=word)
@@ -428,7 +463,7 @@ class SendKinds:
         if sent.is_staged and sent.scale_bytes:
             scale_word = layout.dtype.itemsize
             if not layout.column_major:
-                scale_word = math.gcd(8, sent.scale_bytes, sent.row_bytes, sent.between)
+                scale_word = math.gcd(8, sent.scale_bytes, sent.scale_offset, sent.between)
             places = places_of(layout, word_bytes=None if layout.column_major else scale_word)
             scales = shared_out(sent.scale_bytes // scale_word, scale_word, shape.num_warps)
         how = Expanded(
@@ -445,7 +480,9 @@ class SendKinds:
             places=places,
             STAGED_BYTES=sent.between,
             KEEPS=is_fresh,
-            beside=beside._replace(GAPS=beside.GAPS and not is_fresh),
+            IN_SLOT=not self._is_staged,
+            COLUMNS=layout.column_major,
+            beside=beside._replace(GAPS=beside.GAPS and (self._is_staged or not is_fresh)),
         )
         num_copies = self._on.num_ranks * self._spec.max_tokens * self._spec.num_topk // 4096
         programs = shape.programs if sent.is_staged else max(1, min(config.num_sms, num_copies))

@@ -29,7 +29,7 @@ from crossdock.backends.cuda.kernels.groups import (
 )
 from crossdock.backends.cuda.kernels.sync import ABORTED, FAILURE_WORDS
 from crossdock.backends.cuda.plan import PlanShape
-from crossdock.extent import Extent
+from crossdock.extent import Extent, RowCount
 from crossdock.layout import Expanded, Padded
 from crossdock.transport.device import DeviceTransport
 
@@ -148,16 +148,16 @@ class DeviceState:
         self.returns = Returns(self.region("outputs"), self.region("returned"), self.region("returned_extras"))
         torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
 
-    def own_of(self, extent: Extent) -> Own:
-        """What kernels are given for calls of such an M."""
-        return self.own._replace(capacity=odd(extent.capacity), max_tokens=odd(extent.max_tokens))
+    def own_of(self, extent: Extent, row_count: RowCount) -> Own:
+        """What kernels are given for dispatches of such an M."""
+        return self.own._replace(capacity=odd(extent.room(row_count)), max_tokens=odd(extent.max_tokens))
 
     def region(self, name: str, *, offset: int = 0) -> Region:
         """Where a region begins (``offset`` bytes behind), and how large its slots are; zeros where there is none."""
         if name not in self._regions:
             return Region(0, 0)
-        view = self._regions[name]
-        return Region(self.arena[name].offset + offset, view.nbytes // view.shape[0])
+        region = self.arena[name]
+        return Region(region.offset + offset, region.slot_bytes)
 
     def arrivals(self, rows: str, *, scales: str = "scale", scale_offset: int = 0) -> Arrivals:
         """Where dispatched rows land, if they land in that region; their scales, in that one."""
@@ -202,6 +202,6 @@ class DeviceState:
         return Scratch(
             sums=self._zeros(num_chunks * self.plan_shape.num_counts, torch.int32),
             send_starts=self._zeros(2 * (spec.num_experts + self.num_ranks), torch.int32),
-            src_rows=self._zeros(spec.num_slot_rows(self.num_ranks), torch.int64),
+            src_rows=self._zeros(spec.most_rows(self.num_ranks), torch.int64),
             pair_src_rows=self._zeros(max(1, num_pairs), torch.int64),
         )

@@ -130,7 +130,7 @@ class SumKinds:
             return self._launcher.bind(call_kernels.begin_call, 1, on.own, AWAITS=_PUSHERS, num_warps=1)
         num_blocks = on.num_ranks * (on.num_local if spec.layout.per_pick else 1)
         at_once = src_rows_at_once(num_blocks)
-        num_rows = max(spec.num_slot_rows(on.num_ranks), on.num_ranks * spec.max_tokens)
+        num_rows = max(spec.most_rows(on.num_ranks), on.num_ranks * spec.max_tokens)
         programs = min(-(-num_rows // at_once), config.num_sms * PROGRAMS_PER_SM)
         return self._launcher.bind(return_kernels.begin_return, programs, on.own, on.scratch, ROWS=at_once, num_warps=4)
 

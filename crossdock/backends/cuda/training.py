@@ -122,14 +122,20 @@ class TrainingKernels:
         wide = torch.zeros(1, spec.hidden, dtype=spec.combine_dtype, device=self._on.device)
         weights = torch.zeros(1, dtype=torch.float32, device=self._on.device)
         data = view("data", 0)
-        if isinstance(spec.wire, Fp8):
+        if spec.is_staged:
+            if isinstance(spec.wire, Fp8):
+                scales = self._on.arena.scales.of_own_rows(1)
+                scale = scales.of_rows(self._on.empty(*scales.shape, dtype=scales.dtype), 1)
+                self._dequantize(wide, data.view(torch.uint8)[:1], scale, None)
+        elif isinstance(spec.wire, Fp8):
             scale = self._on.arena.scales.of_rows(view("scale", 0), data.shape[0])
             for src_idx in (None, none):
                 self._dequantize(wide, data.view(torch.uint8)[:1], scale, src_idx)
         elif spec.wire.is_unquantized:
             self.own_rows(data[:1], none)
-        self.own_rows(wide, none)
-        self._warm_up_copies()
+        if not spec.is_staged:  # else rows are their caller's already
+            self.own_rows(wide, none)
+            self._warm_up_copies()
         self.weigh_gradients(wide, wide, weights, none)
 
     def _warm_up_copies(self) -> None:

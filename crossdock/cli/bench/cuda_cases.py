@@ -147,7 +147,7 @@ class _Side:
         return replace(self._home(WEIGHTED, pull, moved_rows, None), wanted=self._on_gpu((sums * WEIGHT,)))
 
     def homes(self, num_sms: int | None = None) -> list[CudaCase]:
-        """A pulled and a pushed combine; only the pushed one where ranks sum first, which always push."""
+        """A pulled and a pushed combine; only the pushed one where ranks sum first, or outputs lie in no slot."""
         options, spec, moved = _sms_option(num_sms), self.buffer.spec, self._traffic
 
         def pull() -> Callable[[], Results]:
@@ -161,7 +161,7 @@ class _Side:
 
         sums = moved.home_received + moved.num_tokens
         pushed = self._home(PUSH, push, sums + moved.out_received + moved.home_sent, num_sms)
-        return [pushed] if spec.ranks_sum_picks else [self._home(PULL, pull, sums, num_sms), pushed]
+        return [pushed] if spec.ranks_sum_picks or spec.is_staged else [self._home(PULL, pull, sums, num_sms), pushed]
 
     def step(self) -> CudaCase:
         """A training step, eager: dispatch, combine and their backward passes, with identity experts."""

@@ -45,12 +45,13 @@ def traffic(spec: Spec, topk_idx: Int64[Tensor, "P T K"], rank: int) -> Traffic:
     pairs = [of_rank[spec.num_experts :][: topology.num_ranks].tolist() for of_rank in counts]
     out = picks if spec.layout.per_pick else pairs
     home = pairs if spec.ranks_sum_picks else out
-    received, returned = ([of_rank[rank] for of_rank in rows] for rows in (out, home))
+    over_links = pairs if spec.is_staged else out
+    received, returned, crossed = ([of_rank[rank] for of_rank in rows] for rows in (out, home, over_links))
     return Traffic(
         num_tokens=topk_idx.shape[1],
         out_sent=sum(out[rank]),
         out_received=sum(received),
-        out_from_others=sum(received) - received[rank],
+        out_from_others=sum(crossed) - crossed[rank],
         home_sent=sum(returned),
         home_to_others=sum(returned) - returned[rank],
         home_received=sum(home[rank]),

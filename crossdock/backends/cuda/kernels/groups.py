@@ -294,6 +294,10 @@ class Expanded(NamedTuple):
     """Between staged rows."""
     KEEPS: tl.constexpr
     """Whether the pairs' rows that came are kept in the plan."""
+    IN_SLOT: tl.constexpr
+    """Whether their places are in the slot; else in memory that the launch is given."""
+    COLUMNS: tl.constexpr
+    """Whether scales there are column-major, the words of a row so far apart as the launch says."""
     beside: Beside
 
 

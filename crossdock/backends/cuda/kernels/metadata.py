@@ -116,7 +116,7 @@ def push_partial_rows(call, tables, begin, end, segments, arrivals, sizes, TOKEN
 
 
 @triton.jit
-def zero_words(address, first, last, WORDS: tl.constexpr, DTYPE: tl.constexpr, ROW: tl.constexpr, GROUP: tl.constexpr):
+def zero_words(address, first, last, WORDS: tl.constexpr, DTYPE: tl.constexpr, ROW: tl.constexpr, GROUP):
     """Zeroes the words of rows from ``first`` to ``last``: ROW words between rows, GROUP between the words of one."""
     PIECE: tl.constexpr = min(triton.next_power_of_2(WORDS), _ZEROS)
     memory = pointers(address, DTYPE)
@@ -129,24 +129,34 @@ def zero_words(address, first, last, WORDS: tl.constexpr, DTYPE: tl.constexpr, R
 
 @triton.jit
 def zero_gaps(call, tables, rank, segments, arrivals, sizes, beside):
-    """Zeroes the rows that alignment leaves behind the last row of each segment, and their scales.
-
-    Each program of a grid takes its share of the segments.
-    """
+    """Zeroes the rows of a slot that alignment leaves behind the last row of each segment, and their scales."""
     if beside.GAPS:
-        P: tl.constexpr = sizes.P
-        L: tl.constexpr = sizes.L
         segment, slot = tl.load(segments + rank), slot_of(call, rank)
-        for local in range(tl.program_id(0), L, tl.num_programs(0)):
-            block = tables.incoming + local * P + P - 1
-            first, last = tl.load(block) + tl.load(block + L * P), tl.load(tables.starts + local + 1)
-            to_rows = region_at(segment, arrivals.rows, slot)
-            zero_words(to_rows, first, last, beside.ROW, beside.ROW_WORD, beside.ROW, 1)
-            if beside.SCALES > 0:
-                to_scales = region_at(segment, arrivals.scales, slot)
-                SCALE_ROW: tl.constexpr = beside.SCALE_ROW
-                SCALE_GROUP: tl.constexpr = beside.SCALE_GROUP
-                zero_words(to_scales, first, last, beside.SCALES, beside.SCALE_WORD, SCALE_ROW, SCALE_GROUP)
+        to_rows, to_scales = region_at(segment, arrivals.rows, slot), region_at(segment, arrivals.scales, slot)
+        zero_gaps_at(tables, to_rows, to_scales, beside.SCALE_GROUP, sizes, beside)
+
+
+@triton.jit
+def zero_gaps_at(tables, to_rows, to_scales, scale_group, sizes, beside):
+    """The same of rows, and scales, behind addresses. Each program of a grid takes its share of the segments.
+
+    Args:
+        scale_group: words between those of a row's scales.
+    """
+    P: tl.constexpr = sizes.P
+    L: tl.constexpr = sizes.L
+    for local in range(tl.program_id(0), L, tl.num_programs(0)):
+        block = tables.incoming + local * P + P - 1
+        first, last = tl.load(block) + tl.load(block + L * P), tl.load(tables.starts + local + 1)
+        zero_rows(to_rows, to_scales, first, last, scale_group, beside)
+
+
+@triton.jit
+def zero_rows(to_rows, to_scales, first, last, scale_group, beside):
+    """Zeroes rows from ``first`` to ``last``, and their scales."""
+    zero_words(to_rows, first, last, beside.ROW, beside.ROW_WORD, beside.ROW, 1)
+    if beside.SCALES > 0:
+        zero_words(to_scales, first, last, beside.SCALES, beside.SCALE_WORD, beside.SCALE_ROW, scale_group)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "slot", "num_rows", "rank"])

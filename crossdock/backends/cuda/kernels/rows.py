@@ -20,6 +20,8 @@ from crossdock.backends.cuda.kernels.metadata import (
     region_at,
     row_at,
     zero_gaps,
+    zero_gaps_at,
+    zero_rows,
 )
 from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.plan import NUM_PAIRS, NUM_ROWS
@@ -159,14 +161,30 @@ def return_rows_to(y, plan, call, num_tokens, rank, max_polls: tl.int64, stride,
     end_call(own, call, tables.tokens, rank, max_polls, how.ends)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "rank"])
-def expand_rows(plan, call, num_tokens, rank, own, staged, arrivals, how):
+@triton.jit(do_not_specialize=["to_rows", "to_scales", "group_words", "num_rows", "num_tokens", "rank"])
+def expand_rows(  # noqa: PLR0912 - branches of the compiler, most of them
+    to_rows: tl.int64,
+    to_scales: tl.int64,
+    group_words: tl.int64,
+    num_rows,
+    plan,
+    call,
+    num_tokens,
+    rank,
+    own,
+    staged,
+    arrivals,
+    how,
+):
     """Copies each staged row, one for all picks of its token here, to the places of those picks; and its scales.
 
     Behind the end of the call's wait. Which rows are a token's has come with them, and is kept in the plan first.
 
     Args:
-        staged, arrivals: where rows and their scales are staged, and where they belong.
+        to_rows, to_scales: addresses of rows and scales in memory that is no slot's; gaps in it, and rows up to
+            ``num_rows`` behind those that came, become 0. Not looked at where the places are in the slot.
+        group_words: between the words of a row's scales there, where they are column-major.
+        staged, arrivals: where rows and their scales are staged, and where they belong in the slot.
     """
     K: tl.constexpr = own.sizes.K
     ROW: tl.constexpr = how.rows.ROW
@@ -184,10 +202,22 @@ def expand_rows(plan, call, num_tokens, rank, own, staged, arrivals, how):
                 at = first + tl.arange(0, KEPT)
                 is_there = at < num_pairs * K
                 tl.store(tables.partial_rows + at, tl.load(came + at, mask=is_there), mask=is_there)
-        zero_gaps(call, tables, rank, own.segments, arrivals, own.sizes, how.beside)
+        between = how.places.GROUP_BYTES // how.scales.SIZE
+        between_gaps = how.beside.SCALE_GROUP
+        if how.IN_SLOT:
+            to_rows, to_scales = region_at(segment, arrivals.rows, slot), region_at(segment, arrivals.scales, slot)
+        else:  # the interpreter makes of a number what has room for it
+            to_rows, to_scales = as_int64(to_rows), as_int64(to_scales)
+        if how.COLUMNS and not how.IN_SLOT:
+            between, between_gaps = group_words, group_words
+        if how.beside.GAPS:
+            zero_gaps_at(tables, to_rows, to_scales, between_gaps, own.sizes, how.beside)
+        if not how.IN_SLOT:
+            for row in range(tl.load(tables.scalars + NUM_ROWS) + tl.program_id(0), num_rows, tl.num_programs(0)):
+                zero_rows(to_rows, to_scales, row, row + 1, between_gaps, how.beside)
         if how.rows.STAGED:
             here = pointers(region_at(segment, staged.rows, slot), how.rows.WORD)
-            rows = pointers(region_at(segment, arrivals.rows, slot), how.rows.WORD)
+            rows = pointers(to_rows, how.rows.WORD)
             STAGED_ROW: tl.constexpr = how.STAGED_BYTES // (how.rows.ROW_BYTES // ROW)
             for i in range(tl.program_id(0), num_pairs * PIECES, tl.num_programs(0)):
                 pair = i // PIECES
@@ -205,6 +235,6 @@ def expand_rows(plan, call, num_tokens, rank, own, staged, arrivals, how):
                         tl.store(to_row + at, row, mask=at < ROW)
             if how.scales.SCALES > 0:
                 expand_scales(
-                    region_at(segment, staged.scales, slot), region_at(segment, arrivals.scales, slot), came, num_pairs,
-                    value_of(own.capacity), how.STAGED_BYTES, own.sizes, how.scales, how.places,
+                    region_at(segment, staged.scales, slot), to_scales, came, num_pairs, value_of(own.capacity),
+                    between, how.STAGED_BYTES, own.sizes, how.scales, how.places,
                 )  # fmt: skip

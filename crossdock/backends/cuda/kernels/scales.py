@@ -78,13 +78,23 @@ def copy_scales(
 
 @triton.jit
 def expand_scales(
-    from_address, to_address, partial_rows, num_pairs, segment_rows, STAGED_BYTES: tl.constexpr, sizes, scales, places
+    from_address,
+    to_address,
+    partial_rows,
+    num_pairs,
+    segment_rows,
+    group_words,
+    STAGED_BYTES: tl.constexpr,
+    sizes,
+    scales,
+    places,
 ):
     """A program's share of the scales of staged rows: to the places of their tokens' picks here.
 
     Args:
         from_address, to_address: int64, where scales of the first staged row, and scales here begin.
         partial_rows: int32 ``[pairs, K]``, dst_rows, -1 for picks of other ranks.
+        group_words: between those of a row here.
     """
     K: tl.constexpr = sizes.K
     SCALES: tl.constexpr = scales.SCALES
@@ -98,7 +108,7 @@ def expand_scales(
         group = (i % PIECES * PIECE + tl.arange(0, PIECE))[None, :]
         is_scale = (pair < num_pairs)[:, None] & (group < SCALES)
         word = tl.load(staged + pair.to(tl.int64)[:, None] * (STAGED_BYTES // SIZE) + group, mask=is_scale)
-        behind = group.to(tl.int64) * (places.GROUP_BYTES // SIZE)
+        behind = group.to(tl.int64) * group_words
         for k in tl.static_range(K):
             row = tl.load(partial_rows + pair.to(tl.int64) * K + k, mask=pair < num_pairs, other=-1)
             there = scale_offset(row, segment_rows, places.SEGMENT_BYTES // SIZE, places.ROW_BYTES // SIZE)
