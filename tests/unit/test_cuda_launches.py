@@ -249,7 +249,7 @@ def test_the_backends_part_of_a_warm_call_is_few_calls_of_python(case, options, 
         ("compact", {}, "pushed", 29),
         ("compact", {}, "pushed, weights, bias", 31),
         ("expanded at the receiver", {}, "fresh", 34),
-        ("staged at the receiver", {}, "fresh", 38),
+        ("staged at the receiver", {}, "fresh", 40),
         ("padded", {"max_tokens": 64}, "fresh", 31),
     ],
 )
