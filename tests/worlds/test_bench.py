@@ -80,6 +80,21 @@ def test_fp8_brings_the_unquantized_wire_beside_it(tmp_path):
 
 
 @with_forks
+@pytest.mark.parametrize(("wire", "row_bytes"), [("nvfp4", 128 // 2 + 8), ("mxfp8", 128 + 4)])
+def test_opaque_rows_travel_as_they_are_and_outputs_come_home_in_their_own_format(tmp_path, wire, row_bytes):
+    path = tmp_path / "results.jsonl"
+    assert main([*TINY, f"--wire={wire}", "--layout=padded", f"--json={path}"]) == 0
+    lines = lines_of(path)
+    assert [(line["op"], line["wire"]) for line in lines] == [
+        (OUT, wire),
+        (CACHED, wire),
+        (PULL, "bf16"),
+        (PUSH, "bf16"),
+    ]
+    assert all(line["bytes"] % row_bytes == 0 for line in lines[:2])
+
+
+@with_forks
 def test_counts_bytes_by_hand(tmp_path):
     """Of each rank's two tokens both go to rank 0 and one to rank 1: 4 rows and 2 rows come, half of them from afar."""
     load, path = tmp_path / "load.npy", tmp_path / "results.jsonl"
@@ -243,7 +258,7 @@ def test_what_gpus_are_compared_with_is_what_cpus_give():
         replace(CONFIG, reduce=reduce, layout=layout, alignment=alignment, wire=wire)
         for reduce in ("token", "rank")
         for layout, alignment in (("compact", 1), ("expanded", 4), ("padded", 1))
-        for wire in ("bf16", "fp8")
+        for wire in ("bf16", "fp8", "nvfp4")
     ]
     jobs = [bench.make_job(config) for config in configs]
     expected = [
@@ -255,7 +270,7 @@ def test_what_gpus_are_compared_with_is_what_cpus_give():
             ("dispatch (eager)" if config.layout == "padded" else "dispatch (eager, host sync)", config.wire, False),
             *[("combine (pull)", "bf16", True)] * (config.reduce == "token" or config.layout == "compact"),
             ("combine (push)", "bf16", True),
-            ("training step", config.wire, False),
+            *[("training step", config.wire, False)] * (config.wire != "nvfp4"),
             *[("combine (pull, weighted)", "bf16", True)] * (config.layout == "padded" and config.reduce == "token"),
         ]
         for config in configs

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crossdock.buffer import Buffer
-from crossdock.cli.bench.config import Job
+from crossdock.cli.bench.config import WIRES, Job
 from crossdock.cli.bench.exchange import AllToAll, Arrived
 from crossdock.cli.bench.traffic import Traffic, traffic
 from crossdock.layout import Padded
 from crossdock.received import Received
 from crossdock.spec import Spec
-from crossdock.wire import Bf16, Fp8, Quantized
+from crossdock.wire import Bf16, Fp8, Opaque, Quantized, Wire
 
 Rows: TypeAlias = Received | Arrived | Tensor
 Ready: TypeAlias = Callable[[], Callable[[], Rows]]
@@ -136,7 +136,7 @@ class _Side:
         spec, row_bytes = self.buffer.spec, self.buffer.spec.row_bytes()
         return Case(
             op=op,
-            wire=name_of(spec.wire.dtype),
+            wire=name_of_wire(spec.wire),
             num_bytes=self.traffic.out_received * row_bytes,
             link_bytes=self.traffic.out_from_others * row_bytes,
             copy_bytes=self.traffic.out_sent * row_bytes,
@@ -159,8 +159,19 @@ class _Side:
 
 
 def draw_rows(spec: Spec, num_tokens: int, *, seed: int) -> tuple[Tensor, Tensor | Quantized]:
-    """Random rows [T, H]: unquantised, and as passed to a dispatch (quantised for Fp8, else the same tensor)."""
-    values = torch.randn(num_tokens, spec.hidden, generator=torch.Generator().manual_seed(seed))
+    """Random rows [T, H]: unquantised, and as passed to a dispatch.
+
+    These are quantised for Fp8, of any bits for Opaque, and else the same tensor.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(num_tokens, spec.hidden, generator=generator)
+    if isinstance(spec.wire, Opaque):
+        wire, hidden = spec.wire, spec.hidden
+        parts = (wire.num_columns(hidden), wire.dtype), (wire.num_scales(hidden), wire.scale_dtype)
+        sizes = [(num_tokens, columns * dtype.itemsize) for columns, dtype in parts]
+        raw = [torch.randint(256, size, dtype=torch.uint8, generator=generator) for size in sizes]
+        data, scale = (part.view(dtype) for part, (_, dtype) in zip(raw, parts, strict=True))
+        return values.to(spec.combine_dtype), Quantized(data, scale)
     if isinstance(spec.wire, Fp8):
         rows = values.to(spec.combine_dtype)
         return rows, spec.wire.quantize(rows)
@@ -192,6 +203,11 @@ def bits(rows: Rows, spec: Spec) -> list[Tensor]:
 def parts_of(rows: Tensor | Quantized) -> tuple[Tensor, ...]:
     """The rows' tensors: data, and scales if quantised."""
     return tuple(rows) if isinstance(rows, Quantized) else (rows,)
+
+
+def name_of_wire(wire: Wire) -> str:
+    """The command line's name of a wire."""
+    return next(name for name, known in WIRES.items() if known == wire)
 
 
 def name_of(dtype: torch.dtype) -> str:

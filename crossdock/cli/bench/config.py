@@ -15,9 +15,17 @@ from crossdock.layout import Compact, Expanded, Layout, Padded
 from crossdock.plan import local_counts
 from crossdock.routing import hot_expert_load, recorded_load, uniform_load, zipf_load
 from crossdock.spec import Spec, Topology
-from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Wire
+from crossdock.wire import Bf16, Fp8, Fp16, Fp32, Opaque, Wire
 
-WIRES: dict[str, Wire] = {"bf16": Bf16(), "fp16": Fp16(), "fp32": Fp32(), "fp8": Fp8()}
+WIRES: dict[str, Wire] = {
+    "bf16": Bf16(),
+    "fp16": Fp16(),
+    "fp32": Fp32(),
+    "fp8": Fp8(),
+    "mxfp8": Opaque(dtype=torch.float8_e4m3fn, block=32, scale_dtype=torch.uint8),
+    "nvfp4": Opaque(values_per_element=2, block=16, scale_dtype=torch.float8_e4m3fn),
+}
+"""The last two are bits to the library: outputs come home in bf16."""
 LAYOUTS: dict[str, Layout] = {
     "compact": Compact(),
     "expanded": Expanded(),

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from crossdock import autograd
 from crossdock.buffer import Buffer
-from crossdock.cli.bench.cases import Rows, bits, draw_outputs, draw_rows, name_of, parts_of
+from crossdock.cli.bench.cases import Rows, bits, draw_outputs, draw_rows, name_of, name_of_wire, parts_of
 from crossdock.cli.bench.config import Job
 from crossdock.cli.bench.exchange import AllToAll
 from crossdock.cli.bench.traffic import traffic
 from crossdock.cli.world import Member
 from crossdock.layout import Padded
 from crossdock.spec import Spec
-from crossdock.wire import Bf16, Fp8, Quantized
+from crossdock.wire import Bf16, Fp8, Opaque, Quantized
 
 CACHED, STEP = "dispatch (cached plan, graph)", "training step"
 FUSED, PULL, PUSH = "dispatch (fused cast, graph)", "combine (pull)", "combine (push)"
@@ -66,7 +66,9 @@ def open_cuda_cases(member: Member, job: Job) -> Iterator[tuple[list[CudaCase], 
     """
     with ExitStack() as stack:
         side = stack.enter_context(_side(job.spec, member, job))
-        cases = [side.cached(), side.eager(), *side.homes(), side.step()]
+        cases = [side.cached(), side.eager(), *side.homes()]
+        if not isinstance(job.spec.wire, Opaque):  # which has no gradients
+            cases.append(side.step())
         if isinstance(job.spec.layout, Padded):
             cases[1:1] = [side.fresh()]
             cases += [side.weighted()] if job.spec.reduce == "token" else []
@@ -98,7 +100,8 @@ class _Side:
         self._exchange = AllToAll(spec, member.num_ranks)
         self._route = self._exchange.route(picks[rank])
         self._rows = self._exchange.send(parts_of(self._x), self._route)
-        self._y = draw_outputs(spec, self._rows.parts[0].shape, seed=job.seed + rank)
+        lead = self._rows.parts[0].shape[:-1]
+        self._y = draw_outputs(spec, torch.Size((*lead, spec.hidden)), seed=job.seed + rank)
         self._wanted_rows = self._on_gpu((self._rows,))
         self._wanted_sums = self._on_gpu((self._exchange.combine(self._y, self._route),))
         self.topk_idx, self.x = picks[rank].to(self._device), _to(self._x, self._device)
@@ -128,8 +131,12 @@ class _Side:
         return self._out(FUSED, lambda: lambda: (self.buffer.dispatch(self.unquantised, self.plan),), None)
 
     def fresh(self) -> CudaCase:
-        """A fresh dispatch of unquantised rows without a host sync, as in a decode step; quantised as they are sent."""
-        call = lambda: (self.buffer.dispatch(self.unquantised, self.topk_idx),)  # noqa: E731 - as above
+        """A fresh dispatch without a host sync, as in a decode step, of rows that are quantised as they are sent.
+
+        Opaque ones are given as they travel.
+        """
+        x = self.x if isinstance(self.buffer.spec.wire, Opaque) else self.unquantised
+        call = lambda: (self.buffer.dispatch(x, self.topk_idx),)  # noqa: E731 - as above
         return self._out(FRESH, lambda: call, None)
 
     def weighted(self) -> CudaCase:
@@ -179,7 +186,7 @@ class _Side:
         pushed = moved.out_received + moved.home_sent + moved.home_received + moved.num_tokens
         return CudaCase(
             op=STEP,
-            wire=name_of(spec.wire.dtype),
+            wire=name_of_wire(spec.wire),
             spec=spec,
             num_bytes=moved.out_received * (spec.row_bytes() + row_bytes) + 2 * moved.home_sent * row_bytes,
             link_bytes=moved.out_from_others * (spec.row_bytes() + row_bytes) + 2 * moved.home_to_others * row_bytes,
@@ -215,7 +222,7 @@ class _Side:
             op, in_graph = op.replace(", graph)", ", eager)"), False
         return CudaCase(
             op=op,
-            wire=name_of(spec.wire.dtype),
+            wire=name_of_wire(spec.wire),
             spec=spec,
             num_bytes=self._traffic.out_received * row_bytes,
             link_bytes=self._traffic.out_from_others * row_bytes,
