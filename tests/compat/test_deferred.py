@@ -142,3 +142,22 @@ def test_what_is_no_expert_parallelism_is_refused_by_name(world):
 def test_classes_of_other_things_say_what_to_use(name):
     with pytest.raises(NotSupported, match=f"{name} is not supported: .*use|{name} is not supported: .*replicate"):
         getattr(deep_ep, name)(1, 2)
+
+
+def test_a_hook_that_fails_is_called_again():
+    event, tries = deep_ep.EventOverlap(deep_ep.EventHandle()), []
+
+    def hook():
+        tries.append(event.event)
+        if len(tries) == 1:
+            raise RuntimeError("not yet")
+        return "done"
+
+    event.register_hook_after_wait(hook)
+    with pytest.raises(RuntimeError, match="not yet"):
+        event.wait()
+    assert event.wait() == "done"
+    assert event.event is not tries[1]  # another moment: who waits later waits for what the hook did
+    assert event.wait(release_handle=True) is None
+    assert event.event is None
+    assert len(tries) == 2

@@ -52,7 +52,7 @@ class EventOverlap:
         self._is_released_at_exit = False
 
     def current_stream_wait(self, release_handle: bool = False) -> Any:
-        """The current stream waits; gives what the hook gives, the first time.
+        """The current stream waits; gives what the hook gives, the first time. A hook that fails is called again.
 
         Args:
             release_handle: forget the event, and what was kept for it.
@@ -62,8 +62,10 @@ class EventOverlap:
             "current stream already; ask for async_finish=True (async_with_compute_stream=True), or leave the wait out"
         )
         self.event.current_stream_wait()
-        hook, self.hook_after_wait = self.hook_after_wait, None
-        result = None if hook is None else hook()
+        result = None
+        if (hook := self.hook_after_wait) is not None:
+            result = hook()
+            self.hook_after_wait, self.event = None, EventHandle()  # who waits later waits for what the hook did too
         if release_handle:
             self.event = self.extra_tensors = None
         return result
