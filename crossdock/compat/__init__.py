@@ -10,10 +10,12 @@ from types import ModuleType
 from crossdock.errors import ConfigError
 
 _MODULES = (
-    "",
-    *(".comm", ".utils", ".utils.envs", ".utils.event", ".utils.gate", ".utils.math", ".utils.refs", ".utils.testing"),
+    *("", ".buffers", ".comm"),
+    *(".utils", ".utils.envs", ".utils.event", ".utils.gate", ".utils.math", ".utils.refs", ".utils.testing"),
 )
-"""What programs import of ``deep_ep``: the package itself, and modules in it."""
+_ELSEWHERE = {".buffer": ".v1", ".buffers.elastic": ".elastic", ".buffers.legacy": ".v1", ".utils.comm": ".comm"}
+_HOMES = {name: name for name in _MODULES} | _ELSEWHERE
+"""Modules that programs import of ``deep_ep``, from the package itself on, and where they are here."""
 _HOME = f"{__name__}.deep_ep"
 ORIGIN = "crossdock.compat"
 """Where a finder says that it has its ``deep_ep`` from, when that is Crossdock's (``compat-dist``)."""
@@ -46,8 +48,8 @@ def install(*, v2: bool = False, replace: bool = False) -> ModuleType:
         for name in names:
             _check_free(name.partition(".")[0])
     for name, home in names.items():
-        for part in _MODULES if home == _HOME else ("",):
-            sys.modules[name + part] = importlib.import_module(home + part)
+        for part, where in _HOMES.items() if home == _HOME else [("", "")]:
+            sys.modules[name + part] = importlib.import_module(home + where)
     return sys.modules["deep_ep"]
 
 

@@ -225,6 +225,22 @@ def test_9_a_constructor_may_be_wrapped(world):
     world.run(wrapped)
 
 
+def runtime(group):
+    """9: what programs ask the runtime for: whether ranks are of one host, and where calls run."""
+    for buffer in (deep_ep.Buffer(group, explicitly_destroy=True), make_elastic(group, "V2")[1]):
+        assert buffer.runtime.is_available()
+        assert (buffer.runtime.get_num_rdma_ranks(), buffer.runtime.get_rdma_rank()) == (1, 0)
+        assert buffer.runtime.get_comm_stream() is buffer.get_comm_stream()
+        assert buffer.runtime.get_local_device_id() == -1
+        buffer.destroy()
+        assert not buffer.runtime.is_available()
+
+
+@pytest.mark.worlds("inproc-1")
+def test_9_the_runtime_says_where_it_is(world):
+    world.run(runtime)
+
+
 def ends(group):
     """9: destroy() where it was announced, and then every call says that it is over."""
     batch = make_batch(group_size(group))

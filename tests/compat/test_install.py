@@ -34,6 +34,12 @@ def test_modules_are_found_by_their_names():
         assert deep_ep_cpp.is_sm90_compiled() and deep_ep_cpp.topk_idx_t is topk_idx_t
         hint = deep_ep_cpp.get_low_latency_rdma_size_hint(8, 128, 2, 4)
         assert hint == Buffer.get_low_latency_rdma_size_hint(8, 128, 2, 4)
+        from deep_ep.buffer import Buffer as first
+        from deep_ep.buffers.legacy import Buffer as second
+        from deep_ep.buffers.elastic import ElasticBuffer as third, EPHandle
+        import deep_ep.buffers.elastic
+        from deep_ep.utils.comm import get_physical_domain_size
+        assert first is second is deep_ep.buffers.Buffer is Buffer and third is deep_ep.buffers.elastic.ElasticBuffer
         for name in ("deep_ep", "deep_ep_cpp", "deep_ep.utils", "deep_ep.utils.envs"):
             assert importlib.util.find_spec(name) is not None, name
         assert "deep_ep_v2" not in sys.modules

@@ -1,6 +1,6 @@
 """DeepEP's interfaces over Crossdock: ``Buffer`` (V1), ``ElasticBuffer`` (V2), ``EPBuffer`` (V2.5)."""
 
-from crossdock.compat.deep_ep import comm, utils
+from crossdock.compat.deep_ep import buffers, comm, utils
 from crossdock.compat.deep_ep import cpp as _C  # noqa: F401, N812 - what it has been called since DeepEP 2.0
 from crossdock.compat.deep_ep.base import BufferBase
 from crossdock.compat.deep_ep.comm import (
@@ -35,6 +35,7 @@ __all__ = [
     "EventOverlap",
     "PPBuffer",
     "__version__",
+    "buffers",
     "comm",
     "destroy_all_managed_nccl_comm",
     "get_logical_domain_size",

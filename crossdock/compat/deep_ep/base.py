@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crossdock import cost
-from crossdock.compat.deep_ep import sizes
+from crossdock.compat.deep_ep import cpp, sizes
 from crossdock.compat.deep_ep.comm import get_logical_domain_size, get_physical_domain_size, size_of
 from crossdock.compat.deep_ep.engine import Engine
 from crossdock.compat.deep_ep.ep_handle import EPHandle
@@ -52,7 +52,7 @@ class BufferBase:
         self.scaleout_rank_idx, self.scaleup_rank_idx = 0, self.rank_idx
         self.num_rdma_ranks, self.num_nvlink_ranks = 1, self.num_ranks
         self.nccl_comm_handle = None
-        self.runtime = self._engine
+        self.runtime = cpp.Buffer(self._engine)
         self.explicitly_destroy = False
         self._calls = ExpertParallel(
             self._engine,

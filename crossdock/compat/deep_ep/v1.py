@@ -68,7 +68,7 @@ class Buffer(LowLatency):
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.explicitly_destroy = low_latency_mode, explicitly_destroy
         self.enable_shrink = enable_shrink
-        self.runtime = self._engine
+        self.runtime = cpp.Buffer(self._engine)
         self._normal = Normal(self._engine)
         self._begin_low_latency()
 
