@@ -1,6 +1,8 @@
 """V2's and V2.5's calls by their definition: both layouts, with and without the host, handles, weights, sums."""
 
 import copy
+import inspect
+import pickle
 
 import pytest
 import torch
@@ -480,17 +482,55 @@ def test_ranks_wait_for_each_other(world, kind):
     world.run(barriers, kind)
 
 
-def hand_made(group):
-    """A handle of its parts has their values, and no routing."""
+def other_forms(group, kind, expands):
+    """A handle that was copied with its tensors, or made of its parts: the routing is found again, on all ranks."""
+    batch, buffer = make(group, kind)
+    r = buffer.rank_idx
+    names = list(inspect.signature(deep_ep.EPHandle).parameters)
+    for asks_host in (True, False):
+        recv_x, recv_idx, recv_weights, handle, _ = dispatched(
+            buffer, batch, do_expand=expands, do_cpu_sync=asks_host, expert_alignment=4, num_max_tokens_per_rank=11
+        )
+        rows, _ = expanded_rows(batch, r, 4) if expands else (batch.pairs(r), None)
+        came = [row for row, place in enumerate(rows) if place is not None]
+        y = weighted(batch, buffer, recv_x, recv_idx, rows)
+        made = deep_ep.EPHandle(*(getattr(handle, name) for name in names))
+        assert all(getattr(made, name) is getattr(handle, name) for name in names)
+        _, later = make(group, kind)
+        for form in (copy.deepcopy(handle), pickle.loads(pickle.dumps(handle)), made):  # noqa: S301 - our own
+            assert torch.equal(form.recv_src_metadata, handle.recv_src_metadata)
+            for where in (buffer, later):
+                out, _, _ = where.combine(y, form)
+                assert torch.equal(out, want_sums(batch, r))
+            again, *_, same, _ = later.dispatch(2 * batch.x[r], handle=form)
+            assert same is form
+            assert torch.equal(again[came], 2 * recv_x[came])
+            out, home, _ = later.combine(y, form, topk_weights=recv_weights)
+            assert torch.equal(home, batch.topk_weights[r].where(batch.topk_idx[r] >= 0, 0.0))
+        buffer.destroy()
+        out, _, _ = later.combine(y, handle)
+        assert torch.equal(out, want_sums(batch, r))
+        buffer = later
+    with pytest.raises(ConfigError, match="pass the EPHandle"):
+        buffer.combine(y, None)
+
+
+@layouts
+@kinds
+def test_a_handle_serves_in_every_form(world, kind, expands):
+    world.run(other_forms, kind, expands)
+
+
+def few_specs(group):
+    """Calls of all M up to a power of two, with the host and without, are one Spec's."""
     batch, buffer = make(group, "V2")
-    recv_x, _, _, handle, _ = dispatched(buffer, batch)
-    names = list(__import__("inspect").signature(deep_ep.EPHandle).parameters)
-    made = deep_ep.EPHandle(*(getattr(handle, name) for name in names))
-    assert all(getattr(made, name) is getattr(handle, name) for name in names)
-    with pytest.raises(ConfigError, match=r"copy\.copy"):
-        buffer.combine(recv_x, made)
+    for expands in (False, True):
+        for num_tokens in (12, 16, 13, 11):
+            for asks_host in (True, False):
+                dispatched(buffer, batch, num_max_tokens_per_rank=num_tokens, do_cpu_sync=asks_host, do_expand=expands)
+    return len(buffer._engine._buffers)
 
 
-@pytest.mark.worlds("inproc-1")
-def test_a_handle_of_parts_says_that_it_has_no_routing(world):
-    world.run(hand_made)
+@pytest.mark.worlds("inproc-1", "inproc-2")
+def test_calls_of_several_m_share_a_spec(world):
+    assert set(world.run(few_specs)) == {2}

@@ -1,5 +1,7 @@
 """V1's low-latency calls by their definition: blocks, counts, handles, hooks, casts, sums."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -167,22 +169,38 @@ def test_hooks_that_nobody_calls_are_in_no_ones_way(world):
 
 
 def saved(group):
-    """A handle's tensors as other objects over the same memory; a copy of them is told apart."""
-    batch, buffer = make(group)
+    """A handle's tensors as other objects over the same memory, and as copies, also in a buffer that was made later."""
+    batch, buffer = make(group, explicitly_destroy=True)
     r = buffer.rank
-    recv_x, _, handle, _, _ = buffer.low_latency_dispatch(
-        batch.x[r], batch.topk_idx[r], M, batch.num_experts, use_fp8=False
-    )
-    other = tuple(part.view_as(part) if isinstance(part, torch.Tensor) else part for part in handle)
-    first, _, _ = buffer.low_latency_combine(recv_x, batch.topk_idx[r], batch.topk_weights[r], handle)
-    second, _, _ = buffer.low_latency_combine(recv_x, batch.topk_idx[r], batch.topk_weights[r], other)
-    assert torch.equal(first, second)
-    copied = tuple(part.clone() if isinstance(part, torch.Tensor) else part for part in handle)
-    with pytest.raises(ConfigError, match="were copied"):
-        buffer.low_latency_combine(recv_x, batch.topk_idx[r], batch.topk_weights[r], copied)
+    idx, weights = batch.topk_idx[r], batch.topk_weights[r]
+    for hook in (False, True):
+        recv_x, count, handle, _, call = buffer.low_latency_dispatch(
+            batch.x[r], idx, M, batch.num_experts, use_fp8=False, return_recv_hook=hook
+        )
+        finish(deep_ep.EventOverlap(), call)
+        first, _, _ = buffer.low_latency_combine(recv_x, idx, weights, handle)
+        other = tuple(part.view_as(part) if isinstance(part, torch.Tensor) else part for part in handle)
+        second, _, _ = buffer.low_latency_combine(recv_x, idx, weights, other)
+        assert torch.equal(first, second)
+        for e, num in enumerate(count.tolist()):
+            recv_x[e, num:] = float("nan")
+        copied = tuple(part.clone() if isinstance(part, torch.Tensor) else part for part in handle)
+        with pytest.raises(ConfigError, match="outputs of your own"):
+            buffer.get_next_low_latency_combine_buffer(copied)
+        sent = pickle.loads(pickle.dumps(handle))  # noqa: S301 - our own
+        _, later = make(group)
+        for where, form in ((buffer, copied), (buffer, copied), (later, handle), (later, sent)):
+            out, _, call = where.low_latency_combine(recv_x, idx, weights, form, return_recv_hook=hook)
+            finish(deep_ep.EventOverlap(), call)
+            assert torch.equal(out, first)
+    buffer.destroy()
+    out, _, _ = later.low_latency_combine(recv_x, idx, weights, handle)
+    assert torch.equal(out, first)
+    with pytest.raises(ConfigError, match="two tensors and three numbers"):
+        later.low_latency_combine(recv_x, idx, weights, handle[:2])
 
 
-def test_a_handle_is_known_by_its_memory(world):
+def test_a_handle_serves_in_every_form(world):
     world.run(saved)
 
 

@@ -145,6 +145,25 @@ def test_a_handle_serves_in_every_form(world):
     world.run(handles)
 
 
+def in_another_buffer(group):
+    """Programs remake a buffer between a forward and a backward pass, and may have destroyed the first one."""
+    batch = make_batch(group_size(group))
+    first = deep_ep.Buffer(group, explicitly_destroy=True)
+    recv_x, _, recv_weights, _, handle, _ = dispatched(first, batch)
+    saved, later = tuple(handle), deep_ep.Buffer(group, 1 << 20)
+    for is_destroyed in (False, True):
+        if is_destroyed:
+            first.destroy()
+        for form in (handle, saved):
+            out, out_weights, _ = later.combine(recv_x, form, topk_weights=recv_weights)
+            check_sums(batch, later, out, out_weights)
+            assert torch.equal(later.dispatch(batch.x[later.rank], handle=form)[0], recv_x)
+
+
+def test_a_handle_outlives_its_buffer(world):
+    world.run(in_another_buffer)
+
+
 def many_handles(group):
     """Records go when their tensors do, and those that are still there are found."""
     batch = make_batch(group_size(group))

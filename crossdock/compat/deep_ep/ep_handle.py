@@ -15,7 +15,6 @@ from torch import Tensor
 from crossdock.backends.base import PlanTensors
 from crossdock.buffer import Buffer
 from crossdock.compat.deep_ep import tables
-from crossdock.errors import ConfigError
 from crossdock.plan import Plan
 from crossdock.received import Received
 
@@ -75,22 +74,21 @@ class Routed:
 
     def metadata(self) -> Tensor:
         """int32 [N, K + 2], or [R * M, K + 2] where the host does not know N."""
-        recv, spec = self.recv, self.buffer.spec
-        src_idx = tables.sources(recv.src_idx, spec.max_tokens, self.num_tokens)
+        recv = self.recv
         if not self.is_expanded:
             local_idx = recv.topk_idx
             assert local_idx is not None
-            return tables.metadata(src_idx, local_idx >= 0, None, self.num_tokens)
+            return tables.metadata(recv.src_idx, local_idx >= 0, None, self.num_tokens)
         num_pairs = self.psum_of_ranks()[-1]
         pairs, num_ranks = self.plan.partial_rows, self.buffer.topology.num_ranks
         if pairs is None:
             ends = self.plan.segment_starts[1:]
             first = self.buffer.rank * self.plan.num_tokens_per_expert.shape[0]
-            pairs = tables.pairs_of_rows(recv.src_idx, recv.extras[0], ends, first, num_ranks * spec.max_tokens)
+            pairs = tables.pairs_of_rows(recv.src_idx, recv.extras[0], ends, first, num_ranks * self.num_tokens)
         num_rows = int(num_pairs) if self.asks_host else num_ranks * self.num_tokens
         if pairs.shape[0] < num_rows:
             pairs = torch.cat([pairs, pairs.new_full((num_rows - pairs.shape[0], pairs.shape[1]), -1)])
-        return tables.expanded_metadata(src_idx, pairs[:num_rows], num_pairs, self.num_tokens)
+        return tables.expanded_metadata(recv.src_idx, pairs[:num_rows], num_pairs, self.num_tokens)
 
     def slots(self, topk_idx: Tensor) -> Tensor:
         """int32 [T, K]: a number for each pick, the same whenever the input is."""
@@ -130,7 +128,7 @@ class EPHandle:
         del fields["self"]
         topk_idx = fields.pop("topk_idx")
         self.__dict__.update(fields)
-        self._keep_topk_idx(topk_idx)
+        self.topk_idx = topk_idx
 
     @property
     def topk_idx(self) -> Tensor:
@@ -148,12 +146,7 @@ class EPHandle:
 
     @topk_idx.setter
     def topk_idx(self, topk_idx: Tensor) -> None:
-        self._keep_topk_idx(topk_idx)
-
-    def _keep_topk_idx(self, topk_idx: Tensor, *, watches: bool = False) -> None:
-        is_watched = watches and not topk_idx.is_inference()
-        self.__dict__["_topk_idx"] = topk_idx
-        self.__dict__["_version"] = topk_idx._version if is_watched else None  # noqa: SLF001 - as above
+        self.__dict__.update(_topk_idx=topk_idx, _version=None)
 
     @property
     def psum_num_recv_tokens_per_rank(self) -> Tensor:
@@ -180,7 +173,8 @@ class EPHandle:
         fields["num_sms"], fields["num_recv_tokens_per_expert_list"] = num_sms, counts
         fields["token_metadata_at_forward"] = fields["channel_linked_list"] = None
         fields["_routed"] = routed
-        handle._keep_topk_idx(topk_idx.clone() if copies else topk_idx, watches=watches)  # noqa: SLF001 - our own
+        fields["_topk_idx"] = topk_idx = topk_idx.clone() if copies else topk_idx
+        fields["_version"] = topk_idx._version if watches and not topk_idx.is_inference() else None  # noqa: SLF001 - as above
         return handle
 
     def __getattr__(self, name: str) -> Any:
@@ -198,19 +192,30 @@ class EPHandle:
         for name in _TABLES:
             getattr(self, name)
 
-    def routed(self) -> Routed:
-        """What a call on it needs.
-
-        Raises:
-            ConfigError: it was not given by a dispatch.
-        """
+    @property
+    def routed(self) -> Routed | None:
+        """What a call on it needs; None where it was made of its parts, or copied with its tensors."""
         routed: Routed | None = self.__dict__.get("_routed")
-        if routed is None:
-            raise ConfigError(
-                "the handle was made of its parts, which do not say where other ranks' rows go; pass the handle that "
-                "dispatch gave, or a copy.copy of it"
-            )
         return routed
+
+    @routed.setter
+    def routed(self, routed: Routed) -> None:
+        self.__dict__["_routed"] = routed
+
+    def __copy__(self) -> EPHandle:
+        """One with the same tensors, over the same routing."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its tensors and numbers, which say all that a routing is made of again."""
+        if self.routed is not None:
+            self.make_all()
+        state = dict(self.__dict__)
+        for native in ("_routed", "_given_metadata"):
+            state.pop(native, None)
+        return state | {"_version": None}
 
     def rewritten_rows(self) -> Tensor | None:
         """Rows of picks [N, K] where the client may have written its own; None where it has not.
@@ -252,4 +257,4 @@ def _num_expanded(routed: Routed) -> int:
     """Rows of an expanded dispatch, with gaps; as many as tokens came where it is not expanded."""
     if routed.asks_host:
         return routed.plan.num_rows or 0
-    return routed.buffer.spec.capacity(routed.buffer.topology.num_ranks)
+    return routed.plan.extent.slot_rows

@@ -125,7 +125,6 @@ class ExpertParallel:
             num_tokens=num_tokens,
             alignment=wanted.alignment or 1,
             turns_scales=wanted.turns_scales,
-            asks_host=asks_host,
         )
         weights = plain(weights) if weights is not None and weights.requires_grad else weights
         counters = None if wanted.stats is None else Counters(wanted.stats)
@@ -139,6 +138,7 @@ class ExpertParallel:
                 weights=weights,
                 extras=extras,
                 rows="exact" if asks_host else "capacity",
+                max_tokens=num_tokens,
                 copy=True,
                 num_sms=self._sms(wanted.num_sms),
                 counters=counters,
@@ -163,9 +163,9 @@ class ExpertParallel:
         return call, given, shape
 
     def _again(self, wanted: Dispatch, handle: EPHandle, *, starts: bool = False) -> Callable[[], Dispatched]:
-        routed = handle.routed()
-        _check_same(wanted, routed)
         data, scales = read(wanted.x)
+        routed = self._routed_of(handle, data.shape[1])
+        _check_same(wanted, routed)
         buffer, unquantized = self._shapes.carrier(routed, data, scales, turns=wanted.turns_scales)
         self._engine.use(buffer)
         verb = buffer.dispatch_start if starts else buffer.dispatch
@@ -231,14 +231,29 @@ class ExpertParallel:
         return self._engine.started(buffer, finish).result
 
     def _outputs(self, wanted: Combine) -> Routed:
-        if not isinstance(wanted.handle, EPHandle):
-            raise ConfigError(f"handle is a {type(wanted.handle).__name__}; pass the EPHandle that dispatch gave")
-        routed = wanted.handle.routed()
+        routed = self._routed_of(wanted.handle, wanted.x.shape[-1])
         if wanted.topk_weights is not None and routed.is_expanded and not self._sums_at_rank:
             raise ConfigError(
                 "topk_weights in a combine of expanded rows with allow_multiple_reduction=False; leave them out, or "
                 "make the buffer with allow_multiple_reduction=True"
             )
+        return routed
+
+    def _routed_of(self, handle: EPHandle, hidden: int) -> Routed:
+        """The routing of a handle; one that was lost is found by a dispatch of empty rows, on all ranks alike."""
+        if not isinstance(handle, EPHandle):
+            raise ConfigError(f"handle is a {type(handle).__name__}; pass the EPHandle that dispatch gave")
+        routed = handle.routed
+        if routed is None or routed.buffer.connection.is_closed:
+            idx = handle.topk_idx
+            wanted = Dispatch(
+                idx.new_zeros((idx.shape[0], hidden), dtype=torch.bfloat16), idx, None, None, handle.num_experts,
+                handle.num_max_tokens_per_rank, handle.expert_alignment, 0, None, False,
+                bool(handle.num_recv_tokens_per_expert_list), handle.do_expand, False, False,
+            )  # fmt: skip
+            again = self.dispatch(wanted)[3].routed
+            assert again is not None, "a dispatch has just given it"
+            handle.routed = routed = again
         return routed
 
     def _weights(self, wanted: Combine, routed: Routed) -> tuple[Tensor] | None:

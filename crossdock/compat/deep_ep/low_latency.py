@@ -164,7 +164,7 @@ class LowLatency:
             raise self._refusal()
         if use_logfmt:
             raise refused.error("use_logfmt")
-        of = self._round_of(handle)
+        of = self._round_of(handle) or self._found_again(handle, topk_idx)
         buffer, recv, weights = of.buffer, of.recv, plain(topk_weights)
         self._engine.use(buffer)
         y = recv.output_rows() if zero_copy else plain(x)
@@ -185,7 +185,12 @@ class LowLatency:
 
     def get_next_low_latency_combine_buffer(self, handle: Handle) -> Tensor:
         """bfloat16 [L, R * M, H]: where outputs may be written, for a combine with ``zero_copy=True``."""
-        return self._round_of(handle).recv.output_rows()
+        if (of := self._round_of(handle)) is None:
+            raise ConfigError(
+                "the handle's tensors were copied, or are another buffer's, so there are no rows of it here; pass the "
+                "handle that low_latency_dispatch gave, or outputs of your own to low_latency_combine"
+            )
+        return of.recv.output_rows()
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Finishes low-latency calls that nobody has waited for. Calls leave nothing to clean."""
@@ -214,20 +219,28 @@ class LowLatency:
         """Nothing, as long as nobody is masked; a mask is for good."""
         self._masks.clean()
 
-    def _round_of(self, handle: object) -> Round:
-        """The round of a handle.
+    def _round_of(self, handle: object) -> Round | None:
+        """The round of a handle, by the memory of its tensors; None where that is not known here.
 
         Raises:
-            ConfigError: it is none that a dispatch of this buffer has given.
+            ConfigError: it is no handle.
         """
-        found = None
-        if isinstance(handle, tuple) and len(handle) == 5 and isinstance(handle[1], Tensor):
-            found = self._rounds.find(handle[1])
-        if found is None:
+        if not (isinstance(handle, tuple) and len(handle) == 5 and isinstance(handle[1], Tensor)):
             raise ConfigError(
-                "handle is none that low_latency_dispatch of this buffer has given, or its tensors were copied; pass "
-                "the handle itself: only its first tensors say where rows go home to"
+                f"handle is a {type(handle).__name__}; pass what low_latency_dispatch gave: a tuple of two tensors and "
+                f"three numbers"
             )
+        found = self._rounds.find(handle[1])
+        return None if found is None or found.buffer.connection.is_closed else found
+
+    def _found_again(self, handle: Handle, topk_idx: Tensor) -> Round:
+        """That of a handle whose tensors were copied, by a dispatch of empty rows: on all ranks alike."""
+        _, layout_range, num_tokens, hidden, num_experts = handle
+        empty = topk_idx.new_zeros((topk_idx.shape[0], hidden), dtype=torch.bfloat16)
+        _, _, again, _, _ = self.low_latency_dispatch(empty, topk_idx, num_tokens, num_experts, use_fp8=False)
+        found = self._round_of(again)
+        assert found is not None, "a dispatch has just given it"
+        self._rounds.keep(layout_range, found)
         return found
 
     def _refusal(self) -> ConfigError:
@@ -319,13 +332,14 @@ class Room(NamedTuple):
             aligned = -(-self.num_rows // 4) * 4
             scale = torch.empty(self.num_local, self.num_scales, aligned, dtype=self.scale_dtype, device=device)
             scale = scale.transpose(1, 2)[:, : self.num_rows]
-        return Packed(
+        parts = (
             torch.empty(*lead, self.hidden, dtype=self.dtype, device=device),
             scale,
             torch.empty(self.num_local, dtype=torch.int32, device=device),
             torch.empty(lead, dtype=torch.int32, device=device),
             torch.empty(self.num_local, self.num_ranks, dtype=torch.int64, device=device),
         )
+        return tuple.__new__(Packed, parts)  # Packed(*parts), without a call of Python
 
 
 def _src_info(recv: Received, buffer: NativeBuffer) -> Tensor:

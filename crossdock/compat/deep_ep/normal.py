@@ -161,7 +161,7 @@ class Normal:
     ) -> tuple[Tensor, Tensor | None]:
         """The sums [T, H], and those of the weights [T, K]."""
         num_topk = 0 if topk_weights is None else topk_weights.shape[-1]
-        record = handle.record if type(handle) is Handle else self._record_of(handle, x.shape[-1], num_topk)
+        record = self._record_of(handle, x.shape[-1], num_topk)
         buffer, plan = record.buffer, record.plan
         self._engine.use(buffer)
         num_sms, num_rows = self._sms(num_sms), record.num_real_rows
@@ -195,10 +195,11 @@ class Normal:
 
     def _record_of(self, handle: tuple[Tensor, ...], hidden: int, num_topk: int) -> Record:
         """The record behind a handle: by its tensors' memory, or made again from what they say, on all ranks alike."""
-        if type(handle) is Handle:
+        if type(handle) is Handle and not handle.record.buffer.connection.is_closed:
             return handle.record
         parts = parts_of(handle)
-        if (known := self._records.find(parts.src_idx)) is not None:
+        known = self._records.find(parts.src_idx)
+        if known is not None and not known.buffer.connection.is_closed:
             return known
         num_ranks = self._engine.num_ranks
         sizes = Sizes(num_ranks, num_ranks, hidden, self._engine.num_tokens, extra_bytes=4 * num_topk)

@@ -27,6 +27,7 @@ class Shape(NamedTuple):
     num_topk: int
     hidden: int
     max_tokens: int
+    """The most M of its calls."""
     alignment: int
     dtype: torch.dtype
     packed: int
@@ -52,6 +53,7 @@ class Shapes:
         self._sums_at_rank = sums_at_rank
         self._num_slots = num_slots
         self._capacities: dict[Shape, int] = {}
+        self._worst_cases: dict[Shape, int] = {}
 
     def shape(
         self,
@@ -64,7 +66,6 @@ class Shapes:
         num_tokens: int,
         alignment: int,
         turns_scales: bool,
-        asks_host: bool,
     ) -> Shape:
         """That of a fresh dispatch of such rows."""
         columns = data.shape[1]
@@ -76,8 +77,7 @@ class Shapes:
             num_experts=num_experts,
             num_topk=num_topk,
             hidden=columns * packed,
-            # Where the host knows how many came, few Specs serve all M; else rows are as many as M says.
-            max_tokens=self._room(num_tokens) if asks_host and num_tokens != self._max_tokens else num_tokens,
+            max_tokens=num_tokens if num_tokens == self._max_tokens else self._room(num_tokens),
             alignment=alignment,
             dtype=data.dtype,
             packed=packed,
@@ -86,7 +86,7 @@ class Shapes:
         )
 
     def _room(self, num_tokens: int) -> int:
-        """The buffer's own M or a power of two, whichever is smaller and enough."""
+        """The buffer's own M or a power of two, whichever is smaller and enough: few Specs serve all M of calls."""
         room = 1 << (num_tokens - 1).bit_length()
         return min(room, self._max_tokens) if num_tokens <= self._max_tokens else room
 
@@ -94,12 +94,14 @@ class Shapes:
         return Expanded(alignment=shape.alignment) if shape.is_expanded else Compact()
 
     def _worst(self, shape: Shape) -> int:
-        return self._layout(shape).worst_case(
-            num_ranks=self._engine.num_ranks,
-            max_tokens=shape.max_tokens,
-            num_topk=shape.num_topk,
-            num_local_experts=shape.num_experts // self._engine.num_ranks,
-        )
+        if shape not in self._worst_cases:
+            self._worst_cases[shape] = self._layout(shape).worst_case(
+                num_ranks=self._engine.num_ranks,
+                max_tokens=shape.max_tokens,
+                num_topk=shape.num_topk,
+                num_local_experts=shape.num_experts // self._engine.num_ranks,
+            )
+        return self._worst_cases[shape]
 
     def _capacity(self, shape: Shape) -> int:
         """Rows of a slot, where the host knows how many come; more once a call has needed more."""
@@ -117,12 +119,13 @@ class Shapes:
         self._capacities[shape] = min(2 * self._capacity(shape), self._worst(shape))
 
     def buffer(self, shape: Shape, *, asks_host: bool, device: torch.device) -> Buffer:
-        capacity = (self._capacities.get(shape) or self._capacity(shape)) if asks_host else None
+        known = self._capacities if asks_host else self._worst_cases
+        capacity = known.get(shape) or (self._capacity(shape) if asks_host else self._worst(shape))
 
         def make_spec() -> Spec:
-            layout: Layout = Compact(capacity=capacity or self._worst(shape))
+            layout: Layout = Compact(capacity=capacity)
             if shape.is_expanded:
-                layout = Expanded(alignment=shape.alignment, capacity=capacity or self._worst(shape))
+                layout = Expanded(alignment=shape.alignment, capacity=capacity)
             sums_at_rank = self._sums_at_rank or not shape.is_expanded
             return Spec(
                 num_experts=shape.num_experts,
@@ -141,7 +144,10 @@ class Shapes:
         return self._engine.buffer((shape, capacity), make_spec, device)
 
     def carrier(self, routed: Routed, data: Tensor, scales: Tensor | None, *, turns: bool) -> tuple[Buffer, bool]:
-        """The Buffer that carries such rows on a known plan, and whether they go in the combine format."""
+        """The Buffer that carries such rows on a known plan, and whether they go in the combine format.
+
+        Of another Buffer than the plan's its Spec has the call's M, as a plan that is made again has its Buffer's.
+        """
         spec = routed.buffer.spec
         wire = spec.wire
         if scales is None:
@@ -155,7 +161,7 @@ class Shapes:
             return routed.buffer, False
         packed = spec.hidden // data.shape[1]
         shape = Shape(
-            routed.is_expanded, spec.num_experts, spec.num_topk, spec.hidden, spec.max_tokens, routed.alignment,
+            routed.is_expanded, spec.num_experts, spec.num_topk, spec.hidden, routed.num_tokens, routed.alignment,
             data.dtype, packed, (scales.shape[1], scales.dtype), turns,
         )  # fmt: skip
         assert spec.layout.capacity is not None

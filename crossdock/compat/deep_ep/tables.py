@@ -31,14 +31,6 @@ def ends_of_experts(num_tokens: Tensor, alignment: int, *, is_expanded: bool) ->
     return (ends - aligned + num_tokens if is_expanded else ends).to(torch.int32)
 
 
-def sources(src_idx: Tensor, max_tokens: int, num_tokens: int) -> Tensor:
-    """Source rank * M + token, where the native plan counts so many tokens of a rank as it has room for; -1 stays."""
-    if max_tokens == num_tokens:
-        return src_idx
-    scaled = src_idx.div(max_tokens, rounding_mode="floor") * num_tokens + src_idx.remainder(max_tokens)
-    return scaled.where(src_idx >= 0, src_idx)
-
-
 def metadata(src_idx: Tensor, is_here: Tensor, rows: Tensor | None, num_tokens: int) -> Tensor:
     """int32 [N, K + 2]: source; source rank * K + last pick here; rows of picks, -1 where none is.
 
@@ -90,7 +82,7 @@ def pairs_of_rows(src_idx: Tensor, picks: Tensor, ends: Tensor, first_expert: in
         src_idx: of expanded rows, [rows]; -1 where none came.
         picks: of each row's token, all of them, int32 [rows, K].
         ends: of each local expert's rows, with gaps, [L].
-        most_sources: R times the tokens that the plan has room for.
+        most_sources: R * M.
     """
     num_rows, num_topk = picks.shape
     device = src_idx.device
