@@ -9,6 +9,7 @@ Letters: P ranks.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -22,6 +23,7 @@ from crossdock.compat.deep_ep.events import EventHandle, EventOverlap, Previous,
 from crossdock.connection import Connection
 from crossdock.errors import CapacityError, ConfigError, NotSupported
 from crossdock.spec import Spec
+from crossdock.untraced import apart, get_eval_frame_callback, untraced
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 _MAX_EXPERTS = 1024
@@ -35,13 +37,17 @@ def collective(verb: Verb) -> Verb:
 
     @functools.wraps(verb)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" in sys.modules and (
+            torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() is not None
+        ):
+            return apart(told)(self, *args, **kwargs)
         try:
             return verb(self, *args, **kwargs)
         except (ConfigError, NotSupported) as error:
             self._engine.give_up(error)
             raise
 
-    return cast(Verb, told)
+    return cast(Verb, untraced(told))
 
 
 class CommunicatorGroup:
@@ -71,8 +77,11 @@ class Started:
         self._unfinished = unfinished
         unfinished.append(self)
 
+    @untraced
     def __call__(self) -> None:
         """Finishes it, the first time."""
+        if get_eval_frame_callback() is not None:
+            apart(Started.__call__)(self)
         finish, self._finish = self._finish, None
         if finish is not None:
             if self in self._unfinished:
