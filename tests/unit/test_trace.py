@@ -75,9 +75,8 @@ def test_off_it_costs_no_call_and_no_allocation(monkeypatch):
 
 
 GRID = Topology.grid(nodes=2, local=1)
-CALLS_OVER_NODES = {"dispatch": 71, "combine": 50}
-"""Of the code that packs, places and sums rows over nodes, in a warm call: as before it could be traced, and in a
-combine six for sums that begin before all rows are here."""
+CALLS_OVER_NODES = {"dispatch": 71, "combine": 44}
+"""Of the code that packs, places and sums rows over nodes, in a warm call, as counted before it could be traced."""
 FILES_OVER_NODES = ("rows", "offers", "places", "plan", "tables", "chunks", "outbound")
 
 
