@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     "how",
-    [["--ranks", "4"], ["--ranks", "2", "--threads"], ["--ranks", "3", "--shared"]],
-    ids=["processes", "threads", "one connection"],
+    [["--ranks", "4"], ["--ranks", "2", "--threads"], ["--ranks", "3", "--shared"], ["--grid", "2x2", "--threads"]],
+    ids=["processes", "threads", "one connection", "grid"],
 )
 def test_random_rounds_give_what_they_mean(how):
     script = [sys.executable, "-m", "tests.soak", "--rounds", "100", *how]
