@@ -129,6 +129,12 @@ def make_specs(num_ranks: int) -> list[Spec]:
     ]
 
 
+def over_nodes(spec: Spec) -> Spec:
+    """The same, as it can be over a grid: rows are staged only among ranks that share memory."""
+    layout = replace(spec.layout, staged=False, capacity=None) if spec.is_staged else spec.layout
+    return replace(spec, reduce="node", layout=layout)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Round:
     """What is done in a round; the batches follow from the same generator."""
@@ -204,7 +210,7 @@ class Player:
         self._grid: Grid | None = options.grid
         self.specs = make_specs(options.ranks)
         if self._grid is not None:
-            self.specs = [replace(spec, reduce="node") for spec in self.specs]
+            self.specs = [over_nodes(spec) for spec in self.specs]
         if options.device == "interpreted":
             from tests.interpreted import make_buffer  # noqa: PLC0415 - it imports Triton
 
