@@ -33,8 +33,9 @@ _LENGTH = np.dtype(np.int64)
 _BYE = -1
 _LAST_CHUNK = torch.full((16,), 255, dtype=torch.uint8, device="cpu")
 """No chunk begins so: its call would have a negative number."""
-_GOODBYE_S = 2.0
-"""How long a rank that leaves waits for its peers to let go of it too."""
+_GOODBYE_S = 10.0
+"""How long a rank that leaves waits for its peers to let go of it too, which their threads do at once, but where their
+host is busy. A thread that came out of gloo while Python ends would abort the process."""
 
 
 class DistEngine:
