@@ -6,12 +6,12 @@ import torch
 from crossdock import Compact
 from tests.cases import make_case, same_bits
 from tests.world import open_buffer
-from tests.worlds.test_prepared import LAYOUTS, check_alternating, check_overflow, spec_of
+from tests.worlds.test_prepared import check_alternating, check_overflow, layouts, spec_of
 
 
 @pytest.mark.worlds("cuda-2")
 @pytest.mark.parametrize("reduce", ["token", "rank"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["compact", "expanded", "padded"])
+@layouts
 def test_ranks_differ_in_which_calls_are_prepared(world, layout, reduce):
     check_alternating(world, layout, reduce)
 
