@@ -213,8 +213,8 @@ def expand_rows(  # noqa: PLR0912 - branches of the compiler, most of them
         if how.beside.GAPS:
             zero_gaps_at(tables, to_rows, to_scales, between_gaps, own.sizes, how.beside)
         if not how.IN_SLOT:
-            for row in range(tl.load(tables.scalars + NUM_ROWS) + tl.program_id(0), num_rows, tl.num_programs(0)):
-                zero_rows(to_rows, to_scales, row, row + 1, between_gaps, how.beside)
+            for behind in range(tl.load(tables.scalars + NUM_ROWS) + tl.program_id(0), num_rows, tl.num_programs(0)):
+                zero_rows(to_rows, to_scales, behind, behind + 1, between_gaps, how.beside)
         if how.rows.STAGED:
             here = pointers(region_at(segment, staged.rows, slot), how.rows.WORD)
             rows = pointers(to_rows, how.rows.WORD)
