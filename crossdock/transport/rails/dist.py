@@ -134,6 +134,7 @@ class DistRail:
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         self._group = None
+        self._sent.clear()  # or its thread in gloo would look forever at a connection that its peer has closed
 
     def _say_bye(self, node: int) -> None:
         """Once to each peer: by the one that leaves first, and as an answer."""
