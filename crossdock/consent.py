@@ -210,13 +210,14 @@ class Consent:
         first: the first sequence number; all ranks start with the same.
     """
 
+    found: Any = (0,)
+    """The first is not 0 once a device has found a failure that this host has not heard of."""
+
     def __init__(
         self, mailbox: Mailbox, *, rank: int, num_ranks: int, ring: int, first: int = 1 << EPOCH_SHIFT
     ) -> None:
         self._mailbox = mailbox
         self.rank = rank
-        self.found: Any = (0,)
-        """The first is not 0 once a device has found a failure that this host has not heard of."""
         self._num_ranks = num_ranks
         self._peers: Sequence[int] = range(num_ranks)
         """Those that take part, this rank included."""

@@ -72,7 +72,7 @@ class DeviceConsent(Consent):
     def __init__(self, on: CallState, streams: CallStreams) -> None:
         self._on = on
         self._streams = streams
-        self._failure = on.host_failure.numpy()  # to be looked at before each call
+        self.found = on.host_failure.numpy()  # to be looked at before each call
         self._exchange = Launch(streams, calls.exchange_words, 1, (on.calls[0], on.of_words()), {}, {"num_warps": 1})
         self._transport = transport = on.transport
         self.recent_plans: deque[DevicePlan] = deque(maxlen=_NUM_PICKS)
@@ -80,7 +80,6 @@ class DeviceConsent(Consent):
         self.owes_arrival = False
         """Whether the last call that was issued does not tell yet that this rank's rows are in place."""
         super().__init__(transport, rank=transport.rank, num_ranks=transport.num_ranks, ring=on.control.ring)
-        self.found = self._failure
 
     def start_from(self, sequence: int) -> None:
         """See Consent. Nothing of this rank may be running."""
@@ -142,9 +141,9 @@ class DeviceConsent(Consent):
         A ConfigError if it is this rank's own picks that are not allowed. While a graph is captured, in which CUDA
         allows no look at device memory, less is said, and said again by the first call after that.
         """
-        if self._failure[0] == sync.OK.value:
+        if self.found[0] == sync.OK.value:
             return None
-        status, peer, phase, expected, seen = self._failure.tolist()
+        status, peer, phase, expected, seen = self.found.tolist()
         if status == sync.TIMED_OUT.value:
             did = "send its rows of" if phase == ARRIVE.value else "begin"
             within = f"within timeout_s={self._on.timeout_s:g}"
