@@ -426,7 +426,8 @@ def test_over_nodes_waits_are_charged_to_the_end_of_their_chain_and_hops_are_nam
     assert "late to dispatches" in text
     assert re.search(r"Its peers missed it \S+ \w+ over scale_up and \S+ \w+ over scale_out", text), said
     assert re.search(r"waits over scale_up +most for +waits over scale_out +most for", said), said
-    assert re.search(r"^ 1 +\S+ \w+ +rank \d +\S+ \w+ +rank 3 *$", said, re.MULTILINE), said
+    # Rank 1 may never have to wait for its mate: all that it waits for is behind rank 3.
+    assert re.search(r"^ 1 +(\S+ \w+ +rank \d|0) +\S+ \w+ +rank 3 *$", said, re.MULTILINE), said
     assert re.search(r"Slow link over scale_up: .* GB/s", text), said
     assert "Slow link over scale_out: " in text
     figures = measure(read(folder))
