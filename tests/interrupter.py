@@ -13,12 +13,16 @@ SOURCES = str(Path(__file__).parents[1] / "crossdock")
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt before the n-th line of ours that this thread runs; some lines later again, if asked."""
+    """Raises KeyboardInterrupt before the n-th line of ours that this thread runs; some lines later again, if asked.
 
-    def __init__(self, nth: int, again: int = 0) -> None:
-        self.left, self.again = nth, again
+    Or before the first visit to a line that is named as ``where`` names it; with neither it only looks.
+    """
+
+    def __init__(self, nth: int = 0, again: int = 0, *, at: str | None = None) -> None:
+        self.left, self.again, self.at = nth, again, at
         self.where: str | None = None
         """The line that was not reached; None: there were not as many."""
+        self.seen: set[str] = set()
 
     def _look(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
@@ -26,10 +30,13 @@ class Interrupter:
             return None
         if event == "line":
             self.left -= 1
-            if self.left == 0:
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+            here = f"{Path(code.co_filename).relative_to(SOURCES)}:{frame.f_lineno}"
+            if self.left == 0 or (here == self.at and here not in self.seen):
+                self.where = here
                 self.left, self.again = self.again, 0
+                self.seen.add(here)
                 raise KeyboardInterrupt
+            self.seen.add(here)
         return self._look
 
     def __enter__(self) -> Interrupter:

@@ -36,11 +36,16 @@ class Lane:
         self._rail = rail
         self._num_chunks = box.num_chunks
         self._out, self._in = rail.outbox[node], rail.inbox[node]
-        self.num_put = self.num_taken = 0
+        self.num_taken = 0
         self.may_put = box.num_chunks
         """The number of the first chunk for which there is no leave yet."""
         self.granted = box.num_chunks
         """What the peer has been told."""
+
+    @property
+    def num_put(self) -> int:
+        """Chunks that have been put so far."""
+        return self._rail.num_put(self.node)
 
     @property
     def has_room(self) -> bool:
@@ -61,8 +66,7 @@ class Lane:
         """Sends what was packed: so many rows of a call, in so many bytes."""
         chunk = self._out[self.num_put % self._num_chunks]
         _header(chunk)[:2] = sequence, num_rows
-        self._rail.put(self.node, self.num_put, HEADER_BYTES + num_bytes)
-        self.num_put += 1
+        self._rail.put(self.node, HEADER_BYTES + num_bytes)
 
     def next_of(self, sequence: int) -> Chunk | None:
         """The oldest chunk that has landed, if it is of this call; those of calls before it are skipped."""

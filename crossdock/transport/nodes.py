@@ -99,18 +99,23 @@ class NodesTransport:
 
     def hear(self) -> None:
         """Writes the notes that have come into this rank's boxes, and takes the leave that they give."""
-        for node, note in self._rail.heard():
-            box, index, value, grant = _NOTE.unpack_from(note)
-            lane, sender = self.lanes[node], self.rail_peers[node]
-            lane.may_put = max(lane.may_put, grant)
-            if box == _NO_BOX:
-                continue
-            name, payload = self._names[box], note[_NOTE.size :]
-            if name == "words":
-                self._brought[index, sender] = payload
-            elif name == "aborts":
-                self.host.leave_reason(sender, payload)
-            self.host.leave(name, index, sender, value)
+        heard = self._rail.heard()
+        while heard:
+            self._take_in(*heard[0])
+            heard.popleft()  # behind it: a note that an interrupt keeps from being dealt with is not lost
+
+    def _take_in(self, node: int, note: bytes) -> None:
+        box, index, value, grant = _NOTE.unpack_from(note)
+        lane, sender = self.lanes[node], self.rail_peers[node]
+        lane.may_put = max(lane.may_put, grant)
+        if box == _NO_BOX:
+            return
+        name, payload = self._names[box], note[_NOTE.size :]
+        if name == "words":
+            self._brought[index, sender] = payload
+        elif name == "aborts":
+            self.host.leave_reason(sender, payload)
+        self.host.leave(name, index, sender, value)
 
     def give_leave(self) -> None:
         """Tells rail peers what they may put by now, if they might be waiting for it."""
@@ -119,9 +124,9 @@ class NodesTransport:
                 self._tell(node, _NOTE.pack(_NO_BOX, 0, 0, lane.grant))
 
     def _tell(self, node: int, note: bytes) -> None:
+        self._rail.tell(node, note)
         self.lanes[node].granted = self.lanes[node].grant
         self.num_notes += 1
-        self._rail.tell(node, note)
 
     def write_reason(self, peer: int, text: bytes) -> None:
         """See Mailbox."""

@@ -5,6 +5,7 @@ Letters: N nodes.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,15 +60,19 @@ class Rail(Protocol):
     def tell(self, node: int, note: bytes) -> None:
         """Sends a note of at most ``MAX_NOTE_BYTES``. It does not wait behind chunks that are put later."""
 
-    def heard(self) -> list[tuple[int, bytes]]:
-        """The notes that have come since, with the node of each."""
+    def heard(self) -> deque[tuple[int, bytes]]:
+        """The notes that have come, oldest first, with the node of each; who has dealt with one takes it away."""
         raise NotImplementedError
 
-    def put(self, node: int, number: int, num_bytes: int) -> None:
-        """Sends the first bytes of the outbox's chunk of that number into the same place of the peer's inbox.
+    def put(self, node: int, num_bytes: int) -> None:
+        """Sends the first bytes of the outbox's next chunk into the same place of the peer's inbox.
 
-        Numbers follow each other. The caller has the peer's leave.
+        The caller has the peer's leave. An interrupt leaves a chunk sent and counted by ``num_put``, or neither.
         """
+
+    def num_put(self, node: int) -> int:
+        """How many chunks have been put to that node since the rail was made: the number of the next one."""
+        raise NotImplementedError
 
     def landed(self, node: int) -> int:
         """How many chunks of that node have landed since the rail was made; what they brought is visible then."""

@@ -1,6 +1,7 @@
 """An interrupt at any moment of a call, a child that was forked in the middle, two threads: nothing stays in flight."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from crossdock import Buffer, ConfigError, CrossdockError, Expanded, Fp32, PeerFailed, PeerTimeout, Spec, run_local
+from crossdock.spec import Topology
+from crossdock.transport.rail import Box
+from crossdock.transport.rails.inproc import InprocEngine
 from crossdock.turn import Turn
 from tests.interrupter import Interrupter
 from tests.world import WorkerLost, meet
@@ -29,16 +33,16 @@ def step(buffer, number=1.0):
     return buffer.combine(recv.x.clone(), recv.plan)[:, 0].tolist()
 
 
-def interrupted(group, nth, again):
+def interrupted(group, interrupter, spec=SPEC, **options):
     """How the step ended that rank 0 was interrupted in, how those behind it ended, and where it was."""
     log, where = [], None
-    buffer = Buffer(group, SPEC, timeout_s=TIMEOUT_S)  # no with block: nobody else tells the peers
+    buffer = Buffer(group, spec, timeout_s=TIMEOUT_S, **options)  # no with block: nobody else tells the peers
     step(buffer)
     for number in range(1 + NUM_AFTER):
         group.all_gather(None)
         try:
             if number == 0 and group.rank == 0:
-                with Interrupter(nth, again) as interrupter:
+                with interrupter:
                     out = step(buffer)
             else:
                 out = step(buffer, float(number))
@@ -58,7 +62,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_in_flight(again):
     """All lines at the beginning of a step, every few of the rest; and while the first interrupt is dealt with."""
     nth, seen, told = 1, set(), 0
     while nth < 4000:
-        (log, where), (other, _) = run_local(lambda group: interrupted(group, nth, again), 2)  # noqa: B023
+        (log, where), (other, _) = run_local(lambda group: interrupted(group, Interrupter(nth, again)), 2)  # noqa: B023
         if where is None:
             break
         seen.add(where)
@@ -68,6 +72,30 @@ def test_an_interrupt_at_any_line_leaves_nothing_in_flight(again):
         nth += 1 if nth < 60 and not again else 13
     assert len(seen) > 40, seen
     assert told > 0.6 * len(seen), "peers wait for a rank that was interrupted"
+
+
+OVER_NODES = {
+    "spec": dataclasses.replace(SPEC, reduce="node"),
+    "topology": Topology.grid(nodes=2, local=1),
+    "rail": InprocEngine(box=Box(chunk_bytes=1024, num_chunks=2)),
+}
+
+
+def test_an_interrupt_before_any_line_of_the_way_between_nodes_leaves_nothing_in_flight():
+    """Each once, when a step comes there first; and some lines later again."""
+    looks = Interrupter()
+    (log, _), _ = run_local(lambda group: interrupted(group, looks, **OVER_NODES), 2)
+    assert log == ["right"] * 5
+    lines = sorted(line for line in looks.seen if line.startswith(("transport/", "backends/nodes/outbound")))
+    assert {"transport/lanes.py", "transport/nodes.py", "transport/rails/inproc.py"} < {
+        x.partition(":")[0] for x in lines
+    }
+    for i, line in enumerate(lines):
+        at = Interrupter(at=line, again=(0, 3, 11)[i % 3])
+        (log, where), (other, _) = run_local(lambda group: interrupted(group, at, **OVER_NODES), 2)  # noqa: B023
+        if where is not None:  # some come only where a message is late
+            assert log[0] == "KeyboardInterrupt", (where, log, other)
+            assert log[-2:] == other[-2:] == ["right", "right"], (where, log, other)
 
 
 def interrupted_by_a_signal(group):

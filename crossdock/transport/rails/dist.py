@@ -33,6 +33,10 @@ _LENGTH = np.dtype(np.int64)
 _BYE = -1
 _LAST_CHUNK = torch.full((16,), 255, dtype=torch.uint8, device="cpu")
 """No chunk begins so: its call would have a negative number."""
+_MOST_HELD = 64
+"""Messages to a peer that are held although they may have gone: nobody has asked yet."""
+_Sent = tuple[int, Any, Tensor]
+"""A message's number, gloo's work, and its memory."""
 _GOODBYE_S = 10.0
 """How long a rank that leaves waits for its peers to let go of it too, which their threads do at once, but where their
 host is busy. A thread that came out of gloo while Python ends would abort the process."""
@@ -79,7 +83,9 @@ class DistRail:
         self.outbox = torch.zeros(shape, dtype=torch.uint8, device="cpu")
         self.inbox = torch.zeros(shape, dtype=torch.uint8, device="cpu")
         self._heard: deque[tuple[int, bytes]] = deque()
-        self._sent: dict[int, deque[tuple[Any, Tensor]]] = {other: deque() for other in self.nodes}
+        self._notes: dict[int, deque[_Sent]] = {other: deque() for other in self.nodes}
+        self._put: dict[int, deque[_Sent]] = {other: deque() for other in self.nodes}
+        """What was sent, with its number, until it has gone; the last one stays, and says how many there were."""
         self._chunks = {other: _Chunks(box.num_chunks) for other in self.nodes}
         self._gone: set[int] = set()
         self._said_bye: set[int] = set()
@@ -97,17 +103,18 @@ class DistRail:
         """See Rail."""
         self._send(node, _framed(len(note), note), _NOTES)
 
-    def put(self, node: int, number: int, num_bytes: int) -> None:
+    def put(self, node: int, num_bytes: int) -> None:
         """See Rail."""
         box = self.outbox[node]
-        self._send(node, box[number % box.shape[0], :num_bytes], _CHUNKS)
+        self._send(node, box[self.num_put(node) % box.shape[0], :num_bytes], _CHUNKS)
 
-    def heard(self) -> list[tuple[int, bytes]]:
+    def num_put(self, node: int) -> int:
         """See Rail."""
-        notes = []
-        while self._heard:
-            notes.append(self._heard.popleft())
-        return notes
+        return _count(self._put[node])
+
+    def heard(self) -> deque[tuple[int, bytes]]:
+        """See Rail."""
+        return self._heard
 
     def landed(self, node: int) -> int:
         """See Rail."""
@@ -134,7 +141,8 @@ class DistRail:
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         self._group = None
-        self._sent.clear()  # or its thread in gloo would look forever at a connection that its peer has closed
+        self._notes.clear()
+        self._put.clear()  # or its thread in gloo would look forever at a connection that its peer has closed
 
     def _say_bye(self, node: int) -> None:
         """Once to each peer: by the one that leaves first, and as an answer."""
@@ -150,14 +158,14 @@ class DistRail:
         group = self._group
         if group is None or node in self._gone:
             return
+        sent = (self._notes if tag == _NOTES else self._put)[node]
         try:
-            work = group.send([message], node, tag)
+            # One step of the interpreter's: what an interrupt finds sent is also held, and counted.
+            sent.extend(zip((_count(sent),), map(group.send, ([message],), (node,), (tag,)), (message,), strict=True))
         except RuntimeError:
             self._gone.add(node)
             return
-        sent = self._sent[node]
-        sent.append((work, message))
-        while len(sent) > 4 * self._chunks[node].num_chunks + 64 and sent[0][0].is_completed():
+        while len(sent) > _MOST_HELD and sent[0][1].is_completed():
             sent.popleft()
 
     def _receive(self, node: int, room: Tensor, tag: int) -> Callable[[], None]:
@@ -237,6 +245,11 @@ class _Chunks:
         with self._changed:
             self._changed.wait_for(lambda: num_ahead or self._is_ended or len(self.to_post(num_ahead)))
             return not self._is_ended
+
+
+def _count(sent: deque[_Sent]) -> int:
+    """How many messages have been sent."""
+    return sent[-1][0] + 1 if sent else 0
 
 
 def _framed(length: int, note: bytes) -> Tensor:

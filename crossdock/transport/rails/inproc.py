@@ -21,6 +21,7 @@ class _Message(NamedTuple):
     """When it arrives, by the clock of ``time.monotonic``."""
     note: bytes
     number: int
+    """Of a chunk."""
     num_bytes: int
     source: Tensor
     """The outbox of a chunk, which is read when the chunk arrives, as a NIC may."""
@@ -32,6 +33,7 @@ class Sea:
     def __init__(self) -> None:
         self.notes: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
         self.chunks: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
+        """The last one stays when it has arrived, and says how many there were."""
 
 
 class InprocEngine:
@@ -75,6 +77,7 @@ class InprocRail:
         shape = (topology.num_nodes, box.num_chunks, box.chunk_bytes)
         self.outbox = torch.zeros(shape, dtype=torch.uint8, device="cpu")
         self.inbox = torch.zeros(shape, dtype=torch.uint8, device="cpu")
+        self._heard: deque[tuple[int, bytes]] = deque()
         self._landed = dict.fromkeys(self.nodes, 0)
         self._freed = dict.fromkeys(self.nodes, 0)
 
@@ -82,22 +85,38 @@ class InprocRail:
         """See Rail."""
         self._sea.notes[self._to(node)].append(self._message(note=note))
 
-    def put(self, node: int, number: int, num_bytes: int) -> None:
+    def put(self, node: int, num_bytes: int) -> None:
         """See Rail."""
-        self._sea.chunks[self._to(node)].append(self._message(number=number, num_bytes=num_bytes))
+        self._sea.chunks[self._to(node)].append(self._message(number=self.num_put(node), num_bytes=num_bytes))
 
-    def heard(self) -> list[tuple[int, bytes]]:
+    def num_put(self, node: int) -> int:
         """See Rail."""
-        return [(node, message.note) for node in self.nodes for message in self._arrived(self._sea.notes, node)]
+        chunks = self._sea.chunks[self._to(node)]
+        return chunks[-1].number + 1 if chunks else 0
+
+    def heard(self) -> deque[tuple[int, bytes]]:
+        """See Rail."""
+        for node in self.nodes:
+            notes = self._sea.notes[self._from(node)]
+            while notes and self._has_arrived(notes[0], node):
+                self._heard.append((node, notes[0].note))
+                notes.popleft()
+        return self._heard
 
     def landed(self, node: int) -> int:
         """See Rail."""
-        for message in self._arrived(self._sea.chunks, node):
-            assert message.number == self._landed[node], "chunks out of order"
-            assert message.number < self._freed[node] + self._num_chunks, "a chunk beyond what was granted"
-            place = message.number % self._num_chunks
-            self.inbox[node, place, : message.num_bytes] = message.source[self._node, place, : message.num_bytes]
-            self._landed[node] += 1
+        chunks = self._sea.chunks[self._from(node)]
+        while chunks and self._has_arrived(chunks[0], node):
+            message = chunks[0]
+            if message.number == self._landed[node]:
+                assert message.number < self._freed[node] + self._num_chunks, "a chunk beyond what was granted"
+                place = message.number % self._num_chunks
+                self.inbox[node, place, : message.num_bytes] = message.source[self._node, place, : message.num_bytes]
+                self._landed[node] += 1
+            assert message.number < self._landed[node], "chunks out of order"
+            if len(chunks) == 1:
+                break
+            chunks.popleft()
         return self._landed[node]
 
     def freed(self, node: int, number: int) -> None:
@@ -111,8 +130,9 @@ class InprocRail:
     def _is_lost(self, node: int) -> bool:
         """Whether a rank's program has ended, and all that it sent has come."""
         sender = self._rank_of(node)
-        way = sender, self._members.rank
-        return not self._members.is_alive(sender) and not self._sea.notes[way] and not self._sea.chunks[way]
+        notes, chunks = self._sea.notes[self._from(node)], self._sea.chunks[self._from(node)]
+        has_all = not notes and (not chunks or chunks[-1].number < self._landed[node])
+        return has_all and not self._members.is_alive(sender)
 
     def close(self) -> None:
         """See Rail."""
@@ -123,14 +143,12 @@ class InprocRail:
     def _to(self, node: int) -> tuple[int, int]:
         return self._members.rank, self._rank_of(node)
 
+    def _from(self, node: int) -> tuple[int, int]:
+        return self._rank_of(node), self._members.rank
+
     def _message(self, *, note: bytes = b"", number: int = 0, num_bytes: int = 0) -> _Message:
         late = 0.0 if self._engine.lateness is None else self._engine.lateness()
         return _Message(time.monotonic() + late, note, number, num_bytes, self.outbox)
 
-    def _arrived(self, sea: dict[tuple[int, int], deque[_Message]], node: int) -> list[_Message]:
-        """What that node has sent and is here now, in order."""
-        under_way, now = sea[self._rank_of(node), self._members.rank], time.monotonic()
-        arrived: list[_Message] = []
-        while under_way and under_way[0].ready <= now and node not in self._engine.down:
-            arrived.append(under_way.popleft())
-        return arrived
+    def _has_arrived(self, message: _Message, node: int) -> bool:
+        return message.ready <= time.monotonic() and node not in self._engine.down
