@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from tests.world import Pools, World
+from tests.world import NIXL_PROBLEM, Pools, World
 
 DEFAULT_WORLDS = ("inproc-1", "inproc-2", "inproc-4", "processes-2")
 
@@ -45,4 +45,6 @@ def pools() -> Iterator[Pools]:
 
 @pytest.fixture
 def world(request: pytest.FixtureRequest, pools: Pools) -> World:
+    if request.param.startswith("nixl-") and NIXL_PROBLEM is not None:
+        pytest.skip(NIXL_PROBLEM)
     return World(request.param, pools)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from crossdock import PeerFailed, PeerTimeout
 from crossdock.cli import hosts
 from crossdock.cli.hosts import problem, sent_bytes
 from crossdock.cli.world import Member
@@ -51,12 +52,12 @@ class Hosts:
         return [None if outcome is None else outcome.error or pickle.loads(outcome.value) for outcome in found]  # noqa: S301 - our own
 
     def run(self, program: Callable[..., Any], *args: Any) -> list[Any]:
-        """The outcomes of a program. Raises what the lowest rank raised."""
+        """The outcomes of a program. Raises what the lowest rank raised whose failure was its own."""
         self.start(program, *args)
         outcomes = self.outcomes()
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if errors:
+            raise min(errors, key=lambda error: isinstance(error, (PeerFailed, PeerTimeout)))
         return outcomes
 
     def wait_for(self, name: str) -> str:

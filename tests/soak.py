@@ -8,7 +8,8 @@ value: it is drawn first, printed if a result is wrong, and repeated by ``--only
 the CUDA backend in Triton's interpreter, at a few rounds per second.
 
 ``--grid 2x2`` plays them over nodes that share no memory: with ``--threads`` messages between them are late at random,
-else they travel through torch.distributed. Whoever a failure names must then be a rank that is at fault.
+else they travel through torch.distributed, or with ``--rail nixl`` through NIXL. Whoever a failure names must then be a
+rank that is at fault.
 """
 
 # Printing is what it is for.
@@ -683,7 +684,7 @@ def _buffer_options(options: argparse.Namespace, device: torch.device, spec: Spe
     """How the buffer of that number is made."""
     timeout = {"timeout_s": 2 * options.watchdog}
     if options.grid is not None:
-        return timeout | options.grid.options(in_threads=options.threads)
+        return timeout | options.grid.options(options.rail)
     if options.device == "cpu":
         return timeout
     may_expand = (
@@ -703,7 +704,7 @@ def _shared_connection(group: Any, options: argparse.Namespace, specs: list[Spec
     """A connection with room for all buffers; at first for half, so that it grows on CPUs."""
     topology, over_rail = Topology(num_ranks=options.ranks), {}
     if options.grid is not None:
-        over_rail = options.grid.options(in_threads=options.threads)
+        over_rail = options.grid.options(options.rail)
         topology = over_rail["topology"]
     control = Control(topology=topology, max_experts=512, max_in_flight=MAX_SLOTS, over_rail=bool(over_rail))
     sizes = [Arena(spec, topology, control).num_body_bytes + 2 * PAGE for spec in specs]
@@ -841,6 +842,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="play no longer, however many rounds are left")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--grid", type=Grid.of, metavar="NxU", help="over N nodes of U ranks, instead of --ranks")
+    parser.add_argument("--rail", choices=["dist", "nixl"], default="dist", help="between nodes that are processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", action="store_true", help="ranks are threads of one process")
     parser.add_argument("--device", choices=["cpu", "cuda", "interpreted"], default="cpu")
@@ -865,9 +867,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--grid: ranks of several nodes move rows on CPUs; leave --device out")
     if options.grid is not None:
         options.ranks = options.grid.num_ranks
+        options.rail = "inproc" if options.threads else options.rail
     configuration = f"{options.ranks} {'threads' if options.threads else 'processes'}, seed {options.seed}"
     if options.grid is not None:
-        configuration += f", grid {options.grid}"
+        configuration += f", grid {options.grid}, rail {options.rail}"
     if options.device != "cpu":
         configuration += f", {options.device}"
     if options.spec is not None:

@@ -11,6 +11,7 @@ from crossdock import Topology
 from crossdock.transport.rail import Box
 from crossdock.transport.rails.dist import DistEngine
 from crossdock.transport.rails.inproc import InprocEngine
+from crossdock.transport.rails.nixl import NixlEngine
 
 _BOX = Box(chunk_bytes=1024, num_chunks=3)
 """Less than the rows of many calls: they wait for leave."""
@@ -42,10 +43,14 @@ class Grid:
         """All."""
         return self.nodes * self.local
 
-    def options(self, *, in_threads: bool) -> dict[str, Any]:
-        """How buffers, or their connection, are made."""
-        rail = InprocEngine(_lateness, box=_BOX) if in_threads else DistEngine(box=_BOX)
-        return {"topology": Topology.grid(nodes=self.nodes, local=self.local), "rail": rail}
+    def options(self, rail: str) -> dict[str, Any]:
+        """How buffers, or their connection, are made, with a rail of that name between nodes."""
+        engines = {
+            "inproc": InprocEngine(_lateness, box=_BOX),
+            "dist": DistEngine(box=_BOX),
+            "nixl": NixlEngine(box=_BOX),
+        }
+        return {"topology": Topology.grid(nodes=self.nodes, local=self.local), "rail": engines[rail]}
 
     def __str__(self) -> str:
         return f"{self.nodes}x{self.local}"

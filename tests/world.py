@@ -1,7 +1,7 @@
 """Worlds: run one program on ranks that are threads (``inproc-4``) or processes (``processes-4``).
 
 Those of ``grid-2x3`` are threads of two nodes, with a rail between them whose messages are late; those of ``dist-2x2``
-are processes, with torch.distributed between nodes.
+and ``nixl-2x2`` are processes, with torch.distributed or NIXL between nodes.
 
 Results and errors are returned by rank. The ranks of ``interpreted-2`` are processes whose buffers use the CUDA backend
 in Triton's interpreter. Those of ``cuda-4`` are processes that share GPUs; those of ``cudathreads-4`` are threads of
@@ -38,6 +38,7 @@ from crossdock import Buffer, Connection, PeerFailed, PeerTimeout, Spec, ThreadG
 from crossdock.transport.rail import Box
 from crossdock.transport.rails.dist import DistEngine
 from crossdock.transport.rails.inproc import InprocEngine
+from crossdock.transport.rails.nixl import NixlEngine
 from tests.child import HUNG_S
 from tests.gpu.ranks import own_stream, take_all, take_share
 
@@ -64,7 +65,7 @@ class World:
         nodes, _, local = size.rpartition("x")
         self.num_ranks = int(nodes or 1) * int(local)
         self.node_size = int(local)
-        self.kind = {"grid": "inproc", "dist": "processes"}.get(kind, kind)
+        self.kind = {"grid": "inproc", "dist": "processes", "nixl": "processes"}.get(kind, kind)
         self._pools = pools
         self._options = _over_rails(kind, int(nodes), int(local)) | options if nodes else options
 
@@ -88,14 +89,17 @@ class World:
         return run_local(lambda group: _outcome(job, group).value, self.num_ranks)
 
 
+NIXL_PROBLEM = NixlEngine().problem(ThreadGroup.world(1)[0])
+"""Why worlds with NIXL are skipped; None where it is installed."""
 LATEST_S = 0.003
 """Messages between the nodes of a grid of threads are under way for so long, at most."""
 
 
 def _over_rails(kind: str, nodes: int, local: int) -> dict[str, Any]:
-    """Of buffers in ``grid-2x3`` (threads, whose messages between nodes are late) or ``dist-2x2`` (processes)."""
+    """Of buffers on a grid: what joins nodes. Messages between threads are late."""
     box = Box(chunk_bytes=1024, num_chunks=2)
-    rail = DistEngine(box=box) if kind == "dist" else InprocEngine(lambda: random.random() * LATEST_S, box=box)
+    late = InprocEngine(lambda: random.random() * LATEST_S, box=box)
+    rail = {"grid": late, "dist": DistEngine(box=box), "nixl": NixlEngine(box=box)}[kind]
     return {"topology": Topology.grid(nodes=nodes, local=local), "rail": rail}
 
 

@@ -17,11 +17,11 @@ from crossdock import Bf16, Buffer, Compact, Expanded, Fp8, Spec, Topology
 from crossdock.cli.trace.figures import measure
 from crossdock.cli.trace.parts import read
 from crossdock.routing import group_limited_topk
-from crossdock.transport.rails.nixl import NixlEngine
 from tests import hosts, oracle
 from tests.cases import check_received, make_case, observed, same_bits
 from tests.child import HUNG_S
 from tests.house.pages import ROOT, blocks_of, commands_of
+from tests.world import NIXL_PROBLEM
 
 _PROBLEM = hosts.problem()
 pytestmark = pytest.mark.skipif(_PROBLEM is not None, reason=str(_PROBLEM))
@@ -82,10 +82,19 @@ def rows_over_link(case, nodes, local):
     return counts
 
 
-@pytest.mark.parametrize(("grid", "rail"), [*((grid, "auto") for grid in GRIDS), ((2, 2), "nixl")], ids=repr)
+NIXL = pytest.param("nixl", marks=pytest.mark.skipif(NIXL_PROBLEM is not None, reason=str(NIXL_PROBLEM)))
+rails = pytest.mark.parametrize("rail", ["auto", NIXL])
+
+
+@pytest.fixture(autouse=True)
+def _only_the_link(monkeypatch):
+    """Between network namespaces of one machine UCX would find ways around the link."""
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+
+
+@rails
+@pytest.mark.parametrize("grid", GRIDS, ids=repr)
 def test_rows_cross_a_link_once_per_host_and_nothing_else_does(grid, rail):
-    if rail == "nixl" and NixlEngine().problem(None) is not None:
-        pytest.skip("NIXL is not installed; pip install 'crossdock[nixl]'")
     nodes, local = grid
     num_ranks = nodes * local
     specs = [spec_of(Compact()), spec_of(Expanded(), Fp8(block=128))]
@@ -151,9 +160,9 @@ def _rows_back(case, nodes, local, node):
     return {rank: int(((case.topk[rank] >= 0) & (case.topk[rank] // per_node == node)).any(1).sum()) for rank in others}
 
 
-def until_a_peer_is_gone(group, case, timeout_s):
+def until_a_peer_is_gone(group, case, timeout_s, rail="auto"):
     """Calls until one fails; the error, and how long the failing call took."""
-    with Buffer(group, case.spec, topology=Topology.of(group), timeout_s=timeout_s) as buffer:
+    with Buffer(group, case.spec, topology=Topology.of(group), rail=rail, timeout_s=timeout_s) as buffer:
         r = buffer.rank
         for i in range(10_000):
             began = time.monotonic()
@@ -167,12 +176,13 @@ def until_a_peer_is_gone(group, case, timeout_s):
     return None
 
 
+@rails
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_all_name_a_rank_that_was_killed_or_stopped(how):
+def test_all_name_a_rank_that_was_killed_or_stopped(how, rail):
     case = make_case(spec_of(Compact()), [64] * 4)
     victim = 3
     with hosts.Hosts(2, 2) as world:
-        world.start(until_a_peer_is_gone, case, 4)
+        world.start(until_a_peer_is_gone, case, 4, rail)
         for rank in range(4):
             world.wait_for(f"warm-{rank}")
         world.signal(victim, how)
@@ -183,9 +193,9 @@ def test_all_name_a_rank_that_was_killed_or_stopped(how):
         assert f"rank {victim} (node 1, local 1)" in says
 
 
-def through_a_break(group, case):
+def through_a_break(group, case, rail):
     """Calls while the link is down for a while: late, and right."""
-    with Buffer(group, case.spec, topology=Topology.of(group), timeout_s=40) as buffer:
+    with Buffer(group, case.spec, topology=Topology.of(group), rail=rail, timeout_s=40) as buffer:
         r = buffer.rank
         outs = []
         for i in range(40):
@@ -196,10 +206,11 @@ def through_a_break(group, case):
         return outs[-1], all(same_bits(out, outs[0][1]) for _, out in outs)
 
 
-def test_a_link_that_is_down_for_a_while_makes_calls_late_and_not_wrong():
+@rails
+def test_a_link_that_is_down_for_a_while_makes_calls_late_and_not_wrong(rail):
     case = make_case(spec_of(Compact()), [64] * 4)
     with hosts.Hosts(2, 2) as world:
-        world.start(through_a_break, case)
+        world.start(through_a_break, case, rail)
         world.wait_for("warm-0")
         with world.network.link_down(1):
             time.sleep(2)
@@ -210,9 +221,9 @@ def test_a_link_that_is_down_for_a_while_makes_calls_late_and_not_wrong():
     assert all(same_bits(out, mine) for ((_, out), _), mine in zip(outcomes, want, strict=True))
 
 
-def over_a_slow_link(group, case):
+def over_a_slow_link(group, case, rail):
     """Rows and sums of the last of some rounds, their seconds, and the bytes that this host has sent for them."""
-    with Buffer(group, case.spec, topology=Topology.of(group), timeout_s=60) as buffer:
+    with Buffer(group, case.spec, topology=Topology.of(group), rail=rail, timeout_s=60) as buffer:
         r = buffer.rank
 
         def rounds():
@@ -226,11 +237,12 @@ def over_a_slow_link(group, case):
         return rows, out, time.monotonic() - began, num_bytes
 
 
-def test_a_host_at_a_tenth_of_the_rate_makes_calls_late_and_not_wrong():
+@rails
+def test_a_host_at_a_tenth_of_the_rate_makes_calls_late_and_not_wrong(rail):
     case = make_case(spec_of(Compact(), num_experts=12), [64] * 3)
     with hosts.Hosts(3, 1) as world:
         world.network.set_rate(2, "20mbit")
-        outcomes = world.run(over_a_slow_link, case)
+        outcomes = world.run(over_a_slow_link, case, rail)
     check_received(case, [rows for rows, *_ in outcomes], extras=False)
     want = oracle.combined(case.spec, case.topk, case.flat_y(), node_size=1)
     assert all(same_bits(out, mine) for (_, out, *_), mine in zip(outcomes, want, strict=True))
@@ -268,15 +280,11 @@ def test_a_trace_of_hosts_names_the_late_rank_and_measures_the_link(tmp_path):
         assert all(line["landed"] and line["put"] for line in part.of("call"))
 
 
-def beyond_the_deadline(group, case):
-    hosts.leave(f"ready-{dist.get_rank()}")
-    return until_a_peer_is_gone(group, case, 3)
-
-
-def test_a_link_that_stays_down_ends_in_an_error_over_that_axis():
+@rails
+def test_a_link_that_stays_down_ends_in_an_error_over_that_axis(rail):
     case = make_case(spec_of(Compact()), [64] * 2)
     with hosts.Hosts(2, 1) as world:
-        world.start(beyond_the_deadline, case)
+        world.start(until_a_peer_is_gone, case, 3, rail)
         for rank in range(2):
             world.wait_for(f"warm-{rank}")
         with world.network.link_down(1):

@@ -42,7 +42,7 @@ from tests.worlds import test_combine, test_dispatch
 
 LAYOUTS = [Compact(), Expanded(alignment=8), Padded()]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
-grids = pytest.mark.worlds("grid-2x2", "grid-3x2", "grid-4x1", "dist-2x2")
+grids = pytest.mark.worlds("grid-2x2", "grid-3x2", "grid-4x1", "dist-2x2", "nixl-2x2")
 WIRES = [
     Bf16(),
     Fp32(),
@@ -64,13 +64,13 @@ def test_brings_every_row_to_its_place(world, layout, wire):
     test_dispatch.check_each(world, loads(spec_of(layout, wire), world.num_ranks))
 
 
-@pytest.mark.worlds("grid-3x2", "grid-4x1", "dist-2x2")
+@pytest.mark.worlds("grid-3x2", "grid-4x1", "dist-2x2", "nixl-2x2")
 @pytest.mark.parametrize(("wire", "layout"), list(zip(WIRES, LAYOUTS + LAYOUTS[:2], strict=True)), ids=repr)
 def test_brings_every_row_to_its_place_among_other_nodes(world, layout, wire):
     test_dispatch.check_each(world, loads(spec_of(layout, wire), world.num_ranks))
 
 
-@pytest.mark.worlds("grid-2x2", "grid-4x1", "dist-2x2")
+@pytest.mark.worlds("grid-2x2", "grid-4x1", "dist-2x2", "nixl-2x2")
 @pytest.mark.parametrize("wire", [Bf16(), Fp8(block=8)], ids=repr)
 @layouts
 def test_sums_each_node_first(world, layout, wire):
@@ -88,7 +88,7 @@ def along_a_plan(group, case, rows):
         return [observed(each.wait()) for each in pending]
 
 
-@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2")
+@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2", "nixl-2x2")
 @pytest.mark.parametrize("rows", ["exact", "capacity"])
 @layouts
 def test_rows_go_along_a_plan_that_is_known(world, layout, rows):
@@ -111,7 +111,7 @@ def in_flight(group, case):
         return outs
 
 
-@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2")
+@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2", "nixl-2x2")
 @layouts
 def test_calls_are_in_flight_together(world, layout):
     case = make_case(spec_of(layout), [9] * world.num_ranks)
@@ -181,7 +181,7 @@ def overflowing(group, cases, rows):
         return seen
 
 
-@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2")
+@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2", "nixl-2x2")
 @pytest.mark.parametrize("rows", ["exact", "capacity"])
 @pytest.mark.parametrize("layout", [Compact(capacity=20), Expanded(capacity=20), Padded(capacity=8)], ids=repr)
 def test_too_many_rows_raise_the_same_on_all_ranks(world, layout, rows):
@@ -279,7 +279,7 @@ def failing(group, case, victim):
         return said, observed(recv), buffer.combine(case.y[r], recv.plan)
 
 
-@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2")
+@pytest.mark.worlds("grid-2x2", "grid-3x2", "dist-2x2", "nixl-2x2")
 @layouts
 def test_a_rank_that_gives_up_is_heard_by_all_and_the_next_call_works(world, layout):
     case = make_case(spec_of(layout), [9] * world.num_ranks)
