@@ -134,8 +134,8 @@ class Buffer:
         self._transport, self._consent, self._queue = connection.transport, connection.consent, connection.queue
         with torch.inference_mode(mode=False), self._queue.turn:  # what is made here outlives the mode it is made in
             self._backend = connection.lay(self, self.arena, options, buffer_id=self._id)
-            self._segment = self._transport.segment
-            self._slots = ReceiveSlots(self.arena, self._segment)
+            self._segment: Tensor | None = self._transport.segment
+            self._slots = ReceiveSlots(self.arena, self._transport.segment)
         if self._owns_connection:
             connection.gather(None)  # no rank is kept waiting by a peer that compiles
         self._share.add(self._slots)
@@ -240,6 +240,12 @@ class Buffer:
         self._backend.mask(masked)
         self._memo.clear()
         self._kinds.clear()
+
+    def lie_in(self, segment: Tensor | None) -> None:
+        """Rows lie in that segment of this rank's from now on; None: in none. ``Connection`` calls it."""
+        self._segment = segment
+        self._slots.lie_in(segment)
+        self._backend.lie_in(segment)
 
     def drop_masked(self, topk_idx: Tensor) -> Tensor:
         """The picks with -1 in place of masked ranks' experts; the verbs do that themselves.

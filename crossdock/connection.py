@@ -79,6 +79,9 @@ class Laid(Protocol):
     def without(self, masked: tuple[int, ...]) -> None:
         """Goes on without these ranks."""
 
+    def lie_in(self, segment: Tensor | None) -> None:
+        """Rows lie in that segment of this rank's from now on; None: in none."""
+
     @property
     def stats(self) -> Stats:
         """What was counted so far."""
@@ -285,7 +288,11 @@ class Connection:
         """What carries out the calls of a Spec that has its place. Local: compiles and loads its kernels.
 
         Calls in flight are finished first.
+
+        Raises:
+            ConfigError: the connection is closed, or its memory was released.
         """
+        self.check_open()
         self.queue.drain()
         backend = self._lay(arena, launch_options, buffer_id=buffer_id)
         if self.masked:
@@ -303,39 +310,42 @@ class Connection:
     def reserve(self, num_bytes: int) -> None:
         """Makes room for so many bytes of rows at each rank; fewer than there are change nothing. Collective.
 
-        What lies in the memory stays where it is: rows, plans and Buffers go on as before. On CPUs; on GPUs pass all
-        to ``Connection``.
+        Plans and Buffers go on as before, and on CPUs rows do too: what lies in the memory stays where it is. On GPUs
+        larger memory takes its place, for a moment there are both, and rows of dispatches before are stale.
 
         Raises:
             ConfigError: ranks ask for different numbers, or a call was started and not waited for; on all ranks. Or a
-                rank is masked.
+                rank is masked. On GPUs also where a rank has captured calls in CUDA graphs, which hold addresses.
             TransportError: a rank has no room; on all ranks, and nothing has changed.
-            NotSupported: on GPUs.
         """
         with self.queue.turn:
             self.check_open()
-            problem = _problem_of_bytes(num_bytes) or self._what_is_started()
+            problem, size = _problem_of_bytes(num_bytes), 0
+            if problem is None and (size := _whole_pages(num_bytes)) > self._body.num_bytes:
+                problem = self._what_needs_memory()
             self._agree_on(num_bytes, problem, "reserve")
-            size = _whole_pages(num_bytes)
             if size > self._body.num_bytes:
-                self.transport.grow(self._members, self._body.first + size)
+                if self.transport.grow(self._members, self._body.first + size):
+                    self._lie_in(self.transport.segment)
                 self._body.grew(size)
 
     def release(self) -> None:
         """Gives the memory of all Specs back to the system; calls are refused until ``reacquire``. Collective.
 
-        For a server that sleeps, or a trainer that needs the memory for another phase. Rows in slots are stale; plans,
-        Buffers and addresses stay. On CPUs.
+        For a server that sleeps, or a trainer that needs the memory for another phase. Rows in slots are stale; plans
+        and Buffers stay, and on CPUs addresses too.
 
         Raises:
-            ConfigError: a call was started and not waited for, on some rank; on all ranks. Or a rank is masked.
-            NotSupported: on GPUs, or where the system cannot; on all ranks.
+            ConfigError: a call was started and not waited for, on some rank; on all ranks. Or a rank is masked. On GPUs
+                also where a rank has captured calls in CUDA graphs, which hold addresses.
+            NotSupported: the system cannot; on all ranks.
         """
         with self.queue.turn:
             self.check_open()
-            self._agree_on(None, self._what_is_started(), "release")
+            self._agree_on(None, self._what_needs_memory(), "release")
+            if self.transport.release(self._members, self._body.first):
+                self._lie_in(None)
             self._body.vacate(self.queue)
-            self.transport.release(self._members, self._body.first)
             self.refusal = "the connection's memory was released; call reacquire() on all ranks first"
 
     def reacquire(self) -> None:
@@ -348,13 +358,24 @@ class Connection:
         with self.queue.turn:
             if self.is_closed or self.refusal is None:
                 raise ConfigError(self.refusal or "the connection's memory was not released; nothing is to be done")
-            self.transport.reacquire(self._members)
+            if self.transport.reacquire(self._members):
+                self._lie_in(self.transport.segment)
             self.refusal = None
 
-    def _what_is_started(self) -> str | None:
+    def _what_needs_memory(self) -> str | None:
+        """Why the memory cannot be another one; else nothing of this rank's is running."""
         if self.queue.num_unwaited:
             return f"{self.queue.num_unwaited} calls were started and not waited for; call wait() on them first"
+        if (problem := self.consent.what_holds_addresses()) is not None:
+            return problem
+        self._synchronize()
         return None
+
+    def _lie_in(self, segment: Tensor | None) -> None:
+        """This rank's memory lies elsewhere: rows that were handed out are stale."""
+        self._body.vacate(self.queue)
+        for laid in self._all_laid():
+            laid.lie_in(segment)
 
     def _agree_on(self, value: object, problem: str | None, what: str) -> None:
         """Raises ConfigError on all ranks where any has a problem, or another value. Collective."""

@@ -333,6 +333,10 @@ class Consent:
         """
         raise NotSupported("only kernels exchange words without a call; pass device='cuda' to the Buffer")
 
+    def what_holds_addresses(self) -> str | None:
+        """Why this rank's memory cannot come to lie elsewhere; None where nothing keeps it."""
+        return None
+
     def settle(self) -> None:
         """Returns once all that was issued to a device is done; here nothing is.
 

@@ -296,7 +296,7 @@ def check_bias(spec: Spec, plan: Plan, bias: Tensor | None) -> None:
         )
 
 
-def check_out(spec: Spec, plan: Plan, given: Outputs, segment: Tensor) -> None:
+def check_out(spec: Spec, plan: Plan, given: Outputs, segment: Tensor | None) -> None:
     """Where sums are written: contiguous [T, H] in the combine format, in memory of its own.
 
     Args:

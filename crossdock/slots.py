@@ -30,29 +30,14 @@ class ReceiveSlots:
         self.has_offsets = isinstance(spec.layout, Expanded)
         self._num_segments = spec.num_local_experts(num_ranks) if isinstance(spec.layout, Padded) else None
         self._num_slots, self._slot_rows = spec.num_slots, arena.extent.slot_rows
-        lead: tuple[int, ...] = (self._slot_rows,)
-        if self._num_segments is not None:
-            lead = (self._num_segments, arena.extent.capacity)
-        self._regions: dict[str, Tensor] = {
-            name: arena.view(segment, name)
-            for name in ("data", "scale", "unquantized", "metadata", "outputs")
-            if name in arena.regions
-        }
-        regions = self._regions
-        self._views: dict[str, Tensor] = {
-            name: regions[name].view(self._num_slots, *lead, regions[name].shape[2])
-            for name in ("data", "outputs")
-            if not spec.is_staged
-        }
+        names = ("data", "scale", "unquantized", "metadata", "outputs")
+        self._names = [name for name in names if name in arena.regions]
+        self._regions: dict[str, Tensor] = {}
+        self._views: dict[str, Tensor] = {}
         """Of all slots, shaped as the layout has its rows; none where these are in memory of their own."""
-        if "scale" in regions and not spec.is_staged:
-            of_slots = regions["scale"]
-            of_slot = arena.scales.of_rows(of_slots[0], self._slot_rows)
-            shape, strides = (self._num_slots, *of_slot.shape), (of_slots.stride(0), *of_slot.stride())
-            self._views["scale"] = of_slots.as_strided(shape, strides)
-        spans = ("outputs", "data") if not spec.is_staged else ()
-        self._spans = {name: (regions[name].data_ptr(), regions[name].nbytes) for name in spans}
+        self._spans: dict[str, tuple[int, int]] = {}
         """Where tensors lie that a dispatch may have given: addresses, and bytes."""
+        self.lie_in(segment)
         self.begin, self.end = arena.begin, arena.num_bytes
         """Which bytes of the segment calls of this Spec write to."""
         self._leases: list[ref[Lease] | None] = [None] * self._num_slots
@@ -64,6 +49,26 @@ class ReceiveSlots:
         self.is_settled = False
         """Whether a dispatch of this Spec has been waited for since calls of others used these bytes: all ranks took
         part in it, so nobody reads what those left here. A call that failed is no sign of that."""
+
+    def lie_in(self, segment: Tensor | None) -> None:
+        """Slots lie in that segment from now on; None: in none."""
+        self._regions, self._views, self._spans = {}, {}, {}
+        if segment is None:
+            return
+        regions = self._regions = {name: self._arena.view(segment, name) for name in self._names}
+        if self.spec.is_staged:
+            return
+        lead: tuple[int, ...] = (self._slot_rows,)
+        if self._num_segments is not None:
+            lead = (self._num_segments, self._arena.extent.capacity)
+        for name in ("outputs", "data"):
+            self._views[name] = regions[name].view(self._num_slots, *lead, regions[name].shape[2])
+            self._spans[name] = regions[name].data_ptr(), regions[name].nbytes
+        if "scale" in regions:
+            of_slots = regions["scale"]
+            of_slot = self.scales.of_rows(of_slots[0], self._slot_rows)
+            shape, strides = (self._num_slots, *of_slot.shape), (of_slots.stride(0), *of_slot.stride())
+            self._views["scale"] = of_slots.as_strided(shape, strides)
 
     def take(self, queue: CallQueue) -> int:
         """The next slot; what lay in it is stale.
@@ -103,7 +108,7 @@ class ReceiveSlots:
 
     def _overlaps(self, slot: int, begin: int, end: int) -> bool:
         """Whether any of a slot's regions lies in those bytes of the segment, at least in part."""
-        for name in self._regions:
+        for name in self._names:
             at = self._arena[name]
             first = at.offset + slot * at.slot_bytes
             if first < end and begin < first + at.slot_bytes:

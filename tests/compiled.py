@@ -62,8 +62,9 @@ def compile_launches(
     segment = torch.zeros(arena.num_bytes, dtype=torch.uint8)
     words = arena.control_words
     transport = DeviceTransport(
-        [segment] * num_ranks, words, rank=0, ranks_here=num_ranks, is_alive=lambda _: True, close=lambda: None
-    )
+        [segment] * num_ranks, words, map_segments=lambda _: [segment] * num_ranks, rank=0, ranks_here=num_ranks,
+        is_alive=lambda _: True, close=lambda: None,
+    )  # fmt: skip
     launches: dict[object, Launch] = {}
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -108,8 +109,9 @@ def lone_buffer(spec: Spec, num_ranks: int = 1, **launch_options: Any) -> Iterat
         segment = torch.zeros(arena.num_bytes, dtype=torch.uint8)
         words = arena.control_words
         transport = DeviceTransport(
-            [segment] * num_ranks, words, rank=0, ranks_here=1, is_alive=lambda _: True, close=lambda: None
-        )
+            [segment] * num_ranks, words, map_segments=lambda _: [segment] * num_ranks, rank=0, ranks_here=1,
+            is_alive=lambda _: True, close=lambda: None,
+        )  # fmt: skip
         return parts_on(transport, words, LaunchOptions(**launch_options), timeout_s=timeout_s, arena=arena)
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> _Handle:

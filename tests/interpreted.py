@@ -73,11 +73,26 @@ def connecting(launch_options: LaunchOptions, *, warms_up: bool = False) -> Any:
     ) -> connect.Connected:
         from crossdock.transport.device import DeviceTransport
 
-        host = shm.connect(members, control, num_bytes, name=f"crossdock-test-{number:016x}")
-        mapped = host.segments.side_by_side()
-        views = [mapped.segment(rank, num_bytes) for rank in range(members.size)]
+        hosts: list[Any] = []
+
+        def map_segments(num_bytes: int) -> list[torch.Tensor]:
+            name = f"crossdock-test-{number:016x}-{len(hosts)}"
+            hosts.append(shm.connect(members, control, num_bytes, name=name))
+            mapped = hosts[-1].segments.side_by_side()
+            return [mapped.segment(rank, num_bytes) for rank in range(members.size)]
+
+        def close() -> None:
+            for host in hosts:
+                host.close()
+
         transport = DeviceTransport(
-            views, control, rank=members.rank, ranks_here=members.size, is_alive=host.is_alive, close=host.close
+            map_segments(num_bytes),
+            control,
+            map_segments=map_segments,
+            rank=members.rank,
+            ranks_here=members.size,
+            is_alive=hosts[0].is_alive,
+            close=close,
         )
         return parts_on(transport, control, launch_options, timeout_s=timeout_s, warms_up=warms_up)
 
@@ -184,6 +199,7 @@ def without_a_gpu() -> None:
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
     torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.memory_snapshot = list
     torch.cuda.get_device_properties = lambda _: mock.Mock(multi_processor_count=2, major=9)
     for name in ("empty", "zeros"):
         setattr(torch, name, _unpinned(getattr(torch, name)))

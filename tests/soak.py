@@ -701,7 +701,7 @@ def _is_apart(number: int) -> bool:
 
 
 def _shared_connection(group: Any, options: argparse.Namespace, specs: list[Spec]) -> Connection:
-    """A connection with room for all buffers; at first for half, so that it grows on CPUs."""
+    """A connection with room for all buffers; at first for half, so that it grows."""
     topology, over_rail = Topology(num_ranks=options.ranks), {}
     if options.grid is not None:
         over_rail = options.grid.options(options.rail)
@@ -712,8 +712,9 @@ def _shared_connection(group: Any, options: argparse.Namespace, specs: list[Spec
     if options.device == "interpreted":
         from tests.interpreted import make_connection  # noqa: PLC0415 - it imports Triton
 
-        return make_connection(group, num_bytes, timeout_s=2 * options.watchdog)
-    connection = Connection(group, num_bytes // 2, timeout_s=2 * options.watchdog, **over_rail)
+        connection = make_connection(group, num_bytes // 2, timeout_s=2 * options.watchdog)
+    else:
+        connection = Connection(group, num_bytes // 2, timeout_s=2 * options.watchdog, **over_rail)
     connection.reserve(num_bytes)
     return connection
 

@@ -320,6 +320,9 @@ class Backend(Protocol):
         """
         raise NotImplementedError
 
+    def lie_in(self, segment: Tensor | None) -> None:
+        """This rank's segment is another one from now on; None: there is none until the next one."""
+
     def check_capture(self, *, asks_host: bool) -> None:
         """Raises ConfigError where a graph is captured of a call that asks the host."""
 

@@ -37,27 +37,33 @@ class Transport(Mailbox, Protocol):
     def mask(self, ranks: Sequence[int]) -> None:
         """These ranks are gone for good: what they have left here counts for nothing. Nothing of ours is running."""
 
-    def grow(self, group: Group, num_bytes: int) -> None:
-        """Makes all ranks' segments larger; what lies in them stays where it is. Collective; no call is under way.
+    def grow(self, group: Group, num_bytes: int) -> bool:
+        """Makes all ranks' segments larger. Collective; no call is under way on any rank, nor what one has issued.
+
+        Gives whether ``segment`` lies elsewhere now, the same on all ranks; else what lies in it stays where it is.
 
         Raises:
             TransportError: a rank has no room; on all ranks, and all segments are as large as before.
-            NotSupported: segments cannot grow here; on all ranks.
         """
+        raise NotImplementedError
 
-    def release(self, group: Group, first: int) -> None:
-        """Gives back the memory of all segments from that byte on. Collective; no call is under way.
+    def release(self, group: Group, first: int) -> bool:
+        """Gives back the memory of all segments from that byte on. Collective; as for ``grow``.
+
+        Gives whether ``segment`` lies elsewhere now, and ends there; else its addresses stay.
 
         Raises:
             NotSupported: it cannot be given back here; on all ranks.
         """
+        raise NotImplementedError
 
-    def reacquire(self, group: Group) -> None:
-        """Takes it again, at the same addresses; what was in it is gone. Collective.
+    def reacquire(self, group: Group) -> bool:
+        """Takes it again; what was in it is gone. Collective. Gives whether ``segment`` lies elsewhere now.
 
         Raises:
             TransportError: a rank has no room; on all ranks.
         """
+        raise NotImplementedError
 
     def close(self) -> None:
         """Lets go of the peers, without a word to them; tensors that were handed out stay valid."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from crossdock.arena import REASON_BYTES, Control
-from crossdock.errors import NotSupported
 from crossdock.transport.base import Group
 
 _YIELDS = 20000
@@ -29,9 +28,10 @@ class DeviceTransport:
 
     Args:
         views: every rank's segment, uint8, as this device maps it.
-        control: the words that each of them begins with.
-        ranks_here: how many ranks share this device; shares_sms: whether their kernels compete for the same
-            SMs, as those of threads do.
+        map_segments: makes others, zeroed, of so many bytes each. Collective; raises TransportError on all ranks where
+            one has no room.
+        control: the words that each segment begins with.
+        ranks_here: how many ranks share this device.
         is_alive: tells whether a peer still exists.
         close: what to let go of.
     """
@@ -41,25 +41,28 @@ class DeviceTransport:
         views: Sequence[Tensor],
         control: Control,
         *,
+        map_segments: Callable[[int], Sequence[Tensor]],
         rank: int,
         ranks_here: int,
-        shares_sms: bool = False,
         is_alive: Callable[[int], bool],
         close: Callable[[], None],
     ) -> None:
         self.rank = rank
         self.num_ranks = control.topology.num_ranks
         self.ranks_here = ranks_here
-        self.shares_sms = shares_sms
+        self.shares_sms = False
+        """Whether kernels of the ranks on this device compete for the same SMs, as those of threads do."""
+        self.views = views
         self.segment = views[rank]
         self.device = self.segment.device
         self.is_alive = is_alive
         self.close = close
-        self.segments = torch.tensor([view.data_ptr() for view in views], dtype=torch.int64, device=self.device)
-        """int64 ``[P]``: where each rank's segment is mapped here."""
-        self.views = views
+        self.segments = _addresses(views).to(self.device)
+        """int64 ``[P]``: where each rank's segment is mapped here. Kernels look here, those of graphs too."""
         self.linger_s = _LINGER_S
         self._control = control
+        self._map_segments = map_segments
+        self._num_released = 0
         self.stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         """Beside kernels that wait: what the host says and asks goes through it."""
         self._staged = torch.empty(REASON_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -103,18 +106,33 @@ class DeviceTransport:
                 self.segments[rank].copy_(self.segments[self.rank])
         self.stream.synchronize()
 
-    def grow(self, group: Group, num_bytes: int) -> None:
-        """See Transport. Symmetric memory has one size."""
-        raise NotSupported(
-            f"a GPU's segment cannot grow (to {num_bytes:,} bytes); pass Connection(num_bytes=) all that its Specs need"
-        )
+    def grow(self, group: Group, num_bytes: int) -> bool:
+        """See Transport. Symmetric memory has one size: another segment takes this one's place, and what lies in it."""
+        self._move(group, num_bytes)
+        return True
 
-    def release(self, group: Group, first: int) -> None:
-        """See Transport."""
-        raise NotSupported("a GPU's segment cannot be given back in part; close the connection, and make it again")
+    def release(self, group: Group, first: int) -> bool:
+        """See Transport. A segment of control words alone takes this one's place."""
+        num_bytes = self.segment.numel()
+        self._move(group, first)
+        self._num_released = num_bytes
+        return True
 
-    def reacquire(self, group: Group) -> None:
+    def reacquire(self, group: Group) -> bool:
         """See Transport."""
+        self._move(group, self._num_released)
+        return True
+
+    def _move(self, group: Group, num_bytes: int) -> None:
+        """All ranks get other segments, which begin with what theirs had. For a moment there are both."""
+        views = self._map_segments(num_bytes)
+        kept = min(num_bytes, self.segment.numel())
+        with torch.cuda.stream(self.stream):
+            views[self.rank][:kept].copy_(self.segment[:kept])
+            self.segments.copy_(_addresses(views))
+        self.stream.synchronize()
+        self.views, self.segment = views, views[self.rank]
+        group.all_gather(None)  # nobody's next call writes where this rank has still to copy
 
     def idle(self, num_polls: int) -> None:
         """Yields the core at first, then sleeps."""
@@ -131,3 +149,7 @@ class DeviceTransport:
         with torch.cuda.stream(self.stream):
             destination.copy_(source, non_blocking=True)
         self.stream.synchronize()
+
+
+def _addresses(views: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([view.data_ptr() for view in views], dtype=torch.int64, device="cpu")

@@ -133,7 +133,7 @@ class HostTransport:
         """See Transport."""
         self._control.forget_senders(self.segment, ranks)
 
-    def grow(self, group: Group, num_bytes: int) -> None:
+    def grow(self, group: Group, num_bytes: int) -> bool:
         """See Transport. What was mapped before stays so: it is the same memory."""
         try:
             raise_on_all(group, self.segments.allocate(self.rank - self.first, num_bytes), TransportError)
@@ -141,15 +141,17 @@ class HostTransport:
             self.segments.cut(self.rank - self.first)
             raise
         self.segments.grew(num_bytes)
+        return False
 
-    def release(self, group: Group, first: int) -> None:
+    def release(self, group: Group, first: int) -> bool:
         """See Transport."""
-        group.all_gather(None)  # nobody is in a call any more
         raise_on_all(group, self.segments.punch(self.rank - self.first, first), NotSupported)
+        return False
 
-    def reacquire(self, group: Group) -> None:
+    def reacquire(self, group: Group) -> bool:
         """See Transport."""
         raise_on_all(group, self.segments.allocate(self.rank - self.first, self.segments.num_bytes), TransportError)
+        return False
 
     def idle(self, num_polls: int) -> None:
         """Yields the core at first: there are often more ranks than cores, and 7 us beat 4 ms. Then sleeps."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from crossdock.arena import Control
 from crossdock.errors import ConfigError, PeerFailed, TransportError
@@ -122,18 +123,30 @@ def connect(group: ThreadGroup | NodeGroup, control: Control, num_bytes: int, *,
 
 def connect_on_device(group: ThreadGroup, control: Control, num_bytes: int, device: torch.device) -> DeviceTransport:
     """The same in a GPU's memory: ranks are virtual ones, each on streams of its own. Collective."""
-    memory = torch.zeros(group.size, num_bytes, dtype=torch.uint8, device=device) if group.rank == 0 else None
-    shared = group.all_gather(memory)[0]
-    assert shared is not None
-    return DeviceTransport(
-        shared.unbind(),
+
+    def map_segments(num_bytes: int) -> Sequence[Tensor]:
+        memory, problem = None, None
+        if group.rank == 0:
+            try:
+                memory = torch.zeros(group.size, num_bytes, dtype=torch.uint8, device=device)
+            except torch.OutOfMemoryError as error:
+                problem = f"cannot make {group.size} segments of {num_bytes:,} bytes: {error}"
+        raise_on_all(group, problem, TransportError)
+        shared = group.all_gather(memory)[0]
+        assert shared is not None
+        return shared.unbind()
+
+    transport = DeviceTransport(
+        map_segments(num_bytes),
         control,
+        map_segments=map_segments,
         rank=group.rank,
         ranks_here=group.size,
-        shares_sms=True,
         is_alive=group.is_alive,
         close=lambda: None,
     )
+    transport.shares_sms = True
+    return transport
 
 
 def run_local(program: Callable[[ThreadGroup], Result], num_ranks: int) -> list[Result]:

@@ -162,17 +162,17 @@ class NodesTransport:
             if (node := self._node_of.pop(rank, None)) is not None:
                 del self.lanes[node], self.rail_peers[node]
 
-    def grow(self, group: Group, num_bytes: int) -> None:
+    def grow(self, group: Group, num_bytes: int) -> bool:
         """See Transport."""
-        self.host.grow(NodeGroup(group, self.node_size), num_bytes)
+        return self.host.grow(NodeGroup(group, self.node_size), num_bytes)
 
-    def release(self, group: Group, first: int) -> None:
+    def release(self, group: Group, first: int) -> bool:
         """See Transport."""
-        self.host.release(NodeGroup(group, self.node_size), first)
+        return self.host.release(NodeGroup(group, self.node_size), first)
 
-    def reacquire(self, group: Group) -> None:
+    def reacquire(self, group: Group) -> bool:
         """See Transport."""
-        self.host.reacquire(NodeGroup(group, self.node_size))
+        return self.host.reacquire(NodeGroup(group, self.node_size))
 
     def _close(self) -> None:
         if os.getpid() == self._process:  # a child that was forked has its parent's sockets, and would say goodbye

@@ -5,6 +5,7 @@ Several ranks may share one GPU; then use a process group that allows it, such a
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -45,6 +46,35 @@ def connect(group: Group, control: Control, num_bytes: int, device: torch.device
     ranks_here = Counter(group.all_gather(ours))
     if max(ranks_here.values()) > 1:
         os.environ.setdefault(_OVERLAPPING, "1")  # torch looks there when ranks meet, and refuses without it
+    names = (f"{name}-{i}" for i in itertools.count())
+
+    def map_segments(num_bytes: int) -> list[torch.Tensor]:
+        return _map(group, num_bytes, device, next(names))
+
+    views = map_segments(num_bytes)
+    presence = Presence(group, _env.shm_dir() / f"{name}-{group.rank}")
+    transport = DeviceTransport(
+        views,
+        control,
+        map_segments=map_segments,
+        rank=group.rank,
+        ranks_here=ranks_here[ours],
+        is_alive=presence.is_alive,
+        close=presence.close,
+    )
+    group.all_gather(None)  # nobody writes to a segment that its owner has still to zero
+    return transport
+
+
+def _map(group: Group, num_bytes: int, device: torch.device, name: str) -> list[torch.Tensor]:
+    """A new segment of this rank's, zeroed, and everybody's. Collective.
+
+    Args:
+        name: no other segment's.
+
+    Raises:
+        TransportError, NotSupported: see ``connect``.
+    """
     segment, problem = None, None
     try:
         segment = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -58,6 +88,7 @@ def connect(group: Group, control: Control, num_bytes: int, device: torch.device
     raise_on_all(group, problem, TransportError)
     assert segment is not None
     store_path = _env.shm_dir() / f"{name}-store"
+    views: list[torch.Tensor] = []
     try:
         handle = _rendezvous(group, segment, name, store_path)
         views = [
@@ -73,17 +104,7 @@ def connect(group: Group, control: Control, num_bytes: int, device: torch.device
         raise_on_all(group, problem, NotSupported)
     finally:
         store_path.unlink(missing_ok=True)  # everybody has read it by now
-    presence = Presence(group, _env.shm_dir() / f"{name}-{group.rank}")
-    transport = DeviceTransport(
-        views,
-        control,
-        rank=group.rank,
-        ranks_here=ranks_here[ours],
-        is_alive=presence.is_alive,
-        close=presence.close,
-    )
-    group.all_gather(None)  # nobody writes to a segment that its owner has still to zero
-    return transport
+    return views
 
 
 def _rendezvous(group: Group, segment: torch.Tensor, name: str, store_path: Path) -> Any:

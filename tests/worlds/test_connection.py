@@ -22,6 +22,7 @@ from crossdock import (
     TransportError,
     run_local,
 )
+from crossdock.transport.base import group_of, raise_on_all
 from tests import oracle
 from tests.cases import check_received, make_case, observed, same_bits
 from tests.world import meet, open_connection
@@ -424,6 +425,69 @@ def test_memory_is_given_back_and_taken_again(world):
         assert held[0] > 64 << 20
         assert held[1] < 1 << 20
         assert held[2] == held[0]
+
+
+def move_on_a_device(group, cases, num_bytes):
+    """Rows and sums by plans of before, over memory that another took the place of, twice; and what is refused."""
+    with open_connection(group, need(group_size(group), A), max_experts=64) as connection:
+        r, rank_0 = connection.rank, connection.rank == 0
+        a = Buffer(connection, A)
+        recv = a.dispatch(cases[0].x[r], cases[0].topk[r])
+        x, outputs = recv.x, recv.output_rows()
+        outputs.copy_(cases[0].y[r])
+        kept = x.clone()
+        connection.consent._streams.has_captured = not rank_0
+        texts = [refusal(lambda: connection.reserve(num_bytes)), refusal(connection.release)]
+        connection.consent._streams.has_captured = False
+        connection.reserve(1)  # there is more
+        texts.append(str(recv.is_stale))
+        map_segments, connection.transport._map_segments = connection.transport._map_segments, no_room_at_1(group)
+        with pytest.raises(TransportError, match="rank 1: no room"):
+            connection.reserve(num_bytes)
+        connection.transport._map_segments = map_segments
+        texts.append(str(recv.is_stale))
+        connection.reserve(num_bytes)
+        texts += [str(recv.is_stale), str(same_bits(x, kept))]
+        sums = [a.combine(outputs, recv.plan)]  # of memory that is nobody's any more, but the tensor's
+        b, c = Buffer(connection, B, exclusive=True), Buffer(connection, C)
+        connection.release()
+        texts += [refusal(lambda: a.dispatch(cases[0].x[r], recv.plan)), refusal(lambda: Buffer(connection, C))]
+        held = connection.transport.segment.numel()
+        connection.reacquire()
+        rows = []
+        for buffer, case in zip((a, b, c), cases, strict=True):
+            got = buffer.dispatch(case.x[r], recv.plan if buffer is a else case.topk[r])
+            rows.append(observed(got))
+            out = got.output_rows()
+            out.copy_(case.y[r])
+            sums.append(buffer.combine(out, got.plan))
+        return texts, (held, connection.control.num_bytes), rows, sums
+
+
+def no_room_at_1(group):
+    def map_segments(_):
+        members = group_of(group)
+        raise_on_all(members, "no room" if members.rank == 1 else None, TransportError)
+
+    return map_segments
+
+
+@pytest.mark.worlds("interpreted-2")
+def test_on_a_device_other_memory_takes_the_place_of_the_one_there_is(world):
+    cases = cases_of(world)
+    check_moved(cases, world.run(move_on_a_device, cases, need(world.num_ranks, *SPECS)))
+
+
+def check_moved(cases, got):
+    released = "the connection's memory was released; call reacquire() on all ranks first"
+    for texts, (held, control), _, _ in got:
+        assert texts[0] == texts[1]
+        assert texts[0].startswith("rank 1: calls may have been captured in a CUDA graph")
+        assert texts[2:] == ["False", "False", "True", "True", released, released]
+        assert held == control
+    for i, case in enumerate(cases):
+        check_received(case, [rows[i] for _, _, rows, _ in got], weights=False, extras=False)
+    check_sums([cases[0], *cases], [sums for *_, sums in got])
 
 
 def leave_in_a_child(group, num_bytes):

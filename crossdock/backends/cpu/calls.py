@@ -241,6 +241,9 @@ class CpuBackend:
         self._rows = timed(self._arena, self._transport, times.move_ns)
         return True
 
+    def lie_in(self, segment: Tensor | None) -> None:
+        """See Backend. Not here: what hosts map stays mapped."""
+
     def check_capture(self, *, asks_host: bool) -> None:
         """See Backend."""
 

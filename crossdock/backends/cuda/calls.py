@@ -592,6 +592,10 @@ class CudaBackend:
         self._planner.mask(ranks)
         self.synchronize()
 
+    def lie_in(self, segment: Tensor | None) -> None:
+        """See Backend. Kernels find segments by a table that the transport keeps, and regions in them by offsets."""
+        self._on.lie_in(segment)
+
     def check_capture(self, *, asks_host: bool) -> None:
         """See Backend."""
         if (asks_host or self.launch.mover == "copy") and torch.cuda.is_current_stream_capturing():

@@ -105,6 +105,15 @@ class DeviceConsent(Consent):
         payload = Word(Kind.COMBINE, 0).payload
         self._exchange(0, self._streams.enter(), payload, self._on.rank, self._on.max_polls, num_trips)
 
+    def what_holds_addresses(self) -> str | None:
+        """See Consent. What a graph gives are rows at addresses, also when it is replayed."""
+        if not self._streams.has_captured and not _has_private_pools():
+            return None
+        return (
+            "calls may have been captured in a CUDA graph (or memory of torch has a pool of its own), and graphs hold "
+            "addresses of rows; give the connection all the memory that it needs before you capture"
+        )
+
     def settle(self) -> None:
         """See Consent. Of a call that is being captured nothing runs, and CUDA allows no look at any stream."""
         if torch.cuda.is_current_stream_capturing():
@@ -255,3 +264,9 @@ class DeviceConsent(Consent):
             self._on.flags.zero_()
         self._transport.stream.synchronize()
         self._on.host_failure.zero_()
+
+
+def _has_private_pools() -> bool:
+    """Whether torch keeps memory apart, as it does for what a graph has allocated while it was captured."""
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return any(tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0) for segment in segments)

@@ -131,8 +131,8 @@ class DeviceState:
         self.num_local = spec.num_local_experts(self.num_ranks)
         self.tokens = self._zeros(self.num_local, torch.int64)
         """``[L]``, picks of each local expert in all calls."""
-        transport = of_calls.transport
-        self._regions = {name: arena.view(transport.segment, name) for name in arena.regions}
+        self._regions: dict[str, Tensor] = {}
+        self.lie_in(of_calls.transport.segment)
         self.num_pairs = min(spec.num_topk, self.num_ranks) if has_pairs else 0
         """Pairs of a token, at most."""
         self.plan_shape = PlanShape.of(arena, num_pairs=self.num_pairs)
@@ -148,13 +148,17 @@ class DeviceState:
         self.returns = Returns(self.region("outputs"), self.region("returned"), self.region("returned_extras"))
         torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
 
+    def lie_in(self, segment: Tensor | None) -> None:
+        """Regions lie in that segment of this rank's from now on; None: in none."""
+        self._regions = {} if segment is None else {name: self.arena.view(segment, name) for name in self.arena.regions}
+
     def own_of(self, extent: Extent, row_count: RowCount) -> Own:
         """What kernels are given for dispatches of such an M."""
         return self.own._replace(capacity=odd(extent.room(row_count)), max_tokens=odd(extent.max_tokens))
 
     def region(self, name: str, *, offset: int = 0) -> Region:
         """Where a region begins (``offset`` bytes behind), and how large its slots are; zeros where there is none."""
-        if name not in self._regions:
+        if name not in self.arena.regions:
             return Region(0, 0)
         region = self.arena[name]
         return Region(region.offset + offset, region.slot_bytes)

@@ -31,6 +31,8 @@ class CallStreams:
         """Where calls run that are only started: our own stream, or the caller's choice."""
         self._last = self.side
         self._last_raw = self.side.cuda_stream
+        self.has_captured = False
+        """Whether a call on another stream than the one before it was captured, as ``torch.cuda.graph`` has them."""
         self._entered: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._moved: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
@@ -102,7 +104,9 @@ class CallStreams:
 
         A capture begins when all is done, and allows no look at a stream outside of it; within, order is kept.
         """
-        if not torch.cuda.is_current_stream_capturing() or self._is_last_captured():
+        is_capturing = torch.cuda.is_current_stream_capturing()
+        self.has_captured |= is_capturing
+        if not is_capturing or self._is_last_captured():
             self._moved.record(self._last)
             stream.wait_event(self._moved)
         self._last, self._last_raw = stream, raw

@@ -496,6 +496,9 @@ class NodesBackend:
         self._inbound = partial(TimedInbound, times)
         return True
 
+    def lie_in(self, segment: Tensor | None) -> None:
+        """See Backend. Not here: what hosts map stays mapped."""
+
     def check_capture(self, *, asks_host: bool) -> None:
         """See Backend."""
 
