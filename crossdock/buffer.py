@@ -442,7 +442,7 @@ class Buffer:
         call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, counters, extent)
         steps = self._backend.dispatch(call, batch, routing)
 
-        copies = self._backend.copied if copy else None
+        copies = self._backend.copy_rows if copy else None
         finish = partial(self._slots.lend, slot=slot, unquantized=unquantized, copies=copies, poisons=self._debug)
         pending = self._queue.start(verb, call.sequence, steps, finish, (batch, routing), self._slots, counters)
         if not at_once:
@@ -838,6 +838,21 @@ class Buffer:
     def keep_plan(self, plan: Plan, tensors: PlanTensors) -> None:
         """From now on ``remake_plan`` gives this plan of a dispatch, from tensors that the dispatch has just made."""
         self._memo.keep(tensors, self._backend.as_remade(plan, tensors), is_capturing=self._is_capturing)
+
+    def copy_rows(self, recv: Received, out: Tensor | Quantized) -> None:
+        """Copies the rows that came, as they are, to memory of the caller's; what is behind them there stays. Local.
+
+        As ``dispatch(copy=True)`` does into new memory, and like that without a host sync.
+
+        Args:
+            out: as ``recv.x`` is: contiguous, of its shape and dtype; ``Quantized`` where that is, with scales of its
+                strides too.
+
+        Raises:
+            ConfigError: ``out`` is not like that, or the rows' slot has come round.
+        """
+        inputs.check_copy(recv.x, out)
+        self._backend.copy_rows(recv.plan, recv.x, out)
 
     def own_rows(self, recv: Received, rows: RowCount) -> Tensor:
         """``recv.x`` in memory that no later dispatch overwrites, narrow rows dequantised (combine format). Local.

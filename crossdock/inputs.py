@@ -321,6 +321,22 @@ def check_out(spec: Spec, plan: Plan, given: Outputs, segment: Tensor | None) ->
                 raise ConfigError(f"out overlaps {name}; pass memory of its own, or None for a new tensor")
 
 
+def check_copy(rows: Tensor | Quantized, out: Tensor | Quantized) -> None:
+    """Where rows that came are copied to: shaped as they are, in memory as ``dispatch(copy=True)`` gives it."""
+    if isinstance(rows, Quantized) != isinstance(out, Quantized):
+        raise ConfigError(f"out is a {type(out).__name__}; pass a {type(rows).__name__}, as recv.x is")
+    names = ("out.data", "out.scale") if isinstance(rows, Quantized) else ("out",)
+    pairs = zip(rows, out, strict=True) if isinstance(rows, Quantized) else [(rows, out)]
+    for name, (want, given) in zip(names, pairs, strict=True):
+        _check_tensor(name, given)
+        has_gaps = want.is_contiguous() and not given.is_contiguous()  # scales that are not may go anywhere
+        if has_gaps or (given.dtype, given.shape, given.device) != (want.dtype, want.shape, want.device):
+            raise ConfigError(
+                f"{name} is {_name(given)} {_shape(given)} on {given.device}{' with gaps' if has_gaps else ''}; pass a "
+                f"contiguous {_name(want)} {_shape(want)} on {want.device}, as recv.x is"
+            )
+
+
 def check_row_extras(extras: Sequence[Tensor], *, lead: tuple[int, ...], limit: int) -> None:
     """Small float32 tensors that go home with rows: [*lead, ...] as the rows came."""
     num_bytes = 0

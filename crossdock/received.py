@@ -19,7 +19,7 @@ from crossdock.plan import Plan
 from crossdock.scales import ScaleLayout
 from crossdock.wire import Quantized
 
-CopyRows = Callable[[Plan, "Tensor | Quantized"], "Tensor | Quantized"]
+CopyRows = Callable[[Plan, "Tensor | Quantized", "Tensor | Quantized"], None]
 """``Backend.copied``."""
 
 
@@ -76,6 +76,10 @@ class SlotViews(Protocol):
 
     def received(self, region: str, slot: int, num_rows: int) -> Tensor | Quantized:
         """The first rows of a slot, [R, H] or [L, C, H]."""
+
+    def room(self, rows: Tensor | Quantized) -> Tensor | Quantized:
+        """Memory for rows like these, in no slot."""
+        raise NotImplementedError
 
     def rows(self, name: str, slot: int, num_rows: int) -> Tensor:
         """The first rows of a slot in a region."""
@@ -199,7 +203,9 @@ class Received:
     def copied(self, copies: CopyRows) -> Received:
         """The same with rows ``x`` of its own, which no later dispatch overwrites; of those that came, no others."""
         copy = Received(self.plan, self._lease, self._views, self._region, self._num_rows)
-        copy._owned = copies(self.plan, self.x)
+        x = self.x
+        copy._owned = self._views.room(x)
+        copies(self.plan, x, copy._owned)
         return copy
 
     def without_copy(self) -> Received:

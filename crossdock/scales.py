@@ -102,15 +102,13 @@ class ScaleLayout:
         """The same order for so many rows in memory of their own."""
         return replace(self, segment_rows=max(1, num_rows), room_rows=None)
 
-    def copied(self, scale: Tensor) -> Tensor:
-        """A copy of scales ``[..., R, G]`` in the same order; column-major with the padding for R rows."""
+    def room(self, scale: Tensor) -> Tensor:
+        """Memory for scales ``[..., R, G]`` like these, in the same order; column-major with the padding for R rows."""
         if not self.column_major:
-            return cloned(scale)
+            return room_like(scale)
         *lead, num_rows, num_scales = scale.shape
         padded = scale.new_empty(*lead, num_scales, _room(num_rows, self.dtype) // self.dtype.itemsize)
-        own = padded.transpose(-1, -2)[..., :num_rows, :]
-        as_integers(own).copy_(as_integers(scale))
-        return own
+        return padded.transpose(-1, -2)[..., :num_rows, :]
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -120,6 +118,11 @@ _NUMPY = {torch.uint8: np.uint8, torch.int16: np.int16, torch.int32: np.int32}
 def as_integers(scale: Tensor) -> Tensor:
     """A view as integers of the same size, for torch operations that take few dtypes. Any strides."""
     return scale.view(_INTEGERS[scale.dtype.itemsize])
+
+
+def room_like(rows: Tensor) -> Tensor:
+    """Contiguous memory for as many; torch can fill that of few dtypes, as it does in its deterministic mode."""
+    return torch.empty(rows.shape, dtype=integers_of(rows.dtype), device=rows.device).view(rows.dtype)
 
 
 def integers_of(dtype: torch.dtype) -> torch.dtype:
@@ -136,11 +139,6 @@ def no_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if torch.are_deterministic_algorithms_enabled():  # torch fills what it gives, if it was told to
         return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(np.empty(shape, dtype=_NUMPY[dtype]))
-
-
-def cloned(tensor: Tensor) -> Tensor:
-    """A clone with all bits; torch's own makes 1 of every bool that is not 0."""
-    return as_integers(tensor).clone().view(tensor.dtype)
 
 
 def _room(num_rows: int, dtype: torch.dtype) -> int:

@@ -15,6 +15,7 @@ from crossdock.errors import ConfigError
 from crossdock.layout import Expanded, Padded
 from crossdock.pending import CallQueue, Pending
 from crossdock.received import CopyRows, Lease, Received
+from crossdock.scales import room_like
 from crossdock.wire import Quantized
 
 
@@ -167,6 +168,12 @@ class ReceiveSlots:
     def new_outputs(self, num_rows: int) -> Tensor:
         """Memory for so many outputs that lies in no slot."""
         return torch.empty(num_rows, self.spec.hidden, dtype=self.spec.combine_dtype, device=self._device)
+
+    def room(self, rows: Tensor | Quantized) -> Tensor | Quantized:
+        """Memory for rows like these, in no slot."""
+        if not isinstance(rows, Quantized):
+            return room_like(rows)
+        return Quantized(room_like(rows.data), self.scales.room(rows.scale))
 
     def received(self, region: str, slot: int, num_rows: int) -> Tensor | Quantized:
         """The rows that lie in the slot, with their scales where they are narrow."""

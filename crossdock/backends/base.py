@@ -286,12 +286,12 @@ class Backend(Protocol):
         """
         raise NotImplementedError
 
-    def copied(self, plan: Plan, rows: Tensor | Quantized) -> Tensor | Quantized:
-        """A copy of rows of a receive slot, as they are, on the caller's stream: only those that came are read.
+    def copy_rows(self, plan: Plan, rows: Tensor | Quantized, out: Tensor | Quantized) -> None:
+        """Copies rows of a receive slot, as they are, on the caller's stream: those that came, and no others.
 
-        The rest of it is nobody's, as ``torch.empty`` leaves it.
+        Args:
+            out: contiguous, shaped as ``rows``; scales in the order of the wire's.
         """
-        raise NotImplementedError
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """Rows of a receive slot in memory of their own, on the caller's stream; quantised ones in the combine format.

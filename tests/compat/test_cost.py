@@ -84,7 +84,7 @@ def test_low_latency_calls_add_few():
             return recv.x, recv.num_tokens_per_expert, recv.src_idx
 
         def start_natively():
-            recv = native.dispatch_start(x, idx).wait()
+            recv = native.dispatch_start(x, idx, copy=True).wait()
             return recv.x, recv.num_tokens_per_expert, recv.src_idx
 
         def hooked():

@@ -61,7 +61,8 @@ def test_copies_have_the_same_values_and_no_more_padding_than_they_need(layout, 
     if num_rows is None or num_rows > layout.segment_rows:
         num_rows = (layout.num_segments or 1) * layout.segment_rows
     scale = layout.of_rows(numbered(layout), num_rows)
-    own = layout.copied(scale)
+    own = layout.room(scale)
+    as_integers(own).copy_(as_integers(scale))
     assert same_bits(own, scale)
     assert not own.numel() or own.untyped_storage().data_ptr() != scale.untyped_storage().data_ptr()
     if layout.column_major:
@@ -94,6 +95,6 @@ def test_scales_of_any_strides_are_dequantised_alike(wire, num_rows, hidden):
     layout = ScaleLayout(
         num_segments=None, segment_rows=6, num_scales=scale.shape[1], dtype=scale.dtype, column_major=True
     )
-    turned = layout.copied(scale)
+    turned = layout.room(scale).copy_(scale)
     assert turned.stride(1) > 1
     assert same_bits(wire.dequantize(Quantized(data, turned)), wire.dequantize(Quantized(data, scale)))

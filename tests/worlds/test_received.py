@@ -98,7 +98,13 @@ def copy_what_came(group, case):
         recv = buffer.dispatch(case.x[r], case.topk[r], rows="capacity", copy=True)
         again = buffer.dispatch(case.x[r], recv.plan, rows="capacity", copy=True)
         wide = buffer.dispatch(case.x[r], recv.plan, rows="capacity", copy=True, unquantized=True)
-        return [(each.x.clone(), each.src_idx) for each in (recv, again, wide)]
+        view = buffer.dispatch(case.x[r], recv.plan, rows="capacity")
+        out = torch.full_like(view.x, torch.nan)
+        buffer.copy_rows(view, out)
+        for wrong in (out[..., 1:], out.half(), out.mT.contiguous().mT, Quantized(out, out)):
+            with pytest.raises(ConfigError, match=r"out is .*; pass a .*, as recv\.x is"):
+                buffer.copy_rows(view, wrong)
+        return [(each.x.clone(), each.src_idx) for each in (recv, again, wide)] + [(out, view.src_idx)]
 
 
 @pytest.mark.worlds("inproc-2", "interpreted-2")

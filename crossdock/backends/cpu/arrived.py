@@ -18,6 +18,7 @@ from crossdock.arena import Arena
 from crossdock.backends.base import Batch, Metadata
 from crossdock.layout import Expanded, Padded
 from crossdock.scales import as_integers
+from crossdock.wire import Quantized, parts_of
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -65,18 +66,19 @@ def take_metadata(
     return _unpacked(arena, metadata, is_real, batch, rank=rank)
 
 
-def copied_rows(arena: Arena, plan: Segmented, rows: Tensor) -> Tensor:
-    """A copy of rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came."""
-    numbers = as_integers(rows)  # of all dtypes there is memory, but torch cannot fill that of some
-    copy = torch.empty(rows.shape, dtype=numbers.dtype, device="cpu")
+def copy_rows(arena: Arena, plan: Segmented, rows: Tensor | Quantized, out: Tensor | Quantized) -> None:
+    """Copies rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came."""
     starts, ends = [0], [plan.num_rows]
     if isinstance(arena.spec.layout, Padded):
         starts = plan.segment_starts.tolist()[:-1]
         ends = [start + length for start, length in zip(starts, plan.segment_rows.tolist(), strict=True)]
-    to_rows, from_rows = (each.view(-1, rows.shape[-1]) for each in (copy, numbers))
-    for start, end in zip(starts, ends, strict=True):
-        to_rows[start:end].copy_(from_rows[start:end])
-    return copy.view(rows.dtype)
+    for each, target in parts_of(rows, out):
+        if not each.is_contiguous():  # scales that arrive column-major
+            target.copy_(each)
+            continue
+        to_rows, from_rows = (part.view(-1, part.shape[-1]) for part in (target, each))
+        for start, end in zip(starts, ends, strict=True):
+            to_rows[start:end].copy_(from_rows[start:end])
 
 
 def _unpacked(arena: Arena, metadata: Bytes, is_real: npt.NDArray[np.bool_], batch: Batch, *, rank: int) -> Metadata:

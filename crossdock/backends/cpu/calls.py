@@ -25,6 +25,7 @@ from crossdock.backends.base import (
     PlanTensors,
     RowTimes,
 )
+from crossdock.backends.cpu.arrived import copy_rows
 from crossdock.backends.cpu.by_node import RowsByNode, TimedRowsByNode
 from crossdock.backends.cpu.rows import CpuRows
 from crossdock.backends.cpu.timed import TimedRows
@@ -201,13 +202,9 @@ class CpuBackend:
             partial_rows=tensors.partial_rows if self._arena.spec.ranks_sum_picks else None,
         )
 
-    def copied(self, plan: Plan, rows: Tensor | Quantized) -> Tensor | Quantized:
+    def copy_rows(self, plan: Plan, rows: Tensor | Quantized, out: Tensor | Quantized) -> None:
         """See Backend."""
-        if not isinstance(rows, Quantized):
-            return self._rows.copied(_of_host(plan), rows)
-        scales = self._arena.scales
-        scale = scales.copied(rows.scale) if scales.column_major else self._rows.copied(_of_host(plan), rows.scale)
-        return Quantized(self._rows.copied(_of_host(plan), rows.data), scale)
+        copy_rows(self._arena, _of_host(plan), rows, out)
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""

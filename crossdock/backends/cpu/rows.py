@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crossdock.arena import Arena, Control
 from crossdock.backends.base import Batch, Metadata
-from crossdock.backends.cpu.arrived import apart, as_bytes, copied_rows, movable, take_metadata, widths_of
+from crossdock.backends.cpu.arrived import apart, as_bytes, movable, take_metadata, widths_of
 from crossdock.backends.cpu.mapped import Mapped
 from crossdock.backends.cpu.staged import expand_rows
 from crossdock.backends.staged import RowMaker
@@ -140,10 +140,6 @@ class CpuRows:
         if self._arena.spec.ranks_sum_picks:
             plan = replace(plan, partial_rows=self._own["partial_rows"][slot, :num_pairs].clone())
         return plan, metadata
-
-    def copied(self, plan: HostPlan, rows: Tensor) -> Tensor:
-        """A copy of rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came."""
-        return copied_rows(self._arena, plan, rows)
 
     def push_outputs(self, plan: HostPlan, y: Tensor, weights: Tensor | None, words: Sequence[Word]) -> None:
         """Writes outputs y [R, H] to their owners, or their sums, weighted by [R], where ranks sum.

@@ -57,7 +57,7 @@ from crossdock.plan import Plan
 from crossdock.scales import as_integers
 from crossdock.spec import Spec
 from crossdock.transport.device import DeviceTransport
-from crossdock.wire import Fp8, Opaque, Quantized
+from crossdock.wire import Fp8, Opaque, Quantized, parts_of
 
 _TELLS, _WEIGHTS, _EXTRAS = (given.value for given in (kernels.TELLS, kernels.WEIGHTS, kernels.EXTRAS))
 _BIAS_ROWS, _UNCHECKED = (given.value for given in (sum_kernels.BIAS_ROWS, sum_kernels.UNCHECKED))
@@ -573,10 +573,14 @@ class CudaBackend:
         assert isinstance(plan, DevicePlan), "the plan of another backend"
         return self._planner.as_remade(plan, tensors)
 
-    def copied(self, plan: Plan, rows: Tensor | Quantized) -> Tensor | Quantized:
+    def copy_rows(self, plan: Plan, rows: Tensor | Quantized, out: Tensor | Quantized) -> None:
         """See Backend."""
         assert isinstance(plan, DevicePlan), "the plan of another backend"
-        return self._training.copied(plan.memory, rows)
+        for each, target in parts_of(rows, out):
+            if each.is_contiguous():
+                self._training.copy_rows(plan.memory, each, target)
+            else:  # scales that arrive column-major
+                target.copy_(each)
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""

@@ -17,7 +17,7 @@ from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher, kind_of
 from crossdock.backends.cuda.scales import dtype_of
 from crossdock.kinds import Kinds
 from crossdock.layout import Padded
-from crossdock.scales import as_integers
+from crossdock.scales import as_integers, room_like
 from crossdock.wire import Fp8, Quantized
 
 _VALUES = 2048
@@ -36,23 +36,13 @@ class TrainingKernels:
         self._launches: Kinds[Launch] = Kinds(NUM_KINDS)
         self._programs = launcher.config.visible_sms * PROGRAMS_PER_SM
 
-    def copied(self, plan: Tensor, rows: Tensor | Quantized) -> Tensor | Quantized:
-        """See Backend; ``plan`` is its memory."""
-        if not isinstance(rows, Quantized):
-            return self._copied(plan, rows)
-        scales = self._on.arena.scales
-        scale = scales.copied(rows.scale) if scales.column_major else self._copied(plan, rows.scale)
-        return Quantized(self._copied(plan, rows.data), scale)
-
-    def _copied(self, plan: Tensor, rows: Tensor) -> Tensor:
-        """A copy of rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came."""
-        numbers = as_integers(rows)  # of all dtypes there is memory, but torch cannot fill that of some
-        out = self._on.empty(*rows.shape, dtype=numbers.dtype)
+    def copy_rows(self, plan: Tensor, rows: Tensor, out: Tensor) -> None:
+        """Copies rows ``[R, ...]`` or ``[L, C, ...]`` of a slot, as far as they came; ``plan`` is its memory."""
         if not out.numel():
-            return out.view(rows.dtype)
-        pair = [each.view(-1, rows.shape[-1]) for each in (out, numbers)]
+            return
+        pair = [each.view(-1, rows.shape[-1]) for each in (out, rows)]
         num_bytes = rows.shape[-1] * rows.element_size()
-        word = math.gcd(8, num_bytes, rows.data_ptr() & 15)
+        word = math.gcd(8, num_bytes, rows.data_ptr() & 15, out.data_ptr() & 15)
         words, source = (each.view(dtype_of(word)) for each in pair)
         num_words = words.shape[1]
         piece = min(power_of_two(num_words), 4096 // word)
@@ -69,7 +59,6 @@ class TrainingKernels:
             },
             num_warps=max(1, piece * word // 1024),
         )
-        return out.view(rows.dtype)
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""
@@ -142,13 +131,15 @@ class TrainingKernels:
         """Of whole slots, whose shapes are constants of the kernel, on a plan without rows."""
         plan = torch.zeros(self._on.plan_shape.num_words(0), dtype=torch.int32, device=self._on.device)
         for region in {self._on.arena.region_of_rows(unquantized=unquantized) for unquantized in (False, True)}:
-            data = self._on.view(region, 0)
+            data = as_integers(self._on.view(region, 0))
             if isinstance(self._spec.layout, Padded):
                 data = data.view(self._on.num_local, -1, data.shape[-1])
-            self._copied(plan, data)
+            self.copy_rows(plan, data, room_like(data))
         scales = self._on.arena.scales
         if scales.num_scales and not scales.column_major:
-            self._copied(plan, scales.of_rows(self._on.view("scale", 0), self._spec.num_slot_rows(self._on.num_ranks)))
+            num_rows = self._spec.num_slot_rows(self._on.num_ranks)
+            scale = as_integers(scales.of_rows(self._on.view("scale", 0), num_rows))
+            self.copy_rows(plan, scale, room_like(scale))
 
     def _dequantize(self, out: Tensor, data: Tensor, scale: Tensor, src_idx: Tensor | None) -> None:
         """``out [R, H]`` from bytes ``data [R, H]``; ``scale`` is of as many rows, or of more."""

@@ -36,7 +36,7 @@ from crossdock.backends.base import (
     PlanTensors,
     RowTimes,
 )
-from crossdock.backends.cpu.arrived import copied_rows, widths_of
+from crossdock.backends.cpu.arrived import copy_rows, widths_of
 from crossdock.backends.cpu.mapped import Mapped
 from crossdock.backends.nodes.chunks import ChunkFormat, check_row
 from crossdock.backends.nodes.consent import NodesConsent
@@ -468,14 +468,9 @@ class NodesBackend:
         """See Backend."""
         return self.remake_plan(tensors)
 
-    def copied(self, plan: Plan, rows: Tensor | Quantized) -> Tensor | Quantized:
+    def copy_rows(self, plan: Plan, rows: Tensor | Quantized, out: Tensor | Quantized) -> None:
         """See Backend."""
-        of_nodes = _of_nodes(plan)
-        if not isinstance(rows, Quantized):
-            return copied_rows(self._arena, of_nodes, rows)
-        scales = self._arena.scales
-        scale = scales.copied(rows.scale) if scales.column_major else copied_rows(self._arena, of_nodes, rows.scale)
-        return Quantized(copied_rows(self._arena, of_nodes, rows.data), scale)
+        copy_rows(self._arena, _of_nodes(plan), rows, out)
 
     def own_rows(self, rows: Tensor | Quantized, src_idx: Tensor | None) -> Tensor:
         """See Backend."""

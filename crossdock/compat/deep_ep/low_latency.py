@@ -266,12 +266,7 @@ class LowLatency:
 
         def receive() -> Received:
             recv = pending.wait()
-            rows = recv.x
-            if not isinstance(rows, Quantized):
-                packed.x.copy_(rows)
-            elif packed.scale is not None:
-                packed.x.view(torch.uint8).copy_(rows.data.view(torch.uint8))  # all bits, also of FP8
-                packed.scale.copy_(rows.scale)
+            buffer.copy_rows(recv, packed.x if packed.scale is None else Quantized(packed.x, packed.scale))
             packed.num_rows.copy_(recv.num_tokens_per_expert)
             torch.remainder(recv.src_idx, num_tokens, out=packed.src_info)
             packed.layout_range.copy_(_ranges(recv, buffer))
