@@ -27,12 +27,12 @@ from crossdock.backends.nodes.consent import NodesConsent
 from crossdock.body import Body, Share
 from crossdock.connect import check_support, connect, problem_with, vet
 from crossdock.consent import Consent, Steps
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, NotSupported
 from crossdock.masks import listed
 from crossdock.pending import CallQueue, Pending
 from crossdock.spec import MAX_SLOTS, Spec, Topology
 from crossdock.trace import TracedConsent, TracedNodesConsent, TracedQueue, Tracer, open_problem
-from crossdock.transport.base import Group, group_of
+from crossdock.transport.base import Group, group_of, raise_on_all
 from crossdock.transport.engines import AnyRail, choose, named, problem_with_rail
 from crossdock.transport.rail import Engine
 
@@ -315,16 +315,15 @@ class Connection:
 
         Raises:
             ConfigError: ranks ask for different numbers, or a call was started and not waited for; on all ranks. Or a
-                rank is masked. On GPUs also where a rank has captured calls in CUDA graphs, which hold addresses.
+                rank is masked.
             TransportError: a rank has no room; on all ranks, and nothing has changed.
+            NotSupported: on GPUs, a rank has captured calls in CUDA graphs, which hold addresses; on all ranks.
         """
         with self.queue.turn:
             self.check_open()
-            problem, size = _problem_of_bytes(num_bytes), 0
-            if problem is None and (size := _whole_pages(num_bytes)) > self._body.num_bytes:
-                problem = self._what_needs_memory()
-            self._agree_on(num_bytes, problem, "reserve")
-            if size > self._body.num_bytes:
+            self._agree_on(num_bytes, _problem_of_bytes(num_bytes) or self._what_is_started(), "reserve")
+            if (size := _whole_pages(num_bytes)) > self._body.num_bytes:
+                self._free_memory()
                 if self.transport.grow(self._members, self._body.first + size):
                     self._lie_in(self.transport.segment)
                 self._body.grew(size)
@@ -336,13 +335,14 @@ class Connection:
         and Buffers stay, and on CPUs addresses too.
 
         Raises:
-            ConfigError: a call was started and not waited for, on some rank; on all ranks. Or a rank is masked. On GPUs
-                also where a rank has captured calls in CUDA graphs, which hold addresses.
-            NotSupported: the system cannot; on all ranks.
+            ConfigError: a call was started and not waited for, on some rank; on all ranks. Or a rank is masked.
+            NotSupported: the system cannot, or, on GPUs, a rank has captured calls in CUDA graphs, which hold
+                addresses; on all ranks.
         """
         with self.queue.turn:
             self.check_open()
-            self._agree_on(None, self._what_needs_memory(), "release")
+            self._agree_on(None, self._what_is_started(), "release")
+            self._free_memory()
             if self.transport.release(self._members, self._body.first):
                 self._lie_in(None)
             self._body.vacate(self.queue)
@@ -362,14 +362,15 @@ class Connection:
                 self._lie_in(self.transport.segment)
             self.refusal = None
 
-    def _what_needs_memory(self) -> str | None:
-        """Why the memory cannot be another one; else nothing of this rank's is running."""
+    def _what_is_started(self) -> str | None:
         if self.queue.num_unwaited:
             return f"{self.queue.num_unwaited} calls were started and not waited for; call wait() on them first"
-        if (problem := self.consent.what_holds_addresses()) is not None:
-            return problem
-        self._synchronize()
         return None
+
+    def _free_memory(self) -> None:
+        """Nothing that was issued is running any more, on no rank; NotSupported where memory cannot lie elsewhere."""
+        self._synchronize()
+        raise_on_all(self._members, self.consent.what_holds_addresses(), NotSupported)
 
     def _lie_in(self, segment: Tensor | None) -> None:
         """This rank's memory lies elsewhere: rows that were handed out are stale."""

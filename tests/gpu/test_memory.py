@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crossdock import Buffer, ConfigError
+from crossdock import Buffer, NotSupported
 from tests.world import open_connection
 from tests.worlds.test_connection import SPECS, A, cases_of, check_moved, move_on_a_device, need
 
@@ -34,7 +34,7 @@ def sleep(group, case, num_bytes):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):  # the stream that calls are on already
             out = buffer.combine(case.y[r], recv.plan)
-        with pytest.raises(ConfigError, match="captured in a CUDA graph"):
+        with pytest.raises(NotSupported, match="captured in a CUDA graph"):
             connection.reserve(2 * num_bytes)
         graph.replay()
         return free, out
