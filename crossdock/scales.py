@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossdock.wire import Quantized
+
 TMA_BYTES = 16
 """NVIDIA's tensor memory accelerator requires every stride but the innermost to be a multiple of these bytes."""
 
@@ -123,6 +125,15 @@ def as_integers(scale: Tensor) -> Tensor:
 def room_like(rows: Tensor) -> Tensor:
     """Contiguous memory for as many; torch can fill that of few dtypes, as it does in its deterministic mode."""
     return torch.empty(rows.shape, dtype=integers_of(rows.dtype), device=rows.device).view(rows.dtype)
+
+
+def parts_of(rows: Tensor | Quantized, out: Tensor | Quantized) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of rows, each with where it goes, as integers of the same size."""
+    if isinstance(rows, Quantized) and isinstance(out, Quantized):
+        return [(as_integers(each), as_integers(target)) for each, target in zip(rows, out, strict=True)]
+    assert isinstance(rows, Tensor)
+    assert isinstance(out, Tensor), "checked before"
+    return [(as_integers(rows), as_integers(out))]
 
 
 def integers_of(dtype: torch.dtype) -> torch.dtype:

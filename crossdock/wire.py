@@ -13,7 +13,6 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from crossdock.errors import ConfigError
-from crossdock.scales import as_integers
 
 E4M3_MAX = 448.0
 _SMALLEST_NORMAL = 2.0**-126
@@ -31,15 +30,6 @@ class Quantized(NamedTuple):
 
     data: Shaped[Tensor, "*rows H"]
     scale: Shaped[Tensor, "*rows G"]
-
-
-def parts_of(rows: Tensor | Quantized, out: Tensor | Quantized) -> list[tuple[Tensor, Tensor]]:
-    """The tensors of rows, each with where it goes, as integers of the same size."""
-    if isinstance(rows, Quantized) and isinstance(out, Quantized):
-        return [(as_integers(each), as_integers(target)) for each, target in zip(rows, out, strict=True)]
-    assert isinstance(rows, Tensor)
-    assert isinstance(out, Tensor), "checked before"
-    return [(as_integers(rows), as_integers(out))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 from crossdock.arena import Arena
 from crossdock.backends.base import Batch, Metadata
 from crossdock.layout import Expanded, Padded
-from crossdock.scales import as_integers
-from crossdock.wire import Quantized, parts_of
+from crossdock.scales import as_integers, parts_of
+from crossdock.wire import Quantized
 
 Bytes = npt.NDArray[np.uint8]
 

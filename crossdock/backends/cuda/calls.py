@@ -54,10 +54,10 @@ from crossdock.errors import CapacityError, ConfigError
 from crossdock.kinds import Kinds
 from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
-from crossdock.scales import as_integers
+from crossdock.scales import as_integers, parts_of
 from crossdock.spec import Spec
 from crossdock.transport.device import DeviceTransport
-from crossdock.wire import Fp8, Opaque, Quantized, parts_of
+from crossdock.wire import Fp8, Opaque, Quantized
 
 _TELLS, _WEIGHTS, _EXTRAS = (given.value for given in (kernels.TELLS, kernels.WEIGHTS, kernels.EXTRAS))
 _BIAS_ROWS, _UNCHECKED = (given.value for given in (sum_kernels.BIAS_ROWS, sum_kernels.UNCHECKED))
