@@ -85,6 +85,8 @@ TROUBLES = (
     "restart",
     *SLOW,
 )
+MEMORY_SHARE = 0.01
+"""Of rounds over one connection, before which its memory grows; and of those before which it was away."""
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What a rank may have as its default."""
 TIGHT_S = 0.2
@@ -244,6 +246,8 @@ class Player:
         self._naps = np.random.default_rng([self._seed, number, self.rank, 1])
         spec, self.buffer = self.specs[self.round.spec], self.buffers[self.round.spec]
         batch = self._batch(rng, replace(spec, max_tokens=self.round.max_tokens))
+        if self.connection is not None:
+            self._change_memory(self.connection, np.random.default_rng([self._seed, number, self.num_ranks]))
         if self._has_processes and self._naps.random() < 0.2:
             torch.set_default_dtype(DTYPES[self._naps.integers(len(DTYPES))])
         try:
@@ -252,6 +256,16 @@ class Player:
             torch.set_default_dtype(torch.float32)
         if self._has_processes and self._naps.random() < 0.001:
             self._fork()
+
+    def _change_memory(self, connection: Connection, rng: np.random.Generator) -> None:
+        """At times, on all ranks: there is more, a little each time; or it is given back and taken again."""
+        if (change := rng.random()) < MEMORY_SHARE:
+            connection.check()
+            connection.reserve(connection.num_bytes + PAGE)
+        elif change < 2 * MEMORY_SHARE:
+            connection.check()
+            connection.release()
+            connection.reacquire()
 
     def _batch(self, rng: np.random.Generator, spec: Spec) -> Batch:
         return Batch(rng, spec, self.num_ranks, None if self._grid is None else self._grid.local)
@@ -784,6 +798,8 @@ def play_rounds(group: Any, options: argparse.Namespace, at: Any, device: torch.
     faulthandler.cancel_dump_traceback_later()
     for buffer in player.buffers:
         buffer.close()
+    if player.connection is not None:
+        player.connection.close()
 
 
 def _process(rank: int, options: argparse.Namespace, store: str, at: Any, num_devices: int) -> None:

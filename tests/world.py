@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -91,6 +92,8 @@ class World:
 
 NIXL_PROBLEM = NixlEngine().problem(ThreadGroup.world(1)[0])
 """Why worlds with NIXL are skipped; None where it is installed."""
+NIXL = pytest.param("nixl", marks=pytest.mark.skipif(NIXL_PROBLEM is not None, reason=str(NIXL_PROBLEM)))
+"""A rail to try."""
 LATEST_S = 0.003
 """Messages between the nodes of a grid of threads are under way for so long, at most."""
 

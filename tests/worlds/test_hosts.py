@@ -21,7 +21,7 @@ from tests import hosts, oracle
 from tests.cases import check_received, make_case, observed, same_bits
 from tests.child import HUNG_S
 from tests.house.pages import ROOT, blocks_of, commands_of
-from tests.world import NIXL_PROBLEM
+from tests.world import NIXL
 
 _PROBLEM = hosts.problem()
 pytestmark = pytest.mark.skipif(_PROBLEM is not None, reason=str(_PROBLEM))
@@ -82,7 +82,6 @@ def rows_over_link(case, nodes, local):
     return counts
 
 
-NIXL = pytest.param("nixl", marks=pytest.mark.skipif(NIXL_PROBLEM is not None, reason=str(NIXL_PROBLEM)))
 rails = pytest.mark.parametrize("rail", ["auto", NIXL])
 
 

@@ -1,6 +1,8 @@
 """Two hops: bit for bit the rows of the flat path and the sums of ``reduce="node"``, whatever comes late."""
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -37,7 +39,8 @@ from crossdock.transport.rails.inproc import InprocEngine
 from crossdock.transport.rails.nixl import NixlEngine
 from tests import oracle
 from tests.cases import EXTRA_BYTES, check_received, loads, make_case, observed, same_bits
-from tests.world import meet, open_buffer, open_connection
+from tests.child import HUNG_S
+from tests.world import NIXL, meet, open_buffer, open_connection
 from tests.worlds import test_combine, test_dispatch
 
 LAYOUTS = [Compact(), Expanded(alignment=8), Padded()]
@@ -238,6 +241,36 @@ def test_a_call_is_a_note_to_each_rail_peer(world):
         assert counts == [num_nodes - 1] * 10
         assert longest <= 64 + 4 * (spec.num_experts // num_nodes + world.node_size)
         assert (num_rail, num_mates, num_mapped) == (num_nodes - 1, world.node_size - 1, world.node_size)
+
+
+LEFT_OPEN = """
+import os, sys, time
+import torch, torch.distributed as dist
+from crossdock import Buffer, Fp32, Spec, Topology
+
+rank = int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=3)
+spec = Spec(num_experts=3, num_topk=1, hidden=8, max_tokens=2, wire=Fp32(), reduce="node")
+buffer = Buffer(None, spec, topology=Topology.grid(nodes=3, local=1), rail=sys.argv[3])
+buffer.dispatch(torch.ones(1, 8), torch.tensor([[1 - rank % 2]]))
+dist.barrier()
+time.sleep(0.2 * rank)
+if rank == 1 and not os.fork():
+    sys.exit()  # as a data loader's worker may
+dist.destroy_process_group()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("rail", ["dist", NIXL])
+def test_programs_may_end_with_buffers_over_nodes_open(tmp_path, rail):
+    arguments = [sys.executable, "-c", LEFT_OPEN, str(tmp_path / "store")]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "NIXL_LOG_LEVEL": "ERROR"}
+    piped = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = [subprocess.Popen([*arguments, str(rank), rail], env=environment, **piped) for rank in range(3)]
+    for process in running:
+        out, err = process.communicate(timeout=HUNG_S)
+        assert (process.returncode, out, err) == (0, "done\n", "")
 
 
 def rows_before_words(group, case, engine):

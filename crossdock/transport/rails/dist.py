@@ -23,6 +23,7 @@ from torch._C import _distributed_c10d as _c10d
 
 from crossdock.spec import Topology
 from crossdock.transport.base import Group, ProcessGroup
+from crossdock.transport.leaving import at_exit
 from crossdock.transport.rail import MAX_NOTE_BYTES, Box, Rail
 
 _FOREVER = timedelta(days=10_000)
@@ -91,6 +92,7 @@ class DistRail:
         self._said_bye: set[int] = set()
         self._lock = threading.Lock()
         self._is_closed = False
+        self._is_not_left_open = at_exit(self.close)
         self._threads = [
             threading.Thread(target=listen, args=(other,), name=f"crossdock-rail-{other}", daemon=True)
             for other in self.nodes
@@ -133,6 +135,7 @@ class DistRail:
         if self._is_closed:
             return
         self._is_closed = True
+        self._is_not_left_open()
         for node in self.nodes:
             self._say_bye(node)
         for chunks in self._chunks.values():

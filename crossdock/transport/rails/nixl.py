@@ -21,6 +21,7 @@ import torch
 from crossdock.errors import BackendUnavailable
 from crossdock.spec import Topology
 from crossdock.transport.base import Group, raise_on_all
+from crossdock.transport.leaving import at_exit
 from crossdock.transport.rail import Box, Rail
 
 _MODULES = ("nixl_cu13", "nixl")
@@ -97,6 +98,7 @@ class NixlRail:
         self._greeted: set[int] = set()
         self._left: set[int] = set()
         self._is_closed = False
+        self._is_not_left_open = at_exit(self.close)
         self._agents_turn = threading.RLock()
         self._has_sent = threading.Event()
         self._looks = threading.Thread(target=self._keep_looking, name="crossdock-rail", daemon=True)
@@ -192,6 +194,7 @@ class NixlRail:
         """See Rail."""
         if self._is_closed:
             return
+        self._is_not_left_open()
         for node in self.nodes:
             self._try(node, lambda node=node: self._agent.send_notif(self._names[node], _BYE_KIND))  # type: ignore[misc]
         until = time.monotonic() + _GOODBYE_S
