@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import weakref
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -48,6 +49,7 @@ class NodesTransport:
         """Notes sent so far."""
         self._rail = rail
         self._process = os.getpid()
+        weakref.finalize(self, _leave, rail, self._process).atexit = False  # its threads keep the rail
         self._node_of = {rank: node for node, rank in self.rail_peers.items()}
         self._names = [name for name in control.regions if name != "counts"]
         self._reasons: dict[int, bytes] = {}
@@ -178,3 +180,9 @@ class NodesTransport:
         if os.getpid() == self._process:  # a child that was forked has its parent's sockets, and would say goodbye
             self._rail.close()
         self.host.close()
+
+
+def _leave(rail: Rail, process: int) -> None:
+    """Of a transport that nobody has any more; not in a child, which has its parent's sockets."""
+    if os.getpid() == process:
+        rail.leave()

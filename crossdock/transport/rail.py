@@ -85,6 +85,9 @@ class Rail(Protocol):
         """Nodes whose rank is known to be gone for good: nothing more comes from there."""
         raise NotImplementedError
 
+    def leave(self) -> None:
+        """Says goodbye, and waits for nobody: what is held is let go of once the peers have answered."""
+
     def close(self) -> None:
         """Lets go of the peers. Local; what was sent before is still delivered where the peers live."""
 

@@ -1,8 +1,10 @@
 """Two hops: bit for bit the rows of the flat path and the sums of ``reduce="node"``, whatever comes late."""
 
+import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -241,6 +243,39 @@ def test_a_call_is_a_note_to_each_rail_peer(world):
         assert counts == [num_nodes - 1] * 10
         assert longest <= 64 + 4 * (spec.num_experts // num_nodes + world.node_size)
         assert (num_rail, num_mates, num_mapped) == (num_nodes - 1, world.node_size - 1, world.node_size)
+
+
+def settled_count():
+    """Threads and open files, once these have been the same for a while."""
+    seen = []
+    while (len(seen) < 100 and len(set(seen[-8:])) != 1) or len(seen) < 8:
+        gc.collect()
+        seen.append((threading.active_count(), len(os.listdir("/proc/self/fd"))))  # noqa: PTH208
+        time.sleep(0.05)
+    return seen[-1]
+
+
+def drop_buffers(group, case, num_buffers):
+    """What is left behind each buffer that was dropped."""
+    counts = []
+    for _ in range(num_buffers):
+        buffer = open_buffer(group, case.spec)
+        recv = buffer.dispatch(case.x[buffer.rank], case.topk[buffer.rank])
+        buffer.combine(case.y[buffer.rank], recv.plan)
+        del buffer, recv
+        meet(group)
+        counts.append(settled_count())
+        meet(group)
+    return counts
+
+
+@pytest.mark.worlds("dist-2x2", "nixl-2x2")
+def test_buffers_that_are_dropped_leave_no_threads_and_no_sockets(world):
+    case = make_case(spec_of(Compact()), [9] * world.num_ranks)
+    for counts in world.run(drop_buffers, case, 3):
+        (threads, files), (threads_then, files_then) = counts[0], counts[-1]
+        assert threads_then <= threads, counts
+        assert files_then <= files + 2, counts
 
 
 LEFT_OPEN = """

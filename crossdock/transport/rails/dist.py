@@ -90,7 +90,7 @@ class DistRail:
         self._chunks = {other: _Chunks(box.num_chunks) for other in self.nodes}
         self._gone: set[int] = set()
         self._said_bye: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what drops a rail may run in the middle of a line
         self._is_closed = False
         self._is_not_left_open = at_exit(self.close)
         self._threads = [
@@ -130,16 +130,20 @@ class DistRail:
         """See Rail. What a lost peer has sent has all been heard: its connection is read to its end first."""
         return frozenset(self._gone)
 
-    def close(self) -> None:
+    def leave(self) -> None:
         """See Rail. Peers let go of each other: each answers a goodbye, so that no receive is left behind."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._is_not_left_open()
         for node in self.nodes:
             self._say_bye(node)
         for chunks in self._chunks.values():
             chunks.end()
+
+    def close(self) -> None:
+        """See Rail."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._is_not_left_open()
+        self.leave()
         until = time.monotonic() + _GOODBYE_S
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -221,7 +225,7 @@ class _Chunks:
         self.num_landed = 0
         self._num_freed = 0
         self._is_ended = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # of an RLock, see DistRail
 
     def free(self, number: int) -> None:
         """Those before this number have been emptied."""

@@ -134,6 +134,9 @@ class InprocRail:
         has_all = not notes and (not chunks or chunks[-1].number < self._landed[node])
         return has_all and not self._members.is_alive(sender)
 
+    def leave(self) -> None:
+        """See Rail."""
+
     def close(self) -> None:
         """See Rail."""
 

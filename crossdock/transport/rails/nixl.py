@@ -97,7 +97,7 @@ class NixlRail:
         self._gone: set[int] = set()
         self._greeted: set[int] = set()
         self._left: set[int] = set()
-        self._is_closed = False
+        self._is_closed = self._is_left = False
         self._is_not_left_open = at_exit(self.close)
         self._agents_turn = threading.RLock()
         self._has_sent = threading.Event()
@@ -189,6 +189,13 @@ class NixlRail:
             nap_s = _NAP_S if self._has_sent.wait(nap_s) else min(2 * nap_s, _LONGEST_NAP_S)
             self._has_sent.clear()
             self._look()
+            if self._is_left:
+                self.close()
+
+    def leave(self) -> None:
+        """See Rail. The rail's thread closes it."""
+        self._is_left = True
+        self._has_sent.set()
 
     def close(self) -> None:
         """See Rail."""
@@ -202,7 +209,8 @@ class NixlRail:
             self._look()
             time.sleep(_NAP_S)
         self._is_closed = True
-        self._looks.join()
+        if threading.current_thread() is not self._looks:
+            self._looks.join()
         for node in self.nodes:
             self._try(node, lambda node=node: self._agent.remove_remote_agent(self._names[node]))  # type: ignore[misc]
         for registered in self._registered:
