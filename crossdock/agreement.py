@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from crossdock.backends.base import Outcome
 from crossdock.consent import Consent, Missing, Steps
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, CrossdockError
 from crossdock.masks import Proposal, find_disagreement
 from crossdock.spec import Spec
 from crossdock.transport.base import Group, Transport
@@ -21,23 +21,28 @@ _GRACE_S = 2.0
 """How long a rank that is to be masked may take to be gone: ranks may not see its end at the same moment."""
 
 
-def agree(
-    members: Group, timeout_s: float, options: Mapping[str, object], problem: str | None, spec: Spec | None = None
-) -> int:
+def agree(members: Group, look: Callable[[], Mapping[str, object]], spec: Spec | None = None) -> int:
     """Raises the same ConfigError on all ranks when they differ; else gives 63 random bits, theirs alone. Collective.
 
     Versions are compared first: Specs of different versions may not even have the same fields.
 
     Args:
-        options: what must be the same, by name of the argument.
-        problem: what is wrong with other arguments of this rank.
+        look: checks this rank's arguments and gives those that must be the same, by name. Whatever it raises, all
+            ranks do: else the others would wait for a rank that has left.
         spec: the Spec of a Buffer; None where there is none yet.
     """
-    gathered = members.all_gather((__version__, _problem(spec, timeout_s) or problem, secrets.randbits(63)))
+    options: Mapping[str, object] = {}
+    problem: str | None = None
+    own: Exception | None = None
+    try:
+        options = look()
+    except Exception as error:  # noqa: BLE001 - of arguments that nobody has thought of, too
+        own, problem = error, str(error) if isinstance(error, CrossdockError) else f"{type(error).__name__}: {error}"
+    gathered = members.all_gather((__version__, problem, secrets.randbits(63)))
     first_version, _, number = gathered[0]
     for rank, (version, theirs, _) in enumerate(gathered):
         if theirs is not None:
-            raise ConfigError(f"rank {rank}: {theirs}")
+            raise ConfigError(f"rank {rank}: {theirs}") from own
         if version != first_version:
             raise ConfigError(
                 f"rank {rank} runs crossdock {version}, rank 0 runs {first_version}; install the same version on all"
@@ -87,11 +92,3 @@ def agree_on_masked(consent: Consent, transport: Transport, wanted: Iterable[int
     if (error := find_disagreement(heard)) is not None:
         raise error
     return Outcome(None)
-
-
-def _problem(spec: object, timeout_s: float) -> str | None:
-    if spec is not None and not isinstance(spec, Spec):
-        return f"spec is a {type(spec).__name__}; pass a crossdock.Spec"
-    if not timeout_s > 0:
-        return f"timeout_s={timeout_s}; pass a positive number of seconds"
-    return None

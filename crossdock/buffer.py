@@ -10,6 +10,7 @@ import itertools
 import os
 import zlib
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
@@ -24,6 +25,7 @@ from crossdock.connection import AnyGroup, Connection, Stats
 from crossdock.consent import CALL_SIGNATURE_BITS, PUSHED, Kind, Word
 from crossdock.errors import ConfigError
 from crossdock.extent import Extent, RowCount
+from crossdock.fields import is_integer
 from crossdock.kinds import NUM_CALL_KINDS, CallKind, Kinds, key_of
 from crossdock.layout import Padded
 from crossdock.masks import drop_picks, listed
@@ -132,12 +134,14 @@ class Buffer:
         self._signature = zlib.crc32(repr(agreed).encode())
         self._id = connection.number ^ self._signature  # plans of one Spec are good for all Buffers of it
         self._transport, self._consent, self._queue = connection.transport, connection.consent, connection.queue
-        with torch.inference_mode(mode=False), self._queue.turn:  # what is made here outlives the mode it is made in
+        with (
+            connection.all_or_none() if self._owns_connection else nullcontext(),  # no rank waits in a call for a
+            torch.inference_mode(mode=False),  # peer that compiles; what is made here outlives the mode it is made in
+            self._queue.turn,
+        ):
             self._backend = connection.lay(self, self.arena, options, buffer_id=self._id)
             self._segment: Tensor | None = self._transport.segment
             self._slots = ReceiveSlots(self.arena, self._transport.segment)
-        if self._owns_connection:
-            connection.gather(None)  # no rank is kept waiting by a peer that compiles
         self._share.add(self._slots)
         self.launch = self._backend.launch
         """How kernels are launched, printable; None on CPUs."""
@@ -432,13 +436,13 @@ class Buffer:
         if self._debug and self._slots.is_settled:  # else peers may still pull what another Spec's call has left there
             self._slots.poison(slot, "data", "scale", "unquantized", "metadata")
         plan = routing if isinstance(routing, Plan) else None
-        most = None if plan or max_tokens == self.spec.max_tokens else max_tokens
+        extent = self._extents.get(max_tokens)  # a plan has its own
+        most = None if plan or extent is self.arena.extent or extent is None else extent.max_tokens
         verb = Kind.CACHED_DISPATCH if plan else Kind.DISPATCH
         word = kind.words.get((slot, PUSHED)) or self._word(
             kind, verb, slot, PUSHED, plan, (row_count, most, unquantized, weights is None, _shapes(extras))
         )
         is_first = not self._queue.running
-        extent = self._extents.get(max_tokens)  # a plan has its own
         call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, counters, extent)
         steps = self._backend.dispatch(call, batch, routing)
 
@@ -521,7 +525,7 @@ class Buffer:
         if max_tokens in self._extents:
             return self._extents[max_tokens]
         most = self.spec.max_tokens
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or not 0 < max_tokens <= most:
+        if not is_integer(max_tokens, least=1, most=most):
             raise ConfigError(
                 f"max_tokens={max_tokens!r} of a call; pass an integer from 1 to {most}, the Spec's, or None for that"
             )
@@ -928,8 +932,8 @@ class Buffer:
         return word
 
     def _check_sms(self, num_sms: int | None) -> None:
-        if num_sms is not None and (self.launch is None or num_sms < 1):
-            raise ConfigError(f"num_sms={num_sms}; pass a positive number on CUDA, and None on CPUs")
+        if num_sms is not None and (self.launch is None or not is_integer(num_sms, least=1)):
+            raise ConfigError(f"num_sms={num_sms!r}; pass a positive integer on CUDA, and None on CPUs")
 
 
 def _shapes(extras: Sequence[Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:

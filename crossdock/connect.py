@@ -45,23 +45,6 @@ class Connected:
     lay: Lay
 
 
-def vet(members: Group, device: torch.device | str | None) -> tuple[torch.device, str | None]:
-    """Where rows are moved, and what is wrong with what was asked for; the other ranks are to hear of it."""
-    try:
-        return choose_device(members, device), None
-    except ConfigError as error:
-        return torch.device("cpu"), str(error)
-
-
-def problem_with(launch_options: LaunchOptions, spec: Spec, device: torch.device) -> str | None:
-    """What is wrong with options of a Spec's backend; the other ranks are to hear of it."""
-    try:
-        launch_options.check(spec, device)
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
 def check_support(spec: Spec, device: torch.device, topology: Topology, *, over_rail: bool) -> None:
     """Raises NotSupported for what no backend of the device does; the same on all ranks."""
     if spec.is_staged and over_rail:
@@ -92,7 +75,7 @@ def choose_device(members: Group, device: torch.device | str | None) -> torch.de
         device = "cuda" if "cuda:nccl" in backend or backend == "nccl" else "cpu"
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r} is no torch device; pass 'cpu', 'cuda' or 'cuda:1'") from error
     if chosen.type not in ("cpu", "cuda"):
         raise ConfigError(f"device={chosen}; rows are moved on 'cpu' or 'cuda'")

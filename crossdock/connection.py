@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import NamedTuple, Protocol, TypeVar
@@ -25,15 +26,16 @@ from crossdock.arena import PAGE, Arena, Control
 from crossdock.backends.base import Backend, LaunchOptions, Outcome
 from crossdock.backends.nodes.consent import NodesConsent
 from crossdock.body import Body, Share
-from crossdock.connect import check_support, connect, problem_with, vet
+from crossdock.connect import check_support, choose_device, connect
 from crossdock.consent import Consent, Steps
 from crossdock.errors import ConfigError, NotSupported
+from crossdock.fields import is_integer, is_positive
 from crossdock.masks import listed
 from crossdock.pending import CallQueue, Pending
 from crossdock.spec import MAX_SLOTS, Spec, Topology
-from crossdock.trace import TracedConsent, TracedNodesConsent, TracedQueue, Tracer, open_problem
-from crossdock.transport.base import Group, group_of, raise_on_all
-from crossdock.transport.engines import AnyRail, choose, named, problem_with_rail
+from crossdock.trace import TracedConsent, TracedNodesConsent, TracedQueue, Tracer
+from crossdock.transport.base import Group, all_or_none, group_of, raise_on_all
+from crossdock.transport.engines import AnyRail, check_rail, choose, named
 from crossdock.transport.rail import Engine
 
 Self = TypeVar("Self", bound="Connection")
@@ -153,28 +155,26 @@ class Connection:
         trace: str | os.PathLike[str] | None = None,
         rail: AnyRail = "auto",
     ) -> None:
-        members, tracer, no_trace = _members_of(group, trace)
-        chosen, problem = vet(members, device)
-        problem = problem or no_trace or _problem(num_bytes, max_experts, max_in_flight, topology, members.size)
-        problem = problem or problem_with_rail(rail)
-        options = {
-            "device": chosen.type,
-            "num_bytes": num_bytes,
-            "topology": topology,
-            "max_experts": max_experts,
-            "max_in_flight": max_in_flight,
-            "rail": named(rail),
-        }
-        number = agree(members if tracer is None else tracer.members, timeout_s, options, problem)
-        topology = topology or Topology(num_ranks=members.size)
+        members, tracer = _members_of(group, trace)
+
+        def look() -> dict[str, object]:
+            _check_sizes(num_bytes, max_experts, max_in_flight)
+            return _common(members, tracer, device, topology, rail, timeout_s) | {
+                "num_bytes": num_bytes,
+                "max_experts": max_experts,
+                "max_in_flight": max_in_flight,
+            }
+
+        number = agree(members if tracer is None else tracer.members, look)
+        chosen, topology = choose_device(members, device), topology or Topology(num_ranks=members.size)
         engine = choose(members, topology, rail)
         control = Control(
             topology=topology,
-            max_experts=max_experts,
-            max_in_flight=max_in_flight,
+            max_experts=int(max_experts),
+            max_in_flight=int(max_in_flight),
             over_rail=engine is not None,
         )
-        body = Body(control.num_bytes, _whole_pages(num_bytes or 0))
+        body = Body(control.num_bytes, _whole_pages(int(num_bytes or 0)))
         self._join(_Agreed(members, control, body, chosen, number, timeout_s, tracer, engine))
         self.group = group
 
@@ -194,20 +194,17 @@ class Connection:
         """What a Buffer that has one of its own makes: as large as the Spec needs. Collective."""
         if isinstance(group, Spec):
             raise ConfigError("group is a Spec; pass Buffer(group, spec), with None for the default group")
-        members, tracer, no_trace = _members_of(group, trace)
-        chosen, problem = vet(members, device)
-        problem = problem or no_trace or _problem_of_topology(topology, members.size) or problem_with_rail(rail)
-        if problem is None and isinstance(spec, Spec):  # what else it may be is told later
-            problem = problem_with(launch_options, spec, chosen)
-        options: dict[str, object] = {
-            "device": chosen.type,
-            "expand": launch_options.expand,
-            "mover": launch_options.mover,
-            "topology": topology,
-            "rail": named(rail),
-        }
-        number = agree(members if tracer is None else tracer.members, timeout_s, options, problem, spec)
-        topology = topology or Topology(num_ranks=members.size)
+        members, tracer = _members_of(group, trace)
+
+        def look() -> dict[str, object]:
+            options = _common(members, tracer, device, topology, rail, timeout_s)
+            if not isinstance(spec, Spec):
+                raise ConfigError(f"spec is a {type(spec).__name__}; pass a crossdock.Spec")
+            launch_options.check(spec, choose_device(members, device))
+            return options | {"expand": launch_options.expand, "mover": launch_options.mover}
+
+        number = agree(members if tracer is None else tracer.members, look, spec)
+        chosen, topology = choose_device(members, device), topology or Topology(num_ranks=members.size)
         engine = choose(members, topology, rail)
         check_support(spec, chosen, topology, over_rail=engine is not None)
         control = Arena(spec, topology).control_words
@@ -322,7 +319,7 @@ class Connection:
         with self.queue.turn:
             self.check_open()
             self._agree_on(num_bytes, _problem_of_bytes(num_bytes) or self._what_is_started(), "reserve")
-            if (size := _whole_pages(num_bytes)) > self._body.num_bytes:
+            if (size := _whole_pages(int(num_bytes))) > self._body.num_bytes:
                 self._free_memory()
                 if self.transport.grow(self._members, self._body.first + size):
                     self._lie_in(self.transport.segment)
@@ -589,6 +586,10 @@ class Connection:
         if error is not None and self.queue.last_error is None and is_ours:
             self.abort(f"{type(error).__name__}: {error}")
 
+    def all_or_none(self) -> AbstractContextManager[None]:
+        """See ``crossdock.transport.base.all_or_none``, among the ranks that have met."""
+        return all_or_none(self._members)
+
     def gather(self, value: Value) -> list[Value]:
         """Everybody's, by rank. Collective; the group waits for all."""
         return self._members.all_gather(value)
@@ -610,13 +611,29 @@ class Connection:
             raise ConfigError(self.refusal)
 
 
-def _members_of(group: AnyGroup, trace: str | os.PathLike[str] | None) -> tuple[Group, Tracer | None, str | None]:
-    """The ranks that a user's group names; what writes a trace of them, if one is wanted; why there cannot be one."""
+def _members_of(group: AnyGroup, trace: str | os.PathLike[str] | None) -> tuple[Group, Tracer | None]:
+    """The ranks that a user's group names; what writes a trace of them, if one is wanted."""
     members = group_of(group)
     folder = trace_folder() if trace is None else trace
-    if folder is None:
-        return members, None, None
-    return members, Tracer(folder, members), open_problem(folder)
+    return members, None if folder is None else Tracer(folder, members)
+
+
+def _common(
+    members: Group,
+    tracer: Tracer | None,
+    device: torch.device | str | None,
+    topology: Topology | None,
+    rail: AnyRail,
+    timeout_s: float,
+) -> dict[str, object]:
+    """Checks the arguments of any connection, and gives those that are the same on all ranks."""
+    if not is_positive(timeout_s):
+        raise ConfigError(f"timeout_s={timeout_s!r}; pass a positive number of seconds")
+    if tracer is not None:
+        tracer.check()
+    _check_topology(topology, members.size)
+    check_rail(rail)
+    return {"device": choose_device(members, device).type, "topology": topology, "rail": named(rail)}
 
 
 def _whole_pages(num_bytes: int) -> int:
@@ -624,30 +641,26 @@ def _whole_pages(num_bytes: int) -> int:
 
 
 def _problem_of_bytes(num_bytes: object) -> str | None:
-    if isinstance(num_bytes, int) and num_bytes >= 0:
+    if is_integer(num_bytes, least=0):
         return None
-    return f"num_bytes={num_bytes!r}; pass bytes of each rank's segment"
+    return f"num_bytes={num_bytes!r}; pass bytes of each rank's segment, an integer"
 
 
-def _problem(
-    num_bytes: object, max_experts: object, max_in_flight: object, topology: Topology | None, num_ranks: int
-) -> str | None:
+def _check_sizes(num_bytes: object, max_experts: object, max_in_flight: object) -> None:
     if num_bytes is not None and (problem := _problem_of_bytes(num_bytes)) is not None:
-        return problem
-    if not (isinstance(max_experts, int) and max_experts > 0):
-        return f"max_experts={max_experts!r}; pass a positive number"
-    if not (isinstance(max_in_flight, int) and 1 <= max_in_flight <= MAX_SLOTS):
-        return f"max_in_flight={max_in_flight!r} calls; pass 1 to {MAX_SLOTS}"
-    return _problem_of_topology(topology, num_ranks)
+        raise ConfigError(problem)
+    if not is_integer(max_experts, least=1):
+        raise ConfigError(f"max_experts={max_experts!r}; pass a positive integer")
+    if not is_integer(max_in_flight, least=1, most=MAX_SLOTS):
+        raise ConfigError(f"max_in_flight={max_in_flight!r} calls; pass 1 to {MAX_SLOTS}")
 
 
-def _problem_of_topology(topology: object, num_ranks: int) -> str | None:
+def _check_topology(topology: object, num_ranks: int) -> None:
     if topology is None:
-        return None
+        return
     if not isinstance(topology, Topology):
-        return (
+        raise ConfigError(
             f"topology is a {type(topology).__name__}; pass a crossdock.Topology, or None for one domain of all ranks"
         )
     if topology.num_ranks != num_ranks:
-        return f"the Topology has {topology.num_ranks} ranks, the group {num_ranks}; pass one of as many"
-    return None
+        raise ConfigError(f"the Topology has {topology.num_ranks} ranks, the group {num_ranks}; pass one of as many")

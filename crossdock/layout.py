@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from crossdock.errors import ConfigError
+from crossdock.fields import set_flag, set_integer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Layout:
             no routing can overflow.
 
     Raises:
-        ConfigError: the capacity is not positive.
+        ConfigError: the capacity is no positive integer.
     """
 
     per_pick: ClassVar[bool]
@@ -31,8 +31,8 @@ class Layout:
     capacity: int | None = None
 
     def __post_init__(self) -> None:
-        if self.capacity is not None and self.capacity < 1:
-            raise ConfigError(f"capacity={self.capacity} rows; pass a positive number, or None for the worst case")
+        if self.capacity is not None:
+            set_integer(self, "capacity", " rows; pass a positive integer, or None for the worst case", least=1)
 
     def worst_case(self, *, num_ranks: int, max_tokens: int, num_topk: int, num_local_experts: int) -> int:
         """The smallest capacity that no routing can overflow, in rows (Padded: rows per expert)."""
@@ -84,8 +84,8 @@ class Expanded(Layout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alignment < 1:
-            raise ConfigError(f"alignment={self.alignment} rows; pass a positive number, 1 for none")
+        set_integer(self, "alignment", " rows; pass a positive integer, 1 for none", least=1)
+        set_flag(self, "staged")
 
     def worst_case(self, *, num_ranks: int, max_tokens: int, num_topk: int, num_local_experts: int) -> int:
         num_rows = num_ranks * max_tokens * min(num_topk, num_local_experts)

@@ -7,12 +7,12 @@ C capacity in rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 
 from crossdock.errors import ConfigError
+from crossdock.fields import is_positive, set_integer
 from crossdock.layout import Compact, Expanded, Layout, Padded
 from crossdock.wire import Bf16, Wire
 
@@ -53,14 +53,14 @@ class Topology:
     nic_bandwidth: float = 50e9
 
     def __post_init__(self) -> None:
-        if min(self.link_bandwidth, self.memory_bandwidth, self.nic_bandwidth) <= 0:
-            raise ConfigError(
-                f"link_bandwidth={self.link_bandwidth:g}, memory_bandwidth={self.memory_bandwidth:g}, "
-                f"nic_bandwidth={self.nic_bandwidth:g} bytes per second; pass positive numbers"
-            )
-        if self.num_ranks < 1:
-            raise ConfigError(f"num_ranks={self.num_ranks}; a group has at least one rank")
-        if self.scale_up is not None and (self.scale_up < 1 or self.num_ranks % self.scale_up):
+        for name in ("link_bandwidth", "memory_bandwidth", "nic_bandwidth"):
+            value = getattr(self, name)
+            if not is_positive(value):
+                raise ConfigError(f"{name}={value!r} bytes per second; pass a positive number")
+        set_integer(self, "num_ranks", "; a group has at least one rank", least=1)
+        if self.scale_up is not None:
+            set_integer(self, "scale_up", "; pass the ranks of a scale-up domain, or None for one of all", least=1)
+        if self.scale_up is not None and self.num_ranks % self.scale_up:
             raise ConfigError(
                 f"num_ranks={self.num_ranks} is not divisible by scale_up={self.scale_up}; "
                 f"all scale-up domains must have the same number of ranks"
@@ -164,9 +164,7 @@ class Spec:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "num_topk", "hidden", "max_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise ConfigError(f"{name}={value!r}; pass a positive integer")
+            set_integer(self, name, "; pass a positive integer", least=1)
         self._check_kinds()
         if self.num_topk > self.num_experts:
             raise ConfigError(
@@ -184,10 +182,8 @@ class Spec:
             raise ConfigError(
                 f"combine_wire={self.combine_wire} cannot be summed; pass an unquantized one: Bf16(), Fp16() or Fp32()"
             )
-        if self.extra_bytes < 0:
-            raise ConfigError(f"extra_bytes={self.extra_bytes}; pass 0 or the bytes that travel with each token")
-        if not 1 <= self.num_slots <= MAX_SLOTS:
-            raise ConfigError(f"num_slots={self.num_slots} receive slots; pass 1 to {MAX_SLOTS}")
+        set_integer(self, "extra_bytes", "; pass 0 or the bytes that travel with each token", least=0)
+        set_integer(self, "num_slots", f" receive slots; pass 1 to {MAX_SLOTS}", least=1, most=MAX_SLOTS)
         self.wire.check_hidden(self.hidden)
 
     @property
@@ -266,7 +262,7 @@ class Spec:
     def _check_kinds(self) -> None:
         kinds: list[tuple[str, object, type, str]] = [
             ("wire", self.wire, Wire, "Bf16() or Fp8(block=128)"),
-            ("combine_wire", self.combine_wire or Bf16(), Wire, "Fp32(), or None"),
+            ("combine_wire", Bf16() if self.combine_wire is None else self.combine_wire, Wire, "Fp32(), or None"),
             ("layout", self.layout, Layout, "Compact(), Expanded() or Padded()"),
         ]
         for name, value, kind, examples in kinds:

@@ -13,6 +13,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from crossdock.errors import ConfigError
+from crossdock.fields import set_flag, set_integer
 
 E4M3_MAX = 448.0
 _SMALLEST_NORMAL = 2.0**-126
@@ -142,8 +143,8 @@ class Fp8(Wire):
     _has_pow2_scales: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
-        if self.block < 1:
-            raise ConfigError(f"block={self.block} values per scale; pass a positive divisor of hidden, such as 128")
+        set_integer(self, "block", " values per scale; pass a positive divisor of hidden, such as 128", least=1)
+        set_flag(self, "pow2", "packed", "column_major")
         if self.scale not in ("f32", "ue8m0"):
             raise ConfigError(f"scale={self.scale!r} is not a scale format; pass 'f32' or 'ue8m0'")
         if self.packed and self.scale != "ue8m0":
@@ -277,9 +278,8 @@ class Opaque(Wire):
             if not isinstance(dtype, torch.dtype) or dtype.itemsize > 4 or dtype in _WITH_SCALES:
                 raise ConfigError(f"{name}={dtype!r}; pass a torch.dtype of 1 to 4 bytes, such as torch.uint8")
         for name in ("values_per_element", *(() if self.block is None else ("block",))):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r}; pass a positive integer")
+            set_integer(self, name, "; pass a positive integer", least=1)
+        set_flag(self, "column_major")
         if self.column_major and self.block is None:
             raise ConfigError("column_major=True says how scales lie, and block=None has none; pass block= with it")
 

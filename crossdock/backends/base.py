@@ -16,6 +16,7 @@ from crossdock import cost
 from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.extent import Extent, RowCount
+from crossdock.fields import is_integer
 from crossdock.plan import Plan
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
@@ -45,8 +46,8 @@ class LaunchOptions:
 
     def check(self, spec: Spec, device: torch.device) -> None:
         """Raises ConfigError for what is not allowed."""
-        if self.num_sms is not None and self.num_sms < 1:
-            raise ConfigError(f"num_sms={self.num_sms}; pass a positive number, or None for the default")
+        if self.num_sms is not None and not is_integer(self.num_sms, least=1):
+            raise ConfigError(f"num_sms={self.num_sms!r}; pass a positive integer, or None for the default")
         if self.expand not in (None, "sender", "receiver"):
             raise ConfigError(f"expand={self.expand!r}; pass 'sender', 'receiver', or None for the cheaper one")
         if self.mover not in ("kernel", "copy"):

@@ -36,8 +36,10 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-def open_problem(folder: str | os.PathLike[str]) -> str | None:
+def open_problem(folder: object) -> str | None:
     """What is wrong with a folder for a trace, which is made if need be; None when nothing is."""
+    if not isinstance(folder, (str, os.PathLike)):
+        return f"trace={folder!r} is a {type(folder).__name__}; pass the path of a folder"
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:

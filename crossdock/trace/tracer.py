@@ -16,10 +16,11 @@ from crossdock.backends.base import Backend, Counters, Outcome, RowTimes
 from crossdock.backends.nodes.consent import NodesConsent
 from crossdock.connect import Connected
 from crossdock.consent import Consent, Missing, Steps, Waiting, Word
+from crossdock.errors import ConfigError
 from crossdock.pending import CallKind, CallQueue, Owner, Pending
 from crossdock.spec import Spec
 from crossdock.trace.calls import TracedCall, name_of, told
-from crossdock.trace.part import Part, StampedGroup, now
+from crossdock.trace.part import Part, StampedGroup, now, open_problem
 from crossdock.transport.base import Group, ProcessGroup
 from crossdock.transport.nodes import NodesTransport
 from crossdock.turn import Turn
@@ -48,6 +49,11 @@ class Tracer:
             self._ranks = dist.get_process_group_ranks(members.process_group)
             if dist.get_world_size() > members.size:  # what says that groups without a common rank are of one run
                 self._launched_by = os.getppid()
+
+    def check(self) -> None:
+        """Makes the folder. Raises ConfigError where that cannot be done, or files of it not be written."""
+        if (problem := open_problem(self._folder)) is not None:
+            raise ConfigError(problem)
 
     def queue(self, parts: Connected, *, depth: int, number: int, timeout_s: float) -> TracedQueue:
         """The queue of the connection's calls; its consent is watched from here on."""

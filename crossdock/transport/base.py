@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock.consent import Mailbox
-from crossdock.errors import ConfigError, CrossdockError
+from crossdock.errors import ConfigError, CrossdockError, TransportError
 
 Value = TypeVar("Value")
 
@@ -186,3 +187,18 @@ def raise_on_all(group: Group, problem: str | None, error: type[CrossdockError])
     for rank, theirs in enumerate(whole.all_gather(problem)):
         if theirs is not None:
             raise error(f"rank {rank}: {theirs}")
+
+
+@contextmanager
+def all_or_none(group: Group) -> Iterator[None]:
+    """What fails in the block on one rank fails on all. Collective at the block's end, which no rank leaves alone.
+
+    Raises:
+        TransportError: it failed on another rank; that one raises its own error.
+    """
+    try:
+        yield
+    except Exception as error:
+        group.all_gather(f"{type(error).__name__}: {error}")
+        raise
+    raise_on_all(group, None, TransportError)

@@ -13,6 +13,7 @@ from crossdock.masks import listed
 from crossdock.spec import Topology
 from crossdock.transport.base import Group, raise_on_all
 from crossdock.transport.inproc import ThreadGroup
+from crossdock.transport.segments import TOO_MANY, remedy
 
 
 def find(group: Group) -> Topology:
@@ -59,8 +60,15 @@ def _seen_by(group: Group) -> list[int]:
     try:
         raise_on_all(group, _write(path, token), TransportError)
         left = group.all_gather((path, token))
-        seen = [rank for rank, (theirs, content) in enumerate(left) if _read(theirs) == content]
-        group.all_gather(None)  # nobody unlinks before everybody has read
+        seen, problem = [], None
+        for rank, (theirs, content) in enumerate(left):
+            try:
+                if theirs.read_bytes() == content:
+                    seen.append(rank)
+            except OSError as error:  # that of another host
+                if error.errno in TOO_MANY:
+                    problem = f"cannot open {theirs} ({error.strerror}); {remedy(error, '')}"
+        raise_on_all(group, problem, TransportError)  # also: nobody unlinks before everybody has read
     finally:
         path.unlink(missing_ok=True)
     return seen
@@ -70,14 +78,8 @@ def _write(path: Path, token: bytes) -> str | None:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        return f"cannot make {path} ({error.strerror}); set CROSSDOCK_SHM_DIR to a memory file system"
+        what_to_do = remedy(error, "set CROSSDOCK_SHM_DIR to a memory file system")
+        return f"cannot make {path} ({error.strerror}); {what_to_do}"
     with os.fdopen(fd, "wb") as file:
         file.write(token)
     return None
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None

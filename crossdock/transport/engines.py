@@ -19,11 +19,10 @@ NAMES: tuple[str, ...] = ("auto", "inproc", "dist", "nixl")
 AnyRail = RailName | Engine | None
 
 
-def problem_with_rail(rail: object) -> str | None:
-    """What is wrong with what a user passes as ``rail=``."""
-    if rail is None or rail in NAMES or hasattr(rail, "box"):
-        return None
-    return f"rail={rail!r}; pass {', '.join(map(repr, NAMES))}, an engine, or None for no rail"
+def check_rail(rail: object) -> None:
+    """Raises ConfigError for what is no ``rail=``."""
+    if not (rail is None or rail in NAMES or hasattr(rail, "box")):
+        raise ConfigError(f"rail={rail!r}; pass {', '.join(map(repr, NAMES))}, an engine, or None for no rail")
 
 
 def named(rail: AnyRail) -> str:

@@ -15,7 +15,7 @@ from crossdock.errors import ConfigError, PeerFailed, TransportError
 from crossdock.transport.base import NodeGroup, raise_on_all
 from crossdock.transport.device import DeviceTransport
 from crossdock.transport.host import HostTransport
-from crossdock.transport.segments import Segments
+from crossdock.transport.segments import Segments, remedy
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -104,7 +104,8 @@ def connect(group: ThreadGroup | NodeGroup, control: Control, num_bytes: int, *,
             segments = Segments.in_memory(group.size, num_bytes)
             segments.side_by_side(row_bytes)
         except OSError as error:
-            problem = f"cannot make {group.size} segments of {num_bytes:,} bytes: {error}"
+            what_to_do = remedy(error, "pass a smaller max_tokens or capacity=")
+            problem = f"cannot make {group.size} segments of {num_bytes:,} bytes ({error}); {what_to_do}"
     raise_on_all(group, problem, TransportError)
     segments = group.all_gather(segments)[0]
     assert segments is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from crossdock.errors import TransportError
 from crossdock.transport.base import Group, raise_on_all
+from crossdock.transport.segments import remedy
 
 
 class Presence:
@@ -33,7 +34,8 @@ class Presence:
             try:
                 self._own = lock(path)
             except OSError as error:
-                problem = f"cannot make {path} ({error.strerror}); set CROSSDOCK_SHM_DIR to a folder for small files"
+                what_to_do = remedy(error, "set CROSSDOCK_SHM_DIR to a folder for small files")
+                problem = f"cannot make {path} ({error.strerror}); {what_to_do}"
             raise_on_all(group, problem, TransportError)
             for rank, theirs in enumerate(group.all_gather(path)):
                 self._fds.append(None if rank == group.rank else _open(theirs))  # to look at one's own lock loses it

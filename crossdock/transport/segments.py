@@ -21,6 +21,7 @@ from crossdock import _env
 from crossdock.arena import PAGE
 
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.ENOMEM)
+TOO_MANY = (errno.EMFILE, errno.ENFILE)
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PUNCH_HOLE = 0x02 | 0x01
@@ -114,6 +115,13 @@ class Segments:
         if libc.fallocate(self._fds[rank], _PUNCH_HOLE, first, self.num_bytes - first):
             return f"cannot give back its memory: {os.strerror(ctypes.get_errno())}"
         return None
+
+
+def remedy(error: OSError, otherwise: str) -> str:
+    """What to do about a file that cannot be opened: that there are too many is not the file's own fault."""
+    if error.errno in TOO_MANY:
+        return "raise the limit of open files (ulimit -n): a connection holds one for each rank of its node"
+    return otherwise
 
 
 def no_room(folder: Path, num_bytes: int) -> str:

@@ -11,7 +11,7 @@ from crossdock.errors import NotSupported, TransportError
 from crossdock.transport.base import Group, NodeGroup, raise_on_all
 from crossdock.transport.host import HostTransport
 from crossdock.transport.presence import is_unlocked, lock
-from crossdock.transport.segments import NO_ROOM, Segments, close_all, no_room
+from crossdock.transport.segments import NO_ROOM, Segments, close_all, no_room, remedy
 from crossdock.transport.segments import allocate as take
 
 
@@ -41,10 +41,12 @@ def connect(group: Group, control: Control, num_bytes: int, *, name: str, row_by
                     fds.append(os.open(peer_path, os.O_RDWR | os.O_CLOEXEC))
                 by_rank.append(fds[0] if rank == group.rank else fds[-1])
             except OSError as error:
+                together = (
+                    f"ranks must be processes of one user on one host that share {peer_path.parent}; for ranks of "
+                    f"several hosts pass topology=Topology.of(group), on all ranks"
+                )
                 problem = problem or (
-                    f"cannot open the segment of rank {rank} ({error.strerror}): ranks must be processes of one user "
-                    f"on one host that share {peer_path.parent}; for ranks of several hosts pass "
-                    f"topology=Topology.of(group), on all ranks"
+                    f"cannot open the segment of rank {rank} ({error.strerror}): {remedy(error, together)}"
                 )
         raise_on_all(group, problem, NotSupported)
         fds[:] = by_rank
@@ -87,7 +89,8 @@ def allocate(path: Path, num_bytes: int, fds: list[int]) -> str | None:
         take(fd, num_bytes)
     except OSError as error:
         if error.errno not in NO_ROOM:
-            return f"cannot create its segment {path} ({error.strerror}); set CROSSDOCK_SHM_DIR to a memory file system"
+            what_to_do = remedy(error, "set CROSSDOCK_SHM_DIR to a memory file system")
+            return f"cannot create its segment {path} ({error.strerror}); {what_to_do}"
         for fd in fds:
             os.ftruncate(fd, 0)
         return no_room(path.parent, num_bytes)

@@ -94,8 +94,8 @@ def test_other_devices_are_refused(device, text):
 @pytest.mark.parametrize(
     ("launch_options", "device", "text"),
     [
-        ({"num_sms": 0}, CUDA, "num_sms=0; pass a positive number, or None for the default"),
-        ({"num_sms": -3}, CPU, "num_sms=-3; pass a positive number"),
+        ({"num_sms": 0}, CUDA, "num_sms=0; pass a positive integer, or None for the default"),
+        ({"num_sms": -3}, CPU, "num_sms=-3; pass a positive integer"),
         ({"expand": "both"}, CUDA, "expand='both'; pass 'sender', 'receiver', or None for the cheaper one"),
         ({"mover": "dma"}, CUDA, "mover='dma'; pass 'kernel' or 'copy'"),
         ({"mover": None}, CPU, "mover=None; pass 'kernel' or 'copy'"),
@@ -130,15 +130,29 @@ def test_wishes_that_can_be_are_not_refused():
 
 
 @WORLDS
-def test_what_one_rank_alone_asks_for_is_refused_on_all(world):
-    want = (ConfigError, "rank 1: num_sms=0; pass a positive number, or None for the default")
-    assert world.run(try_to_make, COMPACT, [{}, {"num_sms": 0}]) == [want] * 2
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"num_sms": 0}, "num_sms=0; pass a positive integer, or None for the default"),
+        ({"num_sms": "4"}, "num_sms='4'; pass a positive integer"),
+        ({"timeout_s": "30"}, "timeout_s='30'; pass a positive number of seconds"),
+        ({"device": 1.5}, "device=1.5 is no torch device; pass 'cpu', 'cuda' or 'cuda:1'"),
+        ({"rail": 3}, "rail=3; pass 'auto', 'inproc', 'dist', 'nixl', an engine, or None for no rail"),
+        ({"trace": 3}, "trace=3 is a int; pass the path of a folder"),
+        ({"spec": None}, "spec is a NoneType; pass a crossdock.Spec"),
+    ],
+    ids=repr,
+)
+def test_what_one_rank_alone_asks_for_is_refused_on_all(world, kwargs, text):
+    for kind, got in world.run(try_to_make, COMPACT, [{}, kwargs]):
+        assert kind is ConfigError
+        assert got.startswith(f"rank 1: {text}")
 
 
 def try_to_make(group, spec, by_rank):
     """The error; then a buffer that is made rightly, which works."""
     try:
-        Buffer(group, spec, **by_rank[rank_of(group)])
+        Buffer(group, **{"spec": spec} | by_rank[rank_of(group)])
     except CrossdockError as raised:
         error = raised
     meet(group)

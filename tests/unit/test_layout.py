@@ -94,9 +94,11 @@ def test_segments_start_where_the_layout_says(layout, want):
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (lambda: Compact(capacity=0), "capacity=0 rows; pass a positive number, or None for the worst case"),
+        (lambda: Compact(capacity=0), "capacity=0 rows; pass a positive integer, or None for the worst case"),
         (lambda: Expanded(capacity=-3), "capacity=-3 rows"),
-        (lambda: Expanded(alignment=0), "alignment=0 rows; pass a positive number, 1 for none"),
+        (lambda: Padded(capacity=1.25 * 64), "capacity=80.0 rows; pass a positive integer"),
+        (lambda: Expanded(alignment=0), "alignment=0 rows; pass a positive integer, 1 for none"),
+        (lambda: Expanded(staged="yes"), "staged='yes'; pass True or False"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(build, says):

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,10 @@ def test_capacity_error_names_place_need_and_remedy():
         ({"extra_bytes": -1}, "extra_bytes=-1; pass 0 or the bytes"),
         ({"num_slots": 0}, "num_slots=0 receive slots; pass 1 to 6"),
         ({"num_slots": 7}, "num_slots=7 receive slots; pass 1 to 6"),
+        ({"num_slots": "2"}, "num_slots='2' receive slots; pass 1 to 6"),
+        ({"extra_bytes": None}, "extra_bytes=None; pass 0 or the bytes"),
+        ({"hidden": True}, "hidden=True; pass a positive integer"),
+        ({"combine_wire": 0}, "combine_wire=0 is no Wire; pass one such as Fp32"),
     ],
 )
 def test_a_spec_that_cannot_be_is_refused(kwargs, says):
@@ -109,7 +114,16 @@ def test_experts_are_the_same_number_on_every_rank():
 
 @pytest.mark.parametrize(
     ("kwargs", "says"),
-    [({"num_ranks": 0}, "num_ranks=0; a group"), ({"num_ranks": 6, "scale_up": 4}, "not divisible by scale_up=4")],
+    [
+        ({"num_ranks": 0}, "num_ranks=0; a group"),
+        ({"num_ranks": 4.0}, "num_ranks=4.0; a group"),
+        ({"num_ranks": 6, "scale_up": 4}, "not divisible by scale_up=4"),
+        ({"num_ranks": 6, "scale_up": 1.5}, "scale_up=1.5; pass the ranks of a scale-up domain, or None"),
+        (
+            {"num_ranks": 6, "link_bandwidth": "450e9"},
+            "link_bandwidth='450e9' bytes per second; pass a positive number",
+        ),
+    ],
 )
 def test_a_topology_that_cannot_be_is_refused(kwargs, says):
     with pytest.raises(ConfigError, match=says):
@@ -122,6 +136,8 @@ def test_specs_are_values():
     assert again == spec
     assert hash(again) == hash(spec)
     assert "\n" not in repr(spec)
+    numpys = spec_of(hidden=np.int64(7168), wire=Fp8(block=np.int32(64)), layout=Expanded(alignment=np.int16(8)))
+    assert repr(numpys) == repr(spec)  # of which ranks compare a checksum
     assert eval(repr(spec)) == spec  # noqa: S307 - what it prints is what one would type
     assert spec.differences(spec_of(wire=Fp8(block=32), layout=Expanded(alignment=8), num_slots=3)) == [
         f"wire: {Fp8(block=64)!r} != {Fp8(block=32)!r}",

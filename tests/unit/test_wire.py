@@ -141,6 +141,8 @@ def test_every_e4m3_value_survives_the_cast():
     ("build", "says"),
     [
         (lambda: Fp8(block=0), "block=0 values per scale; pass a positive divisor of hidden"),
+        (lambda: Fp8(block=128.0), "block=128.0 values per scale; pass a positive divisor of hidden"),
+        (lambda: Fp8(pow2="no"), "pow2='no'; pass True or False"),
         (lambda: Fp8(scale="e8m0"), "scale='e8m0' is not a scale format; pass 'f32' or 'ue8m0'"),
         (lambda: Opaque(dtype=torch.float64), "dtype=torch.float64; pass a torch.dtype of 1 to 4 bytes"),
         (lambda: Opaque(dtype=torch.qint8), "dtype=torch.qint8; pass a torch.dtype of 1 to 4 bytes"),

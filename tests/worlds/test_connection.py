@@ -175,7 +175,7 @@ def make_with(group, num_bytes, options, last):
     ("options", "num_bytes", "differs", "says"),
     [
         ({}, 1 << 16, True, "the Connections of rank 0 and rank 1 differ in num_bytes: 65536 != 131072"),
-        ({"max_experts": 0}, 1 << 16, False, "rank 0: max_experts=0; pass a positive number"),
+        ({"max_experts": 0}, 1 << 16, False, "rank 0: max_experts=0; pass a positive integer"),
         ({"max_in_flight": 9}, 1 << 16, False, "rank 0: max_in_flight=9 calls; pass 1 to 6"),
         ({"topology": Topology(num_ranks=5)}, 1, False, "rank 0: the Topology has 5 ranks, the group 2"),
         ({}, -1, False, "rank 0: num_bytes=-1; pass bytes"),

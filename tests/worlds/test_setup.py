@@ -1,9 +1,11 @@
 """Making, sharing and leaving a buffer."""
 
+import errno
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from crossdock import (
     Buffer,
     ConfigError,
+    Connection,
     Expanded,
     Fp8,
     Fp32,
@@ -206,14 +209,14 @@ def test_leaving_is_told_to_those_that_stay(world, first):
     )
 
 
-def not_of_one_host(group):
-    """Rank 1 looks for the segments in a place where rank 0's is not: what ranks of several hosts would find."""
+def find_no_segment(group, number):
+    """Rank 1 cannot open rank 0's segment: it is not there, as of another host, or no more files can be opened."""
     real = os.open
     if rank_of(group) == 1:
 
         def opened(path, flags, *args, **kwargs):
             if not flags & os.O_CREAT and str(path).endswith("-0"):
-                raise FileNotFoundError(2, "No such file or directory", path)
+                raise OSError(number, os.strerror(number), path)
             return real(path, flags, *args, **kwargs)
 
         os.open = opened
@@ -224,11 +227,38 @@ def not_of_one_host(group):
 
 
 @pytest.mark.worlds("processes-2")
-def test_ranks_that_share_no_memory_are_told_so(world):
-    for error in world.outcomes(not_of_one_host):
+@pytest.mark.parametrize(
+    ("number", "what_to_do"),
+    [
+        (errno.ENOENT, "for ranks of several hosts pass topology=Topology.of(group)"),
+        (errno.EMFILE, "(Too many open files): raise the limit of open files (ulimit -n)"),
+    ],
+)
+def test_a_segment_that_cannot_be_opened_is_told_to_all(world, number, what_to_do):
+    for error in world.outcomes(find_no_segment, number):
         assert isinstance(error, NotSupported)
         assert "rank 1: cannot open the segment of rank 0" in str(error)
-        assert "for ranks of several hosts pass topology=Topology.of(group)" in str(error)
+        assert what_to_do in str(error)
+
+
+def fail_behind_the_meeting(group):
+    """Rank 1 has no memory for what is its own of a buffer; then both have."""
+    lay = Connection.lay
+
+    def without_memory(connection, *args, **kwargs):
+        if connection.rank == 1:
+            raise MemoryError("no room")
+        return lay(connection, *args, **kwargs)
+
+    with mock.patch.object(Connection, "lay", without_memory), pytest.raises((MemoryError, TransportError)) as raised:
+        Buffer(group, SPEC)
+    Buffer(group, SPEC).close()
+    return str(raised.value)
+
+
+@pytest.mark.worlds("processes-2")
+def test_what_fails_on_one_rank_behind_the_meeting_fails_on_all(world):
+    assert world.run(fail_behind_the_meeting) == ["rank 1: MemoryError: no room", "no room"]
 
 
 def fail_between_two_looks(group):

@@ -1,5 +1,6 @@
 """Topologies: made by hand, and found by trying to open what peers have left in their memory."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -8,13 +9,13 @@ from unittest import mock
 import pytest
 import torch
 
-from crossdock import Buffer, ConfigError, NotSupported, Spec, ThreadGroup, Topology
+from crossdock import Buffer, ConfigError, NotSupported, Spec, ThreadGroup, Topology, TransportError
 from crossdock.connect import check_support
 from crossdock.transport.domains import topology_of
 
 
-def find(group, at=None):
-    """The topology where each rank keeps its memory in the folder of its node, which the others may not read."""
+def find(group, at=None, number=errno.ENOENT):
+    """The topology where each rank keeps its memory in the folder of its node, which the others cannot open."""
     rank = torch.distributed.get_rank(group)
     with mock.patch.dict(os.environ, {"CROSSDOCK_SHM_DIR": at[rank]} if at else {}):
         real = os.open
@@ -22,7 +23,7 @@ def find(group, at=None):
 
         def opened(path, *args, **kwargs):
             if any(str(path).startswith(folder) for folder in blind):
-                raise FileNotFoundError(2, "No such file or directory", str(path))
+                raise OSError(number, os.strerror(number), str(path))
             return real(path, *args, **kwargs)
 
         def read(self):
@@ -38,6 +39,9 @@ def test_ranks_that_see_each_other_are_a_node(world):
     assert world.run(find) == [Topology.flat(4)] * 4
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         assert world.run(find, [first, first, second, second]) == [Topology.grid(nodes=2, local=2)] * 4
+        for outcome in world.outcomes(find, [first, first, second, second], errno.EMFILE):
+            assert isinstance(outcome, TransportError)
+            assert "(Too many open files); raise the limit of open files (ulimit -n)" in str(outcome)
         assert not [*Path(first).iterdir(), *Path(second).iterdir()]
 
 
