@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
+from crossdock.errors import ConfigError
+
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize  # noqa: SLF001 - there is no public way to it
 _PLAIN = (Tensor, torch.nn.Parameter)
 """Classes of tensors that change nothing in an op."""
 
@@ -41,18 +45,53 @@ class Direct:
             self._function = _function(op, setup, backward)
 
     def __call__(self, *args: Any) -> Any:
-        """What the op gives of these arguments."""
-        if torch.compiler.is_compiling() or _are_seen(args):
+        """What the op gives of these arguments.
+
+        Raises:
+            ConfigError: in a transform of torch.func, or with tangents of forward-mode gradients.
+        """
+        if torch.compiler.is_compiling():
+            return self.op(*args)
+        check_no_transform(args, functionalized=True)
+        if _are_seen(args):
             return self.op(*args)
         if not torch.is_grad_enabled():
             return self._body(*args)
-        # Without a formula torch refuses the gradient of a gradient, which a call of the body would lose.
         return self.op(*args) if self._function is None else self._function.apply(*args)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode gradients, may be about tensors."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0  # noqa: SLF001 - as above
+
+
+def check_no_transform(args: Sequence[Any], *, functionalized: bool = False) -> None:
+    """Raises ConfigError where torch follows operations through what no call can be followed through.
+
+    Args:
+        functionalized: such tensors are allowed: an op that is passed through the dispatcher takes them.
+    """
+    if not is_transformed():
+        return
+    interpreter: Any = torch._C._functorch.peek_interpreter_stack()  # noqa: SLF001 - as above
+    if interpreter is not None:
+        key = interpreter.key()
+        if functionalized and key == _FUNCTIONALIZE:
+            return
+        what = f"torch.func ({key.name.lower()})"
+    elif any(forward_ad.unpack_dual(arg).tangent is not None for arg in args if isinstance(arg, Tensor)):  # type: ignore[no-untyped-call]
+        what = "forward-mode gradients"
+    else:
+        return
+    raise ConfigError(
+        f"{what} cannot follow a call that ranks make together; make it outside, with plain tensors, and for gradients "
+        f"use crossdock.autograd, requires_grad_() and backward()"
+    )
 
 
 def _are_seen(args: Sequence[Any]) -> bool:
     """Whether somebody looks at calls of ops, or at an op with such arguments."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001
+    if torch._C._len_torch_dispatch_stack() or is_transformed():  # noqa: SLF001 - as above
         return True
     for arg in args:
         if isinstance(arg, Tensor):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crossdock.backends.base import Counters, Outputs
+from crossdock.direct import check_no_transform
 from crossdock.errors import ConfigError
 from crossdock.layout import Padded
 from crossdock.masks import listed, made_before
@@ -23,7 +24,8 @@ _QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_no_grad(*tensors: Tensor | Quantized | None) -> None:
-    """The plain verbs record no gradient, so they take no input that wants one."""
+    """The plain verbs record no gradient, so they take no input that wants one, and are part of no transform."""
+    check_no_transform(tensors)
     if not torch.is_grad_enabled():
         return
     for tensor in tensors:
@@ -450,6 +452,32 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ConfigError(f"{name} is a {type(tensor).__name__}; pass a tensor")
+    if (kind := _kind_beyond_memory(tensor)) is not None:
+        raise ConfigError(
+            f"{name} is {kind[0]}, and rows are read and written where a tensor's values lie; pass {name}{kind[1]}"
+        )
+
+
+def _kind_beyond_memory(tensor: Tensor) -> tuple[str, str] | None:
+    """What a tensor is whose values do not lie in its memory, and how to have them there; None as nearly always."""
+    if torch._C._functorch.is_legacy_batchedtensor(tensor):  # noqa: SLF001 - there is no public way to it
+        return "a batch of gradients (is_grads_batched)", " of each by itself"
+    if tensor.is_nested:
+        return "a nested tensor", ".values() of one of equal rows, or a plain tensor"
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        kind = type(tensor).__name__
+        return f"a {kind}", {"DTensor": ".to_local()", "AsyncCollectiveTensor": ".wait()"}.get(
+            kind, " as a plain tensor"
+        )
+    if tensor.layout is not torch.strided:
+        return f"a tensor of layout {_plain_layout(tensor)}", ".to_dense()"
+    if tensor.is_neg():
+        return "a negated view, as imag of a conj() is", ".resolve_neg()"
+    return None
+
+
+def _plain_layout(tensor: Tensor) -> str:
+    return str(tensor.layout).removeprefix("torch.")
 
 
 def _check_float32(name: str, tensor: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack as _num_dispatch_modes
 
 from crossdock.consent import Word
+from crossdock.direct import is_transformed
 from crossdock.plan import Plan
 from crossdock.wire import Quantized
 
@@ -62,20 +63,23 @@ def key_of(options: Key, tensors: Sequence[Any]) -> Key | None:
     """What a call's kind depends on: options, and dtypes, devices, trailing shapes, strides, alignments of its tensors.
 
     None for a call that is never prepared: with a tensor that wants a gradient, or that is more than a plain tensor
-    (fake, functional, distributed), or under a mode of torch's that sees all operations.
+    (fake, functional, distributed, sparse), or under a mode or transform of torch's that sees all operations.
 
     Args:
         options: hashable, the verb first.
         tensors: tensors, ``Quantized``, plans, or None.
     """
-    if _num_dispatch_modes():
+    if _num_dispatch_modes() or is_transformed():
         return None
     parts: list[Hashable] = [options]
     for given in tensors:
         if given.__class__ is Tensor:
-            if given.requires_grad and torch.is_grad_enabled():
+            if given.is_neg() or (given.requires_grad and torch.is_grad_enabled()):
                 return None
-            parts.append((given.dtype, given.device, given.shape[1:], given.stride(), given.data_ptr() & 15))
+            try:
+                parts.append((given.dtype, given.device, given.shape[1:], given.stride(), given.data_ptr() & 15))
+            except RuntimeError:  # sparse, nested, batched: there is no such memory
+                return None
         elif given is None:
             parts.append((None,))
         elif given.__class__ is Quantized:

@@ -41,7 +41,7 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from crossdock.backends.base import PlanTensors
 from crossdock.buffer import Buffer
 from crossdock.direct import Direct
-from crossdock.errors import PeerFailed, PeerTimeout
+from crossdock.errors import NotSupported, PeerFailed, PeerTimeout
 from crossdock.extent import RowCount
 from crossdock.layout import Padded
 from crossdock.plan import Plan
@@ -327,10 +327,23 @@ def _combine_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return grad_y.to(ctx.dtype), grad_weights, grad_bias, grad_link, [None] * 5, None, None, None
 
 
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """What ``_refuse`` needs."""
+
+
+def _refuse(ctx: Any, *_: Any) -> tuple[Any, ...]:
+    raise NotSupported(
+        "a gradient of a gradient was asked for, and the backward passes of dispatch and combine have none; leave out "
+        "create_graph=True, or detach what goes through the layer"
+    )
+
+
 dispatch = Direct(_dispatch, _setup_dispatch, _dispatch_backward)
 send = Direct(_send, _setup_send, _send_backward)
 combine = Direct(_combine, _setup_combine, _combine_backward)
-bring, return_weights, weigh_gradients = Direct(_bring), Direct(_return_weights), Direct(_weigh_gradients)
+bring, return_weights, weigh_gradients = (
+    Direct(op, _keep_nothing, _refuse) for op in (_bring, _return_weights, _weigh_gradients)
+)
 for _op in (_send, _bring, _return_weights):
     _register_effectful_op(_op._opoverload, _EffectType.ORDERED)  # noqa: SLF001 - there is no public way to say so
 

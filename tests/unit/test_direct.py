@@ -7,9 +7,10 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crossdock import Buffer, Compact, Spec, ThreadGroup, direct, ops
+from crossdock import Buffer, Compact, ConfigError, NotSupported, Spec, ThreadGroup, direct, ops
 from crossdock import autograd as ag
 from crossdock.wire import Fp32
 
@@ -93,15 +94,41 @@ def test_tensors_of_other_classes_pass_the_dispatcher(buffer):
             ops.send(x, None, None, [picks.as_subclass(_Wrapped)], buffer.handle, "exact", False, None)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_transforms_see_ops(buffer):
-    x, picks = torch.rand(2, 1, 4), torch.tensor([[0, 1]])
-    with torch.no_grad():
-        rows = torch.vmap(lambda x: ops.dispatch(x, picks, None, None, buffer.handle, "exact", None)[0])(x)
+def test_functionalized_tensors_pass_the_dispatcher(buffer):
+    x, picks = torch.rand(1, 4), torch.tensor([[0, 1]])
+    rows = torch.func.functionalize(lambda x: ag.dispatch(buffer, x, picks).x)(x)
     torch.testing.assert_close(rows, x, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")  # torch's own, of jvp
+@pytest.mark.parametrize("verb", [ag.dispatch, Buffer.dispatch])
+def test_what_cannot_follow_a_call_is_refused_by_name(buffer, verb):
+    x, picks = torch.rand(1, 4), torch.tensor([[0, 1]])
+
+    def rows(x):
+        return verb(buffer, x, picks).x
+
+    for name, transformed in (
+        ("vmap", lambda: torch.vmap(rows)(x.expand(2, 1, 4))),
+        ("grad", lambda: torch.func.grad(lambda x: rows(x).sum())(x)),
+        ("jvp", lambda: torch.func.jvp(rows, (x,), (x,))),
+    ):
+        with pytest.raises(ConfigError, match=rf"torch\.func \({name}\) cannot follow a call .* make it outside"):
+            transformed()
+    with forward_ad.dual_level():
+        with pytest.raises(ConfigError, match="forward-mode gradients cannot follow a call"), torch.no_grad():
+            rows(forward_ad.make_dual(x, x))
+        torch.testing.assert_close(rows(x), x, rtol=0, atol=0)
+
+
+def test_batches_of_gradients_are_refused(buffer):
+    x = torch.rand(1, 4, requires_grad=True)
+    rows = ag.dispatch(buffer, x, torch.tensor([[0, 1]])).x
+    with pytest.raises(ConfigError, match="a batch of gradients"):
+        torch.autograd.grad(rows, x, torch.eye(4).view(4, 1, 4), is_grads_batched=True)
 
 
 def test_a_gradient_of_a_gradient_is_refused_and_not_lost(buffer):
     _, grad, _ = step(buffer, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NotSupported, match="a gradient of a gradient was asked for"):
         grad.sum().backward()

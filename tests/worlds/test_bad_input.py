@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock import (
@@ -162,6 +163,22 @@ BAD_DISPATCHES = {
         ("requires grad", "crossdock.autograd"),
     ),
     "weights no tensor": (lambda a: a.buffer.dispatch(a.x, topk(), weights=[1.0]), ("weights is a list", "tensor")),
+    "sparse x": (
+        lambda a: a.buffer.dispatch(a.x.to_sparse(), topk()),
+        ("x is a tensor of layout sparse_coo", "x.to_dense()"),
+    ),
+    "x without values": (
+        lambda a: a.buffer.dispatch(FakeTensorMode().from_tensor(a.x), topk()),
+        ("x is a FakeTensor", "as a plain tensor"),
+    ),
+    "negated x": (
+        lambda a: a.buffer.dispatch(torch.complex(a.x, a.x).conj().imag, topk()),
+        ("x is a negated view", "x.resolve_neg()"),
+    ),
+    "x of a transform": (
+        lambda a: torch.func.functionalize(lambda x: a.buffer.dispatch(x, topk()).x)(a.x),
+        ("torch.func (functionalize) cannot follow", "make it outside"),
+    ),
     "device of extras": (
         lambda a: a.buffer.dispatch(a.x, topk(), extras=[torch.zeros(T, device="meta")]),
         ("extras[0] is on meta", "extras[0].cpu()"),
