@@ -6,6 +6,7 @@ C capacity in rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -55,8 +56,8 @@ class Topology:
     def __post_init__(self) -> None:
         for name in ("link_bandwidth", "memory_bandwidth", "nic_bandwidth"):
             value = getattr(self, name)
-            if not is_positive(value):
-                raise ConfigError(f"{name}={value!r} bytes per second; pass a positive number")
+            if not (is_positive(value) and value < math.inf):
+                raise ConfigError(f"{name}={value!r} bytes per second; pass a positive, finite number")
         set_integer(self, "num_ranks", "; a group has at least one rank", least=1)
         if self.scale_up is not None:
             set_integer(self, "scale_up", "; pass the ranks of a scale-up domain, or None for one of all", least=1)

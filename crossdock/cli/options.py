@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -24,13 +25,47 @@ def check_extras(needs: str, *names: str) -> None:
         )
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults as one would type them, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, ()) or action.default is False:
+            return action.help
+        if isinstance(action.default, (tuple, list)):
+            separator = "," if isinstance(action.default, tuple) else " "
+            return f"{action.help} (default: {separator.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
+def keep_defaults(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+    """Says what runs the command, and lets ``check_left_out`` see the options' defaults."""
+    parser.set_defaults(run=run, default_of=parser.get_default)
+
+
+def check_left_out(
+    args: argparse.Namespace, names: Iterable[str], why: str, *, allowed: tuple[object, ...] = ()
+) -> None:
+    """Raises ConfigError for an option that was given and would mean nothing, rather than to leave it unheard.
+
+    Args:
+        allowed: values that are what happens in any case.
+    """
+    for name in names:
+        if (value := getattr(args, name)) != args.default_of(name) and value not in allowed:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} {value} {why}")
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Parses comma-separated positive integers, for argparse.
 
     >>> numbers("2,4,8")
     (2, 4, 8)
     """
-    values = tuple(int(part) for part in text.split(","))
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers; pass such as 2,4,8") from None
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} has a number below 1")
     return values

@@ -87,6 +87,8 @@ def test_no_file_and_no_even_ranks_are_refused(tmp_path, capsys):
     np.save(tmp_path / "picks.npy", np.array([[0, 1]]))
     assert main(["load", str(tmp_path / "picks.npy"), "--experts=6", "--ranks=4"]) == 2
     assert "experts=6 is not divisible by ranks=4" in capsys.readouterr().err
+    assert main(["load", str(tmp_path / "picks.npy"), "--experts=0"]) == 2
+    assert "experts=0; pass a positive number" in capsys.readouterr().err
 
 
 def test_a_matrix_is_one_step_and_experts_are_guessed(tmp_path):

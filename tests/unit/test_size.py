@@ -1,7 +1,12 @@
 """The size command: what it prints, what it writes, what it refuses."""
 
+import errno
 import json
+import os
 import re
+import subprocess
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -58,9 +63,42 @@ def test_memory_is_that_of_the_arena():
         (["--room=0.5"], "room for the mean load at least"),
         (["--ranks=16", "--topk-groups=1", "--topk=8", "--experts=16", "--groups=4"], "num_topk=8"),
         (["--nic=0"], "nic_bandwidth=0"),
+        (["--room=nan"], "room for the mean load at least"),
+        (["--link=inf"], "link_bandwidth=inf bytes per second; pass a positive, finite number"),
         (["--json=/nowhere/x"], "json=/nowhere/x cannot be written"),
     ],
 )
 def test_what_cannot_be_is_refused(capsys, args, message):
     assert main(["size", *args]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_no_list_of_numbers_is_said(capsys):
+    with pytest.raises(SystemExit):
+        main(["size", "--ranks=8,"])
+    assert "'8,' is no list of numbers; pass such as 2,4,8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (MemoryError(), "there is not enough memory; pass smaller numbers"),
+    ],
+)
+def test_what_the_machine_lacks_is_a_line_and_no_traceback(capsys, monkeypatch, error, says):
+    monkeypatch.setattr("crossdock.cli.size.answer", mock.Mock(side_effect=error))
+    assert main(["size"]) == 1
+    assert capsys.readouterr().err.startswith("crossdock size: error: ")
+    assert main(["size"]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-m", "crossdock", "size"], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")

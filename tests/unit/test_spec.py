@@ -121,7 +121,7 @@ def test_experts_are_the_same_number_on_every_rank():
         ({"num_ranks": 6, "scale_up": 1.5}, "scale_up=1.5; pass the ranks of a scale-up domain, or None"),
         (
             {"num_ranks": 6, "link_bandwidth": "450e9"},
-            "link_bandwidth='450e9' bytes per second; pass a positive number",
+            "link_bandwidth='450e9' bytes per second; pass a positive, finite number",
         ),
     ],
 )

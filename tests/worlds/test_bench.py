@@ -207,6 +207,7 @@ def test_ctrl_c_ends_the_run(capsys, monkeypatch):
         (["--sweep-sms=2,4"], "sweep_sms=(2, 4) is for GPUs"),
         (["--plot=chart.html"], "plot=chart.html shows a sweep; pass --sweep-sms"),
         (["--device=cuda", "--baseline=kept"], "baseline=kept on CUDA"),
+        (["--rate=1gbit"], "--rate 1gbit is of hosts; pass --hosts with it"),
     ],
 )
 def test_says_which_argument_is_not_allowed(capsys, arguments, message):

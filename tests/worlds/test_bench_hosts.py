@@ -23,7 +23,7 @@ needs_hosts = pytest.mark.skipif(_PROBLEM is not None, reason=str(_PROBLEM))
 def test_bench_sends_the_least_bytes_and_fewer_with_groups(tmp_path, capsys):
     """Rows and sums are compared with gloo's first; a wrong one would end the command."""
     command = ["bench", "--hosts=2x2", "--tokens=64", "--hidden=1024", "--experts=16", "--topk=4", "--topk-groups=1"]
-    assert main([*command, "--wire=fp8", "--repeats=1", f"--json={tmp_path / 'lines'}"]) == 0
+    assert main([*command, "--wire=nvfp4", "--repeats=1", f"--json={tmp_path / 'lines'}"]) == 0
     said = capsys.readouterr().out
     assert "2x2 ranks at 200mbit, 64 tokens each" in said
     lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
@@ -75,6 +75,8 @@ def test_rows_over_the_rail_are_counted_once_per_host(layout, going):
         (["--hosts=2x2", "--rate=fast"], "rate='fast'; pass a number with kbit, mbit or gbit"),
         (["--hosts=2x2", "--experts=6"], "num_experts=6 is not divisible by num_ranks=4"),
         (["--hosts=2x2", "--repeats=0"], "repeats=0; pass a positive number"),
+        (["--hosts=2x2", "--ranks=3"], "--ranks 3 with --hosts, where it means nothing; leave it out"),
+        (["--hosts=2x2", "--device=cuda"], "--device cuda with --hosts, where it means nothing; leave it out"),
     ],
 )
 def test_what_cannot_be_is_refused(capsys, args, message):

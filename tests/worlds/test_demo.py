@@ -101,6 +101,7 @@ def test_the_trace_shows_all_ranks_and_its_spans_nest(folder):
         (["--ranks=0"], "ranks=0 does not divide"),
         (["--steps=0"], "steps=0; pass a positive number"),
         (["--seed=-1"], "seed=-1 is not within"),
+        (["--rate=1gbit"], "--rate 1gbit is of hosts; pass --hosts with it"),
     ],
 )
 def test_says_which_argument_is_not_allowed(tmp_path, capsys, arguments, message):

@@ -17,9 +17,11 @@ from crossdock.cli.bench.over_hosts import HostsConfig, make_hosts_job, measure_
 from crossdock.cli.device import add_device_option, choose_device, gpus_for
 from crossdock.cli.hosts import parse_grid, run_hosts
 from crossdock.cli.machine import this_machine
-from crossdock.cli.options import check_extras, numbers, open_to_write
+from crossdock.cli.options import HelpFormatter, check_extras, check_left_out, keep_defaults, numbers, open_to_write
 from crossdock.cli.world import run_world
 from crossdock.errors import ConfigError
+
+_WITHOUT_HOSTS = sorted({*Config.__dataclass_fields__, "plot"} - set(HostsConfig.__dataclass_fields__))
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Times dispatch and combine among ranks of this host, on its GPUs or on CPUs, beside the same "
         "exchange by all_to_all_single and beside the machine's own bandwidth. Rows are compared with those of an "
         "exchange over gloo, bit for bit, before anything is timed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_device_option(parser)
     parser.add_argument("--ranks", type=int, default=4, help="processes to start; not with --hosts")
@@ -70,7 +72,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--sweep-sms", type=numbers, default=(), metavar="N,N,...", help="also time other numbers of SMs, a line each"
     )
     cuda.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw the sweep into an HTML file")
-    parser.set_defaults(run=run)
+    keep_defaults(parser, run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -85,8 +87,10 @@ def run(args: argparse.Namespace) -> None:
     from crossdock.cli.bench import report  # noqa: PLC0415 - it imports rich, which is an extra
 
     if args.hosts is not None:
+        check_left_out(args, _WITHOUT_HOSTS, "with --hosts, where it means nothing; leave it out", allowed=("cpu",))
         _run_over_hosts(args)
         return
+    check_left_out(args, ("rate", "rail", "topk_groups"), "is of hosts; pass --hosts with it, such as --hosts 2x4")
     config = make_config(args)
     for path, option in ((args.json, "json"), (args.plot, "plot")):
         if path is not None:

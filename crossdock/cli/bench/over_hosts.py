@@ -151,7 +151,7 @@ def _measure(member: Member, config: HostsConfig, name: str, topk_idx: Tensor) -
     ):
         plan = buffer.dispatch(x, mine).plan
         arrived = exchange.dispatch(parts_of(x), mine)
-        y = draw_outputs(spec, arrived.parts[0].shape, seed=config.seed + member.rank)
+        y = draw_outputs(spec, torch.Size((*arrived.parts[0].shape[:-1], spec.hidden)), seed=config.seed + member.rank)
         dispatches = lambda: buffer.dispatch(x, mine), lambda: exchange.dispatch(parts_of(x), mine)
         combines = lambda: buffer.combine(y, plan), lambda: exchange.combine(y, arrived.route)
         cases: list[tuple[str, Callable[[], Rows], Callable[[], Rows], Counts, Counts, int]] = [

@@ -28,7 +28,7 @@ from crossdock.cli.demo.watch import steps_to_show
 from crossdock.cli.device import add_device_option, choose_device, gpus_for
 from crossdock.cli.hosts import parse_grid, run_hosts
 from crossdock.cli.machine import this_machine
-from crossdock.cli.options import check_extras
+from crossdock.cli.options import HelpFormatter, check_extras, check_left_out, keep_defaults
 from crossdock.cli.trace import write_timeline
 from crossdock.cli.trace.parts import read
 from crossdock.cli.world import run_world
@@ -58,7 +58,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Trains a small byte-level language model on the source of Python's standard library, its experts "
         "spread over processes of this host; repeats the first steps in one process and compares; writes some text; "
         "and leaves a page with the loss, the experts' load, the traffic and where the time went.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add_device_option(parser)
     parser.add_argument("--ranks", type=int, default=4, help="processes to start, a divisor of the experts")
@@ -70,7 +70,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--steps", type=int, default=220, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="of parameters and batches")
     parser.add_argument("--out", type=Path, default=Path("crossdock-demo"), metavar="FOLDER", help="for the files")
-    parser.set_defaults(run=run)
+    keep_defaults(parser, run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -84,6 +84,12 @@ def run(args: argparse.Namespace) -> None:
     check_extras("the demo")
     from crossdock.cli.demo import page, screen  # noqa: PLC0415 - they import rich, plotly and jinja2, which are extras
 
+    if args.hosts is None:
+        check_left_out(args, ("rate",), "is of hosts; pass --hosts with it, such as --hosts 2x2")
+    else:
+        check_left_out(
+            args, ("ranks", "device"), "with --hosts, where it means nothing; leave it out", allowed=("cpu",)
+        )
     grid = None if args.hosts is None else parse_grid(args.hosts)
     num_ranks = args.ranks if grid is None else grid[0] * grid[1]
     shape, recipe = make_shape(num_ranks, None if grid is None else grid[0]), make_recipe(args.steps, args.seed)

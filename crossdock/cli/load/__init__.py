@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crossdock.cli.load.figures import make_spec, measure
 from crossdock.cli.load.recording import read
-from crossdock.cli.options import check_extras
+from crossdock.cli.options import HelpFormatter, check_extras
 from crossdock.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Reads recorded picks, an .npy array of integers [tokens, picks] or [steps, tokens, picks], -1 for "
         "no pick. A step has the tokens of all ranks, one rank's after the other's. Prints loads, imbalance, bytes per "
         "link and what replicated experts would gain.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("file", type=Path, metavar="FILE.npy", help="the picks")
     parser.add_argument("--ranks", type=int, default=8, help="that the experts are spread over")

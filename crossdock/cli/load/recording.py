@@ -62,7 +62,9 @@ def read(path: Path, *, num_experts: int | None, num_ranks: int) -> Recording:
     picks = _array(path)
     if num_experts is None:
         num_experts = max(num_ranks, -(-(int(picks.max()) + 1) // num_ranks) * num_ranks)
-    if num_experts < 1 or num_experts % num_ranks:
+    if num_experts < 1:
+        raise ConfigError(f"experts={num_experts}; pass a positive number")
+    if num_experts % num_ranks:
         raise ConfigError(
             f"experts={num_experts} is not divisible by ranks={num_ranks}; pass ranks that hold the same number each"
         )

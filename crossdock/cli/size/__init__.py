@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from crossdock.cli.bench.config import WIRES
-from crossdock.cli.options import check_extras, numbers, open_to_write
+from crossdock.cli.options import HelpFormatter, check_extras, numbers, open_to_write
 from crossdock.cli.size.figures import LAYOUTS, Question, answer, as_values
 from crossdock.cost import METHODS
 
@@ -20,7 +20,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Predicts, by the cost model, what a dispatch and a combine take over nodes of GPUs: bytes and "
         "time of each hop, what bounds it, the SMs it wants, and memory of each rank. Nothing runs. docs/model.md has "
         "the model beside figures that were measured, and says where it is wrong.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--ranks", type=numbers, default=(16, 64, 256, 2048), metavar="N,N,...", help="to compare")
     parser.add_argument("--node-size", type=int, default=8, help="GPUs of a node; fewer ranks are one node")

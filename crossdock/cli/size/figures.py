@@ -5,6 +5,7 @@ Letters: P ranks, N nodes, K top-k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +85,11 @@ def answer(question: Question) -> list[Size]:
     Raises:
         ConfigError: sizes do not fit together, or the recording cannot be read.
     """
-    if question.node_size < 1 or question.room < 1 or (question.num_sms is not None and question.num_sms < 1):
+    if (
+        question.node_size < 1
+        or not 1 <= question.room < math.inf
+        or (question.num_sms is not None and question.num_sms < 1)
+    ):
         raise ConfigError(
             f"node_size={question.node_size}, num_sms={question.num_sms}, room={question.room}; pass positive numbers, "
             f"and room for the mean load at least"
