@@ -80,10 +80,10 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: the arguments do not fit together, or a file cannot be written.
-        BackendUnavailable: rich (or, for a plot, plotly) is not installed, or there is no GPU.
+        BackendUnavailable: rich (or, for a plot, plotly or jinja2) is not installed, or there is no GPU.
         CrossdockError: a rank failed, or an operation gave wrong rows.
     """
-    check_extras("the command line", *(("rich",) if args.plot is None else ("rich", "plotly")))
+    check_extras("the command line", *(("rich",) if args.plot is None else ()))
     from crossdock.cli.bench import report  # noqa: PLC0415 - it imports rich, which is an extra
 
     if args.hosts is not None:
@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         from crossdock.cli.bench.chart import sweep_page  # noqa: PLC0415 - it imports plotly, which is an extra
 
-        args.plot.write_text(sweep_page(outcome), encoding="utf-8")
+        with open_to_write(args.plot, "plot", "w") as file:
+            file.write(sweep_page(outcome))
 
 
 def _run_over_hosts(args: argparse.Namespace) -> None:

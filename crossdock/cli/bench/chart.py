@@ -1,4 +1,4 @@
-"""A chart of bandwidth over the number of SMs, as a self-contained HTML page. Needs plotly (``crossdock[cli]``)."""
+"""The page of a sweep: bandwidth over the number of SMs. Needs plotly and jinja2 (``crossdock[cli]``)."""
 
 from __future__ import annotations
 
@@ -6,27 +6,44 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from crossdock.cli import page
 from crossdock.cli.bench.figures import Figure
 from crossdock.cli.bench.outcome import Outcome
-
-_INK, _GRID = "#1f2933", "#e4e7eb"
-_BLUE, _PINK = "#0072b2", "#cc79a7"
-"""Colours of the Okabe-Ito palette, which is safe for colour-blind readers."""
+from crossdock.cli.page import Card, Chart, as_json
+from crossdock.cli.page.charts import BLUE, PINK, layout
 
 
 def sweep_page(outcome: Outcome) -> str:
-    """The page: GB/s of all ranks together by number of SMs, beside the limits measured in the same run."""
+    """GB/s of all ranks together by number of SMs, beside the limits measured in the same run."""
     assert outcome.limits.write is not None
+    assert outcome.sharing is not None
     assert outcome.pairs
-    figure = go.Figure(layout=_layout(outcome))
     dispatches, combines = zip(*outcome.pairs, strict=True)
-    _add(figure, "dispatch, written", dispatches, limit=outcome.limits.write, colour=_BLUE)
-    _add(figure, "combine, read + written", combines, limit=outcome.limits.copy, colour=_PINK)
+    drawn = (
+        ("dispatch, written", dispatches, outcome.limits.write, BLUE),
+        ("combine, read + written", combines, outcome.limits.copy, PINK),
+    )
+    figure = go.Figure(layout=layout(height=480))
+    for name, results, limit, colour in drawn:
+        _add(figure, name, results, limit=limit, colour=colour)
     num_sms = [dispatch.num_sms for dispatch in dispatches]
-    figure.update_xaxes(title="SMs of each rank", tickvals=num_sms, rangemode="tozero", gridcolor=_GRID)
-    figure.update_yaxes(title="GB/s, all ranks together", rangemode="tozero", gridcolor=_GRID)
-    page: str = figure.to_html(include_plotlyjs=True, default_height="600px", config={"displayModeBar": False})
-    return page
+    figure.update_xaxes(title="SMs of each rank", tickvals=num_sms, rangemode="tozero")
+    figure.update_yaxes(title="GB/s, all ranks together", rangemode="tozero")
+    return page.render(
+        "bench/page.html.j2",
+        cards=[_card(name.partition(",")[0], results) for name, results, _, _ in drawn],
+        charts=[Chart("sweep", "Bandwidth", "Dashed: what the same run measured as the limit.", as_json(figure))],
+        measured_on=f"{outcome.machine.gpu}; {outcome.sharing}",
+        title=str(outcome.config),
+        warning="Ranks took turns on the GPU, without MPS: this says nothing about speed."
+        if outcome.sharing.warning
+        else None,
+    )
+
+
+def _card(name: str, results: Sequence[Figure]) -> Card:
+    best = max(results, key=lambda result: result.of_limit)
+    return Card(f"{best.of_limit:.0%}", f"of the limit, {name} with {best.num_sms} SMs")
 
 
 def _add(figure: go.Figure, name: str, results: Sequence[Figure], *, limit: float, colour: str) -> None:
@@ -48,27 +65,4 @@ def _add(figure: go.Figure, name: str, results: Sequence[Figure], *, limit: floa
         mode="lines",
         line={"color": colour, "width": 1.5, "dash": "dash"},
         hoverinfo="skip",
-    )
-
-
-def _layout(outcome: Outcome) -> go.Layout:
-    assert outcome.sharing is not None
-    lines = [str(outcome.config), f"{outcome.machine.gpu}; {outcome.sharing}"]
-    if outcome.sharing.warning:
-        lines.append("<b>Ranks took turns on the GPU, without MPS: this says nothing about speed.</b>")
-    return go.Layout(
-        template="none",
-        title={
-            "text": "<br>".join(lines),
-            "x": 0.02,
-            "xanchor": "left",
-            "y": 0.98,
-            "yanchor": "top",
-            "font": {"size": 14},
-        },
-        font={"family": "system-ui, sans-serif", "size": 13, "color": _INK},
-        margin={"l": 70, "r": 20, "t": 40 + 20 * len(lines), "b": 100},
-        paper_bgcolor="#ffffff",
-        plot_bgcolor="#ffffff",
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
     )

@@ -12,7 +12,7 @@ from rich.table import Table
 from crossdock.cli.bench.host_figures import HostFigure
 from crossdock.cli.bench.over_hosts import HostsConfig
 from crossdock.cli.machine import Machine
-from crossdock.cli.terminal import console_of
+from crossdock.cli.terminal import without_trailing_blanks
 
 _WIDTH = 124
 _NAMES = "picks", "op"
@@ -27,18 +27,18 @@ def json_lines(config: HostsConfig, figures: Sequence[HostFigure], machine: Mach
 
 def print_hosts(config: HostsConfig, figures: Sequence[HostFigure], machine: Machine) -> None:
     """The table, and how it was measured, on stdout."""
-    console = console_of(_WIDTH)
-    console.print(str(config), highlight=False, markup=False, style="bold")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in _NAMES:
-        table.add_column(name, no_wrap=True)
-    for figure in _FIGURES:
-        table.add_column(figure, justify="right", no_wrap=True)
-    for measured in figures:
-        table.add_row(*_cells(measured))
-    console.print(table)
-    for line in _notes(config, machine):
-        console.print(line, highlight=False, markup=False, style="dim")
+    with without_trailing_blanks(_WIDTH) as console:
+        console.print(str(config), highlight=False, markup=False, style="bold")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in _NAMES:
+            table.add_column(name, no_wrap=True)
+        for figure in _FIGURES:
+            table.add_column(figure, justify="right", no_wrap=True)
+        for measured in figures:
+            table.add_row(*_cells(measured))
+        console.print(table)
+        for line in _notes(config, machine):
+            console.print(line, highlight=False, markup=False, style="dim")
 
 
 def _cells(figure: HostFigure) -> tuple[str, ...]:

@@ -88,6 +88,6 @@ def placement_chart(figures: Figures) -> go.Figure:
             hovertemplate="%{y}: %{x:.2f}<extra></extra>",
         )
     figure.update_layout(barmode="group", bargap=0.25)
-    figure.update_xaxes(title="largest rank, 1 = all equal", rangemode="tozero")
+    figure.update_xaxes(title="1 = all ranks equal", rangemode="tozero")
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     return figure

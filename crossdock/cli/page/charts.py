@@ -5,6 +5,7 @@ Colours are of Okabe and Ito's set, which people of all kinds of colour vision t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,14 @@ MAX_LABELLED = 8
 
 def layout(height: int) -> go.Layout:
     """Without a margin, and with axes that stay where they are."""
-    axis = {"gridcolor": GRID, "zeroline": False, "automargin": True, "fixedrange": True, "title": {"standoff": 8}}
+    axis = {
+        "gridcolor": GRID,
+        "zeroline": False,
+        "automargin": True,
+        "fixedrange": True,
+        "ticklabelstandoff": 4,
+        "title": {"standoff": 8},
+    }
     return go.Layout(
         height=height,
         margin={"l": 8, "r": 8, "t": 8, "b": 8},
@@ -36,6 +44,17 @@ def layout(height: int) -> go.Layout:
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         hoverlabel={"font": {"size": 13}},
     )
+
+
+def log_ticks(values: Sequence[float]) -> list[float]:
+    """1, 2 and 5 times powers of ten, as far as these values reach: what a logarithmic axis is labelled with.
+
+    >>> log_ticks([700, 6000])
+    [1000, 2000, 5000]
+    """
+    least, most = min(values) / 1.2, max(values) * 1.2
+    decades = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    return [tick for decade in decades for step in (1, 2, 5) if least <= (tick := step * 10**decade) <= most]
 
 
 def colour_bar(title: str, values: list[float] | None = None, names: list[str] | None = None) -> dict[str, Any]:

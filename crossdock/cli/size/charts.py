@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import plotly.graph_objects as go
 
-from crossdock.cli.page.charts import BLUE, GREEN, ORANGE, PINK, layout
+from crossdock.cli.page.charts import BLUE, GREEN, ORANGE, PINK, layout, log_ticks
 from crossdock.cli.size.figures import Size
 
 _COLOURS = (BLUE, ORANGE, GREEN)
@@ -26,7 +26,8 @@ def time_chart(sizes: Sequence[Size]) -> go.Figure:
                 hovertemplate="%{x} ranks: %{y:,.0f} us, %{customdata}<extra></extra>",
             )  # fmt: skip
     figure.update_xaxes(title="ranks", type="log", tickvals=sorted({size.topology.num_ranks for size in sizes}))
-    figure.update_yaxes(title="us", type="log", rangemode="tozero")
+    microseconds = [getattr(size, op).seconds * 1e6 for size in sizes for op in ("dispatch", "combine")]
+    figure.update_yaxes(title="us", type="log", tickvals=log_ticks(microseconds), tickformat=",")
     return figure
 
 
