@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+_ANY_WIDTH = 10_000
 
 
 def console_of(width: int) -> Console:
@@ -25,3 +30,18 @@ def without_trailing_blanks(width: int) -> Iterator[Console]:
     with console.capture() as said:
         yield console
     print("\n".join(line.rstrip() for line in said.get().splitlines()))
+
+
+def print_table(console: Console, table: Table) -> None:
+    """A table; where the terminal is too narrow for its figures, each row as a list, so that none is cut."""
+    if Measurement.get(console, console.options.update(max_width=_ANY_WIDTH), table).minimum <= console.width:
+        console.print(table)
+        return
+    names = [str(column.header) for column in table.columns]
+    width = max(map(len, names))
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        console.print()
+        for name, cell in zip(names, cells, strict=True):
+            value = cell if isinstance(cell, Text) else console.render_str(str(cell))
+            console.print(Text.assemble((f"{name:<{width}}  ", "dim"), value))
+    console.print()

@@ -102,3 +102,12 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     )
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_a_narrow_terminal_cuts_no_figure(monkeypatch, capsys):
+    monkeypatch.setattr("crossdock.cli.size.report._WIDTH", 40)
+    assert main(["size", "--ranks=16"]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 40
+    assert re.search(r"^dispatch +720 us NIC$", said, re.MULTILINE)
+    assert "…" not in said

@@ -12,7 +12,7 @@ from rich.table import Table
 from crossdock.cli.bench.host_figures import HostFigure
 from crossdock.cli.bench.over_hosts import HostsConfig
 from crossdock.cli.machine import Machine
-from crossdock.cli.terminal import without_trailing_blanks
+from crossdock.cli.terminal import print_table, without_trailing_blanks
 
 _WIDTH = 124
 _NAMES = "picks", "op"
@@ -36,7 +36,7 @@ def print_hosts(config: HostsConfig, figures: Sequence[HostFigure], machine: Mac
             table.add_column(figure, justify="right", no_wrap=True)
         for measured in figures:
             table.add_row(*_cells(measured))
-        console.print(table)
+        print_table(console, table)
         for line in _notes(config, machine):
             console.print(line, highlight=False, markup=False, style="dim")
 

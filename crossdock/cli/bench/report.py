@@ -12,7 +12,7 @@ from rich.table import Table
 
 from crossdock.cli.bench.figures import Figure
 from crossdock.cli.bench.outcome import Outcome
-from crossdock.cli.terminal import console_of
+from crossdock.cli.terminal import console_of, print_table
 
 _WIDTH = 124
 """Columns of the output if it is no terminal."""
@@ -36,10 +36,10 @@ def print_outcome(outcome: Outcome) -> None:
     """Prints configuration, figures and notes to stdout."""
     console = console_of(_WIDTH)
     console.print(str(outcome.config), highlight=False, markup=False, style="bold")
-    console.print(_table(outcome.figures, outcome.baseline))
+    print_table(console, _table(outcome.figures, outcome.baseline))
     if outcome.sweep:
         console.print("By the number of SMs", style="bold")
-        console.print(_table(outcome.sweep, None))
+        print_table(console, _table(outcome.sweep, None))
     for line in outcome.notes():
         console.print(line, highlight=False, markup=False, style="dim")
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from crossdock.cli.demo.estimate import Estimate
 from crossdock.cli.demo.outcome import Outcome
 from crossdock.cli.demo.replay import TOLERANCE, Compared
-from crossdock.cli.terminal import console_of
+from crossdock.cli.terminal import console_of, print_table
 
 _WIDTH = 100
 """Columns where the output is no terminal."""
@@ -116,7 +116,7 @@ def print_outcome(outcome: Outcome, paths: Sequence[tuple[str, Path]]) -> None:
         f"{outcome.held_out_loss:.2f} on held-out text ({outcome.bits_per_byte:.2f} bits per byte); "
         f"{outcome.tokens_per_s:,.0f} tokens/s, {outcome.moving_share:.0%} of the time in dispatch and combine."
     )
-    console.print(_agreement(outcome.compared))
+    print_table(console, _agreement(outcome.compared))
     line(
         f"The losses agree within {outcome.largest_difference:.1e} (at most {TOLERANCE:.0e} is allowed), and all "
         f"{outcome.num_written} bytes"

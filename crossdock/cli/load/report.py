@@ -12,7 +12,7 @@ from crossdock.cli import page
 from crossdock.cli.load.charts import expert_chart, link_chart, placement_chart, rank_chart
 from crossdock.cli.load.figures import Figures, Imbalance
 from crossdock.cli.page import Card, Chart, as_json
-from crossdock.cli.terminal import without_trailing_blanks
+from crossdock.cli.terminal import print_table, without_trailing_blanks
 from crossdock.cost import TWO_HOPS
 from crossdock.spec import Topology
 from crossdock.version import __version__
@@ -37,10 +37,10 @@ def print_figures(figures: Figures, path: Path | None) -> None:
     """What matters, on stdout, and where the page is."""
     with without_trailing_blanks(_WIDTH) as console:
         console.print(Text(title(figures), style="bold"))
-        console.print(_loads(figures))
+        print_table(console, _loads(figures))
         for line in lines(figures):
             console.print(Text(line))
-        console.print(_placements(figures))
+        print_table(console, _placements(figures))
         console.print(Text(fitted(figures), style="dim"))
         if path is not None:
             console.print(Text(f"page    {path}"), soft_wrap=True)

@@ -13,7 +13,7 @@ from crossdock.cli import page
 from crossdock.cli.page import Card, Chart, as_json
 from crossdock.cli.size.charts import hop_chart, time_chart
 from crossdock.cli.size.figures import Question, Size
-from crossdock.cli.terminal import without_trailing_blanks
+from crossdock.cli.terminal import print_table, without_trailing_blanks
 from crossdock.cost import METHODS, Prediction
 from crossdock.version import __version__
 
@@ -31,7 +31,7 @@ def print_sizes(question: Question, sizes: Sequence[Size], path: Path | None) ->
             table.add_column(heading, justify="left" if heading == "picks" else "right", no_wrap=True)
         for size in sizes:
             table.add_row(*cells(size))
-        console.print(table)
+        print_table(console, table)
         for line in notes(question):
             console.print(Text(line, style="dim"))
         if path is not None:

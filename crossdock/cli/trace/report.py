@@ -13,7 +13,7 @@ from rich.text import Text
 
 from crossdock.cli import page
 from crossdock.cli.page import Card, Chart, as_json
-from crossdock.cli.terminal import without_trailing_blanks
+from crossdock.cli.terminal import print_table, without_trailing_blanks
 from crossdock.cli.trace.charts import expert_chart, link_chart, time_chart, wait_chart
 from crossdock.cli.trace.figures import REASONS, REST, ROWS, WORDS_OF_COMBINE, WORDS_OF_DISPATCH, Figures
 from crossdock.version import __version__
@@ -29,11 +29,11 @@ def print_figures(figures: Figures, files: Sequence[tuple[str, Path]]) -> None:
     """What matters, on stdout, and where the files are."""
     with without_trailing_blanks(_WIDTH) as console:
         console.print(Text(title(figures), style="bold"))
-        console.print(_table([HEADINGS, *rows(figures)]))
+        print_table(console, _table([HEADINGS, *rows(figures)]))
         if len(figures.ranks) <= _MOST_RANKS and figures.waits.any():
-            console.print(_table(matrix(figures)))
+            print_table(console, _table(matrix(figures)))
         if hops := by_hop(figures):
-            console.print(_table(hops))
+            print_table(console, _table(hops))
         for line in lines(figures):
             console.print(Text(line))
         console.print()
