@@ -6,8 +6,10 @@ Letters: N segments, R rows of a segment, R' rows for which a segment has room, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -149,7 +151,16 @@ def no_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """
     if torch.are_deterministic_algorithms_enabled():  # torch fills what it gives, if it was told to
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.from_numpy(np.empty(shape, dtype=_NUMPY[dtype]))
+    return of_numpy(np.empty(shape, dtype=_NUMPY[dtype]))
+
+
+def of_numpy(array: npt.NDArray[Any]) -> Tensor:
+    """A dense array as a tensor, with strides as torch makes them.
+
+    NumPy, since 2.4, says 0 where there are no elements. Kernels refuse that, and it is not what an op's fake has.
+    """
+    tensor = torch.from_numpy(array)
+    return tensor if array.size else torch.empty(array.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _room(num_rows: int, dtype: torch.dtype) -> int:

@@ -55,7 +55,7 @@ def grouped_mm(
         product = grouped_product if torch.compiler.is_compiling() else _loop
         return product(x, weights, num_tokens_per_expert)
     ends = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
-    out = _NATIVE(x.contiguous(), weights.contiguous().transpose(-2, -1), offs=ends)
+    out = _NATIVE(_dense(x), weights.contiguous().transpose(-2, -1), offs=ends)
     contiguous: Tensor = _ContiguousGradient.apply(out)  # type: ignore[no-untyped-call]
     return contiguous
 
@@ -112,7 +112,12 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(_ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+        return _dense(grad)
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """Without gaps: to torch rows without elements are contiguous whatever their strides, which its kernel refuses."""
+    return rows.contiguous() if rows.shape[0] else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _is_native(x: Tensor, weights: Tensor) -> bool:

@@ -48,6 +48,9 @@ def test_grouped_mm_takes_the_gradient_of_a_sum():
     x = torch.randn(3, 8, generator=seeded())
     weights = torch.randn(2, 4, 8, generator=seeded(1), requires_grad=True)
     grouped_mm(x, weights, torch.tensor([1, 2])).sum().backward()
+    none = torch.zeros(0, 8).as_strided((0, 8), (0, 0)).requires_grad_()  # as NumPy has them, and a sum's gradient
+    grouped_mm(none, weights, torch.tensor([0, 0])).sum().backward()
+    assert none.grad.shape == (0, 8)
     want = torch.stack([x[:1].sum(0), x[1:].sum(0)]).unsqueeze(1).expand(2, 4, 8)
     torch.testing.assert_close(weights.grad, want)
 

@@ -57,6 +57,25 @@ def test_rows_go_stale_when_their_slot_comes_round_and_the_plan_does_not(world, 
     check_received(cases[3], [again for _, _, again in got], weights=False, extras=False)
 
 
+def strides_of_no_rows(group, case):
+    """Of all that a rank is handed to which no rows came, and those that torch makes."""
+    with open_buffer(group, case.spec) as buffer:
+        recv = dispatch(buffer, case)
+        _, home = buffer.combine(recv.output_rows(), recv.plan, extras=[torch.zeros(*recv.src_idx.shape, 2)])
+        data, scale = recv.x
+        given = (data, scale, recv.output_rows(), recv.src_idx, recv.topk_idx, recv.weights, *recv.extras, *home)
+        return [(part.stride(), part.new_empty(part.shape).stride()) for part in given if part is not None]
+
+
+@pytest.mark.parametrize("layout", [Compact(), Expanded(), Expanded(staged=True)], ids=repr)
+def test_no_rows_have_the_strides_of_any(world, layout):
+    spec = Spec(
+        num_experts=8, num_topk=3, hidden=16, max_tokens=7, layout=layout, wire=Fp8(block=8), extra_bytes=EXTRA_BYTES
+    )
+    for strides in world.run(strides_of_no_rows, make_case(spec, [0] * world.num_ranks)):
+        assert all(got == want for got, want in strides), strides
+
+
 def list_counts(group, cases):
     """The lists of a fresh dispatch, of one on its plan, of one in two halves; of one whose rows nobody counts, or why
     there is none; and what the tensors say."""

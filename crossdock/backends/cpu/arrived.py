@@ -17,7 +17,7 @@ from torch import Tensor
 from crossdock.arena import Arena
 from crossdock.backends.base import Batch, Metadata
 from crossdock.layout import Expanded, Padded
-from crossdock.scales import as_integers, parts_of
+from crossdock.scales import as_integers, of_numpy, parts_of
 from crossdock.wire import Quantized
 
 Bytes = npt.NDArray[np.uint8]
@@ -101,12 +101,12 @@ def _unpacked(arena: Arena, metadata: Bytes, is_real: npt.NDArray[np.bool_], bat
     for extra in batch.extras:
         num_bytes = math.prod(extra.shape[1:]) * extra.element_size()
         raw = np.where(is_real[:, None], metadata[:, at : at + num_bytes], np.uint8(0))
-        extras.append(torch.from_numpy(raw).view(-1).view(extra.dtype).view(num_rows, *extra.shape[1:]))
+        extras.append(of_numpy(raw).view(-1).view(extra.dtype).view(num_rows, *extra.shape[1:]))
         at += num_bytes
     return Metadata(
-        src_idx=torch.from_numpy(src_idx),
-        topk_idx=None if topk_idx is None else torch.from_numpy(topk_idx),
-        weights=None if weights is None else torch.from_numpy(weights),
+        src_idx=of_numpy(src_idx),
+        topk_idx=None if topk_idx is None else of_numpy(topk_idx),
+        weights=None if weights is None else of_numpy(weights),
         extras=tuple(extras),
     )
 

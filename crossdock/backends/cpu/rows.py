@@ -23,7 +23,7 @@ from crossdock.backends.staged import RowMaker
 from crossdock.backends.sums import chunk_rows, sum_rows
 from crossdock.consent import PAYLOAD_BITS, PAYLOAD_MASK, PUSHED, Word, stamped
 from crossdock.plan import Hop, HostPlan, Terms, partial_rows_to_send
-from crossdock.scales import ScaleLayout, as_integers, no_bits
+from crossdock.scales import ScaleLayout, as_integers, no_bits, of_numpy
 from crossdock.transport.host import HostTransport
 from crossdock.transport.segments import SideBySide
 from crossdock.wire import Fp8, Quantized
@@ -204,13 +204,13 @@ class CpuRows:
         pos = plan.pick_pos.numpy()
         values = np.zeros((*pos.shape, sent.shape[1]), dtype=np.float32)
         values[pos >= 0] = sent[pos[pos >= 0]]
-        return apart(torch.from_numpy(values), extras)
+        return apart(of_numpy(values), extras)
 
     def _sums_of_extras(self, plan: HostPlan, sent: npt.NDArray[np.float32]) -> Tensor:
         """Of each token's rows [Q, n], in the order in which they were sent: [T, n]."""
         values = np.zeros((plan.num_tokens, sent.shape[1]), dtype=np.float32)
         np.add.at(values, np.repeat(np.arange(plan.num_tokens), np.diff(plan.terms.offsets)), sent[plan.terms.rows])
-        return torch.from_numpy(values)
+        return of_numpy(values)
 
     def _sum_here(self, plan: HostPlan, y: Tensor, weights: Tensor | None, here: slice, home: Tensor) -> None:
         """Writes this rank's sums of some (token, rank) pairs to their owner, a few at a time."""

@@ -21,6 +21,7 @@ from crossdock.backends.nodes.plan import NodePlan
 from crossdock.backends.sums import sum_rows
 from crossdock.consent import PUSHED, Word
 from crossdock.plan import Terms
+from crossdock.scales import of_numpy
 from crossdock.transport.nodes import NodesTransport
 
 
@@ -123,7 +124,7 @@ class Home:
                 blocks = self._plan.sent.blocks[tokens]
                 row, pick = np.nonzero((blocks >= 0) & (blocks // per_node == node))
                 of_picks[tokens[row], pick] = of_rows[int(self._starts[node]) :][row, pick]
-            return apart(torch.from_numpy(of_picks.view(np.float32)), extras)
+            return apart(of_numpy(of_picks.view(np.float32)), extras)
         came = torch.from_numpy(self.extras.numpy().view(np.float32))
         return apart(sum_rows(came, self._terms(), dtype=torch.float32), extras)
 
