@@ -120,7 +120,7 @@ def dispatch(
             x, routing, weights, _ANCHOR, buffer.handle, mode, order.last
         )
         plan = SavedPlan(topk_idx, counts, partial_rows, src_idx, local_idx, link, mode)
-    order.last = done
+    order.hand_on(done)
     num_tokens = _num_tokens_per_expert(buffer, plan.counts)
     return Dispatched(
         x=x_rows,
@@ -171,9 +171,8 @@ def combine(
     else:
         raise ConfigError(f"plan is a {type(plan).__name__}; pass recv or recv.plan of an autograd.dispatch")
     out: Tensor
-    out, buffer.order.last = ops.combine(
-        y, weights, bias, link, plan.tensors(), buffer.handle, plan.rows, buffer.order.last
-    )
+    out, done = ops.combine(y, weights, bias, link, plan.tensors(), buffer.handle, plan.rows, buffer.order.last)
+    buffer.order.hand_on(done)
     return out
 
 

@@ -49,6 +49,11 @@ class Order:
     def __init__(self, device: torch.device) -> None:
         self.last = torch.zeros(1, dtype=torch.int64, device=device)
 
+    def hand_on(self, done: Tensor) -> None:
+        """For the next op; of a tensor without contents nothing is kept, which would outlive the mode that made it."""
+        if type(done) is Tensor:
+            self.last = done
+
 
 @functools.cache
 def _order(device: torch.device) -> Order:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
-from crossdock.errors import ConfigError
+from crossdock.errors import ConfigError, NotSupported
 
 _FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize  # noqa: SLF001 - there is no public way to it
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -49,8 +49,14 @@ class Direct:
 
         Raises:
             ConfigError: in a transform of torch.func, or with tangents of forward-mode gradients.
+            NotSupported: in torch.export.
         """
         if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                raise NotSupported(
+                    "torch.export cannot have a call that ranks make together: its buffer is of this process and no "
+                    "part of a program; use torch.compile"
+                )
             return self.op(*args)
         check_no_transform(args, functionalized=True)
         if _are_seen(args):

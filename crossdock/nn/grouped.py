@@ -117,7 +117,8 @@ class _ContiguousGradient(torch.autograd.Function):
 
 def _dense(rows: Tensor) -> Tensor:
     """Without gaps: to torch rows without elements are contiguous whatever their strides, which its kernel refuses."""
-    return rows.contiguous() if rows.shape[0] else rows.clone(memory_format=torch.contiguous_format)
+    is_dense = rows.stride() == (rows.shape[1], 1)  # which compilers know, as they do not know how many rows there are
+    return rows if is_dense else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _is_native(x: Tensor, weights: Tensor) -> bool:

@@ -94,6 +94,8 @@ class ExpertParallel(nn.Module):
 
     @buffer.setter
     def buffer(self, buffer: Buffer | None) -> None:
+        if buffer is not None and not isinstance(buffer, Buffer):
+            raise ConfigError(f"buffer is a {type(buffer).__name__}; pass a crossdock.Buffer, or None")
         if buffer is not None:
             self._check_fits(buffer.spec, buffer.topology.num_ranks)
         self._borrowed = _Borrowed(buffer)
@@ -107,15 +109,24 @@ class ExpertParallel(nn.Module):
         """The layer's outputs, in the dtype of ``x``. Rows travel in the wire's dtype, to which they are cast.
 
         Raises:
-            ConfigError: more tokens than ``spec.max_tokens``, or without a buffer, not all experts are here.
+            ConfigError: more tokens than ``spec.max_tokens``, other values per token, or picks that are no integers;
+                without a buffer, not all experts are here.
             CapacityError, PeerFailed, PeerTimeout: as the buffer's verbs, in the backward pass too.
         """
+        buffer = self.buffer
+        hidden = getattr(self.gate, "hidden", None) if buffer is None else buffer.spec.hidden
+        if hidden is not None and x.shape[-1] != hidden:
+            raise ConfigError(f"x has shape {list(x.shape)}; this layer takes [..., hidden={hidden}]")
         tokens = x.reshape(-1, x.shape[-1])  # [T, H]
         topk_idx, topk_weights = self.gate(tokens)
-        if self.training:
+        if topk_idx.dtype not in (torch.int64, torch.int32):
+            raise ConfigError(
+                f"the gate, a {type(self.gate).__name__}, gave picks as {topk_idx.dtype}; return (topk_idx, "
+                f"topk_weights), and topk_idx as int64 or int32"
+            )
+        if self.training and type(topk_idx) is Tensor:  # what one without contents would leave, nothing could add to
             picks = topk_idx[topk_idx >= 0].bincount(minlength=self._load.shape[0])
             self._load = self._load.to(picks.device) + picks
-        buffer = self.buffer
         if self.placement is not None:
             topk_idx = self.placement.to_physical(topk_idx, start=0 if buffer is None else buffer.rank)
         if buffer is None:

@@ -7,7 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crossdock import Buffer, Compact, ConfigError, NotSupported, Spec, ThreadGroup, direct, ops
@@ -119,6 +121,29 @@ def test_what_cannot_follow_a_call_is_refused_by_name(buffer, verb):
         with pytest.raises(ConfigError, match="forward-mode gradients cannot follow a call"), torch.no_grad():
             rows(forward_ad.make_dual(x, x))
         torch.testing.assert_close(rows(x), x, rtol=0, atol=0)
+
+
+def test_what_has_no_contents_leaves_nothing_behind(buffer):
+    """Or each later call of the process would be given it."""
+    x, picks = torch.rand(1, 4), torch.tensor([[0, 1]])
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as fake:
+        assert ag.dispatch(buffer, fake.from_tensor(x), fake.from_tensor(picks)).x.shape[1:] == (4,)
+    torch.testing.assert_close(ag.dispatch(buffer, x, picks).x, x, rtol=0, atol=0)
+
+
+class _Sends(torch.nn.Module):
+    def __init__(self, buffer: Buffer) -> None:
+        super().__init__()
+        self._buffer = buffer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ag.dispatch(self._buffer, x, torch.tensor([[0, 1]])).x
+
+
+def test_no_call_is_exported(buffer):
+    with pytest.raises(NotSupported, match=r"torch\.export cannot have a call"):
+        torch.export.export(_Sends(buffer), (torch.rand(1, 4),), strict=False)
+    step(buffer)
 
 
 def test_batches_of_gradients_are_refused(buffer):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -115,6 +116,16 @@ def test_parts_that_do_not_fit(world, gate, experts, message):
 
 
 def test_layer_refuses_parts_that_do_not_fit_each_other():
+    layer = ExpertParallel(Gate(4, num_experts=2, num_topk=1), GroupedExperts(2, hidden=4, intermediate=8))
+    with pytest.raises(ConfigError, match=r"x has shape \[3, 5\]; this layer takes \[\.\.\., hidden=4\]"):
+        layer(torch.zeros(3, 5))
+    with pytest.raises(ConfigError, match=r"buffer is a str; pass a crossdock\.Buffer, or None"):
+        layer.buffer = "buffer"
+    with (
+        mock.patch.object(Gate, "forward", lambda _, x: (x[:, :1], x[:, :1])),
+        pytest.raises(ConfigError, match=r"the gate, a Gate, gave picks as torch\.float32; return"),
+    ):
+        layer(torch.zeros(3, 4))
     with pytest.raises(ConfigError, match="num_experts=None; give it that number"):
         ExpertParallel(nn.Linear(H, E), GroupedExperts(E, H, F))
     with pytest.raises(ConfigError, match="the placement has 3 logical experts, the gate num_experts=8"):
