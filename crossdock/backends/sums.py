@@ -5,6 +5,7 @@ Letters: T sums, n terms of all sums, N source rows, H hidden.
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import numpy as np
@@ -41,7 +42,7 @@ def sum_rows(
     >>> sum_rows(torch.tensor([[1.0], [2.0], [4.0]]), terms, dtype=torch.float32).tolist()
     [[5.0], [2.0]]
     """
-    if weights is None and bias is None and source.dtype == dtype and dtype in _SPARSE_DTYPES:
+    if weights is None and bias is None and source.dtype == dtype and _sparse_sums_are_ours(dtype):
         sums = _sparse_sums(source, terms)
         return sums if out is None else out.copy_(sums)
     if out is None:
@@ -56,13 +57,18 @@ def chunk_rows(hidden: int) -> int:
 
 def _sparse_sums(source: Tensor, terms: Terms) -> Tensor:
     """Unweighted sums as the product of a sparse matrix of ones and ``source``: reads each row once, copies none."""
-    ones = torch.ones(terms.rows.shape[0], dtype=source.dtype, device="cpu")
-    shape = (terms.offsets.shape[0] - 1, source.shape[0])
-    matrix = torch.sparse_csr_tensor(
-        terms.offsets, terms.rows, ones, shape, dtype=source.dtype, device="cpu", check_invariants=False
-    )
+    matrix = _matrix(terms, num_rows=source.shape[0], dtype=source.dtype)
     sums: Tensor = torch.sparse.mm(matrix, source, "sum")
     return sums
+
+
+def _matrix(terms: Terms, *, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """A one for each term: [T, N]."""
+    ones = torch.ones(terms.rows.shape[0], dtype=dtype, device="cpu")
+    shape = (terms.offsets.shape[0] - 1, num_rows)
+    return torch.sparse_csr_tensor(
+        terms.offsets, terms.rows, ones, shape, dtype=dtype, device="cpu", check_invariants=False
+    )
 
 
 def _plain_sums(source: Tensor, terms: Terms, out: Tensor, weights: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -89,20 +95,29 @@ def _plain_sums(source: Tensor, terms: Terms, out: Tensor, weights: Tensor | Non
     return out
 
 
+@functools.cache
 def _sparse_sums_are_ours(dtype: torch.dtype) -> bool:
-    """Whether this torch's sparse product gives the bits of ``_plain_sums`` for a dtype."""
+    """Whether this torch's sparse product gives the bits of ``_plain_sums`` for a dtype.
+
+    Found out at the first sum, not at import: it starts torch's threads, and a child that is forked from a process that
+    has them hangs in the next product.
+    """
     rng = np.random.default_rng(0)
     values = rng.standard_normal((64, 40)) * 2.0 ** rng.integers(-10, 10, (64, 1))
     source = torch.from_numpy(values.astype(np.float32)).to(dtype)
     terms = Terms(torch.from_numpy(np.arange(0, 65, 8)), torch.from_numpy(rng.integers(64, size=64)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns once per process that sparse CSR is in beta
-        try:
-            sums = _sparse_sums(source, terms)
-        except (RuntimeError, NotImplementedError):
-            return False
+    try:
+        sums = _sparse_sums(source, terms)
+    except (RuntimeError, NotImplementedError):
+        return False
     return torch.equal(sums, _plain_sums(source, terms, torch.empty_like(sums), None, None))
 
 
-_SPARSE_DTYPES = frozenset(filter(_sparse_sums_are_ours, (torch.bfloat16, torch.float16, torch.float32)))
-"""Found out at import, where nothing else runs: a lock in a call would stay locked if an interrupt hit it."""
+def _hear_that_it_is_beta() -> None:
+    """Makes the first sparse matrix of the process, of which torch warns once: at import, where nothing else runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _matrix(Terms.of(np.zeros((1, 1), dtype=np.int64)), num_rows=1, dtype=torch.float32)
+
+
+_hear_that_it_is_beta()

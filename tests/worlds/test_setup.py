@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -288,3 +290,29 @@ def fail_between_two_looks(group):
 @pytest.mark.worlds("inproc-2", "processes-2")
 def test_why_a_rank_failed_is_known_also_when_it_leaves_at_once(world):
     world.run(fail_between_two_looks)
+
+
+FORKED = """
+import os, signal
+import crossdock.nn
+import torch
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    group = crossdock.ThreadGroup.world(1)[0]
+    spec = crossdock.Spec(num_experts=2, num_topk=2, hidden=64, max_tokens=512, wire=crossdock.Fp32())
+    with crossdock.Buffer(group, spec) as buffer:
+        recv = buffer.dispatch(torch.ones(512, 64), torch.tensor([[0, 1]]).repeat(512, 1))
+        os._exit(0 if buffer.combine(recv.x, recv.plan).sum() == 512 * 64 else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
+def test_importing_starts_no_thread_that_a_fork_would_miss():
+    """Ranks may be forks of a process that has imported the library, as those of multiprocessing are by default."""
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FORKED], env=variables | {"OMP_NUM_THREADS": "2"}, check=False
+    )
+    assert ended.returncode == 0
