@@ -162,6 +162,11 @@ def unfinished(group):
         assert count.tolist() == batch.counts(r)
         out, _, _ = buffer.low_latency_combine(recv_x, idx, weights, handle)
         assert torch.equal(out, (batch.x[r].float() * factors).bfloat16())
+    buffer.low_latency_dispatch(batch.x[r], idx, M, batch.num_experts, use_fp8=False, return_recv_hook=True)
+    for _ in range(3):  # until the slot of the call before comes round
+        recv_x, _, handle, _, _ = buffer.low_latency_dispatch(batch.x[r], idx, M, batch.num_experts, use_fp8=False)
+        out, _, _ = buffer.low_latency_combine(recv_x, idx, weights, handle)
+        assert torch.equal(out, (batch.x[r].float() * factors).bfloat16())
 
 
 def test_hooks_that_nobody_calls_are_in_no_ones_way(world):
@@ -313,6 +318,10 @@ def refusals(group):
         buffer.low_latency_dispatch(x, idx, M, batch.num_experts, use_ue8m0=True)
     with pytest.raises(ConfigError, match="fewer tokens"):
         buffer.low_latency_dispatch(x, idx, len(x) - 1, batch.num_experts)
+    with pytest.raises(ConfigError, match="num_max_dispatch_tokens_per_rank=0; pass the most tokens"):
+        buffer.low_latency_dispatch(x[:0], idx[:0], 0, batch.num_experts)
+    with pytest.raises(ConfigError, match="not divisible by the 128 values of a scale; pass use_fp8=False"):
+        buffer.low_latency_dispatch(x[:, :100], idx, M, batch.num_experts)
     recv_x, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, M, batch.num_experts, use_fp8=False)
     with pytest.raises(NotSupported, match="use_fp8=True"):
         buffer.low_latency_combine(recv_x, idx, weights, handle, use_logfmt=True)

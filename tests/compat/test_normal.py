@@ -377,6 +377,7 @@ def refusals(group):
         lambda: dispatched(buffer, batch, previous_event=3),
         lambda: buffer.dispatch(x, topk_idx=idx, topk_weights=weights),
         lambda: buffer.combine(x, ()),
+        lambda: buffer.get_dispatch_layout(torch.full_like(idx, batch.num_experts), batch.num_experts),
         lambda: deep_ep.Config(5),
         lambda: deep_ep.Config(20, 8, 8),
         lambda: deep_ep.Buffer.set_num_sms(7),

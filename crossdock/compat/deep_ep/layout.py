@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crossdock.compat.deep_ep.handles import MAX_INTRANODE
 from crossdock.errors import ConfigError
+from crossdock.routing import check_picks
 from crossdock.spec import check_experts
 
 
@@ -23,6 +24,8 @@ def counts_of(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Tenso
         raise ConfigError(f"topk_idx is {topk_idx.dtype} {list(topk_idx.shape)}; pass int64 [tokens, picks]")
     check_experts(num_experts, num_ranks)
     num_tokens, device = topk_idx.shape[0], topk_idx.device
+    if device.type == "cpu":  # on a GPU the host would wait
+        check_picks(topk_idx, num_experts=num_experts)
     picks = topk_idx.to(torch.int64) + 1  # column 0 is for no pick
     per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
     per_expert.scatter_add_(0, picks.reshape(-1), torch.ones_like(picks, dtype=torch.int32).reshape(-1))

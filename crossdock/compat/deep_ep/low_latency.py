@@ -25,6 +25,7 @@ from crossdock.received import Received
 from crossdock.spec import Spec
 from crossdock.wire import Bf16, Fp8, Quantized
 
+_VALUES_PER_SCALE = 128
 Hook = Callable[[], None]
 Handle = tuple[Tensor, Tensor, int, int, int]
 """src_info int32 [L, R * M], layout_range int64 [L, R] of begin << 32 | count, M, hidden, E."""
@@ -109,6 +110,13 @@ class LowLatency:
         x = plain(x) if x.requires_grad else x
         num_tokens, hidden = x.shape
         sizes = num_experts, topk_idx.shape[1], hidden, num_max_dispatch_tokens_per_rank
+        if num_max_dispatch_tokens_per_rank < 1:
+            raise ConfigError(f"num_max_dispatch_tokens_per_rank={sizes[3]}; pass the most tokens that a rank brings")
+        if use_fp8 and hidden % _VALUES_PER_SCALE:
+            raise ConfigError(
+                f"x has hidden={hidden}, which is not divisible by the {_VALUES_PER_SCALE} values of a scale; pass "
+                f"use_fp8=False, or pad the rows"
+            )
         if num_tokens > num_max_dispatch_tokens_per_rank:
             raise ConfigError(
                 f"x has {num_tokens} tokens, and num_max_dispatch_tokens_per_rank={sizes[3]}; pass a larger number on "
@@ -118,6 +126,8 @@ class LowLatency:
         buffer = self._engine.buffer(
             ("low-latency", sizes, wire), lambda: _spec(sizes, wire, self._engine.num_ranks), x.device
         )
+        if not return_recv_hook:
+            self._engine.settle()  # or its slot could be that of a call whose hook nobody calls
         counters = None
         if cumulative_local_expert_recv_stats is not None or dispatch_wait_recv_cost_stats is not None:
             counters = Counters(cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)

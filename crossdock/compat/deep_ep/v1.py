@@ -110,6 +110,7 @@ class Buffer(LowLatency):
         """Where asynchronous calls run; None on CPUs, where the host does their work."""
         return self._engine.comm_stream
 
+    @collective
     def get_dispatch_layout(
         self,
         topk_idx: Tensor,
@@ -118,7 +119,7 @@ class Buffer(LowLatency):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
-        """How many tokens go where; asks no peer.
+        """How many tokens go where; asks no peer, and tells them where its input keeps this rank from going on.
 
         Args:
             topk_idx: [T, K], -1 for no pick.
