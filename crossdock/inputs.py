@@ -21,6 +21,7 @@ from crossdock.spec import Spec, Topology
 from crossdock.wire import Fp8, Opaque, Quantized
 
 _QUANTIZABLE = (torch.bfloat16, torch.float16, torch.float32)
+_ADDABLE = (*_QUANTIZABLE, torch.float64)
 
 
 def check_no_grad(*tensors: Tensor | Quantized | None) -> None:
@@ -287,14 +288,14 @@ def check_combine_weights(spec: Spec, plan: Plan, weights: Tensor | None, *, lea
 
 
 def check_bias(spec: Spec, plan: Plan, bias: Tensor | None) -> None:
-    """What is added to every sum: [T, H] or [H], floating-point."""
+    """What is added to every sum: [T, H] or [H], floating-point, of 16 bits at least."""
     if bias is None:
         return
     _check_tensor("bias", bias)
-    if not bias.is_floating_point() or tuple(bias.shape) not in ((plan.num_tokens, spec.hidden), (spec.hidden,)):
+    if bias.dtype not in _ADDABLE or tuple(bias.shape) not in ((plan.num_tokens, spec.hidden), (spec.hidden,)):
         raise ConfigError(
             f"bias is {_name(bias)} {_shape(bias)}; pass a floating-point [tokens={plan.num_tokens}, "
-            f"hidden={spec.hidden}] or [hidden={spec.hidden}]"
+            f"hidden={spec.hidden}] or [hidden={spec.hidden}], of 16 bits at least"
         )
 
 
@@ -473,7 +474,7 @@ def _kind_beyond_memory(tensor: Tensor) -> tuple[str, str] | None:
         return f"a tensor of layout {_plain_layout(tensor)}", ".to_dense()"
     if tensor.is_neg():
         return "a negated view, as imag of a conj() is", ".resolve_neg()"
-    return None
+    return ("a view of conjugates", ".resolve_conj()") if tensor.is_conj() else None
 
 
 def _plain_layout(tensor: Tensor) -> str:

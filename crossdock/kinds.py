@@ -74,7 +74,7 @@ def key_of(options: Key, tensors: Sequence[Any]) -> Key | None:
     parts: list[Hashable] = [options]
     for given in tensors:
         if given.__class__ is Tensor:
-            if given.is_neg() or (given.requires_grad and torch.is_grad_enabled()):
+            if given.is_neg() or given.is_conj() or (given.requires_grad and torch.is_grad_enabled()):
                 return None
             try:
                 parts.append((given.dtype, given.device, given.shape[1:], given.stride(), given.data_ptr() & 15))

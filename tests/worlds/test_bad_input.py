@@ -175,6 +175,10 @@ BAD_DISPATCHES = {
         lambda a: a.buffer.dispatch(torch.complex(a.x, a.x).conj().imag, topk()),
         ("x is a negated view", "x.resolve_neg()"),
     ),
+    "conjugated extras": (
+        lambda a: a.buffer.dispatch(a.x, topk(), extras=[torch.zeros(T, 0, dtype=torch.complex64).conj()]),
+        ("extras[0] is a view of conjugates", "extras[0].resolve_conj()"),
+    ),
     "x of a transform": (
         lambda a: torch.func.functionalize(lambda x: a.buffer.dispatch(x, topk()).x)(a.x),
         ("torch.func (functionalize) cannot follow", "make it outside"),
@@ -212,6 +216,10 @@ BAD_COMBINES = {
     "dtype of bias": (
         lambda a: a.buffer.combine(a.recv.x, a.recv.plan, bias=torch.zeros(H, dtype=torch.int64)),
         ("bias is int64 [16]", "floating-point", "[hidden=16]"),
+    ),
+    "bias of 8 bits": (
+        lambda a: a.buffer.combine(a.recv.x, a.recv.plan, bias=torch.zeros(H).to(torch.float8_e4m3fn)),
+        ("bias is float8_e4m3fn [16]", "of 16 bits at least"),
     ),
     "shape of bias": (
         lambda a: a.buffer.combine(a.recv.x, a.recv.plan, bias=torch.zeros(T)),
