@@ -82,7 +82,8 @@ class ExpertParallel:
 
     def dispatch(self, wanted: Dispatch) -> Dispatched:
         """Rows, picks or None, weights or None, and the handle."""
-        self._engine.settle()  # or its slot could be that of a call for which nobody waits
+        if self._engine.unfinished:
+            self._engine.settle()  # or its slot could be that of a call for which nobody waits
         if wanted.handle is not None:
             return self._again(wanted, wanted.handle)()
         call, given, shape = self._fresh(wanted)

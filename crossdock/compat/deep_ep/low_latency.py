@@ -126,7 +126,7 @@ class LowLatency:
         buffer = self._engine.buffer(
             ("low-latency", sizes, wire), lambda: _spec(sizes, wire, self._engine.num_ranks), x.device
         )
-        if not return_recv_hook:
+        if self._engine.unfinished and not return_recv_hook:
             self._engine.settle()  # or its slot could be that of a call whose hook nobody calls
         counters = None
         if cumulative_local_expert_recv_stats is not None or dispatch_wait_recv_cost_stats is not None:
