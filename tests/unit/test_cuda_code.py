@@ -76,6 +76,7 @@ MOVERS = {
     "expand_rows",
     "dispatch_rows",
     "combine_rows",
+    "push_outputs",
 }
 BEGINNERS = {"begin_call", "begin_dispatch", "begin_return"}
 PUSHERS = {"push_rows", "push_cast", "return_rows_to", "push_sums", "push_extras"}
@@ -84,8 +85,8 @@ WAITERS = dict.fromkeys(BEGINNERS | PUSHERS | {"finish_call"}, 2)
 """And how many boxes of words each polls."""
 TICKETS = {"begin_dispatch", "begin_return", "remake_plan", "sum_rows"} | PUSHERS
 """Whose last program does what is left."""
-WHOLE = {"dispatch_rows": 2, "combine_rows": 2}
-"""The same, of calls that are one kernel; their programs also wait for each other."""
+WHOLE = {"dispatch_rows": 2, "combine_rows": 2, "push_outputs": 1}
+"""The same, of calls of few tokens; their programs also wait for each other."""
 
 
 def _compiled(case: str, backend: str) -> list[Launch]:
@@ -166,7 +167,7 @@ def _constant(launch: Launch, name: str) -> Any:
 
 
 def _waits(launch: Launch) -> bool:
-    return launch.constants.get("how.ends.AWAITS", launch.constants.get("ends.AWAITS", 1)) != 0
+    return launch.name in WHOLE or launch.constants.get("how.ends.AWAITS", launch.constants.get("ends.AWAITS", 1)) != 0
 
 
 def _posts(launch: Launch) -> bool:
@@ -217,7 +218,7 @@ def test_what_is_launched_early_waits_for_the_kernels_before_and_lets_the_next_o
 
 def test_sums_are_of_products_that_are_rounded_by_themselves(ptx):
     for launch in ptx:
-        if launch.name in ("sum_rows", "push_sums", "combine_rows"):
+        if launch.name in ("sum_rows", "push_sums", "combine_rows", "push_outputs"):
             assert not re.search(r"\bfma\.rn\.f32\b", launch.code), launch.name
 
 

@@ -154,8 +154,10 @@ def test_a_call_is_few_launches_and_no_operation_of_torch(case, pool):
 
 
 @pytest.mark.parametrize("case", ["compact", "compact, sums by token", "padded"])
-def test_a_call_of_few_tokens_is_one_launch(case, pool):
+def test_a_call_of_few_tokens_is_one_launch_or_two_where_it_pushes(case, pool):
     costs = pool.apply(_costs, (case,), {"max_tokens": 64})
+    for verb in ("pushed", "pushed, weights, bias"):
+        assert costs[verb] == (["push_outputs", "combine_rows"], []), verb
     for verb in ("fresh", "fresh, exact", "fresh, quantised"):
         assert costs[verb] == (["dispatch_rows"], []), verb
     for verb in ("pulled", "pulled, bias"):

@@ -470,6 +470,13 @@ class CudaBackend:
         weights = None if weights is None else self._dense(weights, stream)
         bias = None if bias is None else self._dense(bias, stream)
         rows = None if rows is None else self._dense(rows, stream)
+        if pushes and extras is None and self.fused is not None:
+            at, by_rank = At(stream, on.next_call()), spec.reduce == "rank"
+            self.fused.push(call, plan, y, weights if by_rank else None, rows, at)
+            self.fused.combine(call, plan, out, None if by_rank else weights, bias, at, begins=False)
+            if call.counters is not None and seen is not None:
+                self._counters.end(call.counters, seen, plan.memory, stream)
+            return out, ()
         pushed, sent = y if pushes else None, self._side_by_side(extras, stream) if extras and width else None
         key = self._sum_kinds.key(pushed, weights, bias, rows, sent, out, call.num_sms, sums=sums)
         kind = self._sums.get(key)
@@ -637,9 +644,11 @@ class CudaBackend:
         plan = self._planner.blank(1, 0, self._on.arena.extent)
         row_weights = torch.zeros(1, dtype=torch.float32, device=device)
         given_weights = row_weights if spec.reduce == "rank" else weights
+        ways = (True, False) if self.fused is None else (True,)
+        """Whether outputs are pushed, of combines of several kernels, or of two."""
         for given, bias in itertools.product((None, given_weights), (None, wide, wide.float())):
             combine = Call(0, Word(Kind.COMBINE, 0, PUSHED))
-            for pushes in (True, False):
+            for pushes in ways:
                 self._return(combine, plan, Outputs(wide, given, bias), pushes=pushes, sums=True)
             if self.fused is not None and (given is None or spec.reduce == "token"):  # else outputs are pushed
                 at = At(self._streams.enter(), self._on.next_call())
@@ -648,7 +657,8 @@ class CudaBackend:
         extra = torch.zeros(1, 1, dtype=torch.float32, device=device)
         started = Call(0, Word(Kind.COMBINE, 0, PUSHED), at_once=False)
         for pushes in (True, False):
-            self._return(started, plan, Outputs(wide), pushes=pushes, sums=True)
+            if pushes in ways:
+                self._return(started, plan, Outputs(wide), pushes=pushes, sums=True)
             for given in (None, row_weights if spec.reduce == "rank" else None):
                 self._return(started, plan, Outputs(wide, given, extras=(extra,)), pushes=pushes, sums=True)
         self._return(started, plan, Outputs(wide, extras=(extra,)), pushes=False, sums=False)

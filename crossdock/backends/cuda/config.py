@@ -176,14 +176,18 @@ class LaunchConfig:
             most_registers=fits.registers,
         )
 
+    def _combine_fits(self, num_topk: int) -> _Fit:
+        if num_topk > _MANY_PICKS:
+            return _Fit(4, 2, 255)
+        return _Fit(4, 8, _CROWDED_REGISTERS) if self.is_crowded else _Fit(4, 7, 72)
+
     def fused_combine(self, num_values: int, num_tokens: int, num_topk: int, *, value_bytes: int) -> FusedCombineShape:
         """For the kernel that is a whole combine.
 
         Seven programs of a SM's room share out 128 tokens' sums evenly; were there room for an eighth, some
         SMs would have it, and others a program less.
         """
-        few = _Fit(4, 8, 64) if self.is_crowded else _Fit(4, 7, 72)
-        fits = few if num_topk <= _MANY_PICKS else _Fit(4, 2, 255)
+        fits = self._combine_fits(num_topk)
         piece = min(power_of_two(num_values), 2048 // value_bytes)
         pieces, most = num_tokens * -(-num_values // piece), self.num_sms * fits.per_sm
         programs = _as_few(pieces, most)
@@ -191,6 +195,18 @@ class LaunchConfig:
             programs = _as_few(pieces, most * 3 // 4)
         return FusedCombineShape(
             programs=max(1, programs),
+            piece=piece,
+            num_warps=fits.num_warps,
+            most_registers=fits.registers,
+        )
+
+    def fused_push(self, num_words: int, num_rows: int, num_topk: int, *, word_bytes: int) -> FusedCombineShape:
+        """For the kernel that pushes outputs, of about so many rows of as many words: one program keeps the books."""
+        fits = self._combine_fits(num_topk)
+        piece = min(power_of_two(num_words), 2048 // word_bytes)
+        pieces = num_rows * -(-num_words // piece)
+        return FusedCombineShape(
+            programs=1 + max(1, _as_few(pieces, max(1, self.num_sms * fits.per_sm - 1))),
             piece=piece,
             num_warps=fits.num_warps,
             most_registers=fits.registers,

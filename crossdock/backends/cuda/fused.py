@@ -14,7 +14,20 @@ from torch import Tensor
 from crossdock.backends.base import Batch, Call
 from crossdock.backends.cuda.config import LaunchConfig, power_of_two
 from crossdock.backends.cuda.kernels import fused as kernels
-from crossdock.backends.cuda.kernels.groups import FLOAT32, WORDS, Fused, Shares, Strides, Summed, as_constants
+from crossdock.backends.cuda.kernels import outputs as output_kernels
+from crossdock.backends.cuda.kernels.calls import NOBODY
+from crossdock.backends.cuda.kernels.groups import (
+    FLOAT32,
+    WORDS,
+    Came,
+    Ends,
+    Fused,
+    Returned,
+    Shares,
+    Strides,
+    Summed,
+    as_constants,
+)
 from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
@@ -70,7 +83,13 @@ class FusedCalls:
             rows=self._nths if self._cast is None else self._cast.data,
             scales=self._nths if self._cast is None else self._cast.scale,
         )
+        most_rows = min(spec.most_rows(on.num_ranks), on.num_ranks * spec.max_tokens * spec.num_topk)
+        self._came = Came(
+            rows=torch.zeros(most_rows, dtype=torch.int32, device=on.device),
+            src_rows=torch.zeros(most_rows, dtype=torch.int64, device=on.device),
+        )
         self._dispatches: Kinds[Launch] = Kinds(NUM_KINDS)
+        self._pushes: Kinds[Launch] = Kinds(NUM_KINDS)
         self._sums: Kinds[Launch] = Kinds(NUM_KINDS)
         self._begin_combine = launcher.bind(kernels.begin_combine, 1, on.own, num_warps=1)
 
@@ -129,6 +148,38 @@ class FusedCalls:
         """This rank's word for a combine that another kernel goes on with."""
         self._begin_combine(0, at.stream, at.room, word.payload, self._on.rank)
 
+    def push(
+        self, call: Call, plan: DevicePlan, y: Tensor, weights: Tensor | None, rows: Tensor | None, at: At
+    ) -> None:
+        """This rank's word, and its outputs ``y [R, H]`` at their owners, or the sums of them; ``combine`` goes on.
+
+        Args:
+            weights: ``[R]``, by which this rank weighs them; rows: which of them it sums, in place of the plan's.
+        """
+        key = (
+            (y.stride(0), y.data_ptr() & 15),
+            None if weights is None else weights.data_ptr() & 15,
+            None if rows is None else rows.data_ptr() & 15,
+            call.num_sms,
+        )
+        launch = self._pushes.get(key)
+        if launch is None:
+            launch = self._pushes.keep(key, self._bind_push(y, weights, rows, self._config(call)))
+        launch(
+            0,
+            at.stream,
+            y,
+            self._nths if weights is None else weights,
+            self._nths if rows is None else rows,
+            y.shape[0],
+            plan.memory,
+            at.room,
+            plan.num_tokens,
+            call.word.payload,
+            self._on.rank,
+            self._on.max_polls,
+        )
+
     def combine(
         self,
         call: Call,
@@ -140,7 +191,7 @@ class FusedCalls:
         *,
         begins: bool,
     ) -> None:
-        """The sums ``out [T, H]`` of outputs that lie where they were written."""
+        """The sums ``out [T, H]`` of outputs that lie where they were written, or have been pushed."""
         key = (
             None if weights is None else weights.data_ptr() & 15,
             None if bias is None else (bias.dtype, bias.data_ptr() & 15),
@@ -235,6 +286,41 @@ class FusedCalls:
             early=True,
         )
 
+    def _bind_push(
+        self, y: Tensor, weights: Tensor | None, rows: Tensor | None, config: LaunchConfig
+    ) -> Launch:
+        """The first kernel of combines that push, of tensors of these kinds."""
+        spec, on, size = self._spec, self._on, y.element_size()
+        row_bytes, of_pairs = spec.hidden * size, spec.ranks_sum_picks
+        is_summed = of_pairs or weights is not None
+        word = size if is_summed else math.gcd(8, row_bytes, y.stride(0) * size, y.data_ptr() & 15)
+        num_rows = spec.max_tokens * (on.num_pairs if of_pairs else on.plan_shape.num_columns)
+        shape = config.fused_push(row_bytes // word, num_rows, spec.num_topk, word_bytes=word)
+        how = Returned(
+            WORD=WORDS[word],
+            ROW=row_bytes // word,
+            ROW_BYTES=row_bytes,
+            PIECE=shape.piece,
+            TOKENS=1,
+            OF_PAIRS=of_pairs,
+            HAS_WEIGHTS=weights is not None,
+            GIVEN=rows is not None,
+            ends=Ends(POSTS=True, AWAITS=NOBODY.value, COUNTED=False),
+        )
+        return self._launcher.bind(
+            output_kernels.push_outputs,
+            shape.programs,
+            y.stride(0) * size // word,
+            on.own,
+            on.returns,
+            self._came,
+            as_constants(how),
+            num_warps=shape.num_warps,
+            maxnreg=shape.most_registers,
+            enable_fp_fusion=False,
+            early=True,
+        )
+
     def _bind_sum(self, weights: Tensor | None, bias: Tensor | None, config: LaunchConfig) -> Launch:
         """The kernel of combines of tensors of these kinds."""
         spec, value_bytes = self._spec, self._spec.combine_dtype.itemsize
@@ -244,11 +330,11 @@ class FusedCalls:
 
         one = shape(1)
         how = Summed(
-            J=self._on.plan_shape.num_columns,
+            J=self._on.num_pairs if spec.ranks_sum_picks else self._on.plan_shape.num_columns,
             H=spec.hidden,
             PIECE=one.piece,
             TOKENS=1,
-            OF_PAIRS=False,
+            OF_PAIRS=spec.ranks_sum_picks,
             HAS_WEIGHTS=weights is not None,
             HAS_BIAS=bias is not None,
             EXTRA_BYTES=0,

@@ -216,7 +216,7 @@ def sum_share(out, bias, weights, tables, call, num_tokens, rank, returned, bias
 
     What is summed, and from where, is as in ``sums.sum_rows``; without any rows where the call is not good.
     """
-    J: tl.constexpr = own.sizes.J
+    J: tl.constexpr = how.J
     H: tl.constexpr = how.H
     PIECE: tl.constexpr = how.PIECE
     HAS_WEIGHTS: tl.constexpr = how.HAS_WEIGHTS
@@ -225,12 +225,14 @@ def sum_share(out, bias, weights, tables, call, num_tokens, rank, returned, bias
     program, num_programs, num_pieces = tl.program_id(0), tl.num_programs(0), num_tokens * PIECES
     first_piece, last_piece = program * num_pieces // num_programs, (program + 1) * num_pieces // num_programs
     mine = tl.load(own.segments + rank) + returned
+    dst_rows = tables.pair_dst_rows if how.OF_PAIRS else tables.dst_rows
+    return_rows = tables.pair_return_rows if how.OF_PAIRS else tables.return_rows
     decided = tl.full([], 0, tl.int32)
     for token in range(first_piece // PIECES, (last_piece + PIECES - 1) // PIECES):
         dst_rows_of = ()
         weights_of = ()
         for j in tl.static_range(J):
-            dst_row = tl.load(tables.dst_rows + token * J + j)
+            dst_row = tl.load(dst_rows + token * J + j)
             dst_rows_of = dst_rows_of + (dst_row,)  # noqa: RUF005 - Triton's compiler knows no unpacking
             if HAS_WEIGHTS and not own.sizes.BY_RANK:
                 weight = tl.load(weights + token * J + j, mask=dst_row >= 0, other=0.0)
@@ -247,7 +249,7 @@ def sum_share(out, bias, weights, tables, call, num_tokens, rank, returned, bias
             slot = output_slot_of(call, peer)
             there = region_at(tl.load(own.segments + peer), returns.outputs, slot) + (dst_row & ROW_MASK) * ROW_BYTES
             if slot == PUSHED:
-                there = mine + tl.load(tables.return_rows + token * J + j).to(tl.int64) * ROW_BYTES
+                there = mine + tl.load(return_rows + token * J + j).to(tl.int64) * ROW_BYTES
             rows = rows + (tl.where(is_row, there, 0),)  # noqa: RUF005
         first = token * PIECES
         for piece in range(tl.maximum(first_piece - first, 0), tl.minimum(last_piece - first, PIECES)):
@@ -283,7 +285,7 @@ def combine_rows(
     returns,
     how,
 ):
-    """A combine of outputs that this rank leaves where they are: words, and the sums that ``sum_rows`` makes.
+    """A combine of outputs that this rank leaves where they are, or has pushed: words, and the sums of ``sum_rows``.
 
     Args:
         steps: BEGINS: whether this rank's word is still to be given.

@@ -148,6 +148,13 @@ class Scratch(NamedTuple):
     """int64, of each row (or pair) here: ``rank << 32 | place in that rank's sending order``; -1 where none is."""
 
 
+class Came(NamedTuple):
+    """Of the rows that came, counted without gaps: where each lies, int32, and its src_row, int64; contents undefined."""
+
+    rows: tl.tensor
+    src_rows: tl.tensor
+
+
 class Tables(NamedTuple):
     """The tables of a plan, see ``tables.tables_of``."""
 
@@ -302,7 +309,7 @@ class Expanded(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """How rows go back: see ``rows.return_rows_to``, ``sums.push_sums`` and ``returns.push_extras``."""
+    """How rows go back: ``rows.return_rows_to``, ``sums.push_sums``, ``returns.push_extras``, ``outputs.push_outputs``."""
 
     WORD: tl.constexpr
     ROW: tl.constexpr
