@@ -883,7 +883,8 @@ class Buffer:
         """On CUDA, where calls run that are only started: a stream of the buffer's, or the one that this was set to.
 
         Set it, to None for the buffer's own again, between calls: those that are started from then on run there, behind
-        those before. Calls that are waited for at once, and fused ones, run on the current stream. None on CPUs.
+        those before. Calls that are waited for at once, and fused ones but for those that push outputs, run on the
+        current stream. None on CPUs.
 
         Raises:
             ConfigError: when it is set on CPUs, or to what is no stream of the buffer's device.

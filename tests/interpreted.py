@@ -39,15 +39,22 @@ class _Nothing:
     record = wait = wait_stream = wait_event = synchronize
 
 
-def make_buffer(group: Any, spec: Spec, **options: Any) -> Buffer:
-    """A Buffer of a process of ``tests.world``, on the CUDA backend. Collective."""
+def make_buffer(group: Any, spec: Spec, *, is_fused: bool = True, **options: Any) -> Buffer:
+    """A Buffer of a process of ``tests.world``, on the CUDA backend. Collective.
+
+    Args:
+        is_fused: whether calls of few tokens are; all of a test are few.
+    """
     os.environ["TRITON_INTERPRET"] = "1"
     without_a_gpu()
     patch_language_once()
     launch_options = LaunchOptions(
         **{name: options.pop(name) for name in ("expand", "num_sms", "mover") if name in options}
     )
-    with connecting(launch_options, warms_up=options.pop("warms_up", False)):
+    from crossdock.backends.cuda import config
+
+    few = mock.patch.object(config, "_FUSED_PICKS", config._FUSED_PICKS if is_fused else 0)
+    with few, connecting(launch_options, warms_up=options.pop("warms_up", False)):
         return Buffer(group, spec, **options)
 
 

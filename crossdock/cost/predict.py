@@ -150,8 +150,11 @@ def receiver_can_expand(spec: Spec) -> bool:
     return spec.layout.per_pick and fits
 
 
-def cheaper_expand(spec: Spec, topology: Topology, *, method: Method = TWO_HOPS) -> Expand:
+def cheaper_expand(spec: Spec, topology: Topology, *, method: Method = TWO_HOPS, more_s: float = 0.0) -> Expand:
     """Who copies a row for each expert of a rank that picked it: whoever takes less time in a dispatch.
+
+    Args:
+        more_s: seconds that the receiver's copies take beside their bytes.
 
     >>> from crossdock.layout import Expanded
     >>> spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=4096, layout=Expanded(capacity=65536))
@@ -163,7 +166,7 @@ def cheaper_expand(spec: Spec, topology: Topology, *, method: Method = TWO_HOPS)
     by_receiver, by_sender = (
         predict("dispatch", spec, topology, method=method, expand=who).seconds for who in ("receiver", "sender")
     )
-    return "receiver" if by_receiver < by_sender else "sender"
+    return "receiver" if by_receiver + more_s < by_sender else "sender"
 
 
 def link_bytes(spec: Spec, topology: Topology, *, expand: Expand) -> float:

@@ -31,6 +31,7 @@ from tests.unit.test_cuda_sync import (  # noqa: E402
     faults_of_wait,
     faults_of_write_back,
     ptx_steps,
+    reached,
 )
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -64,6 +65,14 @@ COLUMNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """Of these only what moves scales is compiled: all else is as above."""
+FEW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "expanded by pick, sums by rank": (
+        {"layout": Expanded(alignment=8, capacity=4096), "wire": Fp8(), "reduce": "rank"},
+        {"expand": "sender"},
+    ),
+    "padded at the receiver": ({"layout": Padded(), "wire": Bf16()}, {"expand": "receiver"}),
+}
+"""Of these only what is fused."""
 BIASES = (torch.bfloat16, torch.float32)
 SCALES = {"push_cast", "push_rows", "expand_rows", "place_rows"}
 all_cases = pytest.mark.parametrize("case", [*CASES, *COLUMNS])
@@ -90,10 +99,11 @@ WHOLE = {"dispatch_rows": 2, "combine_rows": 2, "push_outputs": 1}
 
 
 def _compiled(case: str, backend: str) -> list[Launch]:
-    spec, launch_options = (CASES | COLUMNS)[case]
+    spec, launch_options = (CASES | COLUMNS | FEW)[case]
     spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, **spec)
     target = {"cuda": CUDA, "hip": AMD}[backend]
-    return compile_launches(spec, 8, target, only=SCALES if case in COLUMNS else None, **launch_options)
+    only = SCALES if case in COLUMNS else WHOLE if case in FEW else None
+    return compile_launches(spec, 8, target, only=only, **launch_options)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +138,10 @@ def test_all_is_compiled_before_anything_is_launched(ptx, amdgcn):
 def test_rows_are_stored_in_words_of_16_bytes(ptx):
     movers = [launch for launch in ptx if launch.name in MOVERS]
     assert {"push_rows", "sum_rows"} <= {launch.name for launch in movers}
+    _check_stores(movers)
+
+
+def _check_stores(movers: list[Launch]) -> None:
     for launch in movers:
         stores = re.findall(r"st\.global[\w:.]*\.(v\d)\.[bfu](\d+)", launch.code)
         widths = {int(count[1:]) * int(bits) for count, bits in stores}
@@ -185,9 +199,13 @@ def test_every_wait_is_a_loop_that_polls_and_then_acquires(ptx, amdgcn):
         waits = [launch for launch in launches if launch.name in boxes and _waits(launch)]
         assert BEGINNERS | {"finish_call", "push_rows"} <= {launch.name for launch in waits} <= set(boxes)
         for launch in waits:
-            # Of counts, once words are here, loads are in loops too; of polls, test_cuda_sync.py looks for them.
-            faults = set(faults_of_wait(steps_of(launch.code), num_boxes=boxes[launch.name]))
-            assert faults <= {"a load in a loop"}, (launch.name, launch.constants)
+            _check_wait(launch, steps_of, boxes[launch.name])
+
+
+def _check_wait(launch: Launch, steps_of: Any, num_boxes: int) -> None:
+    # Of counts, once words are here, loads are in loops too; of polls, test_cuda_sync.py looks for them.
+    faults = set(faults_of_wait(steps_of(launch.code), num_boxes=num_boxes))
+    assert faults <= {"a load in a loop"}, (launch.name, launch.constants)
 
 
 def test_words_are_released_behind_a_barrier(ptx, amdgcn):
@@ -211,9 +229,11 @@ def test_what_is_launched_early_waits_for_the_kernels_before_and_lets_the_next_o
             assert not re.search(r"\b(?:ld|st|atom|red)\.(?:global|relaxed|acquire|release|acq_rel)", before), (
                 launch.name
             )
-            # Shares are done: what is left is the ticket.
-            (last,) = re.findall(r"griddepcontrol\.launch_dependents.*", launch.code, re.DOTALL)
-            assert not re.search(r"\bld\.global[\w:.]*\.v4", last), launch.name
+            # Shares are done: what is left is the ticket, and, for the last program, which rows are a token's.
+            steps = ptx_steps(launch.code)
+            (last,) = (i for i, step in enumerate(steps) if step.kind == "launch")
+            wide = [i for i in reached(steps, last) if re.search(r"\bld\.global[\w:.]*\.v[24]", steps[i].text)]
+            assert not wide, launch.name
 
 
 def test_sums_are_of_products_that_are_rounded_by_themselves(ptx):
@@ -231,6 +251,25 @@ def test_casts_divide_without_branches_and_round_as_asked(ptx):
             assert len(re.findall(r"\bfma\.rn\.f32\b", launch.code)) == num_corrections * num_casts
             assert 1 <= launch.code.count("div.rn.f32") < num_casts
             assert not re.search(r"div\.(?:full|approx)", launch.code)
+
+
+@pytest.mark.parametrize("case", FEW)
+def test_fused_calls_of_other_layouts_are_such_code_too(case, pool, tmp_path):
+    ptx, amdgcn = (pool.apply(_compiled, (case, backend)) for backend in ("cuda", "hip"))
+    assert {launch.name for launch in ptx} == set(WHOLE)
+    test_all_is_compiled_before_anything_is_launched(ptx, amdgcn)
+    test_rows_over_a_table_of_addresses_are_loaded_in_words_of_16_bytes(ptx)
+    _check_stores(ptx)
+    test_what_moves_rows_uses_no_local_memory(ptx)
+    test_words_are_released_behind_a_barrier(ptx, amdgcn)
+    test_what_is_launched_early_waits_for_the_kernels_before_and_lets_the_next_one_be_launched_last(ptx)
+    test_sums_are_of_products_that_are_rounded_by_themselves(ptx)
+    test_casts_divide_without_branches_and_round_as_asked(ptx)
+    for launches, steps_of in _of_both(ptx, amdgcn):
+        for launch in launches:
+            _check_wait(launch, steps_of, WHOLE[launch.name])
+    if triton.__version__ >= "3.7":
+        test_whole_calls_keep_nearly_all_in_registers(ptx, tmp_path)
 
 
 def test_scales_that_arrive_column_major_are_moved_without_local_memory(pool):
@@ -262,20 +301,22 @@ def _launch_what_comes_late(backend: Any) -> None:
         backend._counters.end(counters, backend._counters.begin(0), plan.memory, 0)
 
 
-def _compiled_late(backend: str) -> list[Launch]:
-    spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=64, **CASES["expanded fp8 at the receiver"][0])
+def _compiled_late(backend: str, max_tokens: int) -> list[Launch]:
+    spec = CASES["expanded fp8 at the receiver"][0]
+    spec = Spec(num_experts=256, num_topk=8, hidden=7168, max_tokens=max_tokens, **spec)
     target = {"cuda": CUDA, "hip": AMD}[backend]
     return compile_launches(spec, 8, target, only=LATE, then=_launch_what_comes_late, expand="receiver")
 
 
-LATE = {"push_sums", "note_waits", "add_counters"}
+LATE = {"push_sums", "push_outputs", "note_waits", "add_counters"}
 
 
+@pytest.mark.parametrize(("max_tokens", "pushes"), [(64, "push_outputs"), (1024, "push_sums")])
 @pytest.mark.parametrize("backend", ["cuda", "hip"])
-def test_what_is_compiled_when_it_first_comes_uses_no_local_memory(backend, pool):
-    launches = pool.apply(_compiled_late, (backend,))
+def test_what_is_compiled_when_it_first_comes_uses_no_local_memory(backend, max_tokens, pushes, pool):
+    launches = pool.apply(_compiled_late, (backend, max_tokens))
     late = [launch for launch in launches if not launch.is_ahead]
-    assert {launch.name for launch in late} == LATE
+    assert {launch.name for launch in late} == {pushes, "note_waits", "add_counters"}
     assert sum(launch.constants.get("how.GIVEN", False) for launch in late) == 2
     for launch in late:
         assert not re.search(r"\b(?:ld|st)\.local\b|\.local \.align|scratch_(?:load|store)", launch.code), launch.name

@@ -197,6 +197,8 @@ def ptx_steps(code: str) -> list[Step]:
             steps.append(Step("branch" if line.startswith("@") else "jump", line, target=match[1]))
         elif line == "ret;":
             steps.append(Step("end", line))
+        elif line.startswith("griddepcontrol.launch_dependents"):
+            steps.append(Step("launch", line))
         elif re.search(r"\bbar(?:rier)?(?:\.warp)?\.sync\b", line):
             steps.append(Step("barrier", line))
         elif match := re.search(r"\b(?:atom|red)((?:\.\w+)+)\s+(%\w+)?", line):
@@ -258,7 +260,7 @@ def _is_read(steps: list[Step], i: int) -> bool:
     def writes(step: Step) -> bool:
         return name.search(_operands(step.text)[0]) is not None
 
-    return any(reads(steps[j]) for j in _reached(steps, i, is_end=writes))
+    return any(reads(steps[j]) for j in reached(steps, i, is_end=writes))
 
 
 def _operands(instruction: str) -> list[str]:
@@ -282,10 +284,10 @@ def _with_orders(steps: list[Step]) -> list[Step]:
     return result
 
 
-def _reached(steps: list[Step], start: int, is_end: Callable[[Step], bool] = lambda _: False) -> set[int]:
+def reached(steps: list[Step], start: int, is_end: Callable[[Step], bool] = lambda _: False) -> set[int]:
     """The steps that can come after one, up to those that end it; itself among them if it is in a loop."""
     places = {step.target: i for i, step in enumerate(steps) if step.kind == "label"}
-    reached: set[int] = set()
+    seen: set[int] = set()
     todo = [start]
     while todo:
         i = todo.pop()
@@ -295,9 +297,9 @@ def _reached(steps: list[Step], start: int, is_end: Callable[[Step], bool] = lam
         if steps[i].kind not in ("jump", "end"):
             after.append(i + 1)
         after = [j for j in after if j < len(steps)]
-        todo += [j for j in after if j not in reached]
-        reached.update(after)
-    return reached
+        todo += [j for j in after if j not in seen]
+        seen.update(after)
+    return seen
 
 
 def faults_of_release(steps: list[Step], scope: str) -> list[str]:
@@ -310,10 +312,10 @@ def faults_of_release(steps: list[Step], scope: str) -> list[str]:
     def is_barrier(step: Step) -> bool:
         return step.kind == "barrier"
 
-    if any(i in _reached(steps, 0, is_barrier) for i in releasing):
+    if any(i in reached(steps, 0, is_barrier) for i in releasing):
         faults.append("no barrier before the release")
     stores = [i for i, step in enumerate(steps) if step.kind == "store"]
-    if any(not _reached(steps, i, is_barrier).isdisjoint(releasing) for i in stores):
+    if any(not reached(steps, i, is_barrier).isdisjoint(releasing) for i in stores):
         faults.append("a store between barrier and release")
     return faults
 
@@ -335,7 +337,7 @@ def faults_of_write_back(steps: list[Step], scope: str) -> list[str]:
 
 def faults_of_poll(steps: list[Step], num_polled: int) -> list[str]:
     """There are loops, and in them as many atomics at system scope, whose results are used, as boxes are polled."""
-    looped = [step for i, step in enumerate(steps) if i in _reached(steps, i)]
+    looped = [step for i, step in enumerate(steps) if i in reached(steps, i)]
     polls = [step for step in looped if step.kind == "atomic" and step.scope == "sys" and step.is_used]
     faults = [] if len(polls) >= num_polled else ["no loop around an atomic"]
     if any(step.kind == "load" for step in looped):

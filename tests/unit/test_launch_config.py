@@ -81,17 +81,39 @@ def test_the_cheaper_one_makes_copies_unless_somebody_is_asked_for(layout):
 def test_calls_of_few_tokens_are_one_kernel_on_all_sms(layout):
     few = spec_of(layout=layout, max_tokens=512)
     assert decided(few).is_fused
-    assert decided(few, FAST_MEMORY).expand == "sender"
     assert decided(few).num_sms == 132
-    assert "one kernel" in str(decided(few))
+    assert "one kernel per call" in str(decided(few))
     assert not decided(replace(few, max_tokens=513)).is_fused
-    assert decided(replace(few, reduce="rank")).is_fused is not layout.per_pick
+    assert decided(replace(few, reduce="rank")).is_fused
     if layout.per_pick:
-        assert not decided(few, expand="receiver").is_fused
+        assert decided(few, expand="receiver").is_fused
+        assert "one kernel per call and one that expands rows, link" in str(decided(few, expand="receiver"))
+        assert "one kernel per call, link" in str(decided(few, expand="sender"))
+        assert not decided(replace(few, layout=Expanded(staged=True, capacity=4096))).is_fused
     else:
         assert not decided(few, mover="copy").is_fused
     assert decided(replace(few, wire=Fp8())).is_fused
     assert decided(replace(few, wire=Fp8(column_major=True))).is_fused
+
+
+def test_the_receiver_makes_copies_of_few_rows_only_where_that_saves_more_than_a_kernel_takes():
+    for reduce in ("token", "rank"):
+        few = spec_of(layout=Padded(capacity=64), max_tokens=512, reduce=reduce)
+        saves = [cost.predict("dispatch", few, NVLINK, expand=who).seconds for who in ("sender", "receiver")]
+        assert saves[0] - saves[1] > 5e-6
+        assert decided(few).expand == "receiver"
+        for num_tokens in (1, 64):
+            assert decided(replace(few, max_tokens=num_tokens)).expand == "sender"
+        assert decided(few, agreed_topology(NVLINK, [8] * 8), ranks_here=8, visible_sms=16).expand == "sender"
+        assert decided(replace(few, layout=Compact())).expand == "sender"
+
+
+@pytest.mark.parametrize("num_programs", [0, 32, 4096])
+def test_programs_of_a_whole_dispatch_are_enough_for_what_they_do_besides(num_programs):
+    config = decided(spec_of(layout=Expanded(alignment=128, capacity=4096), max_tokens=128), num_sms=16)
+    for num_tokens in (0, 1, 128):
+        few, alone = (config.fused_dispatch(896, num_tokens, 8, unit=16, least=n) for n in (num_programs, 0))
+        assert few.programs == max(alone.programs, 1 + min(num_programs, 16 * 3 - 1))
 
 
 @pytest.mark.parametrize("num_topk", [1, 8, 32])
@@ -110,6 +132,12 @@ def test_programs_of_whole_calls_share_out_tokens_and_their_pieces(num_topk, num
     sums = config.fused_combine(7168, num_tokens, num_topk, value_bytes=2)
     assert sums.programs >= 1
     assert sums.programs * sums.num_warps * 32 * sums.most_registers <= num_sms * 65536
+    pushes, copies = (
+        config.fused_push(7168, num_tokens, num_topk, word_bytes=2, is_summed=is_summed) for is_summed in (True, False)
+    )
+    assert min(pushes.programs, copies.programs) >= 2
+    assert copies.piece == 2 * pushes.piece == 2 * sums.piece
+    assert pushes.programs * pushes.num_warps * 32 * pushes.most_registers <= num_sms * 65536
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 128])

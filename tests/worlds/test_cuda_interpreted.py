@@ -26,7 +26,6 @@ from crossdock import (
     Spec,
 )
 from crossdock.backends.cuda import fused, sends, sums
-from crossdock.backends.cuda.kernels.calls import BEGUN, PROGRESS, SENT
 from crossdock.backends.cuda.launch import Launch
 from crossdock.backends.cuda.stream import CallStreams
 from tests import oracle
@@ -152,6 +151,14 @@ def test_sums_every_row_in_its_order(world, layout, reduce):
     combine.check_each(world, loads(spec_of(layout, reduce=reduce), 2)[1:2])
 
 
+@two_ranks
+@reduces
+@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=repr)
+def test_sums_every_row_in_its_order_by_several_kernels(world, layout, reduce):
+    """As calls of more tokens do."""
+    combine.check_each(world.opening(is_fused=False), loads(spec_of(layout, reduce=reduce), 2)[1:2])
+
+
 @pytest.mark.worlds("interpreted-3")
 @reduces
 @layouts
@@ -171,50 +178,6 @@ def test_all_gradients_are_those_of_the_dense_sum(world, layout, reduce, way):
 @pytest.mark.parametrize("first", [2**40 - 2, 2**39 - 3, 3 * 2**32 - 5], ids=hex)
 def test_sequence_numbers_come_round(world, first):
     check_near_the_end(world, [make_case(spec_of(Expanded()), [4, 2], seed=seed) for seed in range(3)], first)
-
-
-@two_ranks
-@pytest.mark.parametrize("patience", [0, 2**30])
-@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=repr)
-def test_what_is_started_is_sent_at_once_or_by_wait(world, layout, patience):
-    """Two calls in flight; without patience nothing is sent before ``wait()``."""
-    case = make_case(spec_of(layout), [4, 3])
-    others = make_case(spec_of(layout), [1, 4], seed=1)
-    got = world.run(start_two, [case, others], patience)
-    for i, each in enumerate([case, others]):
-        check_received(each, [mine[0][i] for mine in got], extras=False)
-        wants = oracle.combined(each.spec, each.topk, each.flat_y())
-        assert all(same_bits(mine[1][i], want) for mine, want in zip(got, wants, strict=True))
-    if patience == 0:
-        assert all(progress == (BEGUN.value, SENT.value) for mine in got for progress in mine[2])
-
-
-def start_two(group, cases, patience):
-    """Rows and sums of two batches whose calls overlap, and how far each dispatch was before and after its wait."""
-    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(fused, "_PATIENCE", patience):
-        r, on = buffer.rank, buffer._backend._on
-        give, rooms = on.next_call, []
-
-        def give_noted():
-            rooms.append(give())
-            return rooms[-1]
-
-        on.next_call = give_noted
-        started = [
-            buffer.dispatch_start(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity") for case in cases
-        ]
-        on.next_call = give
-        before = [int(room[group.size() + PROGRESS.value]) for room in rooms]
-        received = [pending.wait() for pending in started]
-        progress = list(zip(before, [int(room[group.size() + PROGRESS.value]) for room in rooms], strict=True))
-        rows = [observed(recv) for recv in received]
-        sums = []
-        for case, recv in zip(cases, received, strict=True):
-            outputs = recv.output_rows()
-            y = case.y[r]
-            outputs.view(-1, outputs.shape[-1])[: y.reshape(-1, y.shape[-1]).shape[0]].copy_(y.reshape(-1, y.shape[-1]))
-            sums.append(buffer.combine_start(outputs, recv.plan))
-        return rows, [pending.wait() for pending in sums], progress
 
 
 def call_behind_events(group, case):
@@ -251,40 +214,15 @@ def call_behind_events(group, case):
 
 @pytest.mark.worlds("interpreted-1")
 def test_calls_wait_for_events_where_they_run(world):
-    case = make_case(spec_of(Expanded(), 1, num_experts=4, reduce="rank"), [4])  # no fused calls, which start elsewhere
+    spec = spec_of(
+        Expanded(), 1, num_experts=4, reduce="rank", max_tokens=2048
+    )  # no fused calls, which start elsewhere
+    case = make_case(spec, [4])
     ((out, waited, texts),) = world.run(call_behind_events, case)
     assert same_bits(out, oracle.combined(case.spec, case.topk, case.flat_y())[0])
     assert waited == [(0, False), (1, True), (2, False), (3, True), (4, False)]
     assert "after is a int; pass a torch.cuda.Event, such as Pending.event, or None" in texts[0]
     assert "buffer.stream was set to a int; set it to a torch.cuda.Stream of" in texts[1]
-
-
-def start_or_call(group, cases):
-    """One batch dispatched around the combine of another: rank 0 waits behind that, the others at once."""
-    with open_buffer(group, cases[0].spec) as buffer, mock.patch.object(fused, "_PATIENCE", 0):
-        r = buffer.rank
-        batches = [buffer.dispatch(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity") for case in cases]
-        rows, sums = [observed(recv) for recv in batches], []
-        for case, recv in zip(cases, batches, strict=True):
-            outputs = recv.output_rows()
-            outputs.copy_(case.y[r].view_as(outputs))
-            pending = buffer.dispatch_start(case.x[r], case.topk[r], weights=case.weights[r], rows="capacity")
-            if r:
-                pending.wait()
-            sums.append(buffer.combine(outputs, recv.plan))
-            rows.append(observed(pending.wait()))
-        return rows, sums
-
-
-@two_ranks
-def test_a_rank_may_start_what_another_does_at_once(world):
-    """What is started has been sent before anything is waited for, or both would wait for each other."""
-    case = make_case(spec_of(Padded()), [4, 3])
-    got = world.run(start_or_call, [case])
-    for i in range(2):
-        check_received(case, [mine[0][i] for mine in got], extras=False)
-    wants = oracle.combined(case.spec, case.topk, case.flat_y())
-    assert all(same_bits(mine[1][0], want) for mine, want in zip(got, wants, strict=True))
 
 
 def start_and_watch(group, case):
@@ -564,18 +502,6 @@ def test_a_call_asks_for_memory_once_or_never(world, layout, options):
     """A fresh dispatch for its plan, a combine for its result."""
     case = make_case(spec_of(layout, wire=Fp8(block=8), **options), [4, 3])
     assert world.run(memory_asked_for, case) == [[1, 0, 1, 1]] * 2
-
-
-@two_ranks
-@pytest.mark.parametrize(
-    "wire",
-    [Fp32(), Fp8(block=4, scale="ue8m0"), Fp8(block=4, scale="ue8m0", packed=True, column_major=True)],
-    ids=repr,
-)
-def test_a_fused_dispatch_leaves_no_gap_as_it_was(world, wire):
-    """Without extras a dispatch of few tokens is one kernel, and alignment leaves gaps that are to be zero."""
-    case = make_case(spec_of(Expanded(alignment=8), wire=wire), [3, 4])
-    check_received(case, world.run(dispatch.dispatch_plainly, case), weights=False, extras=False)
 
 
 @two_ranks

@@ -35,7 +35,7 @@ from crossdock.backends.cuda.config import LaunchConfig, agreed_topology, decide
 from crossdock.backends.cuda.consent import DeviceConsent, Passing
 from crossdock.backends.cuda.copies import push_blocks
 from crossdock.backends.cuda.counters import CounterKernels
-from crossdock.backends.cuda.fused import At, FusedCalls
+from crossdock.backends.cuda.fused import IN_SLOT, At, FusedCalls
 from crossdock.backends.cuda.kernels import metadata as kernels
 from crossdock.backends.cuda.kernels import sums as sum_kernels
 from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher
@@ -64,8 +64,6 @@ _BIAS_ROWS, _UNCHECKED = (given.value for given in (sum_kernels.BIAS_ROWS, sum_k
 _NAMES = {kind: f"crossdock {kind}" for kind in Kind}
 """What calls are named in a profiler."""
 _TURN = Missing((), "come to its turn")
-IN_SLOT = (0, 0, 0, 0)
-"""Where staged rows are expanded to, as their kernel takes it: to their places in the slot."""
 _LEFT = Missing((), "finish", has_sent=True)
 """What a fused call that has been started leaves to ``wait()``."""
 
@@ -98,9 +96,7 @@ class CudaBackend:
         self._sends: Kinds[SendKind] = Kinds(NUM_KINDS)
         self._sums: Kinds[SumKind] = Kinds(NUM_KINDS)
         self._remakes: Kinds[tuple[Launch, Launch]] = Kinds(NUM_KINDS)
-        self.fused = FusedCalls(launcher, self._planner) if self.launch.is_fused else None
-        self._zero_gaps = self._send_kinds.bind_gaps() if self.fused is not None else None
-        """Behind a fused dispatch, where alignment leaves gaps."""
+        self.fused = FusedCalls(launcher, self._planner, self._send_kinds) if self.launch.is_fused else None
         self.tells_tokens = True
         self.signs_plans = False
         self.overflows: list[tuple[int, CapacityError]] = self._planner.overflows
@@ -144,7 +140,7 @@ class CudaBackend:
         if self._is_opaque and not batch.unquantized and isinstance(batch.x, Tensor):
             batch = batch._replace(x=as_integers(batch.x))
         fused = self.fused
-        if fused is not None and isinstance(routing, Tensor) and not (batch.unquantized or batch.extras):
+        if fused is not None and not (batch.unquantized or batch.extras):
             return self._dispatch_fused(fused, call, batch, routing)
         if not (call.at_once or call.is_first):
             self._streams.order()  # issued later, it comes after what the caller has issued by now
@@ -202,18 +198,26 @@ class CudaBackend:
             self._counters.end(call.counters, seen, plan.memory, stream)
         return into
 
-    def _dispatch_fused(self, fused: FusedCalls, call: Call, batch: Batch, topk_idx: Tensor) -> Steps[Outcome[Arrived]]:
+    def _dispatch_fused(
+        self, fused: FusedCalls, call: Call, batch: Batch, routing: Tensor | Plan
+    ) -> Steps[Outcome[Arrived]]:
         """A call that is only started yields after rows have been sent, or when a peer is late."""
         if call.at_once and not call.is_first:  # its kernel waits for peers
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        plan = self._planner.blank(topk_idx.shape[0], call.sequence, call.extent or self._on.arena.extent)
         room = self._on.next_call()
         stream = self._streams.enter()
-        if plan.too_many:
-            self._empty(plan, stream)
-        self._remember(plan)
+        topk_idx, is_fresh = None, isinstance(routing, Tensor)
+        if isinstance(routing, Tensor):
+            topk_idx = routing
+            plan = self._planner.blank(routing.shape[0], call.sequence, call.extent or self._on.arena.extent)
+            if plan.too_many:
+                self._empty(plan, stream)
+            self._remember(plan)
+        else:
+            assert isinstance(routing, DevicePlan), "the plan of another backend"
+            plan = routing
         seen = None if call.counters is None else self._counters.begin(stream)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
         try:
@@ -223,14 +227,14 @@ class CudaBackend:
         if not call.at_once:
             yield _LEFT
             stream = self._streams.enter()
-            fused.dispatch(call, plan, batch, plan.topk_idx, At(stream, room), begins=False, awaits=True)
-        self._planner.placed(plan, call.sequence, call.row_count, stream)
-        if self._zero_gaps is not None:
-            self._zero_gaps(0, stream, *IN_SLOT, plan.memory, room, plan.num_tokens, self._on.rank)
+            picks = plan.topk_idx if is_fresh else None
+            fused.dispatch(call, plan, batch, picks, At(stream, room), begins=False, awaits=True)
+        if is_fresh:
+            self._planner.placed(plan, call.sequence, call.row_count, stream)
         if call.counters is not None and seen is not None:
             self._counters.end(call.counters, seen, plan.memory, stream)
         event = None if call.at_once else self._streams.event()
-        if call.row_count == "exact":
+        if call.row_count == "exact" and plan.host_counts is not None:
             plan = yield from self._told(plan)
         return Outcome(self._arrived(call, plan, batch, None), event)
 
@@ -679,9 +683,8 @@ class CudaBackend:
             if self.fused is not None and not batch.unquantized:
                 made = self._planner.blank(1, 0, self._on.arena.extent)
                 at = At(self._streams.enter(), self._on.next_call())
-                self.fused.dispatch(call, made, batch, picks, at, begins=True, awaits=at_once)
-                if self._zero_gaps is not None:
-                    self._zero_gaps(0, at.stream, *IN_SLOT, made.memory, at.room, made.num_tokens, self._on.rank)
+                for given in (picks, None):
+                    self.fused.dispatch(call, made, batch, given, at, begins=True, awaits=at_once)
         into, room = None, self._on.next_call
         if self._is_staged:
             into = self._row_maker.rows(1, unquantized=batch.unquantized)

@@ -19,6 +19,9 @@ _COUNTS = 4096
 """Counts that a program moves at a time."""
 _FUSED_PICKS = 4096
 """Picks up to which a call of rows with one pick each is one kernel."""
+_KERNEL_S = cost.TWO_HOPS.fixed_s / 2
+"""What one kernel more adds to a call of few tokens, at most: a dispatch of two took twice as long, bytes and words
+included."""
 _MANY_PICKS = 8
 """Picks of a token from which on the addresses of its rows need more registers."""
 _FUSED_WORDS = 512
@@ -85,7 +88,8 @@ class LaunchConfig:
     num_load_sms: the same of those which load rows, or sum them.
     expand: who makes the copies of a row, ``engine``: who carries rows; see ``Buffer``.
     topology: whose bandwidths that was decided from.
-    is_fused: whether calls are one kernel each, on the caller's stream, because their tokens are few.
+    is_fused: whether calls are one kernel each, on the caller's stream, because their tokens are few; two where rows
+        are expanded at the receiver, or outputs are pushed.
     is_crowded: whether more than two ranks share the GPU.
     launches_early: whether such a kernel is launched while the one before it still runs, and waits for its end: what
         CUDA calls a programmatic dependent launch.
@@ -163,14 +167,20 @@ class LaunchConfig:
             return _Fit(8, 2, 128)
         return _Fit(8, 3, _CROWDED_REGISTERS if self.is_crowded else 80)
 
-    def fused_dispatch(self, num_words: int, num_tokens: int, num_topk: int, *, unit: int) -> FusedDispatchShape:
-        """For the kernel that is a whole dispatch, of rows of as many words, so many of which stay together."""
+    def fused_dispatch(
+        self, num_words: int, num_tokens: int, num_topk: int, *, unit: int, least: int = 0
+    ) -> FusedDispatchShape:
+        """For the kernel that is a whole dispatch, of rows of as many words, so many of which stay together.
+
+        Args:
+            least: programs that have something to do besides, of which there are as many as there is room for.
+        """
         fits = self._dispatch_fits(num_topk)
         most = power_of_two(_FUSED_WORDS // unit + 1) // 2
         piece = unit * max(1, min(power_of_two(-(-num_words // unit)), most))
-        pieces = num_tokens * -(-num_words // piece)
+        pieces, most = num_tokens * -(-num_words // piece), self.num_sms * fits.per_sm - 1
         return FusedDispatchShape(
-            programs=1 + _as_few(pieces, self.num_sms * fits.per_sm - 1),
+            programs=1 + max(_as_few(pieces, most), min(least, most)),
             piece=piece,
             num_warps=fits.num_warps,
             most_registers=fits.registers,
@@ -200,10 +210,16 @@ class LaunchConfig:
             most_registers=fits.registers,
         )
 
-    def fused_push(self, num_words: int, num_rows: int, num_topk: int, *, word_bytes: int) -> FusedCombineShape:
-        """For the kernel that pushes outputs, of about so many rows of as many words: one program keeps the books."""
+    def fused_push(
+        self, num_words: int, num_rows: int, num_topk: int, *, word_bytes: int, is_summed: bool
+    ) -> FusedCombineShape:
+        """For the kernel that pushes outputs, of about so many rows of as many words: one program keeps the books.
+
+        Args:
+            is_summed: whether several rows are loaded for one that is stored; else more of one is on its way.
+        """
         fits = self._combine_fits(num_topk)
-        piece = min(power_of_two(num_words), 2048 // word_bytes)
+        piece = min(power_of_two(num_words), (2048 if is_summed else 4096) // word_bytes)
         pieces = num_rows * -(-num_words // piece)
         return FusedCombineShape(
             programs=1 + max(1, _as_few(pieces, max(1, self.num_sms * fits.per_sm - 1))),
@@ -214,6 +230,7 @@ class LaunchConfig:
 
     def __str__(self) -> str:
         is_fused = ", one kernel per call" if self.is_fused else ""
+        is_fused += " and one that expands rows" if self.is_fused and self.expand == "receiver" else ""
         loads = "" if self.num_load_sms == self.num_sms else f" to store and {self.num_load_sms} to load"
         return (
             f"LaunchConfig(num_sms={self.num_sms}{loads} of {self.visible_sms}, expand={self.expand!r}, "
@@ -273,18 +290,14 @@ def decide(
     Twice as many SMs as would fill the link with stores, for each row is also stored here; and half as many again to
     load over it, which takes more in flight (``LaunchConfig`` has the measurement). All that there are, where that is
     fewer, where several ranks share the GPU and its memory is the link, and for calls of few tokens: these are one
-    kernel each, with rows whose copies the sender makes.
+    kernel each, or two, so that the receiver makes the copies of a row only where that saves more than a kernel takes.
 
     >>> spec = Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=4)
     >>> print(decide(spec, Topology(num_ranks=8), LaunchOptions(), visible_sms=132))
     LaunchConfig(num_sms=16 to store and 24 to load of 132, expand='sender', mover='kernel', link 450 GB/s, memory 4100 GB/s)
     """  # noqa: E501 - as it is printed
     is_fused = (
-        not spec.ranks_sum_picks
-        and spec.max_tokens * spec.num_topk <= _FUSED_PICKS
-        and not spec.is_staged
-        and launch_options.expand != "receiver"
-        and launch_options.mover == "kernel"
+        spec.max_tokens * spec.num_topk <= _FUSED_PICKS and not spec.is_staged and launch_options.mover == "kernel"
     )
     stores = loads = visible_sms
     if ranks_here == 1 and not is_fused:
@@ -293,7 +306,7 @@ def decide(
         num_sms=min(launch_options.num_sms or stores, visible_sms),
         num_load_sms=min(launch_options.num_sms or loads, visible_sms),
         visible_sms=visible_sms,
-        expand=launch_options.expand or ("sender" if is_fused else cost.cheaper_expand(spec, topology)),
+        expand=launch_options.expand or cost.cheaper_expand(spec, topology, more_s=_KERNEL_S if is_fused else 0.0),
         mover=launch_options.mover,
         topology=topology,
         is_fused=is_fused,

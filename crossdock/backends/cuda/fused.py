@@ -15,6 +15,7 @@ from crossdock.backends.base import Batch, Call
 from crossdock.backends.cuda.config import LaunchConfig, power_of_two
 from crossdock.backends.cuda.kernels import fused as kernels
 from crossdock.backends.cuda.kernels import outputs as output_kernels
+from crossdock.backends.cuda.kernels import shares
 from crossdock.backends.cuda.kernels.calls import NOBODY
 from crossdock.backends.cuda.kernels.groups import (
     FLOAT32,
@@ -23,6 +24,7 @@ from crossdock.backends.cuda.kernels.groups import (
     Ends,
     Fused,
     Returned,
+    ScalePlaces,
     Shares,
     Strides,
     Summed,
@@ -32,6 +34,7 @@ from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
 from crossdock.backends.cuda.scales import as_kernels_take, dtype_of, places_of
+from crossdock.backends.cuda.sends import SendKinds
 from crossdock.consent import Word
 from crossdock.extent import Extent
 from crossdock.kinds import Kinds
@@ -40,10 +43,12 @@ from crossdock.wire import Fp8
 
 _PATIENCE = 32
 """Polls, some 10 us, after which a call that is only started leaves its rows to ``wait()``."""
-_BEGINS, _AWAITS, _TELLS, _WEIGHTS = (
-    step.value for step in (kernels.BEGINS, kernels.AWAITS, kernels.TELLS, kernels.WEIGHTS)
+_BEGINS, _AWAITS, _TELLS, _WEIGHTS, _METADATA = (
+    step.value for step in (shares.BEGINS, shares.AWAITS, shares.TELLS, shares.HAS_WEIGHTS, shares.METADATA)
 )
-_TOO_MANY_SHIFT = kernels.TOO_MANY_SHIFT.value
+_TOO_MANY_SHIFT = shares.TOO_MANY_SHIFT.value
+IN_SLOT = (0, 0, 0, 0)
+"""Where staged rows are expanded to, as their kernel takes it: to their places in the slot."""
 
 
 class At(NamedTuple):
@@ -60,26 +65,35 @@ class _Rows(NamedTuple):
     scale: Tensor
 
 
-class FusedCalls:
-    """The calls of a buffer whose ``LaunchConfig`` says ``is_fused``, each one kernel."""
+class FusedDispatch(NamedTuple):
+    """What fused dispatches of one kind launch."""
 
-    def __init__(self, launcher: Launcher, planner: Planner) -> None:
+    send: Launch
+    expand: Launch | None
+    """Behind it, where the receiver copies rows."""
+
+
+class FusedCalls:
+    """The calls of a buffer whose ``LaunchConfig`` says ``is_fused``: one kernel, or two where they expand or push."""
+
+    def __init__(self, launcher: Launcher, planner: Planner, send_kinds: SendKinds) -> None:
         self._launcher = launcher
+        self._send_kinds = send_kinds
         self._on = on = launcher.state
         self._spec = spec = on.arena.spec
         self._planner = planner
-        self._arrivals = on.arrivals("data")
         self._cast = _cast_rows(spec, spec.wire, on.device) if isinstance(spec.wire, Fp8) else None
         per_pick = (spec.max_tokens, spec.num_topk)
-        self._nths = torch.zeros(per_pick, dtype=torch.int32, device=on.device)
+        self._nths, pair_nths = torch.zeros(2, *per_pick, dtype=torch.int32, device=on.device).unbind()
         to_rows, to_scales = torch.zeros(2, *per_pick, dtype=torch.int64, device=on.device).unbind()
         programs = launcher.config.most_programs(spec.num_topk)
         self._shares = Shares(
             send_starts=on.scratch.send_starts,
             nths=self._nths,
+            pair_nths=pair_nths,
             to_rows=to_rows,
             to_scales=to_scales,
-            counts=torch.zeros(programs, spec.num_experts, dtype=torch.int32, device=on.device),
+            counts=torch.zeros(programs, spec.num_experts + on.num_ranks, dtype=torch.int32, device=on.device),
             rows=self._nths if self._cast is None else self._cast.data,
             scales=self._nths if self._cast is None else self._cast.scale,
         )
@@ -88,7 +102,7 @@ class FusedCalls:
             rows=torch.zeros(most_rows, dtype=torch.int32, device=on.device),
             src_rows=torch.zeros(most_rows, dtype=torch.int64, device=on.device),
         )
-        self._dispatches: Kinds[Launch] = Kinds(NUM_KINDS)
+        self._dispatches: Kinds[FusedDispatch] = Kinds(NUM_KINDS)
         self._pushes: Kinds[Launch] = Kinds(NUM_KINDS)
         self._sums: Kinds[Launch] = Kinds(NUM_KINDS)
         self._begin_combine = launcher.bind(kernels.begin_combine, 1, on.own, num_warps=1)
@@ -98,13 +112,17 @@ class FusedCalls:
         call: Call,
         plan: DevicePlan,
         batch: Batch,
-        topk_idx: Tensor,
+        topk_idx: Tensor | None,
         at: At,
         *,
         begins: bool,
         awaits: bool,
     ) -> None:
-        """From picks to rows in place; without ``begins`` or ``awaits`` the second or the first half of it."""
+        """From picks to rows in place; without ``begins`` or ``awaits`` the second or the first half of it.
+
+        Args:
+            topk_idx: int64 ``[T, K]``, of a fresh dispatch; None: the plan is known.
+        """
         x, weights = batch.x, batch.weights
         data, scale = (x, None) if isinstance(x, Tensor) else as_kernels_take(x)
         if data.stride(1) != 1 and data.shape[1] != 1:
@@ -116,21 +134,24 @@ class FusedCalls:
             data.stride(0),
             data.data_ptr() & 15,
             None if scale is None else (scale.stride(0), scale.data_ptr() & 15),
-            topk_idx.data_ptr() & 15,
+            None if topk_idx is None else topk_idx.data_ptr() & 15,
             None if weights is None else weights.data_ptr() & 15,
             call.num_sms,
             plan.extent.max_tokens,
         )
-        launch = self._dispatches.get(key)
-        if launch is None:
-            launch = self._dispatches.keep(key, self._bind_dispatch(data, scale, self._config(call), plan.extent))
+        kind = self._dispatches.get(key)
+        if kind is None:
+            made = self._bind_dispatch(batch, data, scale, self._config(call), plan.extent, cached=topk_idx is None)
+            kind = self._dispatches.keep(key, made)
         steps = begins * _BEGINS | awaits * _AWAITS | (call.row_count == "exact") * _TELLS
         steps |= plan.too_many << _TOO_MANY_SHIFT
+        if plan.src_idx is None or weights is not None:
+            steps |= _METADATA
         host_counts, num_tokens = plan.host_counts, 0 if plan.too_many else plan.num_tokens
-        launch(
+        kind.send(
             num_tokens,
             at.stream,
-            topk_idx,
+            plan.memory if topk_idx is None else topk_idx,
             self._nths if weights is None else weights.view(torch.int32),
             data,
             self._nths if scale is None else scale,
@@ -143,6 +164,8 @@ class FusedCalls:
             self._on.max_polls if awaits else _PATIENCE,
             steps if weights is None else steps | _WEIGHTS,
         )
+        if awaits and kind.expand is not None:
+            kind.expand(0, at.stream, *IN_SLOT, plan.memory, at.room, num_tokens, self._on.rank)
 
     def begin_combine(self, word: Word, at: At) -> None:
         """This rank's word for a combine that another kernel goes on with."""
@@ -220,9 +243,13 @@ class FusedCalls:
     def _config(self, call: Call) -> LaunchConfig:
         return self._launcher.config.using(call.num_sms)
 
-    def _bind_dispatch(self, data: Tensor, scale: Tensor | None, config: LaunchConfig, extent: Extent) -> Launch:
-        """The kernel of dispatches of tensors of these kinds."""
+    def _bind_dispatch(
+        self, batch: Batch, data: Tensor, scale: Tensor | None, config: LaunchConfig, extent: Extent, *, cached: bool
+    ) -> FusedDispatch:
+        """The kernels of dispatches of tensors of these kinds."""
         on, spec, wire, layout = self._on, self._spec, self._spec.wire, self._on.arena.scales
+        own = on.own_of(extent, "capacity")
+        sent = self._send_kinds.sent_of(batch, config, own)
         size, row_bytes = data.element_size(), wire.data_bytes(spec.hidden)
         is_cast = isinstance(wire, Fp8) and scale is None
         block, unit, is_exponents, is_pow2, scales_of_word = 0, 1, False, False, 1
@@ -242,25 +269,34 @@ class FusedCalls:
             scale_bytes = scale.element_size()
             num_bytes = scale.shape[1] * scale_bytes
             scale_word = scale_bytes
-            if not layout.column_major:
+            if not (layout.column_major or sent.is_staged):
                 scale_word = math.gcd(8, num_bytes, scale.stride(0) * scale_bytes, scale.data_ptr() & 15)
                 places = places_of(layout, word_bytes=scale_word)
             num_scales, scale_stride = num_bytes // scale_word, scale.stride(0) * scale_bytes // scale_word
+        if sent.is_staged:
+            places = ScalePlaces(SEGMENT_BYTES=0, ROW_BYTES=sent.between, GROUP_BYTES=scales_of_word * scale_word)
         num_words = row_bytes // word
+        beside = self._send_kinds.beside(sent, batch, 1, has_metadata=False)
+        gaps = beside._replace(GAPS=beside.GAPS and not sent.is_staged)
+        least = on.num_local if gaps.GAPS else 0
 
         def shape(num_tokens: int) -> Any:
-            return config.fused_dispatch(num_words, num_tokens, spec.num_topk, unit=unit)
+            return config.fused_dispatch(num_words, num_tokens, spec.num_topk, unit=unit, least=least)
 
         one = shape(1)
         scale_piece = one.piece // unit if is_cast else power_of_two(num_scales or 1)
+        strides = Strides(data.stride(0) if is_cast else data.stride(0) * size // word, scale_stride, 1)
         how = Fused(
-            strides=Strides(data.stride(0) if is_cast else data.stride(0) * size // word, scale_stride, 1),
-            places=as_constants(places),
+            strides=strides,
+            places=places,
             WORD=WORDS[word],
             ROW=num_words,
             PIECE=one.piece,
             PIECES=max(-(-num_words // one.piece), -(-num_scales // scale_piece)),
             ROW_BYTES=row_bytes,
+            BETWEEN=sent.between,
+            STAGED=sent.is_staged,
+            CACHED=cached,
             BLOCK=block,
             SCALES=num_scales,
             SCALE_WORD=FLOAT32 if is_cast and not is_exponents else WORDS[scale_word],
@@ -271,31 +307,33 @@ class FusedCalls:
             STAGES=one.stages(word * size) if is_cast else 0,
             METADATA_WORDS=on.arena.metadata_bytes // 4,
             CROWDED=config.is_crowded,
+            gaps=gaps,
         )
-        how = Fused(how.strides, how.places, *as_constants(tuple(how[2:])))
-        return self._launcher.bind(
+        send = self._launcher.bind(
             kernels.dispatch_rows,
             lambda num_tokens: shape(num_tokens).programs,
-            on.own_of(extent, "capacity"),
-            self._arrivals,
+            own,
+            self._send_kinds.arrivals_of(sent),
             self._shares,
-            how,
+            as_constants(how)._replace(strides=strides),
             num_warps=one.num_warps,
             enable_fp_fusion=not is_cast,
             maxnreg=one.most_registers,
             early=True,
         )
+        if not sent.is_staged:
+            return FusedDispatch(send, None)
+        expand = self._send_kinds.bind_expand(sent, batch, config, is_fresh=not cached, zeroes_gaps=True)
+        return FusedDispatch(send, expand)
 
-    def _bind_push(
-        self, y: Tensor, weights: Tensor | None, rows: Tensor | None, config: LaunchConfig
-    ) -> Launch:
+    def _bind_push(self, y: Tensor, weights: Tensor | None, rows: Tensor | None, config: LaunchConfig) -> Launch:
         """The first kernel of combines that push, of tensors of these kinds."""
         spec, on, size = self._spec, self._on, y.element_size()
         row_bytes, of_pairs = spec.hidden * size, spec.ranks_sum_picks
         is_summed = of_pairs or weights is not None
         word = size if is_summed else math.gcd(8, row_bytes, y.stride(0) * size, y.data_ptr() & 15)
         num_rows = spec.max_tokens * (on.num_pairs if of_pairs else on.plan_shape.num_columns)
-        shape = config.fused_push(row_bytes // word, num_rows, spec.num_topk, word_bytes=word)
+        shape = config.fused_push(row_bytes // word, num_rows, spec.num_topk, word_bytes=word, is_summed=is_summed)
         how = Returned(
             WORD=WORDS[word],
             ROW=row_bytes // word,

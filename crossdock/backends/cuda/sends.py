@@ -142,7 +142,7 @@ class SendKinds:
         known: bool,
     ) -> SendKind:
         """What such a dispatch launches; see ``key``."""
-        sent = self._sent(batch, config, self._on.own_of(extent, row_count))
+        sent = self.sent_of(batch, config, self._on.own_of(extent, row_count))
         ends_late = self._is_staged and is_fresh and row_count == "exact"
         has_metadata = not known or batch.weights is not None or bool(batch.extras)
         counted = not batch.unquantized
@@ -163,7 +163,9 @@ class SendKinds:
             place=place,
             push=push,
             finish=self.bind_finish(ends._replace(POSTS=is_copied or ends_late)),
-            expand=self._bind_expand(sent, batch, config, is_fresh=is_fresh),
+            expand=self.bind_expand(
+                sent, batch, config, is_fresh=is_fresh, zeroes_gaps=self._is_staged or not is_fresh
+            ),
             is_cast=sent.is_cast and not is_copied,
             pushes_beside=has_metadata and not is_fresh,
             most_tokens=0 if push is None else push.most_tokens(MOST_TICKETS),
@@ -182,9 +184,10 @@ class SendKinds:
         no_batch = Batch(x=on.state.new_empty((0, self._spec.hidden), dtype=self._spec.combine_dtype), weights=None,
                          extras=(), unquantized=True)  # fmt: skip
         remake = self._launcher.bind(plan_kernels.remake_plan, self._num_chunks, own, on.scratch, **shape, num_warps=8)
-        return remake, self._bind_place(self._sent(no_batch, self._launcher.config, own), None)
+        return remake, self._bind_place(self.sent_of(no_batch, self._launcher.config, own), None)
 
-    def _sent(self, batch: Batch, config: LaunchConfig, own: Own) -> Sent:
+    def sent_of(self, batch: Batch, config: LaunchConfig, own: Own) -> Sent:
+        """How the rows of such a dispatch go."""
         spec, region = self._spec, self.arena.region_of_rows(unquantized=batch.unquantized)
         out_bytes = spec.hidden * spec.combine_dtype.itemsize
         is_wires = region == "data"
@@ -207,7 +210,7 @@ class SendKinds:
             own=own,
         )
 
-    def _arrivals(self, sent: Sent) -> Any:
+    def arrivals_of(self, sent: Sent) -> Any:
         """Where rows of this rank land."""
         if sent.is_staged:
             return self._on.arrivals(sent.region, scales=sent.region, scale_offset=sent.scale_offset)
@@ -242,7 +245,7 @@ class SendKinds:
         on, spec = self._on, self._spec
         num_tokens = max(1, PICKS_TO_PLACE // power_of_two(spec.num_topk))
         num_tokens = min(num_tokens, on.num_chunk_tokens)
-        beside = self._beside(sent, batch, 4, has_metadata=batch is not None)
+        beside = self.beside(sent, batch, 4, has_metadata=batch is not None)
         beside = beside._replace(GAPS=beside.GAPS and not self._is_staged)
         least = on.num_local if beside.GAPS else 1
         return self._launcher.bind(
@@ -257,7 +260,7 @@ class SendKinds:
             num_warps=4,
         )
 
-    def _beside(self, sent: Sent, batch: Batch | None, num_warps: int, *, has_metadata: bool) -> Beside:
+    def beside(self, sent: Sent, batch: Batch | None, num_warps: int, *, has_metadata: bool) -> Beside:
         """What travels beside rows, and zeros in the gaps between them."""
         spec, layout = self._spec, self.arena.scales
         arena = self.arena
@@ -318,7 +321,7 @@ class SendKinds:
             over(shape, shape.num_rows, -(-num_words // piece)),
             Strides(data.stride(0) * size // word, *scale_strides),
             sent.own,
-            self._arrivals(sent),
+            self.arrivals_of(sent),
             as_constants(how),
             num_warps=shape.num_warps,
         )
@@ -367,19 +370,19 @@ class SendKinds:
             config.num_sms if config.is_capped else lambda num_tokens: -(-num_tokens * num_stored // groups),
             x.stride(0),
             sent.own,
-            self._arrivals(sent),
+            self.arrivals_of(sent),
             as_constants(how),
             num_warps=num_warps,
             enable_fp_fusion=False,
         )
 
     def _at_push(self, sent: Sent, batch: Batch, num_warps: int, *, is_fresh: bool, has_metadata: bool) -> Beside:
-        beside = self._beside(sent, batch, num_warps, has_metadata=has_metadata)
+        beside = self.beside(sent, batch, num_warps, has_metadata=has_metadata)
         return beside._replace(GAPS=beside.GAPS and not is_fresh and not sent.is_staged)
 
     def _bind_beside(self, sent: Sent, batch: Batch) -> Launch:
         """What travels beside rows that the host copies, on a plan."""
-        beside = self._beside(sent, batch, 4, has_metadata=True)
+        beside = self.beside(sent, batch, 4, has_metadata=True)
         return self._launcher.bind(
             row_kernels.send_beside,
             lambda num_tokens: -(-num_tokens // beside.TOKENS),
@@ -387,28 +390,6 @@ class SendKinds:
             self._final(sent),
             as_constants(beside),
             num_warps=4,
-        )
-
-    def bind_gaps(self) -> Launch | None:
-        """Zeros in the gaps that alignment leaves between the rows of a fused dispatch; None where it leaves none."""
-        batch = Batch(x=self._on.state.new_empty((0, 0)), weights=None, extras=())
-        sent = self._sent(batch, self._launcher.config, self._on.own)
-        beside = self._beside(sent, batch, 4, has_metadata=False)
-        if not beside.GAPS:
-            return None
-        how = Expanded(
-            rows=Copied(J=1, STAGED=False, WORD=WORDS[1], ROW=1, ROW_BYTES=1, PIECE=1, TOKENS=1),
-            scales=NO_SCALES,
-            places=places_of(self.arena.scales),
-            STAGED_BYTES=0,
-            KEEPS=False,
-            IN_SLOT=True,
-            COLUMNS=False,
-            beside=beside,
-        )
-        own, arrivals = self._on.own, self._final(sent)
-        return self._launcher.bind(
-            row_kernels.expand_rows, self._on.num_local, own, arrivals, arrivals, as_constants(how), num_warps=4
         )
 
     def bind_pack(self, x: Tensor) -> Launch:
@@ -452,11 +433,17 @@ class SendKinds:
         strides = scale.stride(0) * size // word, 1 if word != size else scale.stride(1)
         return shared_out(sent.scale_bytes // word, word, num_warps), places, strides
 
-    def _bind_expand(self, sent: Sent, batch: Batch, config: LaunchConfig, *, is_fresh: bool) -> Launch | None:
-        """Copies of staged rows to their places, and the plan's own table of which rows are a token's."""
+    def bind_expand(
+        self, sent: Sent, batch: Batch, config: LaunchConfig, *, is_fresh: bool, zeroes_gaps: bool
+    ) -> Launch | None:
+        """Copies of staged rows to their places, and the plan's own table of which rows are a token's.
+
+        Args:
+            zeroes_gaps: whether nothing before has zeroed the gaps that alignment leaves.
+        """
         if not sent.is_staged and not (is_fresh and self._on.num_pairs):
             return None
-        layout, beside = self.arena.scales, self._beside(sent, batch, 4, has_metadata=False)
+        layout, beside = self.arena.scales, self.beside(sent, batch, 4, has_metadata=False)
         word = math.gcd(8, sent.row_bytes, sent.between)
         shape = config.rows(sent.row_bytes, is_counted=False) if sent.is_staged else _NO_SHAPE
         scales, places = NO_SCALES, places_of(layout)
@@ -482,7 +469,7 @@ class SendKinds:
             KEEPS=is_fresh,
             IN_SLOT=not self._is_staged,
             COLUMNS=layout.column_major,
-            beside=beside._replace(GAPS=beside.GAPS and (self._is_staged or not is_fresh)),
+            beside=beside._replace(GAPS=beside.GAPS and zeroes_gaps),
         )
         num_copies = self._on.num_ranks * self._spec.max_tokens * self._spec.num_topk // 4096
         programs = shape.programs if sent.is_staged else max(1, min(config.num_sms, num_copies))
@@ -490,7 +477,7 @@ class SendKinds:
             row_kernels.expand_rows,
             programs or 1,
             sent.own,
-            self._arrivals(sent),
+            self.arrivals_of(sent),
             self._final(sent),
             as_constants(how),
             num_warps=shape.num_warps,

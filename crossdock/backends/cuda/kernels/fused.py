@@ -38,14 +38,15 @@ from crossdock.backends.cuda.kernels.calls import (
     look_for_abort,
     output_slot_of,
     post_arrived,
+    slot_of,
     some_push,
     take_words,
 )
 from crossdock.backends.cuda.kernels.groups import Given, value_of
-from crossdock.backends.cuda.kernels.metadata import as_int64, region_at
+from crossdock.backends.cuda.kernels.metadata import as_int64, keep_partial_rows, pointers, region_at
 from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
-from crossdock.backends.cuda.kernels.plan import derive_recv_starts, derive_send_starts, tell_host
-from crossdock.backends.cuda.kernels.shares import count_picks, send_share
+from crossdock.backends.cuda.kernels.plan import NUM_PAIRS, derive_recv_starts, derive_send_starts, tell_host
+from crossdock.backends.cuda.kernels.shares import AWAITS, BEGINS, TELLS, TOO_MANY_SHIFT, count_picks, send_share
 from crossdock.backends.cuda.kernels.sync import (
     ABORTED,
     GO,
@@ -63,52 +64,77 @@ from crossdock.backends.cuda.kernels.sync import (
 )
 from crossdock.backends.cuda.kernels.tables import tables_of
 
-BEGINS = tl.constexpr(1)
-AWAITS = tl.constexpr(2)
-TELLS = tl.constexpr(4)
-WEIGHTS = tl.constexpr(8)
-"""What a launch of a fused kernel does, or has: gives this rank's word; waits for rows, and tells the host of an
-overflow; tells it how many rows come; has weights."""
-TOO_MANY_SHIFT = tl.constexpr(4)
-"""Above these, this rank's tokens where they are more than the call may have, none of which is sent."""
+_KEPT = tl.constexpr(2048)
+"""Words of which rows are a token's that the last program of a dispatch keeps at a time."""
 
 
 @triton.jit
-def coordinate(call, payload, rank, max_polls, steps, tables, topk_idx, num_tokens, send_starts, own):
+def derive_and_go(counts, good, tables, send_starts, rank, own, GAPS: tl.constexpr):
+    """From everybody's counts: where this rank's blocks begin, the go, and then what else the plan is told.
+
+    See ``plan.derive_blocks``.
+
+    Args:
+        GAPS: whether the programs behind the go zero gaps, and so have to know where blocks begin here.
+    """
+    PAIRS_AT: tl.constexpr = 2 * own.sizes.P * (1 if own.sizes.BY_RANK else own.sizes.L)
+    COUNTS: tl.constexpr = own.sizes.COUNTS
+    capacity = value_of(own.capacity)
+    base, end, good = derive_send_starts(counts, good, tables, send_starts, capacity, rank, False, own.sizes, COUNTS)
+    if own.sizes.PAIRS > 0:
+        pair_base, pair_end, _ = derive_send_starts(
+            counts, good, tables, send_starts + PAIRS_AT, capacity, rank, True, own.sizes, COUNTS
+        )
+    if GAPS:
+        derive_recv_starts(counts, base, end, good, tables, capacity, rank, False, own.sizes, COUNTS)
+    release_programs(own.flags + GO_FLAG, tl.where(good, GO, NO_ROWS))
+    if not GAPS:
+        derive_recv_starts(counts, base, end, good, tables, capacity, rank, False, own.sizes, COUNTS)
+    if own.sizes.PAIRS > 0:
+        derive_recv_starts(counts, pair_base, pair_end, good, tables, capacity, rank, True, own.sizes, COUNTS)
+    copy_counts(counts, tables.counts, good, own.sizes, COUNTS)
+
+
+@triton.jit
+def coordinate(
+    call, payload, rank, max_polls, steps, tables, topk_idx, num_tokens, send_starts, own,
+    CACHED: tl.constexpr, GAPS: tl.constexpr,
+):  # fmt: skip
     """The coordinator's part: words, counts, the go, and then what else the plan is told.
 
-    See ``dispatch_rows``.
+    See ``dispatch_rows``; of a plan that is known (CACHED) words and the go.
     """
     P: tl.constexpr = own.sizes.P
+    COUNTS: tl.constexpr = not CACHED
     segment = tl.load(own.segments + rank)
     good = is_ok(own.state)
     sequence = tl.load(call + P + SEQUENCE)
     settles = tl.full([], 1, tl.int32)
     if (steps & BEGINS) != 0:
-        mine = count_picks(topk_idx, num_tokens, own.sizes).to(tl.int64)
+        mine = tl.zeros([1], tl.int64) if CACHED else count_picks(topk_idx, num_tokens, own.sizes).to(tl.int64)
         if good:
             tl.store(call + P + PROGRESS, tl.full([], BEGUN, tl.int64))
-            sequence = give_word(own, call, payload, False, mine, steps >> TOO_MANY_SHIFT, rank, True)
+            sequence = give_word(own, call, payload, False, mine, steps >> TOO_MANY_SHIFT, rank, COUNTS)
     elif good:
         settles = (tl.load(call + P + PROGRESS) == BEGUN).to(tl.int32)
     if ((steps & AWAITS) == 0) & good:
         words = words_at(segment, own.boxes.words) + (sequence & (own.sizes.RING - 1)) * P
         settles = are_here(words, stamped_word(sequence, 0), max_polls, P).to(tl.int32)
-    if settles == 0:
-        release_programs(own.flags + GO_FLAG, tl.full([], NOTHING, tl.int32))
-    else:
-        counts = words_at(segment, own.boxes.counts) + (sequence & (own.sizes.RING - 1)) * (P * own.sizes.COUNTS)
-        status, capacity = tl.full([], ABORTED, tl.int32), value_of(own.capacity)
-        if good:
-            status = take_words(own, call, sequence, payload, rank, max_polls)
-        base, end, moves = derive_send_starts(
-            counts, status == OK, tables, send_starts, capacity, rank, False, own.sizes, own.sizes.COUNTS
-        )
-        if status == OK:
-            tl.store(call + P + PROGRESS, tl.full([], READY, tl.int64))
-        release_programs(own.flags + GO_FLAG, tl.where(moves, GO, NO_ROWS))
-        derive_recv_starts(counts, base, end, moves, tables, capacity, rank, False, own.sizes, own.sizes.COUNTS)
-        copy_counts(counts, tables.counts, moves, own.sizes, own.sizes.COUNTS)
+    status = tl.full([], ABORTED, tl.int32)
+    if (settles != 0) & good:
+        status = take_words(own, call, sequence, payload, rank, max_polls)
+    if status == OK:
+        tl.store(call + P + PROGRESS, tl.full([], READY, tl.int64))
+    if CACHED:
+        goes = tl.where(status == OK, GO, NO_ROWS)
+        release_programs(own.flags + GO_FLAG, tl.where(settles == 0, NOTHING, goes))
+    else:  # noqa: PLR5501 - one is of the compiler, the other of the device
+        if settles == 0:
+            release_programs(own.flags + GO_FLAG, tl.full([], NOTHING, tl.int32))
+        else:
+            entry = (sequence & (own.sizes.RING - 1)) * (P * own.sizes.COUNTS)
+            counts = words_at(segment, own.boxes.counts) + entry
+            derive_and_go(counts, status == OK, tables, send_starts, rank, own, GAPS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "payload", "rank", "max_polls", "steps"])
@@ -130,28 +156,32 @@ def dispatch_rows(
     shares,
     how,
 ):
-    """A fresh dispatch of rows ``[T, ...]`` to all their places, with what travels beside them but extras.
+    """A dispatch of rows ``[T, ...]`` to all their places, or staged, with what travels beside them but extras.
 
     In one launch, or in two: the first BEGINS, and sends if all words are here within ``max_polls`` polls; the
     second AWAITS, and sends before if the first did not.
 
     Args:
-        topk_idx: int64 ``[T, K]``, copied into the plan's own.
+        topk_idx: int64 ``[T, K]``, copied into the plan's own; not looked at where that is known (CACHED).
         weights: int32 ``[T, K]``, the bits of float32.
         x: values ``[T, H]`` that are cast to rows, if BLOCK > 0: of so many with one scale; else the rows, words
             ``[T, ROW]``.
         scale: ``[T, SCALES]``, of one row, with padding; of rows that are cast those of ``shares``.
         call: see ``calls``; its PROGRESS says what is left to do.
-        steps: BEGINS, AWAITS, TELLS, WEIGHTS; see also TOO_MANY_SHIFT.
+        steps: BEGINS, AWAITS, TELLS, HAS_WEIGHTS, METADATA; see also TOO_MANY_SHIFT.
         how: PIECE: words of a row that a program moves at a time; PIECES of a row, SCALE_PIECE scales of each.
-            ROW_BYTES: between rows there. SCALES_OF_WORD: see ``scales``. STAGES: of pieces that are cast.
-            METADATA_WORDS: words between metadata. CROWDED: whether rows of several ranks pass through this GPU's
-            cache: then they leave it first.
+            ROW_BYTES: of a row; BETWEEN rows there. STAGED: one row goes to each rank, which copies it in a kernel
+            behind this one. SCALES_OF_WORD: see ``scales``. STAGES: of pieces that are cast. METADATA_WORDS: words
+            between metadata. CROWDED: whether rows of several ranks pass through this GPU's cache: then they leave it
+            first. gaps: what is zeroed in the slot.
     """
     await_kernels_before()
     tables = tables_of(plan, num_tokens, own.sizes)
     if tl.program_id(0) == 0:
-        coordinate(call, payload, rank, max_polls, steps, tables, topk_idx, num_tokens, shares.send_starts, own)
+        coordinate(
+            call, payload, rank, max_polls, steps, tables, topk_idx, num_tokens, shares.send_starts, own,
+            how.CACHED, how.gaps.GAPS,
+        )  # fmt: skip
     else:
         rows = (shares.rows if how.BLOCK > 0 else x).to(tl.pointer_type(how.WORD), bitcast=True)
         scales = (shares.scales if how.BLOCK > 0 else scale).to(tl.pointer_type(how.SCALE_WORD), bitcast=True)
@@ -160,8 +190,8 @@ def dispatch_rows(
         send_share(
             own,
             call,
-            steps & BEGINS,
-            Given(num_tokens, topk_idx, weights, steps & WEIGHTS, x, how.strides.rows, rows, stride, scales,
+            rank,
+            Given(num_tokens, topk_idx, weights, steps, x, how.strides.rows, rows, stride, scales,
                   scale_stride, rank * value_of(own.max_tokens), value_of(own.capacity)),
             tables,
             shares,
@@ -183,7 +213,14 @@ def dispatch_rows(
             status = tl.full([], ABORTED, tl.int32)
             if good:
                 status = await_rows(own, call, tables.tokens, rank, max_polls, ALL, True)
-            tell_host(host_counts, tables, steps & TELLS, status == OK, own.sizes)
+            if not how.CACHED:
+                tell_host(host_counts, tables, steps & TELLS, status == OK, own.sizes)
+                if own.sizes.PAIRS > 0:  # noqa: SIM102 - one is of the compiler, the other of the device
+                    if not how.STAGED:  # noqa: SIM102
+                        if status == OK:
+                            segment, num_pairs = tl.load(own.segments + rank), tl.load(tables.scalars + NUM_PAIRS)
+                            came = pointers(region_at(segment, arrivals.partial_rows, slot_of(call, rank)), tl.int32)
+                            keep_partial_rows(came, tables, num_pairs, 0, 1, own.sizes, _KEPT)
 
 
 @triton.jit(do_not_specialize=["payload", "rank"])

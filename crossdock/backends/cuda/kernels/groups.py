@@ -149,7 +149,7 @@ class Scratch(NamedTuple):
 
 
 class Came(NamedTuple):
-    """Of the rows that came, counted without gaps: where each lies, int32, and its src_row, int64; contents undefined."""
+    """Of rows that came, counted without gaps: where each lies, int32, and its src_row, int64; contents undefined."""
 
     rows: tl.tensor
     src_rows: tl.tensor
@@ -309,7 +309,7 @@ class Expanded(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """How rows go back: ``rows.return_rows_to``, ``sums.push_sums``, ``returns.push_extras``, ``outputs.push_outputs``."""
+    """How rows go back: see ``rows.return_rows_to``, ``sums.push_sums``, ``returns`` and ``outputs``."""
 
     WORD: tl.constexpr
     ROW: tl.constexpr
@@ -347,7 +347,7 @@ class Given(NamedTuple):
     num_tokens: tl.tensor
     topk_idx: tl.tensor
     weights: tl.tensor
-    has_weights: tl.tensor
+    steps: tl.tensor
     x: tl.tensor
     x_stride: tl.tensor
     rows: tl.tensor
@@ -363,11 +363,12 @@ class Shares(NamedTuple):
 
     send_starts: tl.tensor
     nths: tl.tensor
+    pair_nths: tl.tensor
     to_rows: tl.tensor
     to_scales: tl.tensor
-    """int32 and twice int64 ``[T, K]``: the last two are addresses of rows and scales at their receivers."""
+    """Twice int32 and twice int64 ``[T, K]``: the last two are addresses of rows and scales at their receivers."""
     counts: tl.tensor
-    """int32 ``[programs, E]``, contents undefined."""
+    """int32 ``[programs, E + P]``, contents undefined."""
     rows: tl.tensor
     scales: tl.tensor
     """Rows that were cast, and their scales, as they travel."""
@@ -383,6 +384,9 @@ class Fused(NamedTuple):
     PIECE: tl.constexpr
     PIECES: tl.constexpr
     ROW_BYTES: tl.constexpr
+    BETWEEN: tl.constexpr
+    STAGED: tl.constexpr
+    CACHED: tl.constexpr
     BLOCK: tl.constexpr
     SCALES: tl.constexpr
     SCALE_WORD: tl.constexpr
@@ -393,3 +397,4 @@ class Fused(NamedTuple):
     STAGES: tl.constexpr
     METADATA_WORDS: tl.constexpr
     CROWDED: tl.constexpr
+    gaps: Beside

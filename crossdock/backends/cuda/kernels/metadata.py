@@ -116,6 +116,16 @@ def push_partial_rows(call, tables, begin, end, segments, arrivals, sizes, TOKEN
 
 
 @triton.jit
+def keep_partial_rows(came, tables, num_pairs, program, num_programs, sizes, AT_ONCE: tl.constexpr):
+    """A program's share of which rows are a token's, as that has come: into the plan, AT_ONCE words at a time."""
+    num_words = num_pairs * sizes.K
+    for first in range(program * AT_ONCE, num_words, num_programs * AT_ONCE):
+        at = first + tl.arange(0, AT_ONCE)
+        is_there = at < num_words
+        tl.store(tables.partial_rows + at, tl.load(came + at, mask=is_there), mask=is_there)
+
+
+@triton.jit
 def zero_words(address, first, last, WORDS: tl.constexpr, DTYPE: tl.constexpr, ROW: tl.constexpr, GROUP):
     """Zeroes the words of rows from ``first`` to ``last``: ROW words between rows, GROUP between the words of one."""
     PIECE: tl.constexpr = min(triton.next_power_of_2(WORDS), _ZEROS)
@@ -128,24 +138,27 @@ def zero_words(address, first, last, WORDS: tl.constexpr, DTYPE: tl.constexpr, R
 
 
 @triton.jit
-def zero_gaps(call, tables, rank, segments, arrivals, sizes, beside):
-    """Zeroes the rows of a slot that alignment leaves behind the last row of each segment, and their scales."""
+def zero_gaps(call, tables, rank, program, num_programs, segments, arrivals, sizes, beside):
+    """Zeroes the rows of a slot that alignment leaves behind the last row of each segment, and their scales.
+
+    Each program of so many takes its share of the segments.
+    """
     if beside.GAPS:
         segment, slot = tl.load(segments + rank), slot_of(call, rank)
         to_rows, to_scales = region_at(segment, arrivals.rows, slot), region_at(segment, arrivals.scales, slot)
-        zero_gaps_at(tables, to_rows, to_scales, beside.SCALE_GROUP, sizes, beside)
+        zero_gaps_at(tables, to_rows, to_scales, beside.SCALE_GROUP, program, num_programs, sizes, beside)
 
 
 @triton.jit
-def zero_gaps_at(tables, to_rows, to_scales, scale_group, sizes, beside):
-    """The same of rows, and scales, behind addresses. Each program of a grid takes its share of the segments.
+def zero_gaps_at(tables, to_rows, to_scales, scale_group, program, num_programs, sizes, beside):
+    """The same of rows, and scales, behind addresses.
 
     Args:
         scale_group: words between those of a row's scales.
     """
     P: tl.constexpr = sizes.P
     L: tl.constexpr = sizes.L
-    for local in range(tl.program_id(0), L, tl.num_programs(0)):
+    for local in range(program, L, num_programs):
         block = tables.incoming + local * P + P - 1
         first, last = tl.load(block) + tl.load(block + L * P), tl.load(tables.starts + local + 1)
         zero_rows(to_rows, to_scales, first, last, scale_group, beside)

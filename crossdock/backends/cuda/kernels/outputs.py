@@ -58,9 +58,9 @@ def find_rows(came, incoming, ends, first, last, BLOCKS: tl.constexpr, P: tl.con
 
 @triton.jit
 def load_output(y, row_weights, given_rows, num_given, came, i, last_piece, stride, tables, sizes, how):
-    """A piece of what goes back, ``[PIECE]``: words of a row as they are, or the sum of a pair's rows; see ``push_sums``.
+    """A piece of what goes back, ``[PIECE]``: words of a row as they are, or the sum of a pair's rows; 0 where none is.
 
-    0 where there is none.
+    See ``sums.push_sums``.
     """
     PIECES: tl.constexpr = (how.ROW + how.PIECE - 1) // how.PIECE
     SUMS: tl.constexpr = True if how.OF_PAIRS else how.HAS_WEIGHTS

@@ -437,4 +437,4 @@ def place_rows(
             )  # fmt: skip
             if own.sizes.PAIRS > 0:
                 push_partial_rows(call, tables, sub * S, num_tokens, own.segments, arrivals, own.sizes, S)
-            zero_gaps(call, tables, rank, own.segments, arrivals, own.sizes, beside)
+            zero_gaps(call, tables, rank, sub, tl.num_programs(0), own.segments, arrivals, own.sizes, beside)

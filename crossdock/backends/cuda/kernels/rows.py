@@ -15,6 +15,7 @@ from crossdock.backends.cuda.kernels.calls import end_call, is_ok, slot_of
 from crossdock.backends.cuda.kernels.groups import value_of
 from crossdock.backends.cuda.kernels.metadata import (
     as_int64,
+    keep_partial_rows,
     pointers,
     push_metadata,
     region_at,
@@ -66,7 +67,7 @@ def push_beside(call, tables, num_tokens, rank, carries, weights, extras, own, a
             rank * value_of(own.max_tokens), own.segments, arrivals, own.sizes, beside.WORDS,
             beside.EXTRA, TOKENS,
         )  # fmt: skip
-    zero_gaps(call, tables, rank, own.segments, arrivals, own.sizes, beside)
+    zero_gaps(call, tables, rank, tl.program_id(0), tl.num_programs(0), own.segments, arrivals, own.sizes, beside)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rank", "max_polls", "carries"])
@@ -197,11 +198,7 @@ def expand_rows(  # noqa: PLR0912 - branches of the compiler, most of them
         came = tables.partial_rows
         if how.KEEPS:
             came = pointers(region_at(segment, arrivals.partial_rows, slot), tl.int32)
-            KEPT: tl.constexpr = 1024
-            for first in range(tl.program_id(0) * KEPT, num_pairs * K, tl.num_programs(0) * KEPT):
-                at = first + tl.arange(0, KEPT)
-                is_there = at < num_pairs * K
-                tl.store(tables.partial_rows + at, tl.load(came + at, mask=is_there), mask=is_there)
+            keep_partial_rows(came, tables, num_pairs, tl.program_id(0), tl.num_programs(0), own.sizes, 1024)
         between = how.places.GROUP_BYTES // how.scales.SIZE
         between_gaps = how.beside.SCALE_GROUP
         if how.IN_SLOT:
@@ -211,7 +208,9 @@ def expand_rows(  # noqa: PLR0912 - branches of the compiler, most of them
         if how.COLUMNS and not how.IN_SLOT:
             between, between_gaps = group_words, group_words
         if how.beside.GAPS:
-            zero_gaps_at(tables, to_rows, to_scales, between_gaps, own.sizes, how.beside)
+            zero_gaps_at(
+                tables, to_rows, to_scales, between_gaps, tl.program_id(0), tl.num_programs(0), own.sizes, how.beside
+            )
         if not how.IN_SLOT:
             for behind in range(tl.load(tables.scalars + NUM_ROWS) + tl.program_id(0), num_rows, tl.num_programs(0)):
                 zero_rows(to_rows, to_scales, behind, behind + 1, between_gaps, how.beside)
