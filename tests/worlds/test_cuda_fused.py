@@ -13,7 +13,7 @@ from crossdock import Compact, Expanded, Fp8, Fp32, Padded
 from crossdock.backends.cuda import fused
 from crossdock.backends.cuda.kernels.calls import BEGUN, PROGRESS, SENT
 from tests import oracle
-from tests.cases import check_received, loads, make_case, observed, same_bits
+from tests.cases import STAGED, check_received, loads, make_case, observed, same_bits
 from tests.world import open_buffer
 from tests.worlds import test_combine as combine
 from tests.worlds import test_dispatch as dispatch
@@ -49,6 +49,8 @@ FEW = [
     (Expanded(alignment=4), "rank", "receiver", Fp8(block=8)),
     (Expanded(alignment=4), "token", "receiver", Fp8(block=4, scale="ue8m0", packed=True, column_major=True)),
     (Expanded(), "token", "sender", Fp8(block=8)),
+    (STAGED, "rank", None, Fp8(block=8)),
+    (STAGED, "token", None, Fp8(block=4, scale="ue8m0", packed=True, column_major=True)),
 ]
 few = pytest.mark.parametrize(("layout", "reduce", "expand", "wire"), FEW, ids=repr)
 
@@ -67,7 +69,7 @@ def test_low_latency_calls_of_every_layout_bring_and_sum_every_row(world, layout
         wants = [oracle.combined(case.spec, case.topk, case.flat_y(), given) for given in (weights, None)]
         for rank, (seen, is_fused, who) in enumerate(got):
             assert is_fused
-            assert who == (expand or "sender")
+            assert who == (expand or ("receiver" if spec.is_staged else "sender"))
             assert all(same_bits(out, wants[0][rank]) for out in seen[i][1][:2])
             assert all(same_bits(out, wants[1][rank]) for out in seen[i][1][2:])
 

@@ -35,7 +35,7 @@ from crossdock.backends.cuda.config import LaunchConfig, agreed_topology, decide
 from crossdock.backends.cuda.consent import DeviceConsent, Passing
 from crossdock.backends.cuda.copies import push_blocks
 from crossdock.backends.cuda.counters import CounterKernels
-from crossdock.backends.cuda.fused import IN_SLOT, At, FusedCalls
+from crossdock.backends.cuda.fused import At, FusedCalls
 from crossdock.backends.cuda.kernels import metadata as kernels
 from crossdock.backends.cuda.kernels import sums as sum_kernels
 from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher
@@ -43,7 +43,7 @@ from crossdock.backends.cuda.metadata import MetadataReader
 from crossdock.backends.cuda.plan import DevicePlan, HostStamp
 from crossdock.backends.cuda.planner import REMADE, Planner
 from crossdock.backends.cuda.scales import as_kernels_take, dtype_of
-from crossdock.backends.cuda.sends import SendKind, SendKinds
+from crossdock.backends.cuda.sends import IN_SLOT, SendKind, SendKinds, where_of
 from crossdock.backends.cuda.state import CallState, DeviceState
 from crossdock.backends.cuda.stream import CallStreams
 from crossdock.backends.cuda.sums import SumKind, SumKinds
@@ -140,7 +140,8 @@ class CudaBackend:
         if self._is_opaque and not batch.unquantized and isinstance(batch.x, Tensor):
             batch = batch._replace(x=as_integers(batch.x))
         fused = self.fused
-        if fused is not None and not (batch.unquantized or batch.extras):
+        ends_late = self._is_staged and isinstance(routing, Tensor) and call.row_count == "exact"
+        if fused is not None and not (batch.unquantized or batch.extras or ends_late):
             return self._dispatch_fused(fused, call, batch, routing)
         if not (call.at_once or call.is_first):
             self._streams.order()  # issued later, it comes after what the caller has issued by now
@@ -193,7 +194,7 @@ class CudaBackend:
         kind.finish(0, stream, room, self._on.rank, self._on.max_polls, plan.memory)
         self._consent.owes_arrival = False
         assert kind.expand is not None, "staged rows"
-        kind.expand(0, stream, *_where(into), plan.memory, room, plan.num_tokens, self._on.rank)
+        kind.expand(0, stream, *where_of(into), plan.memory, room, plan.num_tokens, self._on.rank)
         if call.counters is not None and seen is not None:
             self._counters.end(call.counters, seen, plan.memory, stream)
         return into
@@ -206,7 +207,7 @@ class CudaBackend:
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        room = self._on.next_call()
+        into, room = self._room(call, batch, routing) if self._is_staged else None, self._on.next_call()
         stream = self._streams.enter()
         topk_idx, is_fresh = None, isinstance(routing, Tensor)
         if isinstance(routing, Tensor):
@@ -221,14 +222,14 @@ class CudaBackend:
         seen = None if call.counters is None else self._counters.begin(stream)
         torch.cuda.nvtx.range_push(_NAMES[call.word.kind])  # type: ignore[no-untyped-call]
         try:
-            fused.dispatch(call, plan, batch, topk_idx, At(stream, room), begins=True, awaits=call.at_once)
+            fused.dispatch(call, plan, batch, topk_idx, At(stream, room, into), begins=True, awaits=call.at_once)
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         if not call.at_once:
             yield _LEFT
             stream = self._streams.enter()
             picks = plan.topk_idx if is_fresh else None
-            fused.dispatch(call, plan, batch, picks, At(stream, room), begins=False, awaits=True)
+            fused.dispatch(call, plan, batch, picks, At(stream, room, into), begins=False, awaits=True)
         if is_fresh:
             self._planner.placed(plan, call.sequence, call.row_count, stream)
         if call.counters is not None and seen is not None:
@@ -236,7 +237,7 @@ class CudaBackend:
         event = None if call.at_once else self._streams.event()
         if call.row_count == "exact" and plan.host_counts is not None:
             plan = yield from self._told(plan)
-        return Outcome(self._arrived(call, plan, batch, None), event)
+        return Outcome(self._arrived(call, plan, batch, into), event)
 
     def _empty(self, plan: DevicePlan, stream: int) -> None:
         """Of a rank with more tokens than the call may have: none of them goes anywhere."""
@@ -375,7 +376,7 @@ class CudaBackend:
         elif not at_once or self.launch.mover == "copy":
             kind.finish(0, stream, room, rank, on.max_polls, memory)
         if kind.expand is not None:
-            where = IN_SLOT if into is None else _where(into)
+            where = IN_SLOT if into is None else where_of(into)
             kind.expand(0, stream, *where, memory, room, num_tokens, rank)
         if call.counters is not None and seen is not None:
             self._counters.end(call.counters, seen, memory, stream)
@@ -682,7 +683,8 @@ class CudaBackend:
             call = Call(0, Word(Kind.DISPATCH, 0), at_once=at_once)
             if self.fused is not None and not batch.unquantized:
                 made = self._planner.blank(1, 0, self._on.arena.extent)
-                at = At(self._streams.enter(), self._on.next_call())
+                into = self._row_maker.rows(1, unquantized=False) if self._is_staged else None
+                at = At(self._streams.enter(), self._on.next_call(), into)
                 for given in (picks, None):
                     self.fused.dispatch(call, made, batch, given, at, begins=True, awaits=at_once)
         into, room = None, self._on.next_call
@@ -755,13 +757,6 @@ def _all_kinds_of(wide: Tensor, spec: Spec) -> list[Tensor | Quantized]:
     data = torch.zeros(1, num_columns, dtype=dtype_of(wire.dtype.itemsize), device=wide.device)
     scale = torch.zeros(1, num_scales, dtype=dtype_of(wire.scale_dtype.itemsize), device=wide.device)
     return [Quantized(data, scale) if num_scales else data]
-
-
-def _where(into: Tensor | Quantized) -> tuple[int, int, int, int]:
-    """Memory that staged rows are expanded into, as their kernel takes it: addresses, words between scales, rows."""
-    if isinstance(into, Tensor):
-        return into.data_ptr(), 0, 0, into.shape[0]
-    return into.data.data_ptr(), into.scale.data_ptr(), into.scale.stride(1), into.data.shape[0]
 
 
 def _raw(extra: Tensor) -> Tensor:

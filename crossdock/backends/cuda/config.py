@@ -296,9 +296,7 @@ def decide(
     >>> print(decide(spec, Topology(num_ranks=8), LaunchOptions(), visible_sms=132))
     LaunchConfig(num_sms=16 to store and 24 to load of 132, expand='sender', mover='kernel', link 450 GB/s, memory 4100 GB/s)
     """  # noqa: E501 - as it is printed
-    is_fused = (
-        spec.max_tokens * spec.num_topk <= _FUSED_PICKS and not spec.is_staged and launch_options.mover == "kernel"
-    )
+    is_fused = spec.max_tokens * spec.num_topk <= _FUSED_PICKS and launch_options.mover == "kernel"
     stores = loads = visible_sms
     if ranks_here == 1 and not is_fused:
         stores, loads = cost.sms_to_store(topology.link_bandwidth), cost.sms_to_load(topology.link_bandwidth)

@@ -23,6 +23,7 @@ from crossdock.backends.cuda.kernels.groups import (
     Came,
     Ends,
     Fused,
+    Own,
     Returned,
     ScalePlaces,
     Shares,
@@ -34,12 +35,11 @@ from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
 from crossdock.backends.cuda.scales import as_kernels_take, dtype_of, places_of
-from crossdock.backends.cuda.sends import SendKinds
+from crossdock.backends.cuda.sends import IN_SLOT, SendKinds, where_of
 from crossdock.consent import Word
-from crossdock.extent import Extent
 from crossdock.kinds import Kinds
 from crossdock.spec import Spec
-from crossdock.wire import Fp8
+from crossdock.wire import Fp8, Quantized
 
 _PATIENCE = 32
 """Polls, some 10 us, after which a call that is only started leaves its rows to ``wait()``."""
@@ -47,15 +47,15 @@ _BEGINS, _AWAITS, _TELLS, _WEIGHTS, _METADATA = (
     step.value for step in (shares.BEGINS, shares.AWAITS, shares.TELLS, shares.HAS_WEIGHTS, shares.METADATA)
 )
 _TOO_MANY_SHIFT = shares.TOO_MANY_SHIFT.value
-IN_SLOT = (0, 0, 0, 0)
-"""Where staged rows are expanded to, as their kernel takes it: to their places in the slot."""
 
 
 class At(NamedTuple):
-    """Where a call's kernels run, and the room for what they keep of it."""
+    """Where a call's kernels run, the room for what they keep of it, and what staged rows are expanded into."""
 
     stream: int
     room: Tensor
+    into: Tensor | Quantized | None = None
+    """None: into the slot."""
 
 
 class _Rows(NamedTuple):
@@ -81,6 +81,7 @@ class FusedCalls:
         self._send_kinds = send_kinds
         self._on = on = launcher.state
         self._spec = spec = on.arena.spec
+        self._is_staged = spec.is_staged
         self._planner = planner
         self._cast = _cast_rows(spec, spec.wire, on.device) if isinstance(spec.wire, Fp8) else None
         per_pick = (spec.max_tokens, spec.num_topk)
@@ -138,10 +139,12 @@ class FusedCalls:
             None if weights is None else weights.data_ptr() & 15,
             call.num_sms,
             plan.extent.max_tokens,
+            self._is_staged and call.row_count,
         )
         kind = self._dispatches.get(key)
         if kind is None:
-            made = self._bind_dispatch(batch, data, scale, self._config(call), plan.extent, cached=topk_idx is None)
+            own = self._on.own_of(plan.extent, call.row_count)
+            made = self._bind_dispatch(batch, data, scale, self._config(call), own, cached=topk_idx is None)
             kind = self._dispatches.keep(key, made)
         steps = begins * _BEGINS | awaits * _AWAITS | (call.row_count == "exact") * _TELLS
         steps |= plan.too_many << _TOO_MANY_SHIFT
@@ -165,7 +168,8 @@ class FusedCalls:
             steps if weights is None else steps | _WEIGHTS,
         )
         if awaits and kind.expand is not None:
-            kind.expand(0, at.stream, *IN_SLOT, plan.memory, at.room, num_tokens, self._on.rank)
+            where = IN_SLOT if at.into is None else where_of(at.into)
+            kind.expand(0, at.stream, *where, plan.memory, at.room, num_tokens, self._on.rank)
 
     def begin_combine(self, word: Word, at: At) -> None:
         """This rank's word for a combine that another kernel goes on with."""
@@ -244,11 +248,10 @@ class FusedCalls:
         return self._launcher.config.using(call.num_sms)
 
     def _bind_dispatch(
-        self, batch: Batch, data: Tensor, scale: Tensor | None, config: LaunchConfig, extent: Extent, *, cached: bool
+        self, batch: Batch, data: Tensor, scale: Tensor | None, config: LaunchConfig, own: Own, *, cached: bool
     ) -> FusedDispatch:
         """The kernels of dispatches of tensors of these kinds."""
         on, spec, wire, layout = self._on, self._spec, self._spec.wire, self._on.arena.scales
-        own = on.own_of(extent, "capacity")
         sent = self._send_kinds.sent_of(batch, config, own)
         size, row_bytes = data.element_size(), wire.data_bytes(spec.hidden)
         is_cast = isinstance(wire, Fp8) and scale is None

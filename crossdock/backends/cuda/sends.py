@@ -93,6 +93,17 @@ class Sent(NamedTuple):
     """What kernels are given for calls of the dispatch's M."""
 
 
+IN_SLOT = (0, 0, 0, 0)
+"""Where staged rows are expanded to, as their kernel takes it: to their places in the slot."""
+
+
+def where_of(into: Tensor | Quantized) -> tuple[int, int, int, int]:
+    """The same of memory that they are expanded into: addresses, words between scales, rows."""
+    if isinstance(into, Tensor):
+        return into.data_ptr(), 0, 0, into.shape[0]
+    return into.data.data_ptr(), into.scale.data_ptr(), into.scale.stride(1), into.data.shape[0]
+
+
 class SendKinds:
     """Makes the kinds of a buffer's dispatches."""
 
