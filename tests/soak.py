@@ -5,7 +5,7 @@ value: it is drawn first, printed if a result is wrong, and repeated by ``--only
 
 ``--device cuda`` runs the same rounds on GPUs. Inputs are then also written late on the caller's stream, and
 ``buffer.check()`` raises the errors of calls without a host sync. ``--device interpreted`` runs them without a GPU, on
-the CUDA backend in Triton's interpreter, at a few rounds per second.
+the CUDA backend in Triton's interpreter, at a few rounds per second; in some rounds programs of a rank begin late.
 
 ``--grid 2x2`` plays them over nodes that share no memory: with ``--threads`` messages between them are late at random,
 else they travel through torch.distributed, or with ``--rail nixl`` through NIXL. Whoever a failure names must then be a
@@ -210,6 +210,7 @@ class Player:
 
     def __init__(self, group: Any, options: argparse.Namespace, device: torch.device) -> None:
         self._has_kernels, make_buffer = options.device != "cpu", Buffer
+        self._is_interpreted = options.device == "interpreted"
         self._grid: Grid | None = options.grid
         self.specs = make_specs(options.ranks)
         if self._grid is not None:
@@ -251,7 +252,8 @@ class Player:
         if self._has_processes and self._naps.random() < 0.2:
             torch.set_default_dtype(DTYPES[self._naps.integers(len(DTYPES))])
         try:
-            self._play(rng, spec, batch)
+            with self._late_programs(number):
+                self._play(rng, spec, batch)
         finally:
             torch.set_default_dtype(torch.float32)
         if self._has_processes and self._naps.random() < 0.001:
@@ -266,6 +268,15 @@ class Player:
             connection.check()
             connection.release()
             connection.reacquire()
+
+    def _late_programs(self, number: int) -> contextlib.AbstractContextManager[Any]:
+        """In the interpreter, in every fifth round or so, room for few of one rank's programs at a time."""
+        rng = np.random.default_rng([self._seed, number, 2])
+        if not self._is_interpreted or rng.random() >= 0.2 or rng.integers(self.num_ranks) != self.rank:
+            return contextlib.nullcontext()
+        from tests.late_programs import late_programs  # noqa: PLC0415 - beside Triton
+
+        return late_programs(room=int(rng.integers(1, 4)), seed=number)
 
     def _batch(self, rng: np.random.Generator, spec: Spec) -> Batch:
         return Batch(rng, spec, self.num_ranks, None if self._grid is None else self._grid.local)
@@ -706,7 +717,8 @@ def _buffer_options(options: argparse.Namespace, device: torch.device, spec: Spe
     )
     expand = (options.expand or ("sender", "receiver")[number % 2]) if may_expand else None
     engine = options.mover if not spec.layout.per_pick else "kernel"
-    return timeout | {"device": device, "num_sms": options.num_sms, "expand": expand, "mover": engine}
+    fused = {"is_fused": not options.several_kernels} if options.device == "interpreted" else {}
+    return timeout | fused | {"device": device, "num_sms": options.num_sms, "expand": expand, "mover": engine}
 
 
 def _is_apart(number: int) -> bool:
@@ -868,6 +880,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-sms", type=int, help="on CUDA, of every buffer; calls choose others at times")
     parser.add_argument("--same-sms", action="store_true", help="on CUDA: calls choose no others; less to compile")
     parser.add_argument("--expand", choices=["sender", "receiver"], help="on CUDA; else every other buffer has either")
+    parser.add_argument("--several-kernels", action="store_true", help="interpreted: as calls of more tokens")
     parser.add_argument("--mover", choices=["kernel", "copy"], default="kernel", help="on CUDA")
     parser.add_argument("--only", type=int, help="play this round alone")
     parser.add_argument("--first", type=int, default=0, help="the first round, to see what led to a later one")
