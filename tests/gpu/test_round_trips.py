@@ -97,7 +97,7 @@ def move_many(group, cases):
 @once_each_dense
 def test_many_tokens_whatever_sms_each_rank_gives_to_each_call(world, layout, reduce):
     num_experts = {4: 16, 8: 384}[world.num_ranks]
-    spec = spec_of(layout, reduce, num_experts=num_experts, max_tokens=300)
+    spec = spec_of(layout, reduce, num_experts=num_experts, max_tokens=1100)  # of several kernels
     cases = [make_case(spec, [300 - 7 * r for r in range(world.num_ranks)], seed=seed) for seed in range(2)]
     cases.append(make_case(spec, [300] * world.num_ranks, picks="one"))
     got = world.run(move_many, cases)
