@@ -7,6 +7,7 @@ import errno
 import math
 import mmap
 import os
+import resource
 import shutil
 import tempfile
 import weakref
@@ -125,7 +126,13 @@ def remedy(error: OSError, otherwise: str) -> str:
 
 
 def no_room(folder: Path, num_bytes: int) -> str:
-    """What to do where a file system has no room for a segment."""
+    """What to do where there is no room for a segment: in a file system, or by a limit of this process."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if 0 <= most < num_bytes:  # RLIM_INFINITY is negative
+        return (
+            f"a segment of {num_bytes:,} bytes is a larger file than the {most:,} that this process may make; raise "
+            f"that limit (ulimit -f), or pass a smaller max_tokens or capacity="
+        )
     return (
         f"{folder} has no room for a segment of {num_bytes:,} bytes (its size is {shutil.disk_usage(folder).total:,}, "
         f"and every rank of this host needs a segment); give it more (docker run --shm-size=8g, or mount -o "

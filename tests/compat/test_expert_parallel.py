@@ -120,6 +120,8 @@ def fresh(group, kind, expands, asks_host, alignment):
     assert torch.equal(out_weights, 2 * want if expands else want)
     buffer.destroy()
     buffer.destroy()
+    with pytest.raises(ConfigError, match="the buffer was destroyed; make a new one"):
+        buffer.combine(y, handle)
 
 
 def check_tables(batch, buffer, handle, expands, asks_host, alignment, rows):

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -282,6 +283,23 @@ def test_a_memory_file_system_without_room_is_an_error_on_all_ranks(world, num_s
         for text in (str(tmp_path), "has no room", "--shm-size", "CROSSDOCK_SHM_DIR", "max_tokens"):
             assert text in str(error)
     assert world.run(in_folder, "/dev/shm") == [[]] * world.num_ranks
+
+
+def limited(group, num_bytes):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        return in_folder(group, "/dev/shm")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.worlds("processes-2")
+def test_a_limit_of_file_sizes_is_told_as_that(world):
+    for error in world.outcomes(limited, segment_bytes(2) - 1):
+        assert type(error) is TransportError
+        assert "larger file than" in str(error)
+        assert "(ulimit -f)" in str(error)
 
 
 @pytest.mark.worlds("processes-2")

@@ -26,6 +26,7 @@ from crossdock.spec import Spec
 from crossdock.untraced import apart, get_eval_frame_callback, untraced
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
+_DESTROYED = "the buffer was destroyed; make a new one"
 _MAX_EXPERTS = 1024
 """Experts that a connection is made for at first."""
 _FIRST_TOKENS = 128
@@ -269,7 +270,7 @@ class Engine:
     def check_open(self) -> None:
         """Raises ConfigError once it has been destroyed."""
         if self.is_closed:
-            raise ConfigError("the buffer was destroyed; make a new one")
+            raise ConfigError(_DESTROYED)
 
     def give_up(self, error: Exception) -> None:
         """Tells the other ranks that this one does not make a call, unless they know it from the call itself."""
@@ -282,6 +283,7 @@ class Engine:
             self.is_closed = True
             for connection in (*self._connections.values(), *self._outgrown):
                 connection.close()
+                connection.refusal = _DESTROYED
 
 
 def plain(tensor: Tensor) -> Tensor:
