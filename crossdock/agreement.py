@@ -38,9 +38,10 @@ def agree(members: Group, look: Callable[[], Mapping[str, object]], spec: Spec |
         options = look()
     except Exception as error:  # noqa: BLE001 - of arguments that nobody has thought of, too
         own, problem = error, str(error) if isinstance(error, CrossdockError) else f"{type(error).__name__}: {error}"
-    gathered = members.all_gather((__version__, problem, secrets.randbits(63)))
-    first_version, _, number = gathered[0]
-    for rank, (version, theirs, _) in enumerate(gathered):
+    gathered = members.all_gather((members.rank, __version__, problem, secrets.randbits(63)))
+    _check_by_rank(members, gathered)
+    _, first_version, _, number = gathered[0]
+    for rank, (_, version, theirs, _) in enumerate(gathered):
         if theirs is not None:
             raise ConfigError(f"rank {rank}: {theirs}") from own
         if version != first_version:
@@ -92,3 +93,13 @@ def agree_on_masked(consent: Consent, transport: Transport, wanted: Iterable[int
     if (error := find_disagreement(heard)) is not None:
         raise error
     return Outcome(None)
+
+
+def _check_by_rank(members: Group, gathered: object) -> None:
+    """Raises ConfigError unless that is everybody's value, which begins with who gave it: a group may be any object."""
+    ranks = [given[0] for given in gathered] if isinstance(gathered, (list, tuple)) else type(gathered).__name__
+    if ranks != list(range(members.size)):
+        raise ConfigError(
+            f"all_gather of the group, a {type(members).__name__}, gave the values of ranks {ranks}; give a list of "
+            f"every rank's, 0 to {members.size - 1} in order (crossdock.Group)"
+        )

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import silu
 
 from crossdock.errors import ConfigError
+from crossdock.fields import is_integer
 from crossdock.nn.grouped import grouped_mm, pack, real_rows, unpack
 
 
@@ -47,8 +48,8 @@ class GroupedExperts(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_experts", num_experts), ("hidden", hidden), ("intermediate", intermediate)):
-            if value < 1:
-                raise ConfigError(f"{name}={value}; pass a positive number")
+            if not is_integer(value, least=1):
+                raise ConfigError(f"{name}={value!r}; pass a positive integer")
         self.hidden = hidden
         self.w1 = nn.Parameter(torch.empty(num_experts, intermediate, hidden, dtype=dtype, device=device))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden, intermediate, dtype=dtype, device=device))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from crossdock.errors import ConfigError
+from crossdock.fields import is_integer
 from crossdock.routing import Routing, group_limited_topk, softmax_topk
 
 Score = Literal["softmax", "sigmoid"]
@@ -70,6 +71,9 @@ class Gate(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("hidden", hidden), ("num_experts", num_experts), ("num_topk", num_topk)):
+            if not is_integer(value, least=1):
+                raise ConfigError(f"{name}={value!r}; pass a positive integer")
         if score not in ("softmax", "sigmoid"):
             raise ConfigError(f"score={score!r}; pass 'softmax' or 'sigmoid'")
         if score == "softmax" and (num_groups, num_topk_groups) != (1, 1):

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from crossdock.consent import Mailbox
 from crossdock.errors import ConfigError, CrossdockError, TransportError
+from crossdock.fields import is_integer
 
 Value = TypeVar("Value")
 
@@ -108,7 +109,7 @@ def group_of(given: dist.ProcessGroup | DeviceMesh | Group | None) -> Group:
         )
     rank: object = given.rank
     size: object = given.size
-    if not isinstance(rank, int) or not isinstance(size, int) or not 0 <= rank < size:
+    if not is_integer(rank, least=0) or not is_integer(size, least=1) or given.rank >= given.size:
         raise ConfigError(
             f"the group, a {type(given).__name__}, has rank={rank!r} and size={size!r}; give it integers, the rank "
             f"from 0 to size - 1 (crossdock.Group)"

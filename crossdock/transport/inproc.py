@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossdock.arena import Control
 from crossdock.errors import ConfigError, PeerFailed, TransportError
+from crossdock.fields import is_integer
 from crossdock.transport.base import NodeGroup, raise_on_all
 from crossdock.transport.device import DeviceTransport
 from crossdock.transport.host import HostTransport
@@ -66,8 +67,8 @@ class ThreadGroup:
     @staticmethod
     def world(num_ranks: int, *, timeout_s: float = 100) -> list[ThreadGroup]:
         """The groups of ``num_ranks`` threads, one for each."""
-        if num_ranks < 1:
-            raise ConfigError(f"num_ranks={num_ranks}; pass a positive number of threads")
+        if not is_integer(num_ranks, least=1):
+            raise ConfigError(f"num_ranks={num_ranks!r}; pass a positive number of threads")
         meeting = _Meeting(num_ranks, timeout_s)
         return [ThreadGroup(rank, meeting) for rank in range(num_ranks)]
 
@@ -166,8 +167,9 @@ def run_local(program: Callable[[ThreadGroup], Result], num_ranks: int) -> list[
         finally:
             group.go()
 
+    groups = ThreadGroup.world(num_ranks)
     with ThreadPoolExecutor(num_ranks, thread_name_prefix="rank") as pool:
-        futures = [pool.submit(run, group) for group in ThreadGroup.world(num_ranks)]
+        futures = [pool.submit(run, group) for group in groups]
     errors = [error for future in futures if (error := future.exception())]
     if errors:
         raise min(errors, key=lambda error: isinstance(error, TransportError))

@@ -150,7 +150,7 @@ def test_experts_start_within_linear_bounds_and_refuse_nothing_sizes():
     assert experts.w1.abs().max() <= 1 / 4
     assert experts.w2.abs().max() <= 1 / 2
     assert experts.w2.abs().max() > 1 / 4
-    with pytest.raises(ConfigError, match="intermediate=0; pass a positive number"):
+    with pytest.raises(ConfigError, match="intermediate=0; pass a positive integer"):
         GroupedExperts(2, 16, 0)
 
 

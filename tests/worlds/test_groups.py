@@ -170,3 +170,17 @@ def test_what_is_no_group_is_refused(name):
         Buffer(given, SPEC)
     with pytest.raises(ConfigError, match=says):
         group_of(given)
+
+
+@pytest.mark.parametrize(
+    ("all_gather", "says"),
+    [
+        (lambda value: [value], r"ranks \[0\]; give a list of every rank's, 0 to 1 in order"),
+        (lambda value: [value, value], r"ranks \[0, 0\]"),
+        (lambda value: [(1, *value[1:]), value], r"ranks \[1, 0\]"),
+        (iter, "ranks tuple_iterator"),
+    ],
+)
+def test_a_group_that_gathers_otherwise_is_refused(all_gather, says):
+    with pytest.raises(ConfigError, match=f"all_gather of the group, a Made, gave the values of {says}"):
+        Buffer(Made(rank=0, size=2, all_gather=all_gather), SPEC)

@@ -25,6 +25,7 @@ from crossdock import (
     Spec,
     ThreadGroup,
     TransportError,
+    run_local,
 )
 from tests import oracle
 from tests.cases import check_received, make_case, observed, same_bits
@@ -91,8 +92,9 @@ def test_what_cannot_be_is_refused_on_every_rank(world, spec, kwargs, says):
 def test_the_default_group_must_exist():
     with pytest.raises(ConfigError, match=r"init_process_group first, or use crossdock\.run_local"):
         Buffer(None, SPEC)
-    with pytest.raises(ConfigError, match="num_ranks=0; pass a positive number of threads"):
-        ThreadGroup.world(0)
+    for num_ranks in (0, "2"):
+        with pytest.raises(ConfigError, match=f"num_ranks={num_ranks!r}; pass a positive number of threads"):
+            run_local(rank_of, num_ranks)
 
 
 def use_default_group(_, case):
