@@ -231,6 +231,11 @@ def test_an_empty_folder_and_none_are_refused(tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert main(["trace", str(tmp_path), "--", "no-such-program"]) == 2
     assert "no-such-program cannot be run" in capsys.readouterr().err
+    assert main(["trace", str(tmp_path), "--between", "2", "1"]) == 2
+    assert "--between 2 1 is no time; pass FROM, 0 or more, and a larger TO" in capsys.readouterr().err
+    (tmp_path / "crossdock-rank7-1-0.jsonl").write_text('{"is": "call"}\n3\n')
+    assert main(["trace", str(tmp_path)]) == 2
+    assert "its first line does not say whose; take it out of the folder" in capsys.readouterr().err
 
 
 def test_waits_are_charged_to_the_last(tmp_path):

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     check_extras("trace")
     from crossdock.cli.trace import report  # noqa: PLC0415 - it imports rich, plotly and jinja2, which are extras
 
+    if args.between is not None and not 0 <= args.between[0] < args.between[1]:
+        raise ConfigError("--between {:g} {:g} is no time; pass FROM, 0 or more, and a larger TO".format(*args.between))
     folder, command = args.folder, args.behind
     code = _run_traced(folder, command) if command else 0
     try:

@@ -17,6 +17,8 @@ Line = dict[str, Any]
 CallName = tuple[int, int]
 SCALE_UP, SCALE_OUT = "scale_up", "scale_out"
 HOPS = (SCALE_UP, SCALE_OUT)
+_HEADER = frozenset({"rank", "pid", "host", "clock", "buffer", "ranks", "met"})
+"""What the first line of a part says at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,21 +154,37 @@ def aligned(parts: Sequence[Part]) -> list[Part]:
 
 
 def _read_part(path: Path) -> Part | None:
-    """A file, up to a line that was not written to its end; None if not even the first was."""
+    """A file, up to a line that was not written to its end; None if not even the first was.
+
+    Raises:
+        ConfigError: it cannot be read, or is no part of a trace.
+    """
     lines: list[Line] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                if (line := _parsed(text)) is None:
+                    break
+                lines.append(line)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); take it out of the folder") from error
     if not lines:
         return None
+    if not (lines[0].keys() >= _HEADER and isinstance(lines[0]["ranks"], list)):
+        raise ConfigError(f"{path} is no part of a trace: its first line does not say whose; take it out of the folder")
     for line in lines:
         for name in ("came", "words", "put", "landed"):  # JSON has no numbers as keys
             if name in line:
                 line[name] = {int(peer): t for peer, t in line[name].items()}
     return Part(path=path, header=lines[0], lines=lines[1:])
+
+
+def _parsed(text: str) -> Line | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def _last_run(parts: Sequence[Part]) -> list[Part]:
