@@ -13,7 +13,7 @@ TRACE = "CROSSDOCK_TRACE"
 
 def shm_dir() -> Path:
     """Directory of the ranks' segments, on a memory file system: ``CROSSDOCK_SHM_DIR``, or ``/dev/shm``."""
-    return Path(os.environ.get("CROSSDOCK_SHM_DIR", "/dev/shm"))
+    return Path(os.environ.get("CROSSDOCK_SHM_DIR") or "/dev/shm")
 
 
 def trace_folder() -> str | None:

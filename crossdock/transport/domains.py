@@ -13,7 +13,7 @@ from crossdock.masks import listed
 from crossdock.spec import Topology
 from crossdock.transport.base import Group, raise_on_all
 from crossdock.transport.inproc import ThreadGroup
-from crossdock.transport.segments import TOO_MANY, remedy
+from crossdock.transport.segments import TOO_MANY, remedy, unlink
 
 
 def find(group: Group) -> Topology:
@@ -70,7 +70,7 @@ def _seen_by(group: Group) -> list[int]:
                     problem = f"cannot open {theirs} ({error.strerror}); {remedy(error, '')}"
         raise_on_all(group, problem, TransportError)  # also: nobody unlinks before everybody has read
     finally:
-        path.unlink(missing_ok=True)
+        unlink(path)
     return seen
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from crossdock.errors import TransportError
 from crossdock.transport.base import Group, raise_on_all
-from crossdock.transport.segments import remedy
+from crossdock.transport.segments import remedy, unlink
 
 
 class Presence:
@@ -44,7 +44,7 @@ class Presence:
             self.close()
             raise
         finally:
-            path.unlink(missing_ok=True)
+            unlink(path)
 
     def is_alive(self, rank: int) -> bool:
         """False when the rank's process has ended; True also for a rank whose file could not be opened."""

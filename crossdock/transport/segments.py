@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,6 +140,12 @@ def no_room(folder: Path, num_bytes: int) -> str:
         f"remount,size=8g {folder}), set CROSSDOCK_SHM_DIR to a larger memory file system, or pass a smaller "
         f"max_tokens or capacity="
     )
+
+
+def unlink(path: Path) -> None:
+    """Takes the name of a file away, if it is there: what kept it from being made is told by who tried."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def allocate(fd: int, num_bytes: int) -> None:

@@ -11,7 +11,7 @@ from crossdock.errors import NotSupported, TransportError
 from crossdock.transport.base import Group, NodeGroup, raise_on_all
 from crossdock.transport.host import HostTransport
 from crossdock.transport.presence import is_unlocked, lock
-from crossdock.transport.segments import NO_ROOM, Segments, close_all, no_room, remedy
+from crossdock.transport.segments import NO_ROOM, Segments, close_all, no_room, remedy, unlink
 from crossdock.transport.segments import allocate as take
 
 
@@ -61,7 +61,7 @@ def connect(group: Group, control: Control, num_bytes: int, *, name: str, row_by
         close_all(fds)
         raise
     finally:
-        path.unlink(missing_ok=True)
+        unlink(path)
     return HostTransport(
         segments,
         control,

@@ -24,6 +24,7 @@ from crossdock.errors import NotSupported, TransportError
 from crossdock.transport.base import Group, ProcessGroup, raise_on_all
 from crossdock.transport.device import DeviceTransport
 from crossdock.transport.presence import Presence
+from crossdock.transport.segments import unlink
 
 _c10d: Any = _distributed_c10d
 """What torch's own Python makes process groups of, in all versions; their types have changed."""
@@ -103,7 +104,7 @@ def _map(group: Group, num_bytes: int, device: torch.device, name: str) -> list[
     try:
         raise_on_all(group, problem, NotSupported)
     finally:
-        store_path.unlink(missing_ok=True)  # everybody has read it by now
+        unlink(store_path)  # everybody has read it by now
     return views
 
 

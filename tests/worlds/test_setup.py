@@ -175,15 +175,18 @@ def make_in_folder(group, folder, last):
 
 @pytest.mark.worlds("processes-2")
 def test_segments_may_lie_in_several_folders(world, tmp_path):
-    assert world.run(make_in_folder, str(tmp_path), 1) == [0, 0]
+    for folder in (str(tmp_path), ""):  # none is the default, and no working directory
+        assert world.run(make_in_folder, folder, 1) == [0, 0]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.worlds("processes-2")
 def test_a_rank_without_room_for_its_segment_is_known_to_all(world, tmp_path):
-    for error in world.outcomes(make_in_folder, str(tmp_path / "nowhere"), 1):
-        assert isinstance(error, TransportError)
-        assert re.match(r"rank 1: cannot create its segment .*nowhere.*set CROSSDOCK_SHM_DIR", str(error))
+    (tmp_path / "file").touch()
+    for folder in ("nowhere", "file"):
+        for error in world.outcomes(make_in_folder, str(tmp_path / folder), 1):
+            assert isinstance(error, TransportError)
+            assert re.match(rf"rank 1: cannot create its segment .*{folder}.*set CROSSDOCK_SHM_DIR", str(error))
 
 
 def leave_early(group, first):

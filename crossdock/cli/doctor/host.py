@@ -22,6 +22,7 @@ from crossdock.cli.doctor.facts import Fact, Section
 from crossdock.spec import Topology
 from crossdock.transport import shm
 from crossdock.transport.host import missing_atomics
+from crossdock.transport.segments import unlink
 
 _DEMO_RANKS, _DEMO_SEQUENCES = 4, 4
 _FILES_PER_PEER = 4
@@ -113,7 +114,7 @@ def _shm() -> Fact:
     try:
         problem = shm.allocate(path, num_bytes, fds)
     finally:
-        path.unlink(missing_ok=True)
+        unlink(path)
         for fd in fds:
             os.close(fd)
     try:
