@@ -250,6 +250,26 @@ def test_masks_are_asked_for(world):
     world.run(masks)
 
 
+def sizes_that_differ(group):
+    """In the first call, which has to have memory made; the next one is alike on all ranks, and works."""
+    batch, buffer = make(group)
+    r = buffer.rank
+    x, idx = batch.x[r], batch.topk_idx[r]
+    for most in (M + r, M):
+        try:
+            buffer.low_latency_dispatch(x, idx, most, batch.num_experts, use_fp8=False)
+        except ConfigError as error:
+            assert "pass the same sizes, dtypes and options" in str(error)  # noqa: PT017 - the call after it works
+            assert most == M + r
+        else:
+            assert most == M
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_sizes_that_differ_are_an_error_on_all(world):
+    world.run(sizes_that_differ)
+
+
 def one_leaves(group):
     """The last rank is gone: the others mask it together, its experts get nothing, and a mask is for good."""
     batch, buffer = make(group, enable_shrink=True, explicitly_destroy=True)

@@ -186,6 +186,10 @@ class Engine:
             connection.reserve(num_bytes)
         except NotSupported:
             return self._connect(connection.device, num_bytes, connection.control.max_experts)
+        except ConfigError as error:
+            raise ConfigError(
+                f"this call needs more memory, and ranks differ: pass the same sizes, dtypes and options ({error})"
+            ) from error
         return connection
 
     def _connect(self, device: torch.device, num_bytes: int, max_experts: int) -> Connection:
