@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack as _num_dispatch_modes
+from torch._C._functorch import peek_interpreter_stack as _top_transform
+from torch.autograd import forward_ad
 
 from crossdock.consent import Word
-from crossdock.direct import is_transformed
 from crossdock.plan import Plan
 from crossdock.wire import Quantized
 
@@ -69,25 +70,25 @@ def key_of(options: Key, tensors: Sequence[Any]) -> Key | None:
         options: hashable, the verb first.
         tensors: tensors, ``Quantized``, plans, or None.
     """
-    if _num_dispatch_modes() or is_transformed():
+    if _num_dispatch_modes() or _top_transform() is not None or forward_ad._current_level >= 0:  # noqa: SLF001 - see direct
         return None
     parts: list[Hashable] = [options]
     for given in tensors:
         if given.__class__ is Tensor:
-            if given.is_neg() or given.is_conj() or (given.requires_grad and torch.is_grad_enabled()):
+            if given.is_neg() or given.dtype.is_complex or (given.requires_grad and torch.is_grad_enabled()):
                 return None
             try:
-                parts.append((given.dtype, given.device, given.shape[1:], given.stride(), given.data_ptr() & 15))
+                parts += ((given.dtype, given.device, given.shape[1:], given.stride(), given.data_ptr() & 15),)
             except RuntimeError:  # sparse, nested, batched: there is no such memory
                 return None
         elif given is None:
-            parts.append((None,))
+            parts += (None,)
         elif given.__class__ is Quantized:
             if (part := key_of((), given)) is None:
                 return None
-            parts.append(part)
+            parts += (part,)
         elif isinstance(given, Plan):
-            parts.append((Plan,))
+            parts += (Plan,)
         else:
             return None
     return tuple(parts)
