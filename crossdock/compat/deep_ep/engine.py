@@ -187,6 +187,8 @@ class Engine:
         except NotSupported:
             return self._connect(connection.device, num_bytes, connection.control.max_experts)
         except ConfigError as error:
+            if connection.masked:  # which it says itself
+                raise
             raise ConfigError(
                 f"this call needs more memory, and ranks differ: pass the same sizes, dtypes and options ({error})"
             ) from error

@@ -25,7 +25,6 @@ from crossdock.received import Received
 from crossdock.spec import Spec
 from crossdock.wire import Bf16, Fp8, Quantized
 
-_VALUES_PER_SCALE = 128
 Hook = Callable[[], None]
 Handle = tuple[Tensor, Tensor, int, int, int]
 """src_info int32 [L, R * M], layout_range int64 [L, R] of begin << 32 | count, M, hidden, E."""
@@ -112,9 +111,9 @@ class LowLatency:
         sizes = num_experts, topk_idx.shape[1], hidden, num_max_dispatch_tokens_per_rank
         if num_max_dispatch_tokens_per_rank < 1:
             raise ConfigError(f"num_max_dispatch_tokens_per_rank={sizes[3]}; pass the most tokens that a rank brings")
-        if use_fp8 and hidden % _VALUES_PER_SCALE:
+        if use_fp8 and hidden % Fp8.block:
             raise ConfigError(
-                f"x has hidden={hidden}, which is not divisible by the {_VALUES_PER_SCALE} values of a scale; pass "
+                f"x has hidden={hidden}, which is not divisible by the {Fp8.block} values of a scale; pass "
                 f"use_fp8=False, or pad the rows"
             )
         if num_tokens > num_max_dispatch_tokens_per_rank:
