@@ -45,7 +45,7 @@ def parts_of(num_gpus: int, num_ranks: int, out: str) -> list[Part]:
     sizes = ("--hidden=7168", "--experts=256", "--topk=8")
     bench = (sys.executable, "-m", "crossdock", "bench", "--device=cuda", f"--ranks={num_ranks}", *sizes)
     peers = (sys.executable, "-m", "benchmarks.peers", "--device=cuda", f"--ranks={num_ranks}", *sizes)
-    at_once = ("-n", "5") if importlib.util.find_spec("xdist") else ()
+    at_once = ("-n", str(_num_tests_at_once(num_gpus))) if importlib.util.find_spec("xdist") else ()
 
     def benched(name: str, tokens: int, *arguments: str) -> Part:
         command = (*bench, f"--tokens={tokens}", *arguments, f"--json={out}/bench.jsonl")
@@ -85,6 +85,11 @@ def parts_of(num_gpus: int, num_ranks: int, out: str) -> list[Part]:
         *([benched("bench-4096-copied", 4096, "--reduce=rank", "--mover=copy")] if num_gpus >= num_ranks else []),
         Part(name="rounds-shared", command=(*soak, "--shared", "--rounds=1000000", f"--seconds={_LIMIT_S - 90:.0f}")),
     ]
+
+
+def _num_tests_at_once(num_gpus: int) -> int:
+    """MPS takes 48 processes on a GPU, and a test has eight ranks at most; each compiles kernels on a core of its own."""
+    return max(1, min(48 * num_gpus // 8, (os.cpu_count() or 1) // 3))
 
 
 def play(parts: Sequence[Part], out: Path, *, until_s: float) -> list[str]:
