@@ -52,7 +52,7 @@ class Direct:
             NotSupported: in torch.export.
         """
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():
+            if torch.compiler._is_exporting_flag:  # noqa: SLF001 - up to 2.12 Dynamo takes is_exporting() for True
                 raise NotSupported(
                     "torch.export cannot have a call that ranks make together: its buffer is of this process and no "
                     "part of a program; use torch.compile"
