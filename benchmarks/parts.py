@@ -88,7 +88,7 @@ def parts_of(num_gpus: int, num_ranks: int, out: str) -> list[Part]:
 
 
 def _num_tests_at_once(num_gpus: int) -> int:
-    """MPS takes 48 processes on a GPU, and a test has eight ranks at most; each compiles kernels on a core of its own."""
+    """MPS takes 48 processes on a GPU; a test has eight ranks at most, which compile kernels on cores of their own."""
     return max(1, min(48 * num_gpus // 8, (os.cpu_count() or 1) // 3))
 
 

@@ -147,27 +147,49 @@ def meet(group: Any) -> None:
         dist.barrier(group)
 
 
+_MPS_PROCESSES = 48
+"""That NVIDIA's MPS takes on a GPU, of all tests that run at a time."""
+
+
 class Pools:
-    """Sets of processes, made when first asked for and again when one of them was lost."""
+    """Sets of processes, made when first asked for and again when one of them was lost.
+
+    Of those on GPUs there are no more at a time than MPS takes: what has not been used for the longest time goes.
+    """
 
     def __init__(self) -> None:
         self._pools: dict[tuple[str, int], _Pool] = {}
 
     def outcomes(self, kind: str, num_ranks: int, job: _Job) -> list[Any]:
         key = (kind, num_ranks)
-        if key not in self._pools:
-            self._pools[key] = _Pool(kind, num_ranks)
-        pool = self._pools[key]
+        pool = self._pools.pop(key, None)
+        if pool is None:
+            self._make_room(kind, num_ranks)
+            pool = _Pool(kind, num_ranks)
+        self._pools[key] = pool  # the last one is the one that was used last
         outcomes = pool.run(job)
         if any(isinstance(outcome, WorkerLost) for outcome in outcomes):
             del self._pools[key]
             pool.close()
         return outcomes
 
+    def _make_room(self, kind: str, num_ranks: int) -> None:
+        if not kind.startswith("cuda"):
+            return
+        most = _MPS_PROCESSES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        num_gpus, on_gpus = torch.cuda.device_count(), [key for key in self._pools if key[0].startswith("cuda")]
+        while on_gpus and sum(_num_on_a_gpu(*key, num_gpus) for key in [*on_gpus, (kind, num_ranks)]) > most:
+            self._pools.pop(on_gpus.pop(0)).close()
+
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
         self._pools.clear()
+
+
+def _num_on_a_gpu(kind: str, num_ranks: int, num_gpus: int) -> int:
+    """Processes of a world on each GPU; its threads are one."""
+    return 1 if kind == "cudathreads" else -(-num_ranks // num_gpus)
 
 
 class _Job(NamedTuple):
