@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import faulthandler
 import io
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -75,11 +76,14 @@ class World:
         return World(self.name, self._pools, **self._options | options)
 
     def run(self, program: Program, *args: Any) -> list[Any]:
-        """The results by rank. Raises what the lowest rank raised that failed by itself, not because of a peer."""
+        """The results by rank. Raises what the first rank raised that failed by itself, not because of a peer.
+
+        On a GPU what a call gave is not right either once a peer has failed, and an assertion may find that first.
+        """
         outcomes = self.outcomes(program, *args)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if errors:
-            raise min(errors, key=lambda error: isinstance(error, (PeerFailed, PeerTimeout)))
+            raise min(errors, key=lambda error: (isinstance(error, (PeerFailed, PeerTimeout)), _raised_at(error)))
         return outcomes
 
     def outcomes(self, program: Program, *args: Any) -> list[Any]:
@@ -211,7 +215,16 @@ def _outcome(job: _Job, group: Any) -> _Outcome:
     try:
         return _Outcome(job.program(group, *job.args))
     except BaseException as error:  # noqa: BLE001 - how a rank leaves its program is an outcome too
+        vars(error)[_RAISED_AT] = time.monotonic()
         return _Outcome(error, traceback.format_exc())
+
+
+_RAISED_AT = "raised_at"
+"""When a rank left its program by an error, by a clock that all processes of a machine have."""
+
+
+def _raised_at(error: BaseException) -> float:
+    return float(vars(error).get(_RAISED_AT, math.inf))
 
 
 class _Pool:

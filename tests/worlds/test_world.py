@@ -1,6 +1,7 @@
 """The worlds that the other tests run in."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -50,6 +51,18 @@ def test_raises_a_ranks_own_error_and_keeps_the_others(world):
     assert isinstance(first, crossdock.PeerFailed)
     assert (first.rank, first.reason) == (1, "KeyError: 'mine'")
     assert isinstance(last, KeyError)
+
+
+def fail_after(group, seconds):
+    rank = group.rank() if callable(group.rank) else group.rank
+    time.sleep(seconds[rank])
+    raise AssertionError(f"rank {rank}")
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_raises_what_came_first(world):
+    with pytest.raises(AssertionError, match="rank 1"):
+        world.run(fail_after, (0.3, 0))
 
 
 @pytest.mark.worlds("processes-2")
