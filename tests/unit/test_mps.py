@@ -15,7 +15,7 @@ from crossdock.cli.mps import one_gpu_cluster, share_gpus
 from crossdock.errors import BackendUnavailable, ConfigError
 
 CONTROL = """#!/bin/bash
-echo "$* $CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" >>"$MPS_TEST/calls"
+echo "$* $CUDA_MPS_ACTIVE_THREAD_PERCENTAGE$CUDA_VISIBLE_DEVICES" >>"$MPS_TEST/calls"
 pid="$CUDA_MPS_PIPE_DIRECTORY/nvidia-cuda-mps-control.pid"
 if [[ $1 == -d ]]; then
     [[ -z $MPS_TEST_BROKEN ]] || { echo "no such device"; exit 1; }
@@ -71,6 +71,7 @@ def test_ranks_get_equal_shares(num_ranks, num_gpus, kind, percentage):
 
 def test_ranks_find_the_daemon_and_it_ends(daemon, monkeypatch):
     monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with one_gpu_cluster(num_ranks=8, num_gpus=1) as variables:
         pipes, log = (Path(variables[f"CUDA_MPS_{what}_DIRECTORY"]) for what in ("PIPE", "LOG"))
         assert is_running(daemon)
@@ -84,7 +85,7 @@ def test_ranks_find_the_daemon_and_it_ends(daemon, monkeypatch):
         "TORCH_SYMM_MEM_DISABLE_MULTICAST",
     }
     assert variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "12.5"
-    assert calls(daemon) == ["-d", "", "quit"]  # without a percentage, which would be one for all ranks together
+    assert calls(daemon) == ["-d", "", "quit"]  # no percentage, which all ranks would share, and no GPU, which it would number anew
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from crossdock.cli.mps.sharing import CONTROL, LOG_DIRECTORY, PERCENTAGE, PIPE_DIRECTORY
+from crossdock.cli.mps.sharing import CONTROL, LOG_DIRECTORY, PERCENTAGE, PIPE_DIRECTORY, VISIBLE_DEVICES
 from crossdock.cli.signals import ENDS, ends_raised, handled
 from crossdock.errors import BackendUnavailable, ConfigError
 
 _ANSWER_S = 30.0
+_OF_CLIENTS = (PERCENTAGE, VISIBLE_DEVICES)
+"""Variables for the processes alone: a daemon that is told of GPU 1 makes number 0 of it, and then 1 is none."""
 
 
 @contextmanager
@@ -34,7 +36,7 @@ def mps_daemon() -> Iterator[dict[str, str]]:
     pipes.mkdir()
     log.mkdir()
     variables = {PIPE_DIRECTORY: str(pipes), LOG_DIRECTORY: str(log)}
-    environ = {name: value for name, value in os.environ.items() if name != PERCENTAGE} | variables
+    environ = {name: value for name, value in os.environ.items() if name not in _OF_CLIENTS} | variables
     with ends_raised():
         try:
             _start(environ, folder / "said")

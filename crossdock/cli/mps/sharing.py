@@ -14,6 +14,7 @@ from crossdock.errors import ConfigError
 CONTROL = "nvidia-cuda-mps-control"
 PIPE_DIRECTORY, LOG_DIRECTORY = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 PERCENTAGE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 Kind = Literal["own", "mps", "joined", "turns"]
 _WORDS: dict[Kind, str] = {
