@@ -39,11 +39,16 @@ class _Nothing:
     record = wait = wait_stream = wait_event = synchronize
 
 
-def make_buffer(group: Any, spec: Spec, *, is_fused: bool = True, **options: Any) -> Buffer:
+_NUM_SMS = 2
+"""Of the GPU that ranks seem to share."""
+
+
+def make_buffer(group: Any, spec: Spec, *, is_fused: bool = True, own_sms: int | None = None, **options: Any) -> Buffer:
     """A Buffer of a process of ``tests.world``, on the CUDA backend. Collective.
 
     Args:
         is_fused: whether calls of few tokens are; all of a test are few.
+        own_sms: those of a GPU that each rank seems to have for itself; None: ranks share one.
     """
     os.environ["TRITON_INTERPRET"] = "1"
     without_a_gpu()
@@ -54,7 +59,8 @@ def make_buffer(group: Any, spec: Spec, *, is_fused: bool = True, **options: Any
     from crossdock.backends.cuda import config
 
     few = mock.patch.object(config, "_FUSED_PICKS", config._FUSED_PICKS if is_fused else 0)
-    with few, connecting(launch_options, warms_up=options.pop("warms_up", False)):
+    sms = mock.patch.object(torch.cuda, "get_device_properties", return_value=device_with(own_sms or _NUM_SMS))
+    with few, sms, connecting(launch_options, warms_up=options.pop("warms_up", False), is_alone=own_sms is not None):
         return Buffer(group, spec, **options)
 
 
@@ -67,12 +73,13 @@ def make_connection(group: Any, num_bytes: int, **options: Any) -> Connection:
         return Connection(group, num_bytes, **options)
 
 
-def connecting(launch_options: LaunchOptions, *, warms_up: bool = False) -> Any:
+def connecting(launch_options: LaunchOptions, *, warms_up: bool = False, is_alone: bool = False) -> Any:
     """While connections of processes are on the CUDA backend, over shared memory.
 
     Args:
         warms_up: whether a Buffer does every kind of call on no rows first. There is nothing to compile here, and it
             takes six times as long as a call.
+        is_alone: whether each rank seems to have a GPU of its own.
     """
 
     def connect(
@@ -97,7 +104,7 @@ def connecting(launch_options: LaunchOptions, *, warms_up: bool = False) -> Any:
             control,
             map_segments=map_segments,
             rank=members.rank,
-            ranks_here=members.size,
+            ranks_here=1 if is_alone else members.size,
             is_alive=hosts[0].is_alive,
             close=close,
         )
@@ -207,9 +214,14 @@ def without_a_gpu() -> None:
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: None
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.memory_snapshot = list
-    torch.cuda.get_device_properties = lambda _: mock.Mock(multi_processor_count=2, major=9)
+    torch.cuda.get_device_properties = lambda _: device_with(_NUM_SMS)
     for name in ("empty", "zeros"):
         setattr(torch, name, _unpinned(getattr(torch, name)))
+
+
+def device_with(num_sms: int) -> Any:
+    """What is asked of a device's properties."""
+    return mock.Mock(multi_processor_count=num_sms, major=9)
 
 
 def _unpinned(make: Any) -> Any:

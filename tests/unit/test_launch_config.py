@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="the CUDA backend is written in Triton: pip
 from crossdock import Bf16, Compact, ConfigError, Expanded, Fp8, Fp16, Fp32, Padded, Spec, cost
 from crossdock.backends.base import LaunchOptions
 from crossdock.backends.cuda.config import PROGRAMS_PER_SM, LaunchConfig, _as_few, agreed_topology, decide
+from crossdock.backends.cuda.sends import tiles_of
 from crossdock.spec import Topology
 
 CUDA = torch.device("cuda", 0)
@@ -217,10 +218,41 @@ def check_pieces(shape, row_bytes, *, most_bytes, at_once):
 @pytest.mark.parametrize("row_bytes", ROW_BYTES)
 @pytest.mark.parametrize("is_counted", [False, True])
 def test_few_multiprocessors_get_one_unquantized_program_each(row_bytes, is_counted):
-    shape = decided(num_sms=5).rows(row_bytes, is_counted=is_counted)
-    assert shape.programs == 5
-    assert shape.num_warps == 32
-    check_pieces(shape, row_bytes, most_bytes=16384, at_once=65536)
+    """A warp moves a piece of a row by an instruction, eight at a time at most, and half of the row in a share."""
+    config = decided(num_sms=5)
+    shape = config.rows(row_bytes, is_counted=is_counted)
+    assert (shape.programs, shape.num_warps, shape.parts, shape.at_once) == (5, 32, 2, 8)
+    assert shape.piece_bytes == min(512, 1 << (row_bytes - 1).bit_length())
+    assert shape.num_rows == min(256, 32 * 512 // shape.piece_bytes)
+    one = config.pieces(row_bytes, is_counted=is_counted)
+    assert (one.programs, one.num_warps, one.num_rows) == (5, 32, 1)
+    assert one.piece_bytes == min(16384, 1 << (row_bytes - 1).bit_length())
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_sms", "own"),
+    [(2, 1, 0), (2, 2, 1), (2, 16, 8), (2, 24, 11), (2, 48, 11), (8, 16, 2), (8, 4, 1), (64, 16, 1), (1, 16, 0)],
+)
+def test_some_programs_copy_what_stays_here_and_are_not_last(num_ranks, num_sms, own):
+    config = decided(topology=Topology(num_ranks=num_ranks), num_sms=num_sms)
+    assert config.rows(14336, is_counted=True).own_programs == own
+    assert decided(topology=Topology(num_ranks=num_ranks), num_sms=num_sms, ranks_here=2).rows(
+        14336, is_counted=True
+    ).own_programs == 0  # fmt: skip
+
+
+@pytest.mark.parametrize("row_bytes", ROW_BYTES)
+@pytest.mark.parametrize("word_bytes", [1, 2, 8])
+@pytest.mark.parametrize("num_sms", [5, 132])
+def test_tiles_have_every_word_of_a_row_once(row_bytes, word_bytes, num_sms):
+    config = decided(num_sms=num_sms)
+    shapes = [config.rows(row_bytes, is_counted=True), config.pieces(row_bytes, is_counted=False)]
+    for shape in (*shapes, config.sums(row_bytes, 8), config.sums(row_bytes, 3)):
+        tiles, num_words = tiles_of(shape, row_bytes, word_bytes), max(1, row_bytes // word_bytes)
+        assert num_words <= tiles.PARTS * tiles.PIECES * tiles.PIECE
+        assert num_words + (tiles.PARTS - 1) * tiles.PIECE > (tiles.PARTS * tiles.PIECES - 1) * tiles.PIECE
+        assert 1 <= tiles.AT_ONCE <= min(tiles.PIECES, 8)
+        assert -(-tiles.PIECES // tiles.AT_ONCE) * (tiles.AT_ONCE - 1) < tiles.PIECES
 
 
 @pytest.mark.parametrize("row_bytes", ROW_BYTES)
@@ -244,9 +276,8 @@ def test_sums_of_more_rows_get_wider_programs(row_bytes):
     capped = decided(num_sms=5)
     for num_rows in (1, 2, 5, 64):
         shape, rows = capped.sums(row_bytes, num_rows), capped.rows(row_bytes, is_counted=True)
-        assert replace(shape, num_rows=rows.num_rows) == rows
-        assert 1 <= shape.num_rows <= rows.num_rows
-        assert shape.num_rows == 1 or shape.num_rows * num_rows * shape.piece_bytes <= 131072
+        assert replace(shape, at_once=rows.at_once, own_programs=rows.own_programs) == rows
+        assert shape.at_once == max(1, 8 // num_rows)
 
 
 def test_it_is_a_value():

@@ -159,6 +159,18 @@ def test_sums_every_row_in_its_order_by_several_kernels(world, layout, reduce):
     combine.check_each(world.opening(is_fused=False), loads(spec_of(layout, reduce=reduce), 2)[1:2])
 
 
+@two_ranks
+@pytest.mark.parametrize("num_sms", [1, 3])
+@reduces
+@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=repr)
+def test_ranks_with_gpus_of_their_own_leave_sms_free(world, layout, reduce, num_sms):
+    """Programs share out whole rows; where there are three, some store here and the others there."""
+    opened = world.opening(is_fused=False, own_sms=4, num_sms=num_sms)
+    case = loads(spec_of(layout, reduce=reduce), 2)[1]
+    dispatch.check_each(opened, [case])
+    combine.check_each(opened, [case])
+
+
 @pytest.mark.worlds("interpreted-3")
 @reduces
 @layouts

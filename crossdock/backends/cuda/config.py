@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -11,8 +12,12 @@ from crossdock.backends.base import LaunchOptions
 from crossdock.spec import Spec, Topology
 
 _MOST_ROWS = 32
-_LOADED_BYTES = 131072
-"""Of rows to be summed that a program of 32 warps has on their way at a time; there are no registers for more."""
+_WARP_BYTES = 512
+"""That a warp moves by one instruction."""
+_COPIED_BY_SM = 44e9
+"""Bytes per second that a SM copies within its GPU while others store over a link: eight copied 59 MB in 165 us."""
+_AT_ONCE = 8
+"""Such pieces that each warp of a program that fills a SM has on their way; there are no registers for more."""
 _SRC_CELLS = 16384
 """Rows times blocks of rows that a program compares."""
 _COUNTS = 4096
@@ -47,9 +52,15 @@ class Shape:
     piece_bytes: int
     num_warps: int
     programs: int | None
-    """None: one for each piece."""
+    """None: one for each share."""
     num_rows: int = 1
-    """Rows of which a copy moves a piece at a time."""
+    """Rows of which a program moves a piece at a time."""
+    parts: int | None = None
+    """In which a row is shared out, each of neighbouring pieces; None: each piece is one."""
+    at_once: int = 1
+    """Pieces of a row that are on their way at a time."""
+    own_programs: int = 0
+    """Programs that store to this rank's own memory, and nothing else; 0: all of them store everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +102,13 @@ class LaunchConfig:
     is_fused: whether calls are one kernel each, on the caller's stream, because their tokens are few; two where rows
         are expanded at the receiver, or outputs are pushed.
     is_crowded: whether more than two ranks share the GPU.
+    crosses_link: whether this rank has its GPU to itself, so that all peers are behind a link.
     launches_early: whether such a kernel is launched while the one before it still runs, and waits for its end: what
         CUDA calls a programmatic dependent launch.
 
     With all visible SMs there is a program of one or two warps for each piece of some KiB; with fewer, one
-    program of 32 warps for each, which moves 64 KiB of rows at a time (4 of those below), or sums up to 128 KiB of
-    them. On an H200 under MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by SMs of a
+    program of 32 warps for each, of which each warp moves a row of its own, up to 4 KiB of it at a time, or sums as
+    much. On an H200 under MPS, 4096 tokens of 7168 bf16 values, top-8 of 256, words included, microseconds by SMs of a
     rank (and by KiB and warps of a piece, where it sees no more; with fewer than 16 of 8 ranks in an earlier run)::
 
         8 ranks  dispatch  16: 814 (2, 1: 816; 4, 4: 816; 2, 2: 816)             8: 903   4: 1704
@@ -105,14 +117,15 @@ class LaunchConfig:
                  combine   32: 281 (4, 2: 308; 2, 2: 292; 4, 4: 305; 1, 1: 287)  16: 526   8: 984   4: 1870   2: 3660
 
     On two H200 over NVLink, a GPU for each of 2 ranks, ``Compact`` with ``reduce="rank"``. The link stores 388 GB/s
-    each way and loads 369, so that bf16 rows take it 151, FP8 ones 78::
+    each way and loads 369, so that bf16 rows take it 151, FP8 ones 78; a copy of as many bytes through torch, both ways
+    at once and in a graph, takes 164::
 
         SMs                            16    20    24    32    48   132
-        dispatch, bf16                203   224   217   202   188   171
-        dispatch, FP8 / cast to it    118         125   113          94
-                                      270         187   142          95
-        combine, pulled               258   223   201   192   189   185
-        combine, pushed               485         385   334         244
+        dispatch, bf16                184   186   179   179   177   171
+        dispatch, FP8 / cast to it    109         110   102          94
+                                      203         145   113          96
+        combine, pulled               197   189   191   187   188   184
+        combine, pushed               298   285   263   243   232   244
     """
 
     num_sms: int
@@ -123,6 +136,7 @@ class LaunchConfig:
     topology: Topology
     is_fused: bool = False
     is_crowded: bool = False
+    crosses_link: bool = False
     launches_early: bool = False
 
     @property
@@ -145,15 +159,33 @@ class LaunchConfig:
             is_counted: whether the host knows how many rows there are.
         """
         if self.is_capped:
-            return _one_for_each_sm(row_bytes, self.num_sms, at_once_bytes=65536)
+            return _one_for_each_sm(row_bytes, self.num_sms, own_programs=self._own_programs)
+        return self.pieces(row_bytes, is_counted=is_counted)
+
+    def pieces(self, row_bytes: int, *, is_counted: bool) -> Shape:
+        """The same for kernels whose programs move one piece of one row at a time."""
+        if self.is_capped:
+            return Shape(piece_bytes=min(power_of_two(row_bytes), 16384), num_warps=32, programs=self.num_sms)
         if is_counted:
             return _shape(row_bytes, piece_bytes=4096, num_warps=2)
         return _shape(row_bytes, piece_bytes=2048, num_warps=1, programs=self.num_sms * PROGRAMS_PER_SM)
 
+    @property
+    def _own_programs(self) -> int:
+        """So many that what stays here is copied no later than what crosses the link, of which each peer gets as much.
+
+        None where ranks share the GPU, or one program does all.
+        """
+        if not self.crosses_link:
+            return 0
+        peers, most = self.topology.num_ranks - 1, math.ceil(self.topology.link_bandwidth / _COPIED_BY_SM)
+        enough = (own for own in range(1, self.num_sms) if own * peers >= min(most, self.num_sms - own))
+        return next(enough, 0)
+
     def sums(self, row_bytes: int, num_rows: int) -> Shape:
         """For kernels that load up to ``num_rows`` rows and store their sum."""
         if self.num_load_sms < self.visible_sms:
-            return _one_for_each_sm(row_bytes, self.num_load_sms, at_once_bytes=min(65536, _LOADED_BYTES // num_rows))
+            return _one_for_each_sm(row_bytes, self.num_load_sms, at_once=max(1, _AT_ONCE // num_rows))
         if num_rows <= 4:
             return _shape(row_bytes, piece_bytes=2048, num_warps=1)
         return _shape(row_bytes, piece_bytes=4096, num_warps=2)
@@ -266,11 +298,21 @@ def _shape(row_bytes: int, *, piece_bytes: int, num_warps: int, programs: int | 
     return Shape(piece_bytes=own_bytes, num_warps=num_warps, programs=programs, num_rows=num_rows)
 
 
-def _one_for_each_sm(row_bytes: int, num_sms: int, *, at_once_bytes: int) -> Shape:
-    """Programs that fill an SM, of which each moves pieces of several rows at a time."""
-    piece_bytes = min(power_of_two(row_bytes), 16384)
-    num_rows = max(1, min(_MOST_ROWS, power_of_two(at_once_bytes // piece_bytes + 1) // 2))
-    return Shape(piece_bytes=piece_bytes, num_warps=32, programs=num_sms, num_rows=num_rows)
+def _one_for_each_sm(row_bytes: int, num_sms: int, *, at_once: int = _AT_ONCE, own_programs: int = 0) -> Shape:
+    """Programs that fill an SM, of which each warp moves pieces of one row, or of several that are small.
+
+    Half a row is a share, so that there are enough of them for programs to end together.
+    """
+    piece_bytes = min(power_of_two(row_bytes), _WARP_BYTES)
+    return Shape(
+        piece_bytes=piece_bytes,
+        num_warps=32,
+        programs=num_sms,
+        num_rows=min(32 * _WARP_BYTES // piece_bytes, 256),
+        parts=2,
+        at_once=at_once,
+        own_programs=own_programs,
+    )
 
 
 def decide(
@@ -309,6 +351,7 @@ def decide(
         topology=topology,
         is_fused=is_fused,
         is_crowded=ranks_here > 2,
+        crosses_link=ranks_here == 1 and topology.num_ranks > 1,
         launches_early=is_fused and can_launch_early,
     )
 

@@ -35,7 +35,7 @@ from crossdock.backends.cuda.launch import NUM_KINDS, Launch, Launcher
 from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
 from crossdock.backends.cuda.scales import as_kernels_take, dtype_of, places_of
-from crossdock.backends.cuda.sends import IN_SLOT, SendKinds, where_of
+from crossdock.backends.cuda.sends import IN_SLOT, ONE_WORD, SendKinds, where_of
 from crossdock.consent import Word
 from crossdock.kinds import Kinds
 from crossdock.spec import Spec
@@ -341,8 +341,7 @@ class FusedCalls:
             WORD=WORDS[word],
             ROW=row_bytes // word,
             ROW_BYTES=row_bytes,
-            PIECE=shape.piece,
-            TOKENS=1,
+            tiles=ONE_WORD._replace(PIECE=shape.piece),
             OF_PAIRS=of_pairs,
             HAS_WEIGHTS=weights is not None,
             GIVEN=rows is not None,
@@ -373,8 +372,7 @@ class FusedCalls:
         how = Summed(
             J=self._on.num_pairs if spec.ranks_sum_picks else self._on.plan_shape.num_columns,
             H=spec.hidden,
-            PIECE=one.piece,
-            TOKENS=1,
+            tiles=ONE_WORD._replace(PIECE=one.piece),
             OF_PAIRS=spec.ranks_sum_picks,
             HAS_WEIGHTS=weights is not None,
             HAS_BIAS=bias is not None,

@@ -30,6 +30,7 @@ from crossdock.backends.cuda.kernels.groups import (
     PushedCast,
     ScalePlaces,
     Strides,
+    Tiles,
     as_constants,
 )
 from crossdock.backends.cuda.launch import Launch, Launcher
@@ -44,7 +45,7 @@ _CELLS = 8192
 """Counts of chunks that a program sums at a time."""
 _CELLS_OF_THREAD = 4
 """Words of metadata that a program writes at a time, for each of its threads."""
-_CAST, _CAST_BY_SM = 2048, 16384
+_CAST, _CAST_BY_SM, _WARP_CASTS = 2048, 16384, 512
 """Values that a program casts at a time: many programs, or one for each SM."""
 _NO_SHAPE = Shape(piece_bytes=1, num_warps=4, programs=1)
 
@@ -94,6 +95,7 @@ class Sent(NamedTuple):
 
 
 IN_SLOT = (0, 0, 0, 0)
+ONE_WORD = Tiles(ROWS=1, PARTS=1, PIECE=1, PIECES=1, AT_ONCE=1, OWN=0)
 """Where staged rows are expanded to, as their kernel takes it: to their places in the slot."""
 
 
@@ -308,7 +310,7 @@ class SendKinds:
         size = data.element_size()
         word = math.gcd(8, sent.row_bytes, data.stride(0) * size, data.data_ptr() & 15)
         shape = config.rows(sent.row_bytes, is_counted=True)
-        piece, num_words = max(1, shape.piece_bytes // word), sent.row_bytes // word
+        tiles = tiles_of(shape, sent.row_bytes, word)
         scales, places, scale_strides = NO_SCALES, places_of(self.arena.scales), (0, 1)
         if scale is not None and sent.scale_bytes:
             scales, places, scale_strides = self._scales(sent, scale, shape.num_warps)
@@ -317,10 +319,9 @@ class SendKinds:
                 J=self._num_copies(sent),
                 STAGED=sent.is_staged,
                 WORD=WORDS[word],
-                ROW=num_words,
+                ROW=sent.row_bytes // word,
                 ROW_BYTES=sent.between,
-                PIECE=piece,
-                TOKENS=shape.num_rows,
+                tiles=tiles,
             ),
             scales=scales,
             places=places,
@@ -329,7 +330,7 @@ class SendKinds:
         )
         return self._launcher.bind(
             row_kernels.push_rows,
-            over(shape, shape.num_rows, -(-num_words // piece)),
+            over(shape, tiles),
             Strides(data.stride(0) * size // word, *scale_strides),
             sent.own,
             self.arrivals_of(sent),
@@ -354,6 +355,12 @@ class SendKinds:
         num_stored = sent.scale_bytes if is_exponents else hidden // wire.block
         block = power_of_two(wire.block)
         groups = max(1, (_CAST_BY_SM if config.is_capped else _CAST) // block)
+        side_by_side = math.gcd(power_of_two(num_stored), num_stored, groups)
+        if config.is_capped:  # a warp casts groups of one row
+            side_by_side = min(side_by_side, max(1, _WARP_CASTS // block))
+        num_pieces = num_stored // side_by_side
+        pieces = -(-num_pieces // 2) if config.is_capped else 1
+        rows, parts = max(1, groups // side_by_side), -(-num_pieces // pieces)
         word_bytes = wire.scale_dtype.itemsize
         places = places_of(self.arena.scales)
         if sent.is_staged:
@@ -368,7 +375,10 @@ class SendKinds:
                 ROW_BYTES=sent.between,
                 WORD=word_bytes if is_exponents else 1,
                 SCALES=num_stored,
-                GROUPS=groups,
+                ROWS=rows,
+                SIDE_BY_SIDE=side_by_side,
+                PARTS=parts,
+                PIECES=pieces,
                 POW2=wire.pow2 or is_exponents,
                 EXPONENTS=is_exponents,
             ),
@@ -378,7 +388,7 @@ class SendKinds:
         )
         return self._launcher.bind(
             cast_kernels.push_cast,
-            config.num_sms if config.is_capped else lambda num_tokens: -(-num_tokens * num_stored // groups),
+            config.num_sms if config.is_capped else lambda num_tokens: -(-num_tokens // rows) * parts,
             x.stride(0),
             sent.own,
             self.arrivals_of(sent),
@@ -408,20 +418,19 @@ class SendKinds:
         size = x.element_size()
         num_bytes = x.shape[1] * size
         word = math.gcd(8, num_bytes, x.stride(0) * size, x.data_ptr() & 15)
-        shape = self._launcher.config.rows(num_bytes, is_counted=True)
-        piece = max(1, shape.piece_bytes // word)
+        shape = self._launcher.config.pieces(num_bytes, is_counted=True)
+        tiles = tiles_of(shape, num_bytes, word)
         how = Copied(
             J=self._on.plan_shape.num_columns,
             STAGED=False,
             WORD=WORDS[word],
             ROW=num_bytes // word,
             ROW_BYTES=num_bytes,
-            PIECE=piece,
-            TOKENS=1,
+            tiles=tiles,
         )
         return self._launcher.bind(
             row_kernels.pack_rows,
-            over(shape, 1, -(-how.ROW // piece)),
+            over(shape, tiles),
             Strides(x.stride(0) * size // word, 0, 1),
             self._on.own,
             as_constants(how),
@@ -456,7 +465,7 @@ class SendKinds:
             return None
         layout, beside = self.arena.scales, self.beside(sent, batch, 4, has_metadata=False)
         word = math.gcd(8, sent.row_bytes, sent.between)
-        shape = config.rows(sent.row_bytes, is_counted=False) if sent.is_staged else _NO_SHAPE
+        shape = config.pieces(sent.row_bytes, is_counted=False) if sent.is_staged else _NO_SHAPE
         scales, places = NO_SCALES, places_of(layout)
         if sent.is_staged and sent.scale_bytes:
             scale_word = layout.dtype.itemsize
@@ -471,8 +480,7 @@ class SendKinds:
                 WORD=WORDS[word],
                 ROW=sent.row_bytes // word,
                 ROW_BYTES=sent.row_bytes,
-                PIECE=max(1, shape.piece_bytes // word),
-                TOKENS=1,
+                tiles=tiles_of(shape, sent.row_bytes, word),
             ),
             scales=scales,
             places=places,
@@ -499,6 +507,21 @@ MOST_TICKETS = 2048
 """Programs of a kernel whose last one ends the call; of more another kernel does: see ``kernels.calls.end_call``."""
 
 
-def over(shape: Shape, num_rows: int, num_pieces: int) -> int | Callable[[int], int]:
-    """Programs for rows that are moved so many at a time, in so many pieces."""
-    return shape.programs or (lambda num_tokens: -(-num_tokens // num_rows) * num_pieces)
+def tiles_of(shape: Shape, row_bytes: int, word_bytes: int) -> Tiles:
+    """How programs share out rows of so many bytes, in words."""
+    piece, num_words = max(1, shape.piece_bytes // word_bytes), row_bytes // word_bytes
+    num_pieces = max(1, -(-num_words // piece))
+    pieces = -(-num_pieces // (num_pieces if shape.parts is None else shape.parts))
+    return Tiles(
+        ROWS=shape.num_rows,
+        PARTS=-(-num_pieces // pieces),
+        PIECE=piece,
+        PIECES=pieces,
+        AT_ONCE=-(-pieces // -(-pieces // shape.at_once)),
+        OWN=shape.own_programs,
+    )
+
+
+def over(shape: Shape, tiles: Tiles) -> int | Callable[[int], int]:
+    """Programs for rows that are shared out like that."""
+    return shape.programs or (lambda num_tokens: -(-num_tokens // tiles.ROWS) * tiles.PARTS)

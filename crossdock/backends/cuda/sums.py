@@ -18,7 +18,7 @@ from crossdock.backends.cuda.kernels import rows as row_kernels
 from crossdock.backends.cuda.kernels import sums as sum_kernels
 from crossdock.backends.cuda.kernels.groups import WORDS, Ends, Returned, Summed, as_constants
 from crossdock.backends.cuda.launch import Launch, Launcher
-from crossdock.backends.cuda.sends import MOST_TICKETS, over
+from crossdock.backends.cuda.sends import MOST_TICKETS, ONE_WORD, over, tiles_of
 from crossdock.layout import Padded
 
 _NOBODY, _PUSHERS, _ALL = (who.value for who in (call_kernels.NOBODY, call_kernels.PUSHERS, call_kernels.ALL))
@@ -142,15 +142,15 @@ class SumKinds:
     ) -> Launch:
         """Outputs ``y [R, H]``, or this rank's sums of them, to their owners."""
         hidden, size = self._spec.hidden, y.element_size()
-        shape = self._return_shape(hidden * size, config)
         sums = self._of_pairs or weights is not None
+        shape = self._return_shape(hidden * size, config, sums=sums)
         word = size if sums else math.gcd(8, hidden * size, y.stride(0) * size, y.data_ptr() & 15)
+        tiles = tiles_of(shape, hidden * size, word)
         how = Returned(
             WORD=WORDS[word],
             ROW=hidden * size // word,
             ROW_BYTES=hidden * size,
-            PIECE=max(1, shape.piece_bytes // word),
-            TOKENS=shape.num_rows,
+            tiles=tiles,
             OF_PAIRS=self._of_pairs,
             HAS_WEIGHTS=weights is not None,
             GIVEN=rows is not None,
@@ -158,7 +158,7 @@ class SumKinds:
         )
         return self._launcher.bind(
             sum_kernels.push_sums if sums else row_kernels.return_rows_to,
-            over(shape, 1, 1),
+            over(shape, tiles),
             y.stride(0) * size // word,
             self._on.own,
             self._on.returns,
@@ -197,8 +197,7 @@ class SumKinds:
             WORD=WORDS[4],
             ROW=1,
             ROW_BYTES=self._on.arena.return_bytes,
-            PIECE=1,
-            TOKENS=1,
+            tiles=ONE_WORD,
             OF_PAIRS=False,
             HAS_WEIGHTS=False,
             GIVEN=False,
@@ -211,12 +210,11 @@ class SumKinds:
         num_columns = shape_of.num_pairs if self._of_pairs else shape_of.num_columns
         size = spec.combine_dtype.itemsize
         shape = config.sums(spec.hidden * size, num_columns)
-        piece = max(1, shape.piece_bytes // size)
+        tiles = tiles_of(shape, spec.hidden * size, size)
         how = Summed(
             J=num_columns,
             H=spec.hidden,
-            PIECE=piece,
-            TOKENS=shape.num_rows,
+            tiles=tiles,
             OF_PAIRS=self._of_pairs,
             HAS_WEIGHTS=weights is not None,
             HAS_BIAS=bias is not None,
@@ -224,7 +222,7 @@ class SumKinds:
         )
         return self._launcher.bind(
             sum_kernels.sum_rows,
-            over(shape, shape.num_rows, -(-spec.hidden // piece)),
+            over(shape, tiles),
             self._on.own,
             self._on.returns,
             as_constants(how),
@@ -232,8 +230,11 @@ class SumKinds:
             enable_fp_fusion=False,
         )
 
-    def _return_shape(self, row_bytes: int, config: LaunchConfig) -> Shape:
-        shape = config.rows(row_bytes, is_counted=False)
-        if isinstance(self._spec.layout, Padded):  # most rows are none: look at each once, not at all its pieces
-            return replace(shape, piece_bytes=power_of_two(row_bytes), num_rows=1, num_warps=max(4, shape.num_warps))
-        return shape
+    def _return_shape(self, row_bytes: int, config: LaunchConfig, *, sums: bool) -> Shape:
+        shape = (config.pieces if sums else config.rows)(row_bytes, is_counted=False)
+        if not isinstance(self._spec.layout, Padded):
+            return shape
+        # Most rows are none: look at each once, not at all its pieces.
+        if config.is_capped and not sums:
+            return replace(shape, parts=1)
+        return replace(shape, piece_bytes=power_of_two(row_bytes), num_warps=max(4, shape.num_warps))

@@ -5,6 +5,9 @@ Launch with ``enable_fp_fusion=False``; the division is the correctly rounded on
 Letters: T tokens here, J rows of a token, H hidden, G scale groups of a row.
 """
 
+# Tuples that grow by a value at each turn of an unrolled loop have no type.
+# mypy: disable-error-code="assignment, var-annotated", no-warn-unreachable
+
 from __future__ import annotations
 
 import triton
@@ -28,6 +31,8 @@ SUBNORMAL_UNIT = tl.constexpr(2.0**14)
 """Added to a float32 it rounds to multiples of 2**-9, the smallest e4m3; the last bits then count them."""
 SUBNORMAL_UNIT_BITS = tl.constexpr((127 + 14) << 23)
 SMALL = tl.constexpr(2.0**-60)
+_KEPT = tl.constexpr(4)
+"""Places of a row of which a thread has registers to keep the addresses."""
 UP, DOWN = tl.constexpr(2.0**64), tl.constexpr(2.0**-64)
 
 
@@ -104,58 +109,75 @@ def cast_blocks(given, POW2: tl.constexpr, EXPONENTS: tl.constexpr):
 def cast_rows(x, stride, call, dst_rows, num_tokens, segments, arrivals, segment_rows, cast, places):
     """A program's share of rows ``x [T, H]``: cast, data and scales written to all places of each row; see ``Cast``.
 
-    Groups of all rows are shared out in one sequence, GROUPS at a time. The values of the next ones are on their way
+    Where a row goes is worked out once for all its groups of a share. The values of the next ones are on their way
     while these are cast.
     """
     BLOCK: tl.constexpr = cast.BLOCK
-    SCALES: tl.constexpr = cast.SCALES
-    GROUPS: tl.constexpr = cast.GROUPS
     J: tl.constexpr = cast.J
-    G: tl.constexpr = cast.H // BLOCK
+    SIDE: tl.constexpr = cast.SIDE_BY_SIDE
+    END: tl.constexpr = cast.PIECES * SIDE
     SCALE_TYPE: tl.constexpr = tl.uint8 if cast.EXPONENTS else tl.float32
     SCALE_SIZE: tl.constexpr = 1 if cast.EXPONENTS else 4
+    lane = tl.arange(0, cast.ROWS * SIDE)
     within = tl.arange(0, triton.next_power_of_2(BLOCK))[None, :]
-    first, last, step = tl.program_id(0) * GROUPS, num_tokens * SCALES, tl.num_programs(0) * GROUPS
-    coming = load_groups(x, stride, first, last, cast)
-    for begin in range(first, last, step):
-        value = coming
-        coming = load_groups(x, stride, begin + step, last, cast)
-        nth = begin + tl.arange(0, GROUPS)
-        token, group = nth // SCALES, nth % SCALES
-        is_group = nth < last
-        is_value = (is_group & (group < G))[:, None] & (within < BLOCK)
-        data, stored = cast_blocks(value, cast.POW2, cast.EXPONENTS)
-        stored = tl.where(group < G, stored, 0).to(SCALE_TYPE)
-        behind = group_offset(group, places.GROUP_BYTES, cast.WORD, SCALE_SIZE)
-        for j in tl.static_range(J):  # without branches, as ``copy_words``
-            dst_row = tl.load(dst_rows + token * J + j, mask=is_group, other=-1)
-            is_there = dst_row >= 0
-            peer, row = tl.where(is_there, dst_row >> ROW_BITS, 0), dst_row & ROW_MASK
-            slot, base = slot_of(call, peer), tl.load(segments + peer)
-            there = region_at(base, arrivals.rows, slot) + row * cast.ROW_BYTES
-            there = there.to(tl.pointer_type(tl.uint8), bitcast=True)  # here: what a function gives takes no hint
-            if cast.ROW_BYTES % 16 == 0:
-                there = tl.multiple_of(there, 16)
-            there = (there + group * BLOCK)[:, None] + within
-            tl.store(there, data, mask=is_value & is_there[:, None])
-            to_scales = region_at(base, arrivals.scales, slot)
-            to_scales += scale_offset(row, segment_rows, places.SEGMENT_BYTES, places.ROW_BYTES)
-            tl.store(pointers(to_scales, SCALE_TYPE) + behind, stored, mask=is_there)
+    for i in range(tl.program_id(0), (num_tokens + cast.ROWS - 1) // cast.ROWS * cast.PARTS, tl.num_programs(0)):
+        token = i // cast.PARTS * cast.ROWS + lane // SIDE
+        first = i % cast.PARTS * END
+        row = x + token.to(tl.int64) * stride
+        coming = load_groups(row, first + lane % SIDE, token < num_tokens, first + END, cast)
+        kept = ()
+        if J <= _KEPT:
+            for j in tl.static_range(J):  # without branches, as ``copy_words``
+                dst_row = tl.load(dst_rows + token * J + j, mask=token < num_tokens, other=-1)
+                kept = kept + places_of_row(dst_row, call, segments, arrivals, segment_rows, cast, places)
+        for begin in range(first, first + END, SIDE):
+            value = coming
+            group = begin + lane % SIDE
+            coming = load_groups(row, group + SIDE, token < num_tokens, first + END, cast)
+            is_group = group < cast.SCALES
+            is_value = (group < cast.H // BLOCK)[:, None] & (within < BLOCK)
+            data, stored = cast_blocks(value, cast.POW2, cast.EXPONENTS)
+            stored = tl.where(group < cast.H // BLOCK, stored, 0).to(SCALE_TYPE)
+            behind = group_offset(group, places.GROUP_BYTES, cast.WORD, SCALE_SIZE)
+            for j in tl.static_range(J):
+                if J <= _KEPT:
+                    data_place, scale_place = kept[2 * j], kept[2 * j + 1]
+                else:
+                    dst_row = tl.load(dst_rows + token * J + j, mask=token < num_tokens, other=-1)
+                    data_place, scale_place = places_of_row(
+                        dst_row, call, segments, arrivals, segment_rows, cast, places
+                    )
+                there = data_place.to(tl.pointer_type(tl.uint8), bitcast=True)  # what a function gives takes no hint
+                if cast.ROW_BYTES % 16 == 0:
+                    there = tl.multiple_of(there, 16)
+                tl.store((there + group * BLOCK)[:, None] + within, data, mask=is_value & (data_place != 0)[:, None])
+                tl.store(pointers(scale_place, SCALE_TYPE) + behind, stored, mask=is_group & (data_place != 0))
 
 
 @triton.jit
-def load_groups(x, stride, begin, last, cast):
-    """The values of GROUPS groups of rows ``x [T, H]``, ``[GROUPS, next_power_of_2(BLOCK)]``; 0 where there are none.
+def places_of_row(dst_row, call, segments, arrivals, segment_rows, cast, places):
+    """Addresses of rows and of their scales where they go; 0 for the first where they go nowhere."""
+    goes = dst_row >= 0
+    peer, row = tl.where(goes, dst_row >> ROW_BITS, 0), dst_row & ROW_MASK
+    slot, base = slot_of(call, peer), tl.load(segments + peer)
+    data_place = region_at(base, arrivals.rows, slot) + row * cast.ROW_BYTES
+    scale_place = region_at(base, arrivals.scales, slot)
+    scale_place += scale_offset(row, segment_rows, places.SEGMENT_BYTES, places.ROW_BYTES)
+    return tl.where(goes, data_place, 0), scale_place
+
+
+@triton.jit
+def load_groups(row, group, is_token, last, cast):
+    """The values of a group of each row, ``[rows, next_power_of_2(BLOCK)]``; 0 where there are none.
 
     Args:
-        begin, last: SCALES for each token, counted through; those behind a row's last group are padding.
+        row: pointers to the rows' values.
+        group: up to ``last``; those behind a row's last group are padding.
     """
     BLOCK: tl.constexpr = cast.BLOCK
-    nth = begin + tl.arange(0, cast.GROUPS)
     within = tl.arange(0, triton.next_power_of_2(BLOCK))[None, :]
-    token, group = (nth // cast.SCALES).to(tl.int64), nth % cast.SCALES
-    is_value = ((nth < last) & (group < cast.H // BLOCK))[:, None] & (within < BLOCK)
-    return tl.load(x + (token * stride + group * BLOCK)[:, None] + within, mask=is_value, other=0.0)
+    is_value = (is_token & (group < last) & (group < cast.H // BLOCK))[:, None] & (within < BLOCK)
+    return tl.load((row + group * BLOCK)[:, None] + within, mask=is_value, other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rank", "max_polls", "carries"])

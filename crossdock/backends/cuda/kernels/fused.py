@@ -255,7 +255,7 @@ def sum_share(out, bias, weights, tables, call, num_tokens, rank, returned, bias
     """
     J: tl.constexpr = how.J
     H: tl.constexpr = how.H
-    PIECE: tl.constexpr = how.PIECE
+    PIECE: tl.constexpr = how.tiles.PIECE
     HAS_WEIGHTS: tl.constexpr = how.HAS_WEIGHTS
     PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
     ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8

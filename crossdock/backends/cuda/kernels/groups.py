@@ -194,6 +194,21 @@ class Beside(NamedTuple):
     """Words between the scales of rows, and between the words of a row."""
 
 
+class Tiles(NamedTuple):
+    """How programs share out rows: each takes so many of them, or a part of each, by pieces. See ``config.Shape``."""
+
+    ROWS: tl.constexpr
+    PARTS: tl.constexpr
+    """Rows of a program's share, and in how many parts these are shared out."""
+    PIECE: tl.constexpr
+    PIECES: tl.constexpr
+    """Words or values of each row that are moved by one instruction of its threads, and how many such a part has."""
+    AT_ONCE: tl.constexpr
+    """Pieces that are on their way at a time."""
+    OWN: tl.constexpr
+    """Programs that store to this rank's own memory, and these alone do; 0: all programs store everywhere."""
+
+
 class Copied(NamedTuple):
     """Constants of rows that are copied as they are."""
 
@@ -206,9 +221,7 @@ class Copied(NamedTuple):
     """Words of a row, and their type."""
     ROW_BYTES: tl.constexpr
     """Between rows there."""
-    PIECE: tl.constexpr
-    TOKENS: tl.constexpr
-    """Words of a row, and rows, that a program moves at a time."""
+    tiles: Tiles
 
 
 class ScalePlaces(NamedTuple):
@@ -247,8 +260,12 @@ class Cast(NamedTuple):
     """Scales that lie side by side."""
     SCALES: tl.constexpr
     """Of a row there, padding included."""
-    GROUPS: tl.constexpr
-    """Blocks that a program casts at a time."""
+    ROWS: tl.constexpr
+    SIDE_BY_SIDE: tl.constexpr
+    """Rows of which a program casts groups at a time, and how many of each."""
+    PARTS: tl.constexpr
+    PIECES: tl.constexpr
+    """In how many parts a row is shared out, and how often as many groups a part has."""
     POW2: tl.constexpr
     """Whether scales are rounded up to powers of two."""
     EXPONENTS: tl.constexpr
@@ -315,9 +332,7 @@ class Returned(NamedTuple):
     ROW: tl.constexpr
     """Words of a row, and their type."""
     ROW_BYTES: tl.constexpr
-    PIECE: tl.constexpr
-    TOKENS: tl.constexpr
-    """Words of a row, and rows, that a program moves at a time."""
+    tiles: Tiles
     OF_PAIRS: tl.constexpr
     """Whether they are of pairs."""
     HAS_WEIGHTS: tl.constexpr
@@ -331,9 +346,7 @@ class Summed(NamedTuple):
 
     J: tl.constexpr
     H: tl.constexpr
-    PIECE: tl.constexpr
-    TOKENS: tl.constexpr
-    """Values of a row, and tokens, that a program sums at a time."""
+    tiles: Tiles
     OF_PAIRS: tl.constexpr
     HAS_WEIGHTS: tl.constexpr
     HAS_BIAS: tl.constexpr

@@ -32,7 +32,13 @@ def as_int64(index):
 @triton.jit
 def row_at(address, row, like, ROW_BYTES: tl.constexpr):
     """A pointer of the type of ``like`` to a row behind an address (int64, a multiple of 16 bytes)."""
-    at = (address + row.to(tl.int64) * ROW_BYTES).to(like.dtype, bitcast=True)
+    return as_row(address + row.to(tl.int64) * ROW_BYTES, like, ROW_BYTES)
+
+
+@triton.jit
+def as_row(address, like, ROW_BYTES: tl.constexpr):
+    """A pointer of the type of ``like`` to a row of so many bytes, or a multiple of them, at an address (int64)."""
+    at = address.to(like.dtype, bitcast=True)
     if ROW_BYTES % 16 == 0:  # of an address from a table the compiler does not know
         at = tl.multiple_of(at, 16)
     return at

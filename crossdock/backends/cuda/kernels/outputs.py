@@ -62,15 +62,15 @@ def load_output(y, row_weights, given_rows, num_given, came, i, last_piece, stri
 
     See ``sums.push_sums``.
     """
-    PIECES: tl.constexpr = (how.ROW + how.PIECE - 1) // how.PIECE
+    PIECES: tl.constexpr = (how.ROW + how.tiles.PIECE - 1) // how.tiles.PIECE
     SUMS: tl.constexpr = True if how.OF_PAIRS else how.HAS_WEIGHTS
     nth = i // PIECES
-    at = i % PIECES * how.PIECE + tl.arange(0, how.PIECE)
+    at = i % PIECES * how.tiles.PIECE + tl.arange(0, how.tiles.PIECE)
     is_there = (at < how.ROW) & (i < last_piece)
     row = tl.load(came.rows + nth, mask=i < last_piece, other=0)
     if not SUMS:
         return tl.load(y + as_int64(row) * stride + at, mask=is_there, other=0)
-    total = tl.zeros([how.PIECE], tl.float32)
+    total = tl.zeros([how.tiles.PIECE], tl.float32)
     partial_rows = given_rows if how.GIVEN else tables.partial_rows
     for k in tl.static_range(sizes.K if how.OF_PAIRS else 1):
         summed = row
@@ -91,7 +91,7 @@ def push_outputs_share(y, row_weights, rows, num_given, tables, call, stride, ow
     P: tl.constexpr = own.sizes.P
     BY_RANK: tl.constexpr = True if how.OF_PAIRS else own.sizes.BY_RANK
     BLOCKS: tl.constexpr = P if BY_RANK else own.sizes.L * P
-    PIECES: tl.constexpr = (how.ROW + how.PIECE - 1) // how.PIECE
+    PIECES: tl.constexpr = (how.ROW + how.tiles.PIECE - 1) // how.tiles.PIECE
     incoming = tables.pair_incoming if how.OF_PAIRS else tables.incoming
     block = tl.arange(0, triton.next_power_of_2(BLOCKS))
     in_block = tl.load(incoming + BLOCKS + block, mask=block < BLOCKS, other=0)
@@ -112,7 +112,7 @@ def push_outputs_share(y, row_weights, rows, num_given, tables, call, stride, ow
                     y, row_weights, rows, num_given, came, i + 1, last_piece, stride, tables, own.sizes, how
                 )
                 src_row = tl.load(came.src_rows + i // PIECES)
-                peer, at = src_row >> ROW_BITS, i % PIECES * how.PIECE + tl.arange(0, how.PIECE)
+                peer, at = src_row >> ROW_BITS, i % PIECES * how.tiles.PIECE + tl.arange(0, how.tiles.PIECE)
                 there = region_at(tl.load(own.segments + peer), returns.returned, slot_of(call, peer))
                 there = row_at(there, src_row & ROW_MASK, y, how.ROW_BYTES)
                 tl.store(there + at, now, mask=at < how.ROW)
@@ -146,7 +146,7 @@ def push_outputs(
         rows, num_given: see ``push_sums``.
         call: see ``calls``; ``combine_rows`` goes on with it.
         stride: between rows of y, in words or values.
-        how: ``Returned``; TOKENS and ``ends`` are not looked at.
+        how: ``Returned``; ``ends`` are not looked at.
     """
     await_kernels_before()
     if tl.program_id(0) == 0:

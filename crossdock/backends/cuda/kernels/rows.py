@@ -1,10 +1,13 @@
 """Copies of rows: out to their places, back to their owners, and from staged rows into their places. Triton only.
 
-A row is moved as words of the widest type that divides it, in pieces; a program moves one piece, then the next of its
-share. Wide kernels wait for nobody, and touch peer memory only in a call that is OK.
+A row is moved as words of the widest type that divides it, in pieces; a program moves a few pieces, then the next ones
+of its share. Wide kernels wait for nobody, and touch peer memory only in a call that is OK.
 
 Letters: T tokens here, J rows of a token, K top-k, P ranks.
 """
+
+# Tuples that grow by a value at each turn of an unrolled loop have no type.
+# mypy: disable-error-code="assignment, var-annotated", no-warn-unreachable
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from crossdock.backends.cuda.kernels.calls import end_call, is_ok, slot_of
 from crossdock.backends.cuda.kernels.groups import value_of
 from crossdock.backends.cuda.kernels.metadata import (
     as_int64,
+    as_row,
     keep_partial_rows,
     pointers,
     push_metadata,
@@ -31,30 +35,68 @@ from crossdock.backends.cuda.kernels.tables import tables_of
 
 
 @triton.jit
-def copy_words(x, stride, call, dst_rows, num_tokens, segments, region, rows):
+def share_of_places(tiles):
+    """A program's number among those with the same share, how many these are, and if it stores here, and to peers.
+
+    Stores to this GPU's own memory that come behind stores over a link wait until that has taken them, and the link
+    for the next ones meanwhile: so some programs (OWN) do the first, and the others the second.
+    """
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    here, there = True, True
+    if tiles.OWN > 0:
+        here, there = program < tiles.OWN, program >= tiles.OWN
+        program = tl.where(here, program, program - tiles.OWN)
+        num_programs = tl.where(here, tiles.OWN, num_programs - tiles.OWN)
+    return program, num_programs, here, there
+
+
+@triton.jit
+def piece_at(piece, last, ROW: tl.constexpr, tiles):
+    """The words ``[1, PIECE]`` of a piece of rows, and which of them there are; none from piece ``last`` on."""
+    at = piece * tiles.PIECE + tl.arange(0, tiles.PIECE)[None, :]
+    return at, (at < ROW) & (piece < last)
+
+
+@triton.jit
+def copy_words(x, stride, call, dst_rows, num_tokens, rank, segments, region, rows):
     """A program's share of the words of rows ``x [T, ROW]``: to all places of each row, in the slots that peers named.
 
-    Without branches, so that the addresses of all places are on their way at once.
+    Without branches, so that the addresses of all places are on their way at once. They are worked out once for a part
+    of a row: for each of its pieces that would take longer than to move it.
 
     Args:
         stride: words between rows of x.
     """
     ROW: tl.constexpr = rows.ROW
-    PIECE: tl.constexpr = rows.PIECE
-    TOKENS: tl.constexpr = rows.TOKENS
     J: tl.constexpr = rows.J
-    PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
-    for i in range(tl.program_id(0), (num_tokens + TOKENS - 1) // TOKENS * PIECES, tl.num_programs(0)):
-        token = i // PIECES * TOKENS + tl.arange(0, TOKENS)
-        at = i % PIECES * PIECE + tl.arange(0, PIECE)
-        is_word = (token < num_tokens)[:, None] & (at < ROW)[None, :]
-        row = tl.load(x + token.to(tl.int64)[:, None] * stride + at[None, :], mask=is_word)
+    ROWS: tl.constexpr = rows.tiles.ROWS
+    PARTS: tl.constexpr = rows.tiles.PARTS
+    PIECES: tl.constexpr = rows.tiles.PIECES
+    AT_ONCE: tl.constexpr = rows.tiles.AT_ONCE
+    program, num_programs, here, there = share_of_places(rows.tiles)
+    for i in range(program, (num_tokens + ROWS - 1) // ROWS * PARTS, num_programs):
+        token = i // PARTS * ROWS + tl.arange(0, ROWS)
+        is_token = (token < num_tokens)[:, None]
+        places = ()
         for j in tl.static_range(J):
             dst_row = tl.load(dst_rows + token * J + j, mask=token < num_tokens, other=-1)
-            peer = tl.where(dst_row >= 0, dst_row >> ROW_BITS, 0)
-            there = region_at(tl.load(segments + peer), region, slot_of(call, peer))
-            there = row_at(there, dst_row & ROW_MASK, x, rows.ROW_BYTES)[:, None]
-            tl.store(there + at[None, :], row, mask=is_word & (dst_row >= 0)[:, None])
+            goes = dst_row >= 0
+            peer = tl.where(goes, dst_row >> ROW_BITS, 0)
+            goes &= tl.where(peer == rank, here, there)
+            place = region_at(tl.load(segments + peer), region, slot_of(call, peer))
+            places = places + (tl.where(goes, place + (dst_row & ROW_MASK) * rows.ROW_BYTES, 0),)  # noqa: RUF005 - Triton's compiler knows no unpacking
+        row = x + as_int64(token)[:, None] * stride
+        first = i % PARTS * PIECES
+        for piece in range(first, first + PIECES, AT_ONCE):
+            coming = ()
+            for n in tl.static_range(AT_ONCE):
+                at, is_word = piece_at(piece + n, first + PIECES, ROW, rows.tiles)
+                coming = coming + (tl.load(row + at, mask=is_token & is_word),)  # noqa: RUF005
+            for n in tl.static_range(AT_ONCE):
+                at, is_word = piece_at(piece + n, first + PIECES, ROW, rows.tiles)
+                for j in tl.static_range(J):
+                    to_row = as_row(places[j], x, rows.ROW_BYTES)[:, None]
+                    tl.store(to_row + at, coming[n], mask=is_word & (places[j] != 0)[:, None])
 
 
 @triton.jit
@@ -95,7 +137,7 @@ def push_rows(
     if is_ok(own.state):
         dst_rows = tables.pair_dst_rows if how.rows.STAGED else tables.dst_rows
         words = x.to(tl.pointer_type(how.rows.WORD), bitcast=True)
-        copy_words(words, strides.rows, call, dst_rows, num_tokens, own.segments, arrivals.rows, how.rows)
+        copy_words(words, strides.rows, call, dst_rows, num_tokens, rank, own.segments, arrivals.rows, how.rows)
         if how.scales.SCALES > 0:
             copy_scales(
                 scale, strides, call, dst_rows, num_tokens, own.segments, arrivals.scales, value_of(own.capacity),
@@ -117,7 +159,7 @@ def send_beside(plan, call, num_tokens, rank, carries, weights, extras, own, arr
 def pack_rows(x, packed, plan, num_tokens, strides, own, rows):
     """Copies each row ``x [T, ROW]`` to its places in the order in which this rank sends, ``packed [Q, ROW]``."""
     ROW: tl.constexpr = rows.ROW
-    PIECE: tl.constexpr = rows.PIECE
+    PIECE: tl.constexpr = rows.tiles.PIECE
     J: tl.constexpr = rows.J
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
     tables = tables_of(plan, num_tokens, own.sizes)
@@ -139,26 +181,33 @@ def return_rows_to(y, plan, call, num_tokens, rank, max_polls: tl.int64, stride,
 
     Behind ``begin_return``, which has found out where rows are from. The last program ends the call.
     """
-    ROW: tl.constexpr = how.ROW
-    PIECE: tl.constexpr = how.PIECE
-    TOKENS: tl.constexpr = how.TOKENS
-    PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
+    ROWS: tl.constexpr = how.tiles.ROWS
+    PARTS: tl.constexpr = how.tiles.PARTS
+    PIECES: tl.constexpr = how.tiles.PIECES
+    AT_ONCE: tl.constexpr = how.tiles.AT_ONCE
     tables = tables_of(plan, num_tokens, own.sizes)
     words = y.to(tl.pointer_type(how.WORD), bitcast=True)
     if is_ok(own.state):
         num_rows = tl.load(tables.scalars + NUM_ROWS)
-        for i in range(tl.program_id(0), (num_rows + TOKENS - 1) // TOKENS * PIECES, tl.num_programs(0)):
-            nth = i // PIECES * TOKENS + tl.arange(0, TOKENS)
+        program, num_programs, here, there = share_of_places(how.tiles)
+        for i in range(program, (num_rows + ROWS - 1) // ROWS * PARTS, num_programs):
+            nth = i // PARTS * ROWS + tl.arange(0, ROWS)
             src_row = tl.load(scratch.src_rows + nth, mask=nth < num_rows, other=-1)
-            if tl.max(src_row, axis=0) >= 0:
-                is_row = src_row >= 0
-                at = i % PIECES * PIECE + tl.arange(0, PIECE)[None, :]
-                is_word = is_row[:, None] & (at < ROW)
-                row = tl.load(words + as_int64(nth)[:, None] * stride + at, mask=is_word)
-                peer = tl.where(is_row, src_row >> ROW_BITS, 0)
-                there = region_at(tl.load(own.segments + peer), returns.returned, slot_of(call, peer))
-                there = row_at(there, src_row & ROW_MASK, words, how.ROW_BYTES)
-                tl.store(there[:, None] + at, row, mask=is_word)
+            goes = (src_row >= 0) & tl.where(src_row >> ROW_BITS == rank, here, there)
+            if tl.max(goes.to(tl.int32), axis=0) > 0:
+                peer = tl.where(goes, src_row >> ROW_BITS, 0)
+                to_row = region_at(tl.load(own.segments + peer), returns.returned, slot_of(call, peer))
+                to_row = row_at(to_row, src_row & ROW_MASK, words, how.ROW_BYTES)[:, None]
+                row = words + as_int64(nth)[:, None] * stride
+                first = i % PARTS * PIECES
+                for piece in range(first, first + PIECES, AT_ONCE):
+                    coming = ()
+                    for n in tl.static_range(AT_ONCE):
+                        at, is_word = piece_at(piece + n, first + PIECES, how.ROW, how.tiles)
+                        coming = coming + (tl.load(row + at, mask=goes[:, None] & is_word),)  # noqa: RUF005 - Triton's compiler knows no unpacking
+                    for n in tl.static_range(AT_ONCE):
+                        at, is_word = piece_at(piece + n, first + PIECES, how.ROW, how.tiles)
+                        tl.store(to_row + at, coming[n], mask=goes[:, None] & is_word)
     end_call(own, call, tables.tokens, rank, max_polls, how.ends)
 
 
@@ -189,7 +238,7 @@ def expand_rows(  # noqa: PLR0912 - branches of the compiler, most of them
     """
     K: tl.constexpr = own.sizes.K
     ROW: tl.constexpr = how.rows.ROW
-    PIECE: tl.constexpr = how.rows.PIECE
+    PIECE: tl.constexpr = how.rows.tiles.PIECE
     PIECES: tl.constexpr = (ROW + PIECE - 1) // PIECE
     tables = tables_of(plan, num_tokens, own.sizes)
     if is_ok(own.state):

@@ -6,6 +6,9 @@ Every product and every sum is rounded by itself, as ``crossdock.backends.sums``
 Letters: T tokens here, J rows of a token, K top-k, H hidden, P ranks.
 """
 
+# Tuples that grow by a value at each turn of an unrolled loop have no type.
+# mypy: disable-error-code="assignment, var-annotated", no-warn-unreachable
+
 from __future__ import annotations
 
 import triton
@@ -20,10 +23,11 @@ from crossdock.backends.cuda.kernels.calls import (
     output_slot_of,
     slot_of,
 )
-from crossdock.backends.cuda.kernels.metadata import as_int64, region_at, row_at
+from crossdock.backends.cuda.kernels.metadata import as_int64, as_row, region_at, row_at
 from crossdock.backends.cuda.kernels.picks import ROW_BITS, ROW_MASK
 from crossdock.backends.cuda.kernels.plan import NUM_PAIRS, NUM_ROWS
 from crossdock.backends.cuda.kernels.returns import gather_share
+from crossdock.backends.cuda.kernels.rows import piece_at
 from crossdock.backends.cuda.kernels.sync import is_last_program
 from crossdock.backends.cuda.kernels.tables import tables_of
 
@@ -49,12 +53,15 @@ UNCHECKED = tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rank", "ways", "width"])
-def sum_rows(out, bias, weights, plan, call, num_tokens, rank, ways, results, width, own, returns, how):
+def sum_rows(  # noqa: PLR0912 - branches of the compiler, most of them
+    out, bias, weights, plan, call, num_tokens, rank, ways, results, width, own, returns, how
+):
     """``out[t] = cast(0 + w[t, 0] * row 0 + w[t, 1] * row 1 + ... + bias)``, of the rows of each token.
 
-    A program sums pieces of TOKENS tokens at a time, without branches, so that their loads are in flight together.
-    Rows lie in the output slots of the peers that left them there, and at this rank's returned rows from those that
-    pushed. The last program looks whether a peer has given up what was read.
+    A program sums pieces of several tokens at a time. All their rows are on their way before the first is added, and
+    without branches: else the next would begin to cross a link when the one before has. Rows lie in the output slots of
+    the peers that left them there, and at this rank's returned rows from those that pushed. The last program looks
+    whether a peer has given up what was read.
 
     Args:
         weights: float32 ``[T, K]``; bias: ``[T, H]`` (BIAS_ROWS in ``ways``), or ``[H]``.
@@ -63,21 +70,21 @@ def sum_rows(out, bias, weights, plan, call, num_tokens, rank, ways, results, wi
     """
     J: tl.constexpr = how.J
     H: tl.constexpr = how.H
-    PIECE: tl.constexpr = how.PIECE
-    TOKENS: tl.constexpr = how.TOKENS
-    PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
+    ROWS: tl.constexpr = how.tiles.ROWS
+    PARTS: tl.constexpr = how.tiles.PARTS
+    PIECES: tl.constexpr = how.tiles.PIECES
+    AT_ONCE: tl.constexpr = how.tiles.AT_ONCE
     ROW_BYTES: tl.constexpr = H * out.dtype.element_ty.primitive_bitwidth // 8
     tables = tables_of(plan, num_tokens, own.sizes)
     dst_rows = tables.pair_dst_rows if how.OF_PAIRS else tables.dst_rows
     return_rows = tables.pair_return_rows if how.OF_PAIRS else tables.return_rows
     good = is_ok(own.state)
     mine = region_at(tl.load(own.segments + rank), returns.returned, slot_of(call, rank))
-    for i in range(tl.program_id(0), (num_tokens + TOKENS - 1) // TOKENS * PIECES, tl.num_programs(0)):
-        token = i // PIECES * TOKENS + tl.arange(0, TOKENS)
+    for i in range(tl.program_id(0), (num_tokens + ROWS - 1) // ROWS * PARTS, tl.num_programs(0)):
+        token = i // PARTS * ROWS + tl.arange(0, ROWS)
         is_token = token < num_tokens
-        at = i % PIECES * PIECE + tl.arange(0, PIECE)[None, :]
-        is_value = is_token[:, None] & (at < H)
-        total = tl.zeros([TOKENS, PIECE], tl.float32)
+        places = ()
+        weights_of = ()
         for j in tl.static_range(J):
             dst_row = tl.load(dst_rows + token * J + j, mask=is_token, other=-1)
             is_row = (dst_row >= 0) & good
@@ -87,17 +94,32 @@ def sum_rows(out, bias, weights, plan, call, num_tokens, rank, ways, results, wi
             return_row = tl.load(return_rows + token * J + j, mask=is_pushed, other=0)
             there = region_at(tl.load(own.segments + peer), returns.outputs, slot)
             base = tl.where(is_pushed, mine, there)
-            row = tl.where(is_pushed, return_row.to(tl.int64), dst_row & ROW_MASK)
-            value = row_at(base, row, out, ROW_BYTES)[:, None] + at
-            value = tl.load(value, mask=is_value & is_row[:, None], other=0.0).to(tl.float32)
+            place = base + tl.where(is_pushed, return_row.to(tl.int64), dst_row & ROW_MASK) * ROW_BYTES
+            places = places + (tl.where(is_row, place, 0),)  # noqa: RUF005 - Triton's compiler knows no unpacking
             if how.HAS_WEIGHTS:
                 weight = weight_of(weights, tables.picks, token, j, peer, is_token, own.sizes)
-                value = value * tl.where(is_row, weight, 0.0)[:, None]
-            total += value
-        if how.HAS_BIAS:
-            of_token = bias + as_int64(token)[:, None] * (ways & BIAS_ROWS) * H + at
-            total += tl.load(of_token, mask=is_value, other=0.0).to(tl.float32)
-        tl.store(out + as_int64(token)[:, None] * H + at, total.to(out.dtype.element_ty), mask=is_value)
+                weights_of = weights_of + (tl.where(is_row, weight, 0.0)[:, None],)  # noqa: RUF005
+        to_row = out + as_int64(token)[:, None] * H
+        first = i % PARTS * PIECES
+        for piece in range(first, first + PIECES, AT_ONCE):
+            coming = ()
+            for n in tl.static_range(AT_ONCE):
+                at, is_value = piece_at(piece + n, first + PIECES, H, how.tiles)
+                for j in tl.static_range(J):
+                    row = as_row(places[j], out, ROW_BYTES)[:, None] + at
+                    coming = coming + (tl.load(row, mask=is_value & (places[j] != 0)[:, None], other=0.0),)  # noqa: RUF005
+            for n in tl.static_range(AT_ONCE):
+                at, is_value = piece_at(piece + n, first + PIECES, H, how.tiles)
+                total = tl.zeros([ROWS, how.tiles.PIECE], tl.float32)
+                for j in tl.static_range(J):
+                    value = coming[n * J + j].to(tl.float32)
+                    if how.HAS_WEIGHTS:
+                        value = value * weights_of[j]
+                    total += value
+                if how.HAS_BIAS:
+                    of_token = bias + as_int64(token)[:, None] * (ways & BIAS_ROWS) * H + at
+                    total += tl.load(of_token, mask=is_token[:, None] & is_value, other=0.0).to(tl.float32)
+                tl.store(to_row + at, total.to(out.dtype.element_ty), mask=is_token[:, None] & is_value)
     if width > 0:
         gather_share(call, tables, num_tokens, rank, results, width, own, returns, how.EXTRA_BYTES)
     if (ways & UNCHECKED) == 0:  # noqa: SIM102 - only then a ticket is taken
@@ -132,7 +154,7 @@ def push_sums(
     """
     K: tl.constexpr = own.sizes.K
     H: tl.constexpr = how.ROW
-    PIECE: tl.constexpr = how.PIECE
+    PIECE: tl.constexpr = how.tiles.PIECE
     PIECES: tl.constexpr = (H + PIECE - 1) // PIECE
     ROW_BYTES: tl.constexpr = H * y.dtype.element_ty.primitive_bitwidth // 8
     NUM: tl.constexpr = NUM_PAIRS if how.OF_PAIRS else NUM_ROWS
