@@ -85,7 +85,7 @@ def test_ranks_find_the_daemon_and_it_ends(daemon, monkeypatch):
         "TORCH_SYMM_MEM_DISABLE_MULTICAST",
     }
     assert variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "12.5"
-    assert calls(daemon) == ["-d", "", "quit"]  # no percentage, which all ranks would share, and no GPU, which it would number anew
+    assert calls(daemon) == ["-d", "", "quit"]  # no percentage for all ranks together, no GPU to number anew
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
