@@ -334,7 +334,7 @@ def decide(
     fewer, where several ranks share the GPU and its memory is the link, and for calls of few tokens: these are one
     kernel each, or two, so that the receiver makes the copies of a row only where that saves more than a kernel takes.
 
-    >>> spec = Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=4)
+    >>> spec = Spec(num_experts=8, num_topk=2, hidden=64, max_tokens=4096)
     >>> print(decide(spec, Topology(num_ranks=8), LaunchOptions(), visible_sms=132))
     LaunchConfig(num_sms=16 to store and 24 to load of 132, expand='sender', mover='kernel', link 450 GB/s, memory 4100 GB/s)
     """  # noqa: E501 - as it is printed
