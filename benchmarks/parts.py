@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crossdock.cli.mps import num_visible_gpus
+from crossdock.cli.mps.sharing import MOST_PROCESSES
 from crossdock.errors import BackendUnavailable
 
 ROOT = Path(__file__).parents[1]
@@ -88,8 +89,8 @@ def parts_of(num_gpus: int, num_ranks: int, out: str) -> list[Part]:
 
 
 def _num_tests_at_once(num_gpus: int) -> int:
-    """MPS takes 48 processes on a GPU; a test has eight ranks at most, which compile kernels on cores of their own."""
-    return max(1, min(48 * num_gpus // 8, (os.cpu_count() or 1) // 3))
+    """As many as MPS takes; a test has eight ranks at most, which compile kernels on cores of their own."""
+    return max(1, min(MOST_PROCESSES * num_gpus // 8, (os.cpu_count() or 1) // 3))
 
 
 def play(parts: Sequence[Part], out: Path, *, until_s: float) -> list[str]:

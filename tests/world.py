@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 
 from crossdock import Buffer, Connection, PeerFailed, PeerTimeout, Spec, ThreadGroup, Topology, run_local
+from crossdock.cli.mps.sharing import MOST_PROCESSES
 from crossdock.transport.rail import Box
 from crossdock.transport.rails.dist import DistEngine
 from crossdock.transport.rails.inproc import InprocEngine
@@ -151,10 +152,6 @@ def meet(group: Any) -> None:
         dist.barrier(group)
 
 
-_MPS_PROCESSES = 48
-"""That NVIDIA's MPS takes on a GPU, of all tests that run at a time."""
-
-
 class Pools:
     """Sets of processes, made when first asked for and again when one of them was lost.
 
@@ -180,7 +177,7 @@ class Pools:
     def _make_room(self, kind: str, num_ranks: int) -> None:
         if not kind.startswith("cuda"):
             return
-        most = _MPS_PROCESSES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        most = MOST_PROCESSES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
         num_gpus, on_gpus = torch.cuda.device_count(), [key for key in self._pools if key[0].startswith("cuda")]
         while on_gpus and sum(_num_on_a_gpu(*key, num_gpus) for key in [*on_gpus, (kind, num_ranks)]) > most:
             self._pools.pop(on_gpus.pop(0)).close()

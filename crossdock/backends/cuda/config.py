@@ -15,7 +15,8 @@ _MOST_ROWS = 32
 _WARP_BYTES = 512
 """That a warp moves by one instruction."""
 _COPIED_BY_SM = 44e9
-"""Bytes per second that a SM copies within its GPU while others store over a link: eight copied 59 MB in 165 us."""
+"""Bytes per second that a SM copies within its GPU while others store over a link: a dispatch of which eight copied
+59 MB took 177 us, words included."""
 _AT_ONCE = 8
 """Such pieces that each warp of a program that fills a SM has on their way; there are no registers for more."""
 _SRC_CELLS = 16384
@@ -160,15 +161,15 @@ class LaunchConfig:
         """
         if self.is_capped:
             return _one_for_each_sm(row_bytes, self.num_sms, own_programs=self._own_programs)
-        return self.pieces(row_bytes, is_counted=is_counted)
+        if is_counted:
+            return _shape(row_bytes, piece_bytes=4096, num_warps=2)
+        return _shape(row_bytes, piece_bytes=2048, num_warps=1, programs=self.num_sms * PROGRAMS_PER_SM)
 
     def pieces(self, row_bytes: int, *, is_counted: bool) -> Shape:
         """The same for kernels whose programs move one piece of one row at a time."""
         if self.is_capped:
             return Shape(piece_bytes=min(power_of_two(row_bytes), 16384), num_warps=32, programs=self.num_sms)
-        if is_counted:
-            return _shape(row_bytes, piece_bytes=4096, num_warps=2)
-        return _shape(row_bytes, piece_bytes=2048, num_warps=1, programs=self.num_sms * PROGRAMS_PER_SM)
+        return replace(self.rows(row_bytes, is_counted=is_counted), num_rows=1)
 
     @property
     def _own_programs(self) -> int:

@@ -95,8 +95,9 @@ class Sent(NamedTuple):
 
 
 IN_SLOT = (0, 0, 0, 0)
-ONE_WORD = Tiles(ROWS=1, PARTS=1, PIECE=1, PIECES=1, AT_ONCE=1, OWN=0)
 """Where staged rows are expanded to, as their kernel takes it: to their places in the slot."""
+ONE_WORD = Tiles(ROWS=1, PARTS=1, PIECE=1, PIECES=1, AT_ONCE=1, OWN=0)
+"""Of kernels that share out rows by themselves, and look at PIECE at most."""
 
 
 def where_of(into: Tensor | Quantized) -> tuple[int, int, int, int]:

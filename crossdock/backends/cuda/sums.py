@@ -237,4 +237,4 @@ class SumKinds:
         # Most rows are none: look at each once, not at all its pieces.
         if config.is_capped and not sums:
             return replace(shape, parts=1)
-        return replace(shape, piece_bytes=power_of_two(row_bytes), num_warps=max(4, shape.num_warps))
+        return replace(shape, piece_bytes=power_of_two(row_bytes), num_rows=1, num_warps=max(4, shape.num_warps))

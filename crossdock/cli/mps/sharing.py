@@ -15,6 +15,8 @@ CONTROL = "nvidia-cuda-mps-control"
 PIPE_DIRECTORY, LOG_DIRECTORY = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 PERCENTAGE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+MOST_PROCESSES = 48
+"""That MPS takes on a GPU."""
 
 Kind = Literal["own", "mps", "joined", "turns"]
 _WORDS: dict[Kind, str] = {
