@@ -1,7 +1,10 @@
 """Lanes: pytest processes side by side that share out the modules of one run, because most tests leave a core idle.
 
-``pytest -p tests.lanes --lane FOLDER`` is one. Each lane collects everything, and runs a module if it is the first to
+``pytest -p tests.lanes --lane=FOLDER`` is one. Each lane collects everything, and runs a module if it is the first to
 leave the module's name in the folder. ``scripts/test`` starts them.
+
+Not ``--lane FOLDER``: before it knows our options, pytest takes a path that stands by itself for a test's, and looks
+for its settings beside that.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     """As pytest's own loop, over this lane's share."""
     folder = session.config.getoption("lane")
+    if folder is not None and session.config.inipath is None:
+        raise pytest.UsageError(f"a lane without the project's settings; say --lane={folder}, with an equals sign")
     if folder is None or session.config.option.collectonly or session.testsfailed:
         return None
     share = taken(session.items, folder)
