@@ -455,6 +455,31 @@ def test_room_of_chunks_that_are_skipped_is_given_back_at_once():
     assert coming.waiting == [1]
 
 
+def first_note(group, engine):
+    """What rank 1 hears, which looks when rank 0 sends."""
+    rail = engine.connect(group, Topology.grid(nodes=2, local=1))
+    group.all_gather(None)
+    if group.rank == 0:
+        rail.tell(1, b"the first")
+    else:
+        rail.heard()
+    group.all_gather(None)
+    return [*rail.heard()]
+
+
+def test_first_notes_are_heard_wherever_memory_is_collected():
+    """What the collector ends may let other threads on, in the middle of making a list."""
+    engine, at = InprocEngine(box=Box(chunk_bytes=1024, num_chunks=2)), gc.get_threshold()
+    gc.callbacks.append(let_others_on := lambda *_: time.sleep(1e-5))
+    gc.set_threshold(1)
+    try:
+        heard = [run_local(lambda group: first_note(group, engine), 2) for _ in range(40)]
+    finally:
+        gc.set_threshold(*at)
+        gc.callbacks.remove(let_others_on)
+    assert heard == [[[], [(0, b"the first")]]] * 40
+
+
 def left_by_a_child(group, case):
     """Rank 1 forks within the block, and the child leaves it, as a program does that ends."""
     with open_buffer(group, case.spec, timeout_s=10) as buffer:

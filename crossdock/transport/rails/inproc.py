@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,11 +29,16 @@ class _Message(NamedTuple):
 
 
 class Sea:
-    """What ranks have sent to each other and not yet seen, by sender and receiver."""
+    """What ranks have sent to each other and not yet seen, by sender and receiver.
 
-    def __init__(self) -> None:
-        self.notes: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
-        self.chunks: dict[tuple[int, int], deque[_Message]] = defaultdict(deque)
+    All there from the start: sender and receiver come together, and of what is made when first asked for each could
+    make its own.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        pairs = [*itertools.permutations(range(num_ranks), 2)]
+        self.notes: dict[tuple[int, int], deque[_Message]] = {pair: deque() for pair in pairs}
+        self.chunks: dict[tuple[int, int], deque[_Message]] = {pair: deque() for pair in pairs}
         """The last one stays when it has arrived, and says how many there were."""
 
 
@@ -59,7 +65,7 @@ class InprocEngine:
     def connect(self, members: Group, topology: Topology) -> Rail:
         """See Engine."""
         assert isinstance(members, ThreadGroup)
-        sea = members.all_gather(Sea() if members.rank == 0 else None)[0]
+        sea = members.all_gather(Sea(members.size) if members.rank == 0 else None)[0]
         assert sea is not None
         return InprocRail(self, members, topology, sea)
 
