@@ -46,6 +46,8 @@ from tests.child import HUNG_S
 from tests.gpu.ranks import own_stream, take_all, take_share
 
 _GROUP_LIMIT_S = 120
+_LET_GO_S = 20
+"""How long a rail's threads may take to end, once its peers have left too."""
 _TIMEOUT_S = 30
 """Of a buffer on CUDA, whose calls of other ranks may have kernels to compile."""
 
@@ -337,7 +339,7 @@ def _serve(
             outcome = _outcome(pickle.loads(message), group)  # noqa: S301 - our own process
         except BaseException as error:  # noqa: BLE001 - whatever goes wrong is for the test to see
             outcome = _Outcome(error, traceback.format_exc())
-        connection.send_bytes(pickle.dumps([_reply(_settled(outcome), rank)]))
+        connection.send_bytes(pickle.dumps([_reply(_without_rails(_settled(outcome)), rank)]))
         dist.destroy_process_group(group)
 
 
@@ -387,6 +389,17 @@ def _settled(outcome: _Outcome) -> _Outcome:
         torch.cuda.synchronize()
     except RuntimeError as error:
         return _Outcome(WorkerLost(f"the device failed: {error}; the program gave {outcome.value!r}"), outcome.text)
+    return outcome
+
+
+def _without_rails(outcome: _Outcome) -> _Outcome:
+    """The same, if the program has left no rail behind: a thread of one may take a core until the process ends."""
+    until = time.monotonic() + _LET_GO_S
+    for thread in threading.enumerate():
+        if thread.name.startswith("crossdock-rail"):
+            thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                return _Outcome(AssertionError(f"{thread} was left by a program that gave {outcome.value!r}"))
     return outcome
 
 

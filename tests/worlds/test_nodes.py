@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,8 +36,10 @@ from crossdock import (
 )
 from crossdock.backends.nodes.chunks import ChunkFormat
 from crossdock.backends.nodes.outbound import Inbound
+from crossdock.transport.base import group_of
 from crossdock.transport.lanes import Lane
 from crossdock.transport.rail import Box
+from crossdock.transport.rails.dist import DistEngine
 from crossdock.transport.rails.inproc import InprocEngine
 from crossdock.transport.rails.nixl import NixlEngine
 from tests import oracle
@@ -478,6 +481,68 @@ def test_first_notes_are_heard_wherever_memory_is_collected():
         gc.set_threshold(*at)
         gc.callbacks.remove(let_others_on)
     assert heard == [[[], [(0, b"the first")]]] * 40
+
+
+def two_rails(group):
+    """Of two processes that are a node each, with room for two chunks."""
+    return DistEngine(box=Box(chunk_bytes=1024, num_chunks=2)).connect(group_of(group), Topology.grid(nodes=2, local=1))
+
+
+def comes(is_there, seconds=10):
+    """Whether something comes to be."""
+    until = time.monotonic() + seconds
+    while not is_there() and time.monotonic() < until:
+        time.sleep(0.01)
+    return bool(is_there())
+
+
+def chunks_after_the_end(group):
+    """Rank 0 wants no more chunks; two come for which it has posted receives, and a note behind them."""
+    rail, rank = two_rails(group), dist.get_rank(group)
+    if rank == 0:
+        rail._chunks[1].end()
+    for _ in range(2):
+        meet(group)
+        if rank == 1:
+            rail.put(0, 1024)
+        elif not comes(lambda: rail.landed(1)):
+            return "nothing has come"
+    if rank == 1:
+        rail.tell(0, b"behind")
+    heard = rank == 1 or comes(rail.heard)
+    meet(group)
+    rail.close()
+    return heard
+
+
+@pytest.mark.worlds("processes-2")
+def test_what_comes_behind_chunks_that_nobody_wants_is_heard(world):
+    assert world.run(chunks_after_the_end) == [True, True]
+
+
+def notes_after_goodbye(group):
+    """Rank 0 leaves, which rank 1 answers in a thread, and goes on telling it things. How many it has sent."""
+    rail, rank = two_rails(group), dist.get_rank(group)
+    rail.tell(1 - rank, b"before")
+    comes(rail.heard)
+    meet(group)
+    if rank == 0:
+        rail.leave()
+    for thread in rail._threads:
+        thread.join(10)
+    num_sent = len(rail._notes[1 - rank])
+    rail.tell(1 - rank, b"after")
+    rail.put(1 - rank, 1024)
+    more = len(rail._notes[1 - rank]) - num_sent, rail.num_put(1 - rank)
+    meet(group)
+    rail.close()
+    return num_sent, *more
+
+
+@pytest.mark.worlds("processes-2")
+def test_nothing_is_sent_behind_a_goodbye(world):
+    """Its receives are gone: gloo would find it in the connection again and again, for as long as the process lives."""
+    assert world.run(notes_after_goodbye) == [(2, 0, 1), (2, 0, 1)]
 
 
 def left_by_a_child(group, case):

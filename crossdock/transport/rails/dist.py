@@ -152,15 +152,21 @@ class DistRail:
         self._put.clear()  # or its thread in gloo would look forever at a connection that its peer has closed
 
     def _say_bye(self, node: int) -> None:
-        """Once to each peer: by the one that leaves first, and as an answer."""
+        """Once to each peer, the last that it is sent: by the one that leaves first, and as an answer."""
         with self._lock:
             if node in self._said_bye:
                 return
             self._said_bye.add(node)
-        self._send(node, _framed(_BYE, b""), _NOTES)
-        self._send(node, _LAST_CHUNK, _CHUNKS)
+            self._post(node, _framed(_BYE, b""), _NOTES)
+            self._post(node, _LAST_CHUNK, _CHUNKS)
 
     def _send(self, node: int, message: Tensor, tag: int) -> None:
+        """Sends it, unless the two have said goodbye: the peer's threads say that while this rank is in a call."""
+        with self._lock:
+            if node not in self._said_bye:
+                self._post(node, message, tag)
+
+    def _post(self, node: int, message: Tensor, tag: int) -> None:
         """Sends it, as far as the peer still lives; holds it until it has gone."""
         group = self._group
         if group is None or node in self._gone:
@@ -201,12 +207,18 @@ class DistRail:
             self._gone.add(node)
 
     def _take_chunks(self, node: int) -> None:
-        """The body of a thread: chunks of one peer, in order."""
+        """The body of a thread: chunks of one peer, in order, until all is done with for which a receive is posted.
+
+        What comes for a receive that is no more stays in the connection, before all that follows it, and gloo's thread
+        looks at it without a pause.
+        """
         chunks, ahead = self._chunks[node], deque[Callable[[], None]]()
         try:
-            while chunks.may_post(len(ahead)):
+            while chunks.may_come(len(ahead)):
                 for number in chunks.to_post(len(ahead)):
                     ahead.append(self._receive(node, self.inbox[node, number % chunks.num_chunks], _CHUNKS))
+                if not ahead:  # it has ended in between
+                    continue
                 ahead.popleft()()
                 if torch.equal(
                     self.inbox[node, chunks.num_landed % chunks.num_chunks][: _LAST_CHUNK.numel()], _LAST_CHUNK
@@ -244,14 +256,15 @@ class _Chunks:
         self.num_landed += 1
 
     def to_post(self, num_ahead: int) -> range:
-        """Numbers of the chunks for which receives can be posted now."""
-        return range(self.num_landed + num_ahead, self._num_freed + self.num_chunks)
+        """Numbers of the chunks for which receives can be posted now; none once it has ended."""
+        first = self.num_landed + num_ahead
+        return range(first, first if self._is_ended else self._num_freed + self.num_chunks)
 
-    def may_post(self, num_ahead: int) -> bool:
-        """Waits until a chunk can come; False when none is wanted any more."""
+    def may_come(self, num_ahead: int) -> bool:
+        """Waits until a chunk can come, or is on its way; False when none can any more."""
         with self._changed:
             self._changed.wait_for(lambda: num_ahead or self._is_ended or len(self.to_post(num_ahead)))
-            return not self._is_ended
+            return num_ahead > 0 or not self._is_ended
 
 
 def _count(sent: deque[_Sent]) -> int:
