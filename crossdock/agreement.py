@@ -92,7 +92,7 @@ def agree_on_masked(consent: Consent, transport: Transport, wanted: Iterable[int
     heard = yield from consent.propose(proposal, is_gone)
     if (error := find_disagreement(heard)) is not None:
         raise error
-    return Outcome(None)
+    return None, None
 
 
 def _check_by_rank(members: Group, gathered: object) -> None:

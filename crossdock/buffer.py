@@ -285,12 +285,6 @@ class Buffer:
             wait_s=torch.stack([stats.wait_s for stats in all_stats]),
         )
 
-    def _check_ready(self) -> None:
-        """Raises what keeps the next call from being started."""
-        if self._is_closed or self.connection.refusal is not None:
-            self._check_open()
-        self._queue.check_room(self._slots, self.spec.num_slots)
-
     def _check_open(self) -> None:
         self.connection.check_open()
         if self._is_closed:
@@ -387,7 +381,7 @@ class Buffer:
                 num_sms=num_sms, after=after, counters=counters,
             )  # fmt: skip
 
-    def _start_dispatch(
+    def _start_dispatch(  # noqa: PLR0912 - in one place: a function would be one more call of Python in each call
         self,
         x: Tensor | Quantized,
         routing: Tensor | Plan,
@@ -403,9 +397,11 @@ class Buffer:
         after: Event | None,
         counters: Counters | None,
     ) -> Pending[Received]:
-        row_count = rows or self._default_row_count
-        self._check_ready()
-        asks_host = row_count == "exact" and not isinstance(routing, Plan)
+        row_count, plan = rows or self._default_row_count, routing if isinstance(routing, Plan) else None
+        if self._is_closed or self.connection.refusal is not None:
+            self._check_open()
+        self._queue.check_room(self._slots, self.spec.num_slots)
+        asks_host = row_count == "exact" and plan is None
         if asks_host or self._moves_blocks:
             self._backend.check_capture(asks_host=asks_host)
         try:
@@ -417,12 +413,10 @@ class Buffer:
             key = key_of(
                 ("dispatch", rows, max_tokens, unquantized, at_once, num_sms), (x, routing, weights, *batch.extras)
             )
-            known = self._kinds.get(key) if key else None
-            if known is not None and self._fits_dispatch(batch, routing, rows, max_tokens):
-                kind = known
-            else:
-                kind = self._vetted_dispatch(batch, routing, rows, max_tokens, num_sms)
-            if not isinstance(routing, Plan) and (self._looks_at_picks or self.masked or not kind.takes_picks_as_given):
+            is_known = key in self._kinds and self._fits_dispatch(self._kinds[key], batch, routing, rows, max_tokens)
+            kind = self._kinds[key] if is_known else self._vetted_dispatch(batch, routing, rows, max_tokens, num_sms)
+            takes_as_given = kind.takes_picks_as_given and not (self._looks_at_picks or self.masked)
+            if not (takes_as_given or isinstance(routing, Plan)):
                 routing = self._picks(routing)
             if after is not None or counters is not None:
                 self._take_beside(after, counters, at_once=at_once, brings_rows=True)
@@ -435,15 +429,17 @@ class Buffer:
         slot = self._slots.take(self._queue)
         if self._debug and self._slots.is_settled:  # else peers may still pull what another Spec's call has left there
             self._slots.poison(slot, "data", "scale", "unquantized", "metadata")
-        plan = routing if isinstance(routing, Plan) else None
-        extent = self._extents.get(max_tokens)  # a plan has its own
-        most = None if plan or extent is self.arena.extent or extent is None else extent.max_tokens
+        extent = kind.extent  # a plan has its own
+        most = None if extent is self.arena.extent or extent is None else extent.max_tokens
         verb = Kind.CACHED_DISPATCH if plan else Kind.DISPATCH
-        word = kind.words.get((slot, PUSHED)) or self._word(
-            kind, verb, slot, PUSHED, plan, (row_count, most, unquantized, weights is None, _shapes(extras))
-        )
+        at = slot, PUSHED
+        if at in kind.words:
+            word = kind.words[at]
+        else:
+            agreed = row_count, most, unquantized, weights is None, _shapes(extras)
+            word = self._word(kind, verb, slot, PUSHED, plan, agreed)
         is_first = not self._queue.running
-        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, counters, extent)
+        call = Call(self._consent.take(), word, row_count, at_once, is_first, num_sms, counters, extent, kind.launches)
         steps = self._backend.dispatch(call, batch, routing)
 
         copies = self._backend.copy_rows if copy else None
@@ -452,25 +448,25 @@ class Buffer:
         if not at_once:
             self._slots.fill(slot, pending)
         self._queue.drive()
-        if key and kind is not known:
+        if key and not is_known:
             self._kinds.keep(key, kind)
         return pending
 
     def _fits_dispatch(
-        self, batch: Batch, routing: Tensor | Plan, rows: RowCount | None, max_tokens: int | None
+        self, kind: CallKind, batch: Batch, routing: Tensor | Plan, rows: RowCount | None, max_tokens: int | None
     ) -> bool:
         """Whether a batch of a kind that has been seen is allowed too: its numbers of tokens, and its plan."""
-        x, weights, extras, _ = batch
-        num_tokens = (x.data if isinstance(x, Quantized) else x).shape[0]
+        (x, weights, extras, _), extent = batch, kind.extent
+        data, scale = x if isinstance(x, Quantized) else (x, None)
+        num_tokens = data.shape[0]
         if isinstance(routing, Plan):
             is_ours = routing.buffer_id == self._id and routing.masked == self.masked
             fits = is_ours and routing.num_tokens == num_tokens and max_tokens in (None, routing.extent.max_tokens)
             fits = fits and (rows != "capacity" or (routing.num_rows or 0) <= routing.extent.slot_rows)
         else:
-            extent = self._extents.get(max_tokens)
             fits = extent is not None and (self._backend.tells_tokens or num_tokens <= extent.max_tokens)
             fits = fits and routing.shape[0] == num_tokens
-        fits = fits and (not isinstance(x, Quantized) or x.scale.shape[0] == num_tokens)
+        fits = fits and (scale is None or scale.shape[0] == num_tokens)
         fits = fits and (weights is None or weights.shape[0] == num_tokens)
         return fits and (not extras or all(extra.shape[0] == num_tokens for extra in extras))
 
@@ -508,7 +504,7 @@ class Buffer:
             inputs.check_topk_idx(self.spec, routing, num_tokens, num_ranks=self.topology.num_ranks)
             # By strides: one token has no gaps, whatever its kind has with more.
             kind.takes_picks_as_given = routing.dtype == torch.int64 and routing.stride() == (self.spec.num_topk, 1)
-            extent = self._learn_extent(max_tokens)
+            kind.extent = extent = self._learn_extent(max_tokens)
             if num_tokens > extent.max_tokens and not self._backend.tells_tokens:
                 raise overflow(extent.spec, self.topology, worst=-1 - self.rank, needed=num_tokens)
         inputs.check_weights(self.spec, weights, num_tokens)
@@ -679,7 +675,7 @@ class Buffer:
             given = Outputs(y, weights, bias, extras, partial_rows, out)
             return self._start_combine(given, plan, at_once=False, num_sms=num_sms, after=after, counters=counters)
 
-    def _start_combine(
+    def _start_combine(  # noqa: PLR0912 - as _start_dispatch
         self,
         given: Outputs,
         plan: Plan,
@@ -690,7 +686,9 @@ class Buffer:
         counters: Counters | None,
     ) -> Pending[Any]:
         y, weights, bias, extras, partial_rows, out = given
-        self._check_ready()
+        if self._is_closed or self.connection.refusal is not None:
+            self._check_open()
+        self._queue.check_room(self._slots, self.spec.num_slots)
         try:
             if self._share.user is not self._slots:
                 self._share.take(self._slots, self._queue)
@@ -698,11 +696,8 @@ class Buffer:
                 self.check_overflow()
             tensors = (y, plan, weights, bias, partial_rows, out, *(extras or ()))
             key = key_of(("combine", extras is None, at_once, num_sms), tensors)
-            known = self._kinds.get(key) if key else None
-            if known is not None and self._fits_combine(given, plan):
-                kind = known
-            else:
-                kind = self._vetted_combine(given, plan, num_sms)
+            is_known = key in self._kinds and self._fits_combine(given, plan)
+            kind = self._kinds[key] if is_known else self._vetted_combine(given, plan, num_sms)
             if partial_rows is not None and self._looks_at_picks:
                 inputs.check_row_numbers(partial_rows, num_rows=y.shape[0])
             if out is not None:
@@ -719,11 +714,14 @@ class Buffer:
         if self._weighs_rows and (weights is not None or (self._ranks_sum and self.spec.layout.per_pick)):
             output_slot = PUSHED  # they are summed here, or their weights go with them
         slot = self._next_return_slot()
-        word = kind.words.get((slot, output_slot)) or self._word(
-            kind, Kind.COMBINE, slot, output_slot, plan, self._agreed_of_combine(weights, extras, returned)
-        )
+        at = slot, output_slot
+        if at in kind.words:
+            word = kind.words[at]
+        else:
+            agreed = self._agreed_of_combine(weights, extras, returned)
+            word = self._word(kind, Kind.COMBINE, slot, output_slot, plan, agreed)
         is_first = not self._queue.running
-        call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms, counters)
+        call = Call(self._consent.take(), word, "capacity", at_once, is_first, num_sms, counters, None, kind.launches)
         flat = y.reshape(-1, self.spec.hidden) if output_slot == PUSHED and y.dim() != 2 else y
         if flat is not y or weights is not given.weights or extras is not None:
             given = Outputs(flat, weights, bias, None if extras is None else returned, partial_rows, out)
@@ -732,7 +730,7 @@ class Buffer:
             Kind.COMBINE, call.sequence, steps, held=(plan, given), owner=self._slots, counters=counters
         )
         self._queue.drive()
-        if key and kind is not known:
+        if key and not is_known:
             self._kinds.keep(key, kind)
         return pending
 
@@ -798,7 +796,8 @@ class Buffer:
             return self._start_return(plan, extras, after).finished()
 
     def _start_return(self, plan: Plan, extras: Sequence[Tensor], after: Event | None) -> Pending[tuple[Tensor, ...]]:
-        self._check_ready()
+        self._check_open()
+        self._queue.check_room(self._slots, self.spec.num_slots)
         try:
             if self._share.user is not self._slots:
                 self._share.take(self._slots, self._queue)

@@ -494,7 +494,7 @@ class Connection:
 
     def _meet_again(self) -> Steps[Outcome[int]]:
         num_ended = yield from self.consent.meet()
-        return Outcome(num_ended)
+        return num_ended, None
 
     def mask(self, *ranks: int) -> None:
         """Goes on without ranks that are gone. Collective among all that are left; what is in flight is void.

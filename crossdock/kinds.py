@@ -19,6 +19,7 @@ from torch._C._functorch import peek_interpreter_stack as _top_transform
 from torch.autograd import forward_ad
 
 from crossdock.consent import Word
+from crossdock.extent import Extent
 from crossdock.plan import Plan
 from crossdock.wire import Quantized
 
@@ -26,14 +27,20 @@ Kind = TypeVar("Kind")
 Key = tuple[Hashable, ...]
 NUM_CALL_KINDS = 256
 """Kinds of calls that a buffer keeps, of those that have succeeded: their calls are prepared ones."""
+_NUM_LAUNCHES = 8
+"""Kinds of launches that are kept with each: a cached dispatch has them by its plan's extent."""
 
 
 class CallKind:
     """One kind of call of one buffer."""
 
-    __slots__ = ("takes_picks_as_given", "words")
+    __slots__ = ("extent", "launches", "takes_picks_as_given", "words")
 
-    def __init__(self) -> None:
+    def __init__(self, extent: Extent | None = None) -> None:
+        self.extent = extent
+        """Of a fresh dispatch: what it uses of a receive slot."""
+        self.launches: Kinds[Any] = Kinds(_NUM_LAUNCHES)
+        """What the backend launches for it, by what decides that beside the kind."""
         self.takes_picks_as_given = False
         """Whether ``topk_idx`` is int64 without gaps, and so goes to the backend as it is."""
         self.words: dict[tuple[int, int], Word] = {}

@@ -75,7 +75,7 @@ class Pending(Generic[Result]):
         None on CPUs, and as long as not all of the work could be issued: while an earlier call still asks the host, or
         has failed.
         """
-        return None if self.outcome is None else self.outcome.event
+        return None if self.outcome is None else self.outcome[1]
 
     def wait(self) -> Result:
         """The call's result, once it is there; later calls of ``wait()`` give the same.
@@ -101,11 +101,12 @@ class Pending(Generic[Result]):
         if self.error is not None:
             raise self.error
         assert self.outcome is not None
-        if self.outcome.event is not None:
-            self.outcome.event.wait()
+        result, event = self.outcome
+        if event is not None:
+            event.wait()
         if not self._results:
             finish, self._finish, self._held = self._finish, None, ()  # which may hold what holds this
-            self._results.append(self.outcome.result if finish is None else finish(self.outcome.result))
+            self._results.append(result if finish is None else finish(result))
         return self._results[0]
 
     def void(self, error: BaseException) -> None:
@@ -219,7 +220,7 @@ class CallQueue:
         patience: _Patience | None = None
         running = self.running
         call = running[0] if running else None
-        if target is None and len(running) > 1:
+        if target is None and running and call is not running[-1]:
             call = self._newest_to_begin()
         while call is not None and (target is None or (target.outcome is None and target.error is None)):
             missing = None

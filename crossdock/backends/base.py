@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from crossdock.consent import Steps, Word
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.extent import Extent, RowCount
 from crossdock.fields import is_integer
+from crossdock.kinds import Kinds
 from crossdock.plan import Plan
 from crossdock.spec import Spec
 from crossdock.wire import Quantized
@@ -166,16 +167,12 @@ class Call(NamedTuple):
     """What its caller wants counted; waits of the host are not the backend's."""
     extent: Extent | None = None
     """Of a fresh dispatch: what it uses of a receive slot; None: what the Spec's own M does."""
+    kept: Kinds[Any] | None = None
+    """What the backend launches for calls of its kind; None: of a call that has none."""
 
 
-class Outcome(Generic[Result]):
-    """What a call gives, and the end of its work on a device (None: it is on the caller's stream, or done)."""
-
-    __slots__ = ("event", "result")
-
-    def __init__(self, result: Result, event: Event | None = None) -> None:
-        self.result = result
-        self.event = event
+Outcome: TypeAlias = tuple[Result, Event | None]
+"""What a call gives, and the end of its work on a device (None: it is on the caller's stream, or done)."""
 
 
 class RowTimes:

@@ -76,7 +76,7 @@ class TracedCall:
         if times is not None:
             of_rows = {"move_ns": times.move_ns if any(times.move_ns) else (), "put": times.put, "landed": times.landed}
             line |= {name: what for name, what in of_rows.items() if what}
-        result, is_dispatch = outcome.result, isinstance(outcome.result, Arrived)
+        result, is_dispatch = outcome[0], isinstance(outcome[0], Arrived)
         plan, self._plan = result.plan if isinstance(result, Arrived) else self._plan, None
         if isinstance(plan, (HostPlan, NodePlan)) and spec is not None:
             line |= self._rows(plan, spec, is_dispatch=is_dispatch)

@@ -198,7 +198,7 @@ class Rank:
     def _overflow(self, sequence: int, word: Word, is_posted: bool) -> Generator[Missing, None, Outcome[None]]:
         yield from self._words(sequence, word, is_posted)
         self.completed.add(sequence)
-        return Outcome(None)
+        return None, None
 
     def _dispatch(self, sequence: int, word: Word, is_posted: bool) -> Generator[Missing, None, Outcome[None]]:
         when = self.num_started
@@ -215,7 +215,7 @@ class Rank:
         self.held[word.slot] = sequence
         self.last_landed = when
         self.completed.add(sequence)
-        return Outcome(None)
+        return None, None
 
     def _combine(self, sequence: int, word: Word, is_posted: bool) -> Generator[Missing, None, Outcome[None]]:
         words = yield from self._words(sequence, word, is_posted)
@@ -235,7 +235,7 @@ class Rank:
         self.consent.check(sequence)
         assert set(terms) == {sequence}, "outputs of another call were summed"
         self.completed.add(sequence)
-        return Outcome(None)
+        return None, None
 
     def _outputs_for(self, sequence: int) -> int:
         """A slot to be pulled from, written for this call; a lent one is ours after a later dispatch, or when void."""

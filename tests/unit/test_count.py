@@ -153,7 +153,7 @@ def restart(rank: Rank) -> Pending:
 
 def meet(rank: Rank) -> Steps[Outcome[int]]:
     num_ended = yield from rank.consent.meet()
-    return Outcome(num_ended)
+    return num_ended, None
 
 
 def begin(rank: Rank) -> None:

@@ -278,10 +278,10 @@ def _calls(case: str, verb: str, *, backend_alone: bool, of: str = "Python", **o
 @pytest.mark.parametrize(
     ("case", "options", "verb", "most"),
     [
-        ("compact", {}, "fresh", 14),
-        ("compact", {}, "cached", 9),
-        ("compact", {}, "pushed", 10),
-        ("padded", {"max_tokens": 64}, "fresh", 9),
+        ("compact", {}, "fresh", 11),
+        ("compact", {}, "cached", 7),
+        ("compact", {}, "pushed", 8),
+        ("padded", {"max_tokens": 64}, "fresh", 8),
     ],
 )
 def test_the_backends_part_of_a_warm_call_is_few_calls_of_python(case, options, verb, most, pool):
@@ -293,15 +293,20 @@ def test_the_backends_part_of_a_warm_call_is_few_calls_of_python(case, options, 
 @pytest.mark.parametrize(
     ("case", "options", "verb", "most"),
     [
-        ("compact", {}, "fresh", 35),
-        ("compact", {}, "cached", 30),
-        ("compact", {}, "pushed", 29),
-        ("compact", {}, "pushed, weights, bias", 31),
-        ("expanded at the receiver", {}, "fresh", 34),
-        ("staged at the receiver", {}, "fresh", 40),
-        ("padded", {"max_tokens": 64}, "fresh", 31),
-        ("padded", {"max_tokens": 64}, "cached", 30),
-        ("padded", {"max_tokens": 64}, "pushed", 44),
+        ("compact", {}, "fresh", 31),  # 30, but for every 16th, which notes an event
+        ("compact", {}, "cached", 27),
+        ("compact", {}, "pushed", 26),
+        ("compact", {}, "pushed, weights, bias", 28),
+        ("compact, sums by token", {}, "fresh", 30),
+        ("expanded", {}, "fresh", 30),
+        ("expanded at the receiver", {}, "fresh", 31),
+        ("expanded at the receiver", {}, "cached", 28),
+        ("staged at the receiver", {}, "fresh", 37),
+        ("padded", {}, "fresh", 30),
+        ("compact", {"max_tokens": 64}, "fresh", 29),
+        ("padded", {"max_tokens": 64}, "fresh", 29),
+        ("padded", {"max_tokens": 64}, "cached", 27),
+        ("padded", {"max_tokens": 64}, "pushed", 41),  # with the programs of a number of tokens that is new
     ],
 )
 def test_a_warm_call_is_few_calls_of_python_from_the_verb_on(case, options, verb, most, pool):
@@ -314,14 +319,19 @@ def test_a_warm_call_is_few_calls_of_python_from_the_verb_on(case, options, verb
 @pytest.mark.parametrize(
     ("case", "options", "verb", "most"),
     [
-        ("compact", {}, "fresh", 66),
-        ("compact", {}, "cached", 47),
-        ("compact", {}, "pushed", 57),
-        ("padded", {"max_tokens": 64}, "fresh", 56),
+        ("compact", {}, "fresh", 40),
+        ("compact", {}, "cached", 28),
+        ("compact", {}, "pushed", 32),
+        ("compact", {}, "pushed, weights, bias", 44),
+        ("expanded at the receiver", {}, "fresh", 39),
+        ("staged at the receiver", {}, "fresh", 51),
+        ("padded", {"max_tokens": 64}, "fresh", 40),
+        ("padded", {"max_tokens": 64}, "cached", 31),
+        ("padded", {"max_tokens": 64}, "pushed", 42),
     ],
 )
 def test_a_warm_call_is_few_calls_of_c(case, options, verb, most, pool):
     """Those that code of ours makes, launches apart; each tensor's address, and each look at one, is among them."""
     calls = pool.apply(_calls, (case, verb), {"backend_alone": False, "of": "C"} | options)
     assert calls.total() <= most, calls
-    assert calls.total() > 20
+    assert calls.total() > 15

@@ -111,9 +111,9 @@ def start_two(group, cases, patience):
                 for case, routing in zip(cases, routings, strict=True)
             ]
             on.next_call = give
-            before = [int(room[group.size() + PROGRESS.value]) for room in rooms]
+            before = [int(room.memory[group.size() + PROGRESS.value]) for room in rooms]
             received = [pending.wait() for pending in started]
-            progress += zip(before, [int(room[group.size() + PROGRESS.value]) for room in rooms], strict=True)
+            progress += zip(before, [int(room.memory[group.size() + PROGRESS.value]) for room in rooms], strict=True)
             rows += [observed(recv) for recv in received]
             routings = [recv.plan for recv in received]
         sums = []

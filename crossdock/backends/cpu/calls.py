@@ -103,7 +103,7 @@ class CpuBackend:
         if call.counters is not None and call.counters.num_tokens_per_expert is not None:
             call.counters.num_tokens_per_expert.add_(plan.num_tokens_per_expert)
         plan, metadata = self._rows.take(plan, batch, call.word.slot, num_rows, into)
-        return Outcome(Arrived(plan, num_rows, lambda: metadata, into))
+        return Arrived(plan, num_rows, lambda: metadata, into), None
 
     def combine(
         self, call: Call, plan: Plan, given: Outputs
@@ -133,8 +133,8 @@ class CpuBackend:
         )
         self._consent.check(call.sequence)
         if extras is None:
-            return Outcome(out)
-        return Outcome((out, self._rows.returned_extras(plan, extras, call.word.slot)))
+            return out, None
+        return (out, self._rows.returned_extras(plan, extras, call.word.slot)), None
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
         """See Backend."""
@@ -148,7 +148,7 @@ class CpuBackend:
         self._rows.push_extras(plan, extras, words)
         self._consent.signal(call.sequence)
         yield from self._consent.arrivals(call.sequence, words, from_all=True)
-        return Outcome(self._rows.returned_extras(plan, extras, call.word.slot))
+        return self._rows.returned_extras(plan, extras, call.word.slot), None
 
     def _post(self, call: Call, routing: Tensor | Plan, *, may_wait: bool) -> bool:
         """Posts this rank's word, behind the counts of a fresh dispatch; False: its turn has not come yet."""

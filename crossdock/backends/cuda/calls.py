@@ -44,13 +44,14 @@ from crossdock.backends.cuda.plan import DevicePlan, HostStamp
 from crossdock.backends.cuda.planner import REMADE, Planner
 from crossdock.backends.cuda.scales import as_kernels_take, dtype_of
 from crossdock.backends.cuda.sends import IN_SLOT, SendKind, SendKinds, where_of
-from crossdock.backends.cuda.state import CallState, DeviceState
+from crossdock.backends.cuda.state import CallState, DeviceState, Kept
 from crossdock.backends.cuda.stream import CallStreams
 from crossdock.backends.cuda.sums import SumKind, SumKinds
 from crossdock.backends.cuda.training import TrainingKernels
 from crossdock.backends.staged import RowMaker
 from crossdock.consent import PUSHED, Kind, Missing, Steps, Word
 from crossdock.errors import CapacityError, ConfigError
+from crossdock.extent import Extent
 from crossdock.kinds import Kinds
 from crossdock.masks import has_rows_of, listed, made_before
 from crossdock.plan import Plan
@@ -164,7 +165,7 @@ class CudaBackend:
         if kind.ends_late:
             into = self._end_late(call, batch, plan, kind, room, seen)
             event = None if call.at_once else self._streams.event()
-        return Outcome(self._arrived(call, plan, batch, into), event)
+        return self._arrived(call, plan, batch, into), event
 
     def _room(self, call: Call, batch: Batch, routing: Tensor | Plan) -> Tensor | Quantized | None:
         """What staged rows are expanded into; None where the host is still to be told how many come.
@@ -181,7 +182,7 @@ class CudaBackend:
         return self._row_maker.rows(num_rows, unquantized=batch.unquantized)
 
     def _end_late(
-        self, call: Call, batch: Batch, plan: DevicePlan, kind: SendKind, room: Tensor, seen: Tensor | None
+        self, call: Call, batch: Batch, plan: DevicePlan, kind: SendKind, room: Kept, seen: Tensor | None
     ) -> Tensor | Quantized:
         """Tells that rows are in place, now that there is room for those that come here, and expands these.
 
@@ -191,10 +192,10 @@ class CudaBackend:
         assert plan.num_rows is not None, "the host was told"
         into = self._row_maker.rows(plan.num_rows, unquantized=batch.unquantized)
         stream = self._streams.enter() if call.at_once else self._streams.enter_side()
-        kind.finish(0, stream, room, self._on.rank, self._on.max_polls, plan.memory)
+        kind.finish(0, stream, room, self._on.rank, self._on.max_polls, plan)
         self._consent.owes_arrival = False
         assert kind.expand is not None, "staged rows"
-        kind.expand(0, stream, *where_of(into), plan.memory, room, plan.num_tokens, self._on.rank)
+        kind.expand(0, stream, *where_of(into), plan, room, plan.num_tokens, self._on.rank)
         if call.counters is not None and seen is not None:
             self._counters.end(call.counters, seen, plan.memory, stream)
         return into
@@ -209,7 +210,7 @@ class CudaBackend:
             yield from self._consent.opening(call.sequence)
         into, room = self._room(call, batch, routing) if self._is_staged else None, self._on.next_call()
         stream = self._streams.enter()
-        topk_idx, is_fresh = None, isinstance(routing, Tensor)
+        topk_idx = None
         if isinstance(routing, Tensor):
             topk_idx = routing
             plan = self._planner.blank(routing.shape[0], call.sequence, call.extent or self._on.arena.extent)
@@ -228,16 +229,16 @@ class CudaBackend:
         if not call.at_once:
             yield _LEFT
             stream = self._streams.enter()
-            picks = plan.topk_idx if is_fresh else None
+            picks = None if topk_idx is None else plan.topk_idx
             fused.dispatch(call, plan, batch, picks, At(stream, room, into), begins=False, awaits=True)
-        if is_fresh:
-            self._planner.placed(plan, call.sequence, call.row_count, stream)
+        if topk_idx is not None:
+            self._planner.placed(plan, call.sequence, call.row_count)
         if call.counters is not None and seen is not None:
             self._counters.end(call.counters, seen, plan.memory, stream)
         event = None if call.at_once else self._streams.event()
         if call.row_count == "exact" and plan.host_counts is not None:
             plan = yield from self._told(plan)
-        return Outcome(self._arrived(call, plan, batch, into), event)
+        return self._arrived(call, plan, batch, into), event
 
     def _empty(self, plan: DevicePlan, stream: int) -> None:
         """Of a rank with more tokens than the call may have: none of them goes anywhere."""
@@ -287,7 +288,7 @@ class CudaBackend:
         call: Call,
         batch: Batch,
         routing: Tensor | Plan,
-        room: Tensor,
+        room: Kept,
         into: Tensor | Quantized | None,
     ) -> tuple[DevicePlan, SendKind, Tensor | None]:
         """Issues a dispatch of several kernels, up to where everybody's rows are in place, or as its kind says.
@@ -298,42 +299,40 @@ class CudaBackend:
             room: for what its kernels keep of it.
             into: what staged rows are expanded into; None: into the slot, or later.
         """
-        on, x, weights, at_once = self._on, batch.x, batch.weights, call.at_once
-        is_fresh = isinstance(routing, Tensor)
+        on, at_once, x, weights, topk_idx = self._on, call.at_once, batch.x, batch.weights, None
         if isinstance(routing, Tensor):
             topk_idx = routing
             plan = self._planner.blank(routing.shape[0], call.sequence, call.extent or on.arena.extent)
         else:
             assert isinstance(routing, DevicePlan), "the plan of another backend"
-            topk_idx, plan = on.flags, routing
+            plan = routing
         stream = self._streams.enter() if at_once else self._streams.enter_side()
         seen = None if call.counters is None else self._counters.begin(stream)
         if weights is not None:
             weights = self._dense(weights, stream).view(torch.int32)
         extras = (self._packed(batch.extras, stream),) if batch.extras else ()
+        scale: Tensor | Kept = on.nothing
         if isinstance(x, Tensor):
-            data, scale = x, on.flags
+            data = x
         else:
             data, scale = x = as_kernels_take(x)
         if data.stride(1) != 1 and data.shape[1] != 1:
             data = self._dense(data, stream)
-            x = data if isinstance(x, Tensor) else Quantized(data, scale)
+            x = data if isinstance(x, Tensor) else x._replace(data=data)
         if x is not batch.x or weights is not None or extras:
             batch = Batch(x, weights, extras, batch.unquantized)
-        known = plan.src_idx is not None
-        picks, extent = topk_idx if is_fresh else None, plan.extent
-        key = self._send_kinds.key(batch, picks, call.num_sms, extent.max_tokens, call.row_count, known=known)
-        kind = self._sends.get(key)
-        if kind is None:
-            config = self.launch.using(call.num_sms)
-            made = self._send_kinds.make(batch, config, extent, call.row_count, is_fresh=is_fresh, known=known)
-            kind = self._sends.keep(key, made)
-        memory, rank = plan.memory, on.rank
+        known, kept = plan.src_idx is not None, call.kept
+        way = known, plan.extent
+        if kept is not None and way in kept:
+            kind: SendKind = kept[way]
+        else:
+            kind = self._kind_of(call, batch, topk_idx, plan.extent, known=known)
+        rank, nothing = on.rank, on.nothing
         num_tokens, too_many = 0 if plan.too_many else plan.num_tokens, plan.too_many
-        if too_many and is_fresh:
+        if too_many and topk_idx is not None:
             self._empty(plan, stream)
         carries = (0 if weights is None else _WEIGHTS) | (_EXTRAS if extras else 0)
-        beside = (carries, on.flags if weights is None else weights, extras[0] if extras else on.flags)
+        beside = (carries, nothing if weights is None else weights, extras[0] if extras else nothing)
         if kind.place is None:
             kind.begin(0, stream, room, call.word.payload, rank, on.max_polls)
         else:
@@ -343,7 +342,7 @@ class CudaBackend:
                 num_tokens,
                 stream,
                 topk_idx,
-                memory,
+                plan,
                 room,
                 num_tokens,
                 too_many,
@@ -352,35 +351,47 @@ class CudaBackend:
                 on.max_polls,
             )
             tells, host_counts = _TELLS if call.row_count == "exact" else 0, plan.host_counts.row
-            kind.place(num_tokens, stream, memory, room, host_counts, num_tokens, rank, tells | carries, *beside[1:])
-            self._planner.placed(plan, call.sequence, call.row_count, stream)
+            kind.place(num_tokens, stream, plan, room, host_counts, num_tokens, rank, tells | carries, *beside[1:])
+            self._planner.placed(plan, call.sequence, call.row_count)
         if not kind.pushes_beside:
-            beside = (0, on.flags, on.flags)
+            beside = (0, nothing, nothing)
         max_polls = 0
         if self.launch.mover == "copy":
             if kind.push is not None:
-                kind.push(num_tokens, stream, memory, room, num_tokens, rank, *beside)
+                kind.push(num_tokens, stream, plan, room, num_tokens, rank, *beside)
             with self._streams.context(stream):
-                push_blocks(self._send_kinds, self._transport, plan, batch, room, stream, self._consent)
+                push_blocks(self._send_kinds, self._transport, plan, batch, room.memory, stream, self._consent)
         elif kind.push is not None:
             max_polls = (on.max_polls if at_once else 0) if num_tokens <= kind.most_tokens else -1
             if kind.is_cast:
-                kind.push(num_tokens, stream, data, memory, room, num_tokens, rank, max_polls, *beside)
+                kind.push(num_tokens, stream, data, plan, room, num_tokens, rank, max_polls, *beside)
             else:
-                kind.push(num_tokens, stream, data, scale, memory, room, num_tokens, rank, max_polls, *beside)
+                kind.push(num_tokens, stream, data, scale, plan, room, num_tokens, rank, max_polls, *beside)
         if kind.ends_late:
             self._consent.owes_arrival = True
             return plan, kind, seen
         if max_polls < 0:
-            kind.end(0, stream, room, rank, on.max_polls, memory)
+            kind.end(0, stream, room, rank, on.max_polls, plan)
         elif not at_once or self.launch.mover == "copy":
-            kind.finish(0, stream, room, rank, on.max_polls, memory)
+            kind.finish(0, stream, room, rank, on.max_polls, plan)
         if kind.expand is not None:
             where = IN_SLOT if into is None else where_of(into)
-            kind.expand(0, stream, *where, memory, room, num_tokens, rank)
+            kind.expand(0, stream, *where, plan, room, num_tokens, rank)
         if call.counters is not None and seen is not None:
-            self._counters.end(call.counters, seen, memory, stream)
+            self._counters.end(call.counters, seen, plan.memory, stream)
         return plan, kind, seen
+
+    def _kind_of(self, call: Call, batch: Batch, topk_idx: Tensor | None, extent: Extent, *, known: bool) -> SendKind:
+        """What a dispatch of several kernels launches, by all that it depends on. Noted for calls of its kind."""
+        key = self._send_kinds.key(batch, topk_idx, call.num_sms, extent.max_tokens, call.row_count, known=known)
+        kind = self._sends.get(key)
+        if kind is None:
+            config, is_fresh = self.launch.using(call.num_sms), topk_idx is not None
+            made = self._send_kinds.make(batch, config, extent, call.row_count, is_fresh=is_fresh, known=known)
+            kind = self._sends.keep(key, made)
+        if call.kept is not None:
+            call.kept.keep((known, extent), kind)
+        return kind
 
     def combine(
         self, call: Call, plan: Plan, given: Outputs
@@ -406,7 +417,7 @@ class CudaBackend:
         finally:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         event = None if call.at_once else self._streams.event()
-        return Outcome(out if given.extras is None else (out, results), event)
+        return out if given.extras is None else (out, results), event
 
     def _combine_fused(
         self, fused: FusedCalls, call: Call, plan: DevicePlan, given: Outputs
@@ -433,7 +444,7 @@ class CudaBackend:
             torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         if call.counters is not None and seen is not None:
             self._counters.end(call.counters, seen, plan.memory, stream)
-        return Outcome(out, None if call.at_once else self._streams.event())
+        return out, None if call.at_once else self._streams.event()
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
         """See Backend."""
@@ -449,9 +460,9 @@ class CudaBackend:
             yield _TURN
         if not self._consent.is_open:
             yield from self._consent.opening(call.sequence)
-        given = Outputs(y=self._on.flags, extras=extras)
+        given = Outputs(y=self._on.nothing.memory, extras=extras)
         _, results = self._return(call, plan, given, pushes=False, sums=False)
-        return Outcome(results, None if call.at_once else self._streams.event())
+        return results, None if call.at_once else self._streams.event()
 
     def _return(  # noqa: PLR0912, PLR0915 - in one place: each function would be one more call of Python in each call
         self, call: Call, plan: DevicePlan, given: Outputs, *, pushes: bool, sums: bool
@@ -460,10 +471,10 @@ class CudaBackend:
         on, spec, num_tokens, rank = self._on, self._spec, plan.num_tokens, self._on.rank
         y, weights, bias, extras, rows, out = given
         if not sums:
-            out = on.flags
+            out = on.nothing.memory
         elif out is None:
             out = on.state.new_empty((num_tokens, spec.hidden), dtype=self._out_dtype)
-        width, came = 0, on.flags
+        width, came = 0, on.nothing.memory
         if extras:
             width = sum(math.prod(extra.shape[1:]) for extra in extras)
             lead = (num_tokens, spec.num_topk) if spec.layout.per_pick else (num_tokens,)
@@ -483,40 +494,48 @@ class CudaBackend:
                 self._counters.end(call.counters, seen, plan.memory, stream)
             return out, ()
         pushed, sent = y if pushes else None, self._side_by_side(extras, stream) if extras and width else None
-        key = self._sum_kinds.key(pushed, weights, bias, rows, sent, out, call.num_sms, sums=sums)
-        kind = self._sums.get(key)
-        if kind is None:
+        kept = call.kept
+        if kept is not None and pushes in kept:
+            kind: SumKind = kept[pushes]
+        else:
+            key = self._sum_kinds.key(pushed, weights, bias, rows, sent, out, call.num_sms, sums=sums)
             config = self.launch.using(call.num_sms)
-            kind = self._sums.keep(key, self._sum_kinds.make(pushed, weights, bias, rows, sent, config, sums=sums))
-        room, memory, payload = on.next_call(), plan.memory, call.word.payload
+            kind = self._sums.get(key) or self._sums.keep(
+                key, self._sum_kinds.make(pushed, weights, bias, rows, sent, config, sums=sums)
+            )
+            if kept is not None:
+                kept.keep(pushes, kind)
+        room, payload = on.next_call(), call.word.payload
         if pushed is None and sent is None:
             kind.begin(0, stream, room, payload, rank, on.max_polls)
         else:
-            kind.begin(0, stream, memory, room, num_tokens, payload, rank, on.max_polls)
-            last = (memory, room, num_tokens, rank, on.max_polls if call.at_once else 0)
+            kind.begin(0, stream, plan, room, num_tokens, payload, rank, on.max_polls)
+            last = (plan, room, num_tokens, rank, on.max_polls if call.at_once else 0)
             if kind.push is not None and kind.is_summed:
-                how = on.flags if weights is None else weights, on.flags if rows is None else rows, y.shape[0]
+                nothing = on.nothing
+                how = nothing if weights is None else weights, nothing if rows is None else rows, y.shape[0]
                 kind.push(0, stream, y, *how, *last)
             elif kind.push is not None:
                 kind.push(0, stream, y, *last)
             if kind.extras is not None:
                 kind.extras(0, stream, sent, width, *last)
             if not call.at_once:
-                kind.finish(0, stream, room, rank, on.max_polls, memory)
+                kind.finish(0, stream, room, rank, on.max_polls, plan)
         if kind.sum is not None:
-            of_picks = out if weights is None or spec.reduce == "rank" else weights
+            nothing = on.nothing
+            of_picks = nothing if weights is None or spec.reduce == "rank" else weights
             is_wide = num_tokens > kind.most_tokens
             ways = (0 if bias is None or bias.dim() == 1 else _BIAS_ROWS) | (_UNCHECKED if is_wide else 0)
             kind.sum(
-                num_tokens, stream, out, out if bias is None else bias, of_picks, memory, room, num_tokens, rank,
+                num_tokens, stream, out, nothing if bias is None else bias, of_picks, plan, room, num_tokens, rank,
                 ways, came, width,
             )  # fmt: skip
             if is_wide:
                 kind.check(0, stream, room, rank)
         elif kind.gather is not None and width:
-            kind.gather(num_tokens, stream, came, width, memory, room, num_tokens, rank)
+            kind.gather(num_tokens, stream, came, width, plan, room, num_tokens, rank)
         if call.counters is not None and seen is not None:
-            self._counters.end(call.counters, seen, memory, stream)
+            self._counters.end(call.counters, seen, plan.memory, stream)
         return out, self._apart(came, extras, stream) if extras else ()
 
     def _packed(self, extras: tuple[Tensor, ...], stream: int) -> Tensor:
@@ -572,13 +591,12 @@ class CudaBackend:
 
     def _fill(self, plan: DevicePlan, topk_idx: Tensor, counts: Tensor) -> None:
         """The tables of a plan whose picks and counts are known."""
-        on, key, num_tokens = self._on, ("remade", topk_idx.data_ptr() & 15, counts.data_ptr() & 15), plan.num_tokens
+        on, nothing, num_tokens = self._on, self._on.nothing, plan.num_tokens
+        key = ("remade", topk_idx.data_ptr() & 15, counts.data_ptr() & 15)
         remake, place = self._remakes.get(key) or self._remakes.keep(key, self._send_kinds.bind_remake())
         stream = self._streams.enter()
-        remake(num_tokens, stream, topk_idx, counts, plan.memory, num_tokens, on.rank)
-        place(
-            num_tokens, stream, plan.memory, on.calls, self._planner.nobody, num_tokens, on.rank, 0, on.flags, on.flags
-        )
+        remake(num_tokens, stream, topk_idx, counts, plan, num_tokens, on.rank)
+        place(num_tokens, stream, plan.memory, on.calls, self._planner.nobody, num_tokens, on.rank, 0, nothing, nothing)
 
     def as_remade(self, plan: Plan, tensors: PlanTensors) -> DevicePlan:
         """See Backend. What came with the rows has been read: that found out where they are from."""
@@ -670,7 +688,7 @@ class CudaBackend:
         self._fill(self._planner.blank(1, 0, self._on.arena.extent), picks, plan.counts)
         stream, room = self._streams.enter(), self._on.next_call()
         for sends in self._sends.values():
-            sends.end(0, stream, room, self._on.rank, self._on.max_polls, plan.memory)
+            sends.end(0, stream, room, self._on.rank, self._on.max_polls, plan)
         for sums in self._sums.values():
             sums.check(0, stream, room, self._on.rank)
         self._training.warm_up()

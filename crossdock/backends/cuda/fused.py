@@ -36,7 +36,9 @@ from crossdock.backends.cuda.plan import DevicePlan
 from crossdock.backends.cuda.planner import Planner
 from crossdock.backends.cuda.scales import as_kernels_take, dtype_of, places_of
 from crossdock.backends.cuda.sends import IN_SLOT, ONE_WORD, SendKinds, where_of
+from crossdock.backends.cuda.state import Kept
 from crossdock.consent import Word
+from crossdock.extent import Extent
 from crossdock.kinds import Kinds
 from crossdock.spec import Spec
 from crossdock.wire import Fp8, Quantized
@@ -46,6 +48,8 @@ _PATIENCE = 32
 _BEGINS, _AWAITS, _TELLS, _WEIGHTS, _METADATA = (
     step.value for step in (shares.BEGINS, shares.AWAITS, shares.TELLS, shares.HAS_WEIGHTS, shares.METADATA)
 )
+_PUSH, _SUM = "push", "sum"
+"""What a kind of combine launches, as it is kept."""
 _TOO_MANY_SHIFT = shares.TOO_MANY_SHIFT.value
 
 
@@ -53,7 +57,7 @@ class At(NamedTuple):
     """Where a call's kernels run, the room for what they keep of it, and what staged rows are expanded into."""
 
     stream: int
-    room: Tensor
+    room: Kept
     into: Tensor | Quantized | None = None
     """None: into the slot."""
 
@@ -130,22 +134,17 @@ class FusedCalls:
             data = data.contiguous()
         if scale is not None and scale.stride(1) != 1 and scale.shape[1] != 1:
             scale = scale.contiguous()
-        key = (
-            data.dtype,
-            data.stride(0),
-            data.data_ptr() & 15,
-            None if scale is None else (scale.stride(0), scale.data_ptr() & 15),
-            None if topk_idx is None else topk_idx.data_ptr() & 15,
-            None if weights is None else weights.data_ptr() & 15,
-            call.num_sms,
-            plan.extent.max_tokens,
-            self._is_staged and call.row_count,
-        )
-        kind = self._dispatches.get(key)
-        if kind is None:
-            own = self._on.own_of(plan.extent, call.row_count)
-            made = self._bind_dispatch(batch, data, scale, self._config(call), own, cached=topk_idx is None)
-            kind = self._dispatches.keep(key, made)
+        kept, nothing, way = (
+            call.kept,
+            self._on.nothing,
+            (plan.extent, begins),
+        )  # the second half takes the plan's picks
+        if kept is not None and way in kept:
+            kind: FusedDispatch = kept[way]
+        else:
+            kind = self._kind_of(call, plan.extent, batch, data, scale, topk_idx)
+            if kept is not None:
+                kept.keep(way, kind)
         steps = begins * _BEGINS | awaits * _AWAITS | (call.row_count == "exact") * _TELLS
         steps |= plan.too_many << _TOO_MANY_SHIFT
         if plan.src_idx is None or weights is not None:
@@ -155,10 +154,10 @@ class FusedCalls:
             num_tokens,
             at.stream,
             plan.memory if topk_idx is None else topk_idx,
-            self._nths if weights is None else weights.view(torch.int32),
+            nothing if weights is None else weights.view(torch.int32),
             data,
-            self._nths if scale is None else scale,
-            plan.memory,
+            nothing if scale is None else scale,
+            plan,
             at.room,
             self._planner.nobody if host_counts is None else host_counts.row,
             num_tokens,
@@ -169,7 +168,36 @@ class FusedCalls:
         )
         if awaits and kind.expand is not None:
             where = IN_SLOT if at.into is None else where_of(at.into)
-            kind.expand(0, at.stream, *where, plan.memory, at.room, num_tokens, self._on.rank)
+            kind.expand(0, at.stream, *where, plan, at.room, num_tokens, self._on.rank)
+
+    def _kind_of(
+        self,
+        call: Call,
+        extent: Extent,
+        batch: Batch,
+        data: Tensor,
+        scale: Tensor | None,
+        topk_idx: Tensor | None,
+    ) -> FusedDispatch:
+        """What a dispatch launches, by all that it depends on."""
+        weights = batch.weights
+        key = (
+            data.dtype,
+            data.stride(0),
+            data.data_ptr() & 15,
+            None if scale is None else (scale.stride(0), scale.data_ptr() & 15),
+            None if topk_idx is None else topk_idx.data_ptr() & 15,
+            None if weights is None else weights.data_ptr() & 15,
+            call.num_sms,
+            extent.max_tokens,
+            self._is_staged and call.row_count,
+        )
+        kind = self._dispatches.get(key)
+        if kind is None:
+            own = self._on.own_of(extent, call.row_count)
+            made = self._bind_dispatch(batch, data, scale, self._config(call), own, cached=topk_idx is None)
+            kind = self._dispatches.keep(key, made)
+        return kind
 
     def begin_combine(self, word: Word, at: At) -> None:
         """This rank's word for a combine that another kernel goes on with."""
@@ -183,23 +211,28 @@ class FusedCalls:
         Args:
             weights: ``[R]``, by which this rank weighs them; rows: which of them it sums, in place of the plan's.
         """
-        key = (
-            (y.stride(0), y.data_ptr() & 15),
-            None if weights is None else weights.data_ptr() & 15,
-            None if rows is None else rows.data_ptr() & 15,
-            call.num_sms,
-        )
-        launch = self._pushes.get(key)
-        if launch is None:
-            launch = self._pushes.keep(key, self._bind_push(y, weights, rows, self._config(call)))
+        kept, nothing = call.kept, self._on.nothing
+        if kept is not None and _PUSH in kept:
+            launch: Launch = kept[_PUSH]
+        else:
+            key = (
+                (y.stride(0), y.data_ptr() & 15),
+                None if weights is None else weights.data_ptr() & 15,
+                None if rows is None else rows.data_ptr() & 15,
+                call.num_sms,
+            )
+            bound = self._pushes.get(key)
+            launch = bound or self._pushes.keep(key, self._bind_push(y, weights, rows, self._config(call)))
+            if kept is not None:
+                kept.keep(_PUSH, launch)
         launch(
             0,
             at.stream,
             y,
-            self._nths if weights is None else weights,
-            self._nths if rows is None else rows,
+            nothing if weights is None else weights,
+            nothing if rows is None else rows,
             y.shape[0],
-            plan.memory,
+            plan,
             at.room,
             plan.num_tokens,
             call.word.payload,
@@ -219,22 +252,26 @@ class FusedCalls:
         begins: bool,
     ) -> None:
         """The sums ``out [T, H]`` of outputs that lie where they were written, or have been pushed."""
-        key = (
-            None if weights is None else weights.data_ptr() & 15,
-            None if bias is None else (bias.dtype, bias.data_ptr() & 15),
-            out.data_ptr() & 15,
-            call.num_sms,
-        )
-        launch = self._sums.get(key)
-        if launch is None:
-            launch = self._sums.keep(key, self._bind_sum(weights, bias, self._config(call)))
+        kept, nothing = call.kept, self._on.nothing
+        if kept is not None and _SUM in kept:
+            launch: Launch = kept[_SUM]
+        else:
+            key = (
+                None if weights is None else weights.data_ptr() & 15,
+                None if bias is None else (bias.dtype, bias.data_ptr() & 15),
+                out.data_ptr() & 15,
+                call.num_sms,
+            )
+            launch = self._sums.get(key) or self._sums.keep(key, self._bind_sum(weights, bias, self._config(call)))
+            if kept is not None:
+                kept.keep(_SUM, launch)
         launch(
             plan.num_tokens,
             at.stream,
             out,
-            out if bias is None else bias,
-            out if weights is None else weights,
-            plan.memory,
+            nothing if bias is None else bias,
+            nothing if weights is None else weights,
+            plan,
             at.room,
             plan.num_tokens,
             call.word.payload,

@@ -50,7 +50,7 @@ class Launch:
         self._compiler = compiler
         self._kernel = kernel
         self._grid = grid
-        self._grids: dict[int, int] = {} if callable(grid) else dict.fromkeys((0,), grid)
+        self._grids: dict[int, int] = {} if callable(grid) else {0: grid}
         """Programs, by how many tokens there are."""
         self._fixed = fixed
         self._constants = constants
@@ -60,25 +60,29 @@ class Launch:
         self._metadata: Any = None
         self._bound: tuple[Any, ...] = ()
         """Fixed arguments as addresses, and constants in their places."""
+        self._kept: list[int] = []
         self._tensors: list[int] = []
         self._groups: list[int] = []
-        """Which of the arguments that vary are tensors, and groups of them."""
+        """Which of the arguments that vary are memory of ours, tensors, groups of tensors: the same in all launches."""
 
     def __call__(self, num_tokens: int, stream: int, *args: Any) -> None:
         """Launches it for so many tokens (or rows) on a stream.
 
         Args:
-            args: the kernel's first arguments, which vary: tensors, numbers, tuples of tensors.
+            args: the kernel's first arguments, which vary: tensors, numbers, tuples of tensors; ``Kept`` and plans,
+                for their memory.
         """
-        grid = self._grids.get(num_tokens)
-        if grid is None:
+        if num_tokens not in self._grids:
             if len(self._grids) >= _NUM_GRIDS:
                 self._grids.clear()
-            grid = self._grids[num_tokens] = max(1, self._grid(num_tokens) if callable(self._grid) else self._grid)
+            self._grids[num_tokens] = (self._grid(num_tokens) if callable(self._grid) else self._grid) or 1
+        grid = self._grids[num_tokens]
         if self._run is None:
             self._launch_first(grid, stream, args)
             return
         addresses = [*args]
+        for i in self._kept:
+            addresses[i] = args[i].address
         for i in self._tensors:
             addresses[i] = args[i].data_ptr()
         for i in self._groups:
@@ -95,7 +99,8 @@ class Launch:
         return most
 
     def _launch_first(self, grid: int, stream: int, args: tuple[Any, ...]) -> None:
-        given, options = (*args, *self._fixed), self._constants | self._options
+        tensors = [arg.memory if hasattr(arg, "address") else arg for arg in args]
+        given, options = (*tensors, *self._fixed), self._constants | self._options
         if self._compiler is not None and self._compiler.to_compile is not None:
             self._compiler.to_compile.append((self._kernel, given, options))
             return
@@ -104,6 +109,7 @@ class Launch:
         if handle is not None:  # an interpreted kernel has none
             self._run, self._function, self._metadata = handle.run, handle.function, handle.packed_metadata
             self._bound = (*as_addresses(self._fixed), *self._constants.values())
+            self._kept = [i for i, arg in enumerate(args) if hasattr(arg, "address")]
             self._tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
             self._groups = [i for i, arg in enumerate(args) if isinstance(arg, tuple)]
 

@@ -162,6 +162,8 @@ class DevicePlan(Plan):
     """A plan whose rows are moved by kernels, and whose tables lie in ``memory``. Made by ``of``."""
 
     memory: Int32[Tensor, "words"]
+    address: int
+    """Where it begins."""
     shape: PlanShape
     host_counts: HostCounts | None
     """None when the host knows already."""

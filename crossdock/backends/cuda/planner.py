@@ -83,6 +83,8 @@ class Planner:
         """Those that graphs write, whenever they are replayed."""
         self._rows_to_capture = list(_pinned_rows(_NUM_CAPTURED, num_words).unbind())
         """Room for more of them."""
+        self._is_short_of_rows = False
+        """Whether half of it has been given away since there was made more."""
         self.overflows: list[tuple[int, CapacityError]] = []
         """See Backend."""
         self._num_given = 0
@@ -122,16 +124,19 @@ class Planner:
             if number - self._num_done > NUM_HOST_COUNTS:
                 self._until_done(number - NUM_HOST_COUNTS)
             host_counts = self._host_counts[number % NUM_HOST_COUNTS]
-            if len(self._rows_to_capture) < _NUM_CAPTURED // 2:
+            if self._is_short_of_rows:
                 self._rows_to_capture += _pinned_rows(_NUM_CAPTURED, self._words_of_row).unbind()
+                self._is_short_of_rows = False
             host_counts.number, host_counts.stamp, told = number, stamp, host_counts.told
             host_counts.extent = extent
             told[HOST_NEEDED.value] = told[HOST_STAMP.value] = 0  # if that was void, nobody has looked
         num_words = self._fixed_words + num_tokens * self._token_words
         plan = DevicePlan.__new__(DevicePlan)
+        memory = self._on.state.new_empty((num_words,), dtype=torch.int32)
         plan.__dict__.update(
             self._same,
-            memory=self._on.state.new_empty((num_words,), dtype=torch.int32),
+            memory=memory,
+            address=memory.data_ptr(),
             extent=extent,
             num_rows=extent.slot_rows if self._has_fixed_rows else None,
             stamp=stamp,
@@ -145,7 +150,7 @@ class Planner:
             self._forget_gone()
         return plan
 
-    def placed(self, plan: DevicePlan, sequence: int, mode: RowCount, stream: int) -> None:
+    def placed(self, plan: DevicePlan, sequence: int, mode: RowCount) -> None:
         """What fills the plan of a dispatch has been issued: its host counts are on their way."""
         host_counts = plan.host_counts
         if host_counts is None or host_counts.is_captured:
@@ -155,7 +160,7 @@ class Planner:
         if mode == "capacity":
             self._unread.append((self._num_fresh, sequence, host_counts))
         if host_counts.number % _MARK_EVERY == 0:
-            self._mark(host_counts.number, stream)
+            self._marks.append((host_counts.number, self._streams.event()))
         if self._unread and self._num_fresh - self._unread[0][0] >= _TOLD_AFTER:
             self._look_at_host_counts(_TOLD_AFTER)
 
@@ -238,12 +243,6 @@ class Planner:
             self._num_done, event = self._marks.popleft()
             event.synchronize()
 
-    def _mark(self, number: int, stream: int) -> None:
-        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with self._streams.context(stream):
-            event.record()
-        self._marks.append((number, event))
-
     def _forget_gone(self) -> None:
         """Plans that are gone need not be made void."""
         self._plans = [known for known in self._plans if known() is not None]
@@ -261,6 +260,7 @@ class Planner:
                 f"dispatch once outside of a capture"
             )
         row = self._rows_to_capture.pop()
+        self._is_short_of_rows = len(self._rows_to_capture) < _NUM_CAPTURED // 2
         self._captured.append(HostCounts(row, row.numpy(), is_captured=True, extent=extent))
         return self._captured[-1]
 

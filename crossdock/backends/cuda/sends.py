@@ -137,9 +137,10 @@ class SendKinds:
         is_fresh = topk_idx is not None
         aligned = topk_idx is not None and topk_idx.data_ptr() & 15
         beside = weights is not None or bool(extras)
-        weights_at = 0 if weights is None else weights.data_ptr() & 15
+        weights_at = None if weights is None else weights.data_ptr() & 15
         counts = self._is_staged and row_count
-        same = (is_fresh, aligned, weights_at, unquantized, num_sms, max_tokens, counts, known and not beside)
+        given = (aligned, weights_at, bool(extras), known and not beside)
+        same = (is_fresh, given, unquantized, num_sms, max_tokens, counts)
         if isinstance(x, Tensor):
             return (x.dtype, x.stride(0), x.data_ptr() & 15, same)
         data, scale = x.data, x.scale

@@ -39,6 +39,16 @@ PICKS_AT_ONCE = 512
 """Picks that a program counts at a time."""
 
 
+class Kept:
+    """Memory of ours that kernels are given in many calls: where it begins is asked once."""
+
+    __slots__ = ("address", "memory")
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.address = memory.data_ptr()
+
+
 class CallState:
     """The memory that all kernels of a rank's connection share, whatever their Spec: what they know of calls."""
 
@@ -57,9 +67,11 @@ class CallState:
         self.host_failure = torch.zeros(FAILURE_WORDS.value, dtype=torch.int64, device="cpu", pin_memory=True)
         """The failure of the call that has failed, in host memory; zero while none has."""
         self.flags = self._zeros(calls.FLAGS.value, torch.int32)
+        self.nothing = Kept(self.flags)
+        """In place of a tensor that a kernel has no use of."""
         call_words = -(-(self.num_ranks + calls.CALL_WORDS.value) // 2) * 2  # whole multiples of 16 bytes
         self.calls = torch.zeros(control.max_in_flight, call_words, dtype=torch.int64, device=self.device)
-        self.next_call = itertools.cycle(self.calls.unbind()).__next__
+        self.next_call = itertools.cycle([Kept(room) for room in self.calls.unbind()]).__next__
         """Room for what kernels keep of the next call; as many calls may be in flight as there is room for."""
         torch.cuda.synchronize(self.device)  # what was zeroed here was so on another stream
 
@@ -126,7 +138,7 @@ class DeviceState:
         self.arena = arena
         self.of_calls = of_calls
         self.device, self.rank, self.num_ranks = of_calls.device, of_calls.rank, of_calls.num_ranks
-        self.state, self.flags, self.waits_ns = of_calls.state, of_calls.flags, of_calls.waits_ns
+        self.state, self.nothing, self.waits_ns = of_calls.state, of_calls.nothing, of_calls.waits_ns
         self.calls, self.next_call, self.max_polls = of_calls.calls, of_calls.next_call, of_calls.max_polls
         self.num_local = spec.num_local_experts(self.num_ranks)
         self.tokens = self._zeros(self.num_local, torch.int64)

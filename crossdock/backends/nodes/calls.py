@@ -219,7 +219,7 @@ class NodesBackend:
     def _arrived(self, call: Call, batch: Batch, plan: NodePlan) -> Outcome[Arrived]:
         num_rows = plan.extent.slot_rows if call.row_count == "capacity" else plan.num_rows
         metadata = self._rows.take(plan, batch, call.word.slot, num_rows)
-        return Outcome(Arrived(plan, num_rows, lambda: metadata))
+        return Arrived(plan, num_rows, lambda: metadata), None
 
     def _void(self, call: Call, batch: Batch, topk_idx: Tensor) -> Steps[Outcome[Arrived]]:
         """The end of a dispatch in which a rank has no room: the same error on all ranks, or an empty plan."""
@@ -272,8 +272,8 @@ class NodesBackend:
         out = home.summed(given.bias, given.out)
         self._consent.check(call.sequence)
         if given.extras is None:
-            return Outcome(out)
-        return Outcome((out, home.extras_like(given.extras)))
+            return out, None
+        return (out, home.extras_like(given.extras)), None
 
     def return_extras(self, call: Call, plan: Plan, extras: tuple[Tensor, ...]) -> Steps[Outcome[tuple[Tensor, ...]]]:
         """See Backend."""
@@ -285,7 +285,7 @@ class NodesBackend:
     ) -> Steps[Outcome[tuple[Tensor, ...]]]:
         given = Outputs(torch.empty(0, dtype=torch.float32, device="cpu"), extras=extras)
         home = yield from self._bring_home(call, plan, None, given, has_data=False, is_posted=is_posted)
-        return Outcome(home.extras_like(extras))
+        return home.extras_like(extras), None
 
     def _bring_home(
         self, call: Call, plan: NodePlan, y: Tensor | None, given: Outputs, *, has_data: bool, is_posted: bool
