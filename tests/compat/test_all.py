@@ -387,3 +387,80 @@ def test_11_what_one_rank_is_refused_the_others_are_told_at_once(world):
             "topk_idx and topk_weights come together or not at all",
             "x has 17 tokens, and num_max_dispatch_tokens_per_rank=16",
         ]
+
+
+def one_raises(group):
+    """What this rank is told of what keeps rank 0 from a call, whoever found it, while the others are in it."""
+    buffer, said = deep_ep.Buffer(group, low_latency_mode=True), []
+    batch, elastic = make_elastic(group, "V2")
+    r, is_guilty = elastic.rank_idx, elastic.rank_idx == 0
+    x, idx, weights = batch.x[r], batch.topk_idx[r], batch.topk_weights[r]
+    rows, _, recv_weights, handle, _ = elastic.dispatch(x, idx, weights, num_experts=batch.num_experts)
+    packed, _, low, _, _ = buffer.low_latency_dispatch(x, idx, 16, batch.num_experts, use_fp8=False)
+
+    def calls():
+        elastic.combine(rows, handle)
+        buffer.low_latency_combine(packed, idx, weights, low)
+
+    calls()
+    for call, guilty in (
+        (
+            lambda: elastic.combine(rows, handle, topk_weights=recv_weights),
+            lambda: elastic.combine(rows, handle, topk_weights=recv_weights[1:]),
+        ),
+        (calls, lambda: elastic.combine(rows, handle, bias=(x, x[1:]))),
+        (calls, lambda: elastic.combine(None, handle)),
+        (
+            lambda: elastic.dispatch(x, idx, weights, num_experts=batch.num_experts),
+            lambda: elastic.dispatch(x, idx[:, 0], weights, num_experts=batch.num_experts),
+        ),
+        (
+            lambda: buffer.low_latency_dispatch(x, idx, 16, batch.num_experts, use_fp8=False)[1].tolist()[0],
+            lambda: buffer.low_latency_dispatch(x, idx[:, 0], 16, batch.num_experts, use_fp8=False),
+        ),
+        (
+            lambda: buffer.low_latency_combine(packed, idx, weights, low),
+            lambda: buffer.low_latency_combine(packed, idx, None, low),
+        ),
+    ):
+        with pytest.raises((ConfigError, AttributeError) if is_guilty else PeerFailed) as error:
+            (guilty if is_guilty else call)()
+        said.append(str(error.value).removeprefix("rank 0 failed this call: ").partition(";")[0])
+        calls()
+    return said
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_11_what_keeps_one_rank_from_a_call_the_others_are_told_at_once(world):
+    of_rank_0, *others = world.run(one_raises)
+    pairs, no_shape = len(make_batch(2).pairs(0)), "'NoneType' object has no attribute 'shape'"
+    assert of_rank_0 == [
+        f"topk_weights has shape [{pairs - 1}, 3]",
+        "bias is a pair of [5, 128] and [4, 128]",
+        no_shape,
+        "topk_idx is torch.int64 [5]",
+        "topk_idx is torch.int64 [5]",
+        "topk_weights is a NoneType",
+    ]
+    assert all(said == [line.replace(no_shape, f"AttributeError: {no_shape}") for line in of_rank_0] for said in others)
+
+
+def too_different(group):
+    """A connection that ranks fail to make is told as that, and the next calls work."""
+    buffer, batch = deep_ep.Buffer(group), make_batch(2)
+    idx = batch.topk_idx[buffer.rank]
+    given = {"topk_idx": idx, "topk_weights": batch.topk_weights[buffer.rank]}
+
+    def dispatch(num_experts):
+        per_rank, _, per_expert, is_in, _ = buffer.get_dispatch_layout(idx, num_experts)
+        counts = {"num_tokens_per_rank": per_rank, "num_tokens_per_expert": per_expert, "is_token_in_rank": is_in}
+        return buffer.dispatch(batch.x[buffer.rank], **counts, **given)[0]
+
+    with pytest.raises(ConfigError, match="differ in max_experts: 2048 != 4096; pass the same on all ranks"):
+        dispatch(2048 * (1 + buffer.rank))
+    return len(dispatch(batch.num_experts))
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_11_ranks_that_cannot_meet_again_are_told_why(world):
+    assert world.run(too_different) == [len(make_batch(2).pairs(rank)) for rank in range(2)]

@@ -21,7 +21,7 @@ from crossdock.arena import Arena
 from crossdock.buffer import Buffer
 from crossdock.compat.deep_ep.events import EventHandle, EventOverlap, Previous, moment_of
 from crossdock.connection import Connection
-from crossdock.errors import CapacityError, ConfigError, NotSupported
+from crossdock.errors import CapacityError, ConfigError, CrossdockError, NotSupported, TransportError
 from crossdock.spec import Spec
 from crossdock.untraced import apart, get_eval_frame_callback, untraced
 
@@ -44,7 +44,7 @@ def collective(verb: Verb) -> Verb:
             return apart(told)(self, *args, **kwargs)
         try:
             return verb(self, *args, **kwargs)
-        except (ConfigError, NotSupported) as error:
+        except Exception as error:
             self._engine.give_up(error)
             raise
 
@@ -280,8 +280,11 @@ class Engine:
 
     def give_up(self, error: Exception) -> None:
         """Tells the other ranks that this one does not make a call, unless they know it from the call itself."""
-        if not (self.is_closed or isinstance(error, CapacityError)):  # which all ranks raise
-            self.connection.abort(str(error))
+        connection = self._connections.get(self.device)  # None where ranks have failed to make it, which all know
+        if connection is None or self.is_closed or isinstance(error, (CapacityError, TransportError)):
+            return  # all ranks raise
+        is_ours = isinstance(error, CrossdockError)
+        connection.abort(str(error) if is_ours else f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Leaves, as ``Connection.close``. Local; a second time it does nothing."""

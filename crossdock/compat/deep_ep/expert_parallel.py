@@ -17,7 +17,7 @@ from crossdock.buffer import Buffer
 from crossdock.compat.deep_ep import tables
 from crossdock.compat.deep_ep.engine import Engine, plain
 from crossdock.compat.deep_ep.ep_handle import EPHandle, Routed
-from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, read
+from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, bad_picks, read
 from crossdock.compat.deep_ep.normal import aligned, bias_of
 from crossdock.compat.deep_ep.shapes import Shape, Shapes
 from crossdock.errors import CapacityError, ConfigError
@@ -267,6 +267,11 @@ class ExpertParallel:
         if not routed.is_expanded:
             picks = routed.recv.topk_idx
             assert picks is not None
+            if weights.shape != picks.shape:
+                raise ConfigError(
+                    f"topk_weights has shape {list(weights.shape)}; pass a weight for each pick of the rows that came, "
+                    f"{list(picks.shape)}"
+                )
             weights = weights.masked_fill(picks < 0, 0.0)
         return (weights,)
 
@@ -293,6 +298,8 @@ class ExpertParallel:
         """
         if wanted.topk_idx is None or wanted.num_experts is None:
             raise ConfigError("dispatch without a handle needs topk_idx and num_experts; pass both, or a handle")
+        if wanted.topk_idx.dim() != 2:
+            raise bad_picks(wanted.topk_idx)
         if wanted.pads and not wanted.expands:
             raise ConfigError("do_zero_padding=True pads expanded rows; pass do_expand=True with it")
         num_tokens = wanted.num_tokens or self._max_tokens

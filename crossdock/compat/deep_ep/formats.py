@@ -23,10 +23,10 @@ def read(x: object) -> tuple[Tensor, Tensor | None]:
     """
     if isinstance(x, Tensor):
         if x.dtype != torch.bfloat16 or x.dim() != 2:
-            raise _no_rows(f"a {x.dtype} tensor {list(x.shape)}")
+            raise no_rows(x)
         return plain(x) if x.requires_grad else x, None
     if not (isinstance(x, tuple) and len(x) == 2 and all(isinstance(part, Tensor) for part in x)):
-        raise _no_rows(f"a {type(x).__name__}")
+        raise no_rows(x)
     data, scales = x
     if data.dim() != 2 or scales.dim() != 2 or len(data) != len(scales) or scales.element_size() != 4:
         raise ConfigError(
@@ -36,7 +36,16 @@ def read(x: object) -> tuple[Tensor, Tensor | None]:
     return plain(data), plain(scales)
 
 
-def _no_rows(what: str) -> ConfigError:
+def bad_picks(topk_idx: Tensor) -> ConfigError:
+    """What to raise where picks are no matrix of integers."""
+    return ConfigError(
+        f"topk_idx is {topk_idx.dtype} {list(topk_idx.shape)}; pass int64 [tokens, picks], -1 for no pick"
+    )
+
+
+def no_rows(x: object) -> ConfigError:
+    """What to raise where something is no rows."""
+    what = f"a {x.dtype} tensor {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
     return ConfigError(f"x is {what}; pass bfloat16 [tokens, hidden], or a pair (data, scales) such as FP8 rows are")
 
 

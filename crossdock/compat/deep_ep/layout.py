@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crossdock.compat.deep_ep.formats import bad_picks
 from crossdock.compat.deep_ep.handles import MAX_INTRANODE
-from crossdock.errors import ConfigError
 from crossdock.routing import check_picks
 from crossdock.spec import check_experts
 
@@ -21,7 +21,7 @@ def counts_of(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Tenso
     (tensor([1, 1], dtype=torch.int32), tensor([1, 1, 0, 1], dtype=torch.int32))
     """
     if topk_idx.dim() != 2 or topk_idx.is_floating_point():
-        raise ConfigError(f"topk_idx is {topk_idx.dtype} {list(topk_idx.shape)}; pass int64 [tokens, picks]")
+        raise bad_picks(topk_idx)
     check_experts(num_experts, num_ranks)
     num_tokens, device = topk_idx.shape[0], topk_idx.device
     if device.type == "cpu":  # on a GPU the host would wait

@@ -17,6 +17,7 @@ from crossdock.compat.deep_ep import refused
 from crossdock.compat.deep_ep.by_storage import ByStorage
 from crossdock.compat.deep_ep.engine import Engine, Started, collective, plain
 from crossdock.compat.deep_ep.events import EventOverlap
+from crossdock.compat.deep_ep.formats import bad_picks, no_rows
 from crossdock.compat.deep_ep.masks import Masks
 from crossdock.compat.deep_ep.scratch import Scratch
 from crossdock.errors import ConfigError
@@ -106,6 +107,10 @@ class LowLatency:
             raise self._refusal()
         if use_ue8m0 and not round_scale:
             raise ConfigError("use_ue8m0=True has scales that are powers of two; pass round_scale=True with it")
+        if x.dim() != 2:
+            raise no_rows(x)
+        if topk_idx.dim() != 2:
+            raise bad_picks(topk_idx)
         x = plain(x) if x.requires_grad else x
         num_tokens, hidden = x.shape
         sizes = num_experts, topk_idx.shape[1], hidden, num_max_dispatch_tokens_per_rank
@@ -173,6 +178,8 @@ class LowLatency:
             raise self._refusal()
         if use_logfmt:
             raise refused.error("use_logfmt")
+        if not isinstance(topk_weights, Tensor):
+            raise ConfigError(f"topk_weights is a {type(topk_weights).__name__}; pass float32 [tokens, picks]")
         of = self._round_of(handle) or self._found_again(handle, topk_idx)
         buffer, recv, weights = of.buffer, of.recv, plain(topk_weights)
         self._engine.use(buffer)

@@ -15,7 +15,7 @@ from crossdock.buffer import Buffer
 from crossdock.compat.deep_ep.by_storage import ByStorage
 from crossdock.compat.deep_ep.engine import Engine, plain
 from crossdock.compat.deep_ep.events import Previous
-from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, read, wire_of
+from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, bad_picks, read, wire_of
 from crossdock.compat.deep_ep.handles import Handle, Record, parts_of, plan_tensors
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Compact
@@ -76,6 +76,8 @@ class Normal:
             raise ConfigError("topk_idx and topk_weights come together or not at all; pass both, or neither")
         if wanted.topk_idx is None and wanted.num_worst_tokens:
             raise ConfigError("num_worst_tokens needs topk_idx and topk_weights; pass them too, or leave it out")
+        if wanted.topk_idx is not None and (not isinstance(wanted.topk_idx, Tensor) or wanted.topk_idx.dim() != 2):
+            raise bad_picks(wanted.topk_idx)
         if wanted.expert_alignment < 1:
             raise ConfigError(f"expert_alignment={wanted.expert_alignment}; pass 1 or more")
         return self._fresh(wanted, data, scales)
@@ -243,6 +245,10 @@ def bias_of(bias: Any) -> Tensor | None:
         return None if bias is None else plain(bias)
     if not (isinstance(bias, tuple) and len(bias) == 2 and all(isinstance(part, Tensor) for part in bias)):
         raise ConfigError(f"bias is a {type(bias).__name__}; pass a tensor [tokens, hidden], two of them, or None")
+    if bias[0].shape != bias[1].shape:
+        raise ConfigError(
+            f"bias is a pair of {list(bias[0].shape)} and {list(bias[1].shape)}; pass two of [tokens, hidden]"
+        )
     return plain(bias[0]).float() + plain(bias[1]).float()
 
 
