@@ -379,6 +379,29 @@ def test_more_rows_than_there_is_room_for_make_room(world, monkeypatch):
     world.run(crowded)
 
 
+def crowded_twice(group):
+    """Two deferred calls for which there is no room, and every second rank waits for the later one first."""
+    batch, buffer = make(group, "V2.5")
+    r, num_tokens = buffer.rank_idx, 12 * M
+    idx = torch.tensor([[0, 1, 2]]).expand(num_tokens, 3).contiguous()
+    given = [torch.full((num_tokens, HIDDEN), 1.0 + r + 10 * call).bfloat16() for call in range(2)]
+    options = {"num_experts": batch.num_experts, "num_max_tokens_per_rank": num_tokens, "do_expand": True}
+    events = [buffer.dispatch(x, idx, async_with_compute_stream=True, defer_epilogue=True, **options) for x in given]
+    came = {}
+    for call in (1, 0) if r % 2 else (0, 1):
+        came[call] = events[call].wait()
+    for call, x in enumerate(given):
+        recv_x, _, _, handle = came[call]
+        assert recv_x.shape[0] == (3 * num_tokens * batch.num_ranks if r == 0 else 0)
+        assert torch.equal(buffer.combine(recv_x, handle)[0], 3 * x)
+
+
+@pytest.mark.worlds("inproc-2", "inproc-4")
+def test_calls_that_begin_again_do_so_in_one_order(world, monkeypatch):
+    monkeypatch.setattr(sizes, "rows_at_first", lambda worst, *, num_tokens, **_: min(worst, num_tokens))
+    world.run(crowded_twice)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])
 @pytest.mark.parametrize("num_tokens", [16, 4096])
 def test_a_hint_has_room_for_what_a_call_begins_with(num_ranks, num_tokens):

@@ -1,12 +1,14 @@
 """V1's low-latency calls by their definition: blocks, counts, handles, hooks, casts, sums."""
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
 
-from crossdock import ConfigError, Fp8, NotSupported
+from crossdock import ConfigError, Fp8, NotSupported, PeerFailed
 from crossdock.compat import deep_ep
+from crossdock.compat.deep_ep.engine import Started
 from tests.compat.batches import NUM_LOCAL, make_batch
 from tests.compat.test_normal import dispatched, group_size
 
@@ -171,6 +173,47 @@ def unfinished(group):
 
 def test_hooks_that_nobody_calls_are_in_no_ones_way(world):
     world.run(unfinished)
+
+
+def failed(group):
+    """A hook of a dispatch that a peer gave up fails whenever it is called, and so does a combine on its handle."""
+    batch, buffer = make(group)
+    r = buffer.rank
+    x, idx, weights = batch.x[r], batch.topk_idx[r], batch.topk_weights[r]
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, M, batch.num_experts, use_fp8=False)
+    want, _, _ = buffer.low_latency_combine(rows, idx, weights, handle)
+    if r == 0:
+        with pytest.raises(ConfigError, match="pass float32"):
+            buffer.low_latency_combine(rows, idx, None, handle)
+    else:
+        recv_x, _, lost, _, hook = buffer.low_latency_dispatch(
+            x, idx, M, batch.num_experts, use_fp8=False, return_recv_hook=True
+        )
+        for call in (hook, hook, lambda: buffer.low_latency_combine(recv_x, idx, weights, lost)):
+            with pytest.raises(PeerFailed, match="rank 0 failed this call: topk_weights is a NoneType"):
+                call()
+    out, _, _ = buffer.low_latency_combine(rows, idx, weights, handle)
+    assert torch.equal(out, want)
+
+
+@pytest.mark.worlds("inproc-2", "processes-2")
+def test_a_hook_that_failed_fails_again(world):
+    world.run(failed)
+
+
+def test_who_asks_late_waits_for_what_was_finished_early(monkeypatch):
+    """On another stream than the one on which it was finished, that is."""
+    waits, finished, unfinished = [], [], []
+    monkeypatch.setattr(deep_ep.EventHandle, "current_stream_wait", lambda _: waits.append("waited"))
+    first, second = (Started(None, partial(finished.append, name), unfinished) for name in "ab")
+    second()
+    assert finished == ["a", "b"]
+    assert waits == []
+    second()
+    assert waits == []
+    first()
+    assert waits == ["waited"]
+    assert finished == ["a", "b"]
 
 
 def saved(group):

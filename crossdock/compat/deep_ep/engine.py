@@ -68,13 +68,17 @@ class CommunicatorGroup:
 class Started:
     """A call that was only started: finished by its client, or before a call that it would be in the way of.
 
-    Called, it finishes and gives nothing, as a hook does; ``result`` gives what the call gives.
+    Called, it finishes and gives nothing, as a hook does; ``result`` gives what the call gives. What was started before
+    it is finished first, so that ranks whose clients wait in another order finish all in one. One that has failed
+    raises the same again.
     """
 
     def __init__(self, buffer: Buffer, finish: Callable[[], Any], unfinished: list[Started]) -> None:
         self.buffer = buffer
         self._finish: Callable[[], Any] | None = finish
         self._result: Any = None
+        self._error: Exception | None = None
+        self._moment: EventHandle | None = None
         self._unfinished = unfinished
         unfinished.append(self)
 
@@ -83,11 +87,27 @@ class Started:
         """Finishes it, the first time."""
         if get_eval_frame_callback() is not None:
             apart(Started.__call__)(self)
+        unfinished = self._unfinished
+        while self in unfinished and unfinished[0] is not self:  # one that begins again finishes this one too
+            unfinished[0].finish_early()
+        if self in unfinished:
+            unfinished.remove(self)
         finish, self._finish = self._finish, None
         if finish is not None:
-            if self in self._unfinished:
-                self._unfinished.remove(self)
-            self._result = finish()
+            try:
+                self._result = finish()
+            except Exception as error:
+                self._error = error
+                raise
+        elif self._error is not None:
+            raise self._error
+        elif self._moment is not None:
+            self._moment.current_stream_wait()
+
+    def finish_early(self) -> None:
+        """Finishes it where its client has not asked for it, who may be on another stream when that is so."""
+        self()
+        self._moment = EventHandle()
 
     def result(self) -> Any:
         """What it gives; finishes it if nobody has."""
@@ -153,12 +173,12 @@ class Engine:
         """Finishes what would be in the way of a call of this Buffer."""
         started = self.unfinished
         while started and (started[0].buffer is not buffer or len(started) >= buffer.spec.num_slots):
-            started[0]()
+            started[0].finish_early()
 
     def settle(self) -> None:
         """Finishes what was started."""
         while self.unfinished:
-            self.unfinished[0]()
+            self.unfinished[0].finish_early()
 
     def grow(self, num_tokens: int) -> None:
         """Makes room for so many tokens of a rank from the next call on: as a CapacityError says it, on all ranks."""
