@@ -164,6 +164,55 @@ def test_a_handle_outlives_its_buffer(world):
     world.run(in_another_buffer)
 
 
+def of_many_tokens(group):
+    """A buffer that was made later has room for as many tokens as the handle's had, on ranks of few tokens too."""
+    batch = make_batch(group_size(group), tokens=[300 if rank == 0 else 2 for rank in range(group_size(group))])
+    first = deep_ep.Buffer(group)
+    recv_x, _, recv_weights, _, handle, _ = dispatched(first, batch)
+    for form in (tuple(part.clone() for part in handle), pickle.loads(pickle.dumps(handle))):  # noqa: S301 - our own
+        later = deep_ep.Buffer(group)
+        out, out_weights, _ = later.combine(recv_x, form, topk_weights=recv_weights)
+        check_sums(batch, later, out, out_weights)
+        assert torch.equal(later.dispatch(batch.x[later.rank], handle=form)[0], recv_x)
+    unsaid = tuple(part.clone() for part in handle)
+    unsaid[1].zero_()
+    if group_size(group) == 1:
+        with pytest.raises(ConfigError, match="the handle is of 300 tokens, and this buffer has room for 128 "):
+            deep_ep.Buffer(group).combine(recv_x, unsaid)
+
+
+def test_a_handle_of_many_tokens_makes_room_in_a_later_buffer(world):
+    world.run(of_many_tokens)
+
+
+def of_fewer_ranks(group):
+    batch = make_batch(group_size(group))
+    buffer = deep_ep.Buffer(group)
+    recv_x, *_, handle, _ = dispatched(buffer, batch)
+    other = (handle[0][:1, :1].clone(), *(part.clone() for part in handle[1:]))
+    with pytest.raises(ConfigError, match=f"the handle is of 1 ranks, and this buffer has {batch.num_ranks}"):
+        buffer.combine(recv_x, other)
+
+
+@pytest.mark.worlds("inproc-2")
+def test_a_handle_of_another_group_is_refused(world):
+    world.run(of_fewer_ranks)
+
+
+def joined(group):
+    """A handle is added to other tuples, from either side."""
+    batch = make_batch(group_size(group))
+    recv_x, *_, handle, _ = dispatched(deep_ep.Buffer(group), batch)
+    for some, rest in (((recv_x, *handle), (recv_x,) + handle), ((*handle, recv_x), handle + (recv_x,))):  # noqa: RUF005
+        assert all(one is other for one, other in zip(some, rest, strict=True))
+    assert all(part is handle[i % 6] for i, part in enumerate(2 * handle))
+
+
+@pytest.mark.worlds("inproc-1")
+def test_a_handle_may_be_added_to_other_tensors(world):
+    world.run(joined)
+
+
 def many_handles(group):
     """Records go when their tensors do, and those that are still there are found."""
     batch = make_batch(group_size(group))

@@ -32,6 +32,8 @@ class Parts(NamedTuple):
     rank_prefix: Tensor  # int32 [R, R]: how many rows ranks 0 .. s send to d
     is_token_in_rank: Tensor  # bool [T, R]
     src_idx: Tensor  # int32 [N], the source token of each row; -1 where none came
+    max_tokens: Tensor | int
+    """Tokens of a rank that its Buffer had room for, the same on all ranks; 0 in handles that are not ours."""
 
 
 class Record:
@@ -63,7 +65,7 @@ class Record:
         spec, num_ranks = self.buffer.spec, self.buffer.topology.num_ranks
         per_rank = self.plan.counts[:, spec.num_experts : spec.num_experts + num_ranks]
         tokens = self._src_idx.remainder(spec.max_tokens).where(self._src_idx >= 0, self._src_idx)
-        return Parts(per_rank.cumsum(0).to(torch.int32), self._is_token_in_rank, tokens)
+        return Parts(per_rank.cumsum(0).to(torch.int32), self._is_token_in_rank, tokens, spec.max_tokens)
 
     def plan_in(self, buffer: Buffer) -> Plan:
         """The plan for calls of a Buffer over the same ranks."""
@@ -113,6 +115,14 @@ class Handle(tuple):  # type: ignore[type-arg] # noqa: SLOT001 - tuples of a var
     def __add__(self, other: Any) -> Any:
         return self.tensors() + tuple(other)
 
+    def __radd__(self, other: Any) -> Any:
+        return tuple(other) + self.tensors()
+
+    def __mul__(self, times: Any) -> Any:
+        return self.tensors() * times
+
+    __rmul__ = __mul__
+
     def __eq__(self, other: object) -> bool:
         return self is other
 
@@ -131,12 +141,15 @@ def parts_of(handle: object) -> Parts:
             f"handle is a {type(handle).__name__} of {len(tensors)}; pass what dispatch has given, a tuple of tensors"
         )
     if len(tensors) == _SIX:
-        return Parts(tensors[0], tensors[4], tensors[3])
-    return Parts(tensors[2], tensors[0], tensors[6])
+        return Parts(tensors[0], tensors[4], tensors[3], tensors[1][0, 0])
+    return Parts(tensors[2], tensors[0], tensors[6], tensors[1][0, 0])
 
 
 def tensors_of(parts: Parts, num_sms: int) -> tuple[Tensor, ...]:
-    """A handle's tensors. Those that say how another library's channels share out rows have no meaning here: zeros."""
+    """A handle's tensors. Those that say how another library's channels share out rows have no meaning here: zeros.
+
+    The first number of the first of these is ``max_tokens``.
+    """
     num_ranks, num_tokens = parts.rank_prefix.shape[0], parts.is_token_in_rank.shape[0]
     device = parts.rank_prefix.device
 
@@ -144,14 +157,16 @@ def tensors_of(parts: Parts, num_sms: int) -> tuple[Tensor, ...]:
         return torch.zeros(shape, dtype=torch.int32, device=device)
 
     channels = num_sms // 2
-    if num_ranks <= MAX_INTRANODE:
-        channel = zeros(num_ranks, channels)
+    is_intranode = num_ranks <= MAX_INTRANODE
+    nodes = -(-num_ranks // MAX_INTRANODE)
+    channel = zeros(num_ranks if is_intranode else nodes, channels)
+    channel[0, 0] = parts.max_tokens
+    if is_intranode:
         head = zeros(num_tokens, num_ranks)
         return parts.rank_prefix, channel, zeros(num_ranks, channels), parts.src_idx, parts.is_token_in_rank, head
-    nodes = -(-num_ranks // MAX_INTRANODE)
     head = zeros(num_tokens, nodes)
     return (
-        *(parts.is_token_in_rank, zeros(nodes, channels), parts.rank_prefix, zeros(nodes, channels), zeros(nodes)),
+        *(parts.is_token_in_rank, channel, parts.rank_prefix, zeros(nodes, channels), zeros(nodes)),
         *(zeros(num_ranks, channels), parts.src_idx, zeros(len(parts.src_idx), 8).to(torch.uint8), head),
         zeros(num_tokens, MAX_INTRANODE),
     )

@@ -16,7 +16,7 @@ from crossdock.compat.deep_ep.by_storage import ByStorage
 from crossdock.compat.deep_ep.engine import Engine, plain
 from crossdock.compat.deep_ep.events import Previous
 from crossdock.compat.deep_ep.formats import Rows, as_given, as_native, bad_picks, read, wire_of
-from crossdock.compat.deep_ep.handles import Handle, Record, parts_of, plan_tensors
+from crossdock.compat.deep_ep.handles import Handle, Parts, Record, parts_of, plan_tensors
 from crossdock.errors import CapacityError, ConfigError
 from crossdock.layout import Compact
 from crossdock.spec import Spec
@@ -76,7 +76,7 @@ class Normal:
             raise ConfigError("topk_idx and topk_weights come together or not at all; pass both, or neither")
         if wanted.topk_idx is None and wanted.num_worst_tokens:
             raise ConfigError("num_worst_tokens needs topk_idx and topk_weights; pass them too, or leave it out")
-        if wanted.topk_idx is not None and (not isinstance(wanted.topk_idx, Tensor) or wanted.topk_idx.dim() != 2):
+        if wanted.topk_idx is not None and wanted.topk_idx.dim() != 2:
             raise bad_picks(wanted.topk_idx)
         if wanted.expert_alignment < 1:
             raise ConfigError(f"expert_alignment={wanted.expert_alignment}; pass 1 or more")
@@ -204,12 +204,33 @@ class Normal:
         if known is not None and not known.buffer.connection.is_closed:
             return known
         num_ranks = self._engine.num_ranks
+        self._make_room(parts, num_ranks)
         sizes = Sizes(num_ranks, num_ranks, hidden, self._engine.num_tokens, extra_bytes=4 * num_topk)
         buffer = self._buffer_for(sizes, parts.src_idx.new_empty(0, dtype=torch.bfloat16), None)
         plan = buffer.remake_plan(plan_tensors(parts, buffer))
         record = Record(buffer, plan, parts.src_idx, parts.is_token_in_rank, asks_host=True, num_sms=_CHANNELS_SMS)
         record.num_real_rows = plan.num_rows
         return record
+
+    def _make_room(self, parts: Parts, num_ranks: int) -> None:
+        """As many tokens as the handle's buffer had room for: on all ranks alike, which see their own tokens alone.
+
+        Raises:
+            ConfigError: it is of another number of ranks, or of more tokens than it says.
+        """
+        if parts.rank_prefix.shape[0] != num_ranks:
+            raise ConfigError(
+                f"the handle is of {parts.rank_prefix.shape[0]} ranks, and this buffer has {num_ranks}; pass one that "
+                f"dispatch has given in a group of as many ranks"
+            )
+        engine, num_tokens = self._engine, parts.is_token_in_rank.shape[0]
+        if not (parts.src_idx.is_cuda and torch.cuda.is_current_stream_capturing()):  # where the host asks nothing
+            engine.grow(int(parts.max_tokens))
+        if num_tokens > engine.num_tokens:
+            raise ConfigError(
+                f"the handle is of {num_tokens} tokens, and this buffer has room for {engine.num_tokens} of a rank; "
+                f"dispatch so many here first, on any rank"
+            )
 
     def _exchanged(self, num_tokens_per_expert: Tensor, alignment: int) -> list[int]:
         """Tokens of every rank for each expert of this one, where no pick says so: a dispatch of its own."""
