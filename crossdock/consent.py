@@ -412,6 +412,7 @@ class Consent:
         try:
             self._tell(PROPOSED, own)
             while True:
+                left = [peer for peer in others if self.has_left(peer)]  # before what it says: who has met may leave
                 heard = {peer: load(HEARD, peer) for peer in others}
                 missing = [peer for peer in others if heard[peer] != said]
                 if said and not missing:
@@ -430,7 +431,7 @@ class Consent:
                         continue
                     missing = sorted(absent, key=lambda peer: proposals[peer] < 0) or missing  # it waited for others
                 for peer in missing:
-                    if self.has_left(peer):
+                    if peer in left:
                         raise self.has_closed(peer)
                 yield Missing(missing, "come to")
             is_agreed = True

@@ -1,6 +1,7 @@
 """Ranks that have begun different numbers of calls find back by themselves, or by restart(); on CUDA's backend too."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,6 +94,20 @@ def test_all_restart_and_the_next_call_works_and_plans_stay_valid(world):
     num_times = 0 if world.num_ranks == 1 else 2 if world.kind == "interpreted" else 4
     for log in world.run(restart_after, spec_of(world.num_ranks), num_times):
         assert log == ["right"] * (2 + num_times)
+
+
+def restart_and_leave(group, spec, num_times):
+    for _ in range(num_times):
+        with open_buffer(group, spec) as buffer:
+            buffer.restart()
+        meet(group)
+
+
+@pytest.mark.worlds("inproc-2", "inproc-4", "processes-2", "grid-2x2")
+def test_ranks_that_have_restarted_may_leave(world):
+    """While others have yet to see that all have met: one that has left by then has said so before."""
+    spec = replace(spec_of(world.num_ranks), reduce="node")
+    world.run(restart_and_leave, spec, 40 if world.kind == "inproc" else 10)
 
 
 def restart_without_one(group, spec):
