@@ -6,10 +6,11 @@ Tiny shapes, as in ``test_cuda_interpreted.py``: all calls without extras are fu
 from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton: pip install triton")
 
-from crossdock import Compact, Expanded, Fp8, Fp32, Padded
+from crossdock import Compact, Expanded, Fp8, Fp32, Padded, Spec
 from crossdock.backends.cuda import fused
 from crossdock.backends.cuda.kernels.calls import BEGUN, PROGRESS, SENT
 from tests import oracle
@@ -72,6 +73,24 @@ def test_low_latency_calls_of_every_layout_bring_and_sum_every_row(world, layout
             assert who == (expand or ("receiver" if spec.is_staged else "sender"))
             assert all(same_bits(out, wants[0][rank]) for out in seen[i][1][:2])
             assert all(same_bits(out, wants[1][rank]) for out in seen[i][1][2:])
+
+
+def with_one_expert(group, spec):
+    """Where rows are from, and sums: every rank has a token for both experts."""
+    with open_buffer(group, spec) as buffer:
+        assert buffer.launch.is_fused
+        recv = buffer.dispatch(torch.full((1, spec.hidden), 1.0), torch.tensor([[0, 1]]))
+        out = buffer.combine(recv.x.clone(), recv.plan)
+        return recv.src_idx.flatten().tolist(), recv.num_tokens_per_expert.tolist(), out.tolist()
+
+
+@two_ranks
+@pytest.mark.parametrize("reduce", ["token", "rank"])
+@pytest.mark.parametrize("layout", [Compact(), Expanded(), Expanded(alignment=2), Padded(capacity=2)], ids=repr)
+def test_a_rank_may_have_one_expert(world, layout, reduce):
+    """Whose picks are counted as an expert's: a rank's rows are not, where every pick has one."""
+    spec = Spec(num_experts=2, num_topk=2, hidden=4, max_tokens=1, wire=Fp32(), layout=layout, reduce=reduce)
+    assert world.run(with_one_expert, spec) == [([0, 1], [2], [[2.0] * 4])] * 2
 
 
 @two_ranks

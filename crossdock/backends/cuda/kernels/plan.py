@@ -140,7 +140,7 @@ def derive_send_starts(
     P: tl.constexpr = sizes.P
     L: tl.constexpr = sizes.L
     N: tl.constexpr = 1 if IS_PAIRS else (1 if sizes.BY_RANK else L)
-    FIRST: tl.constexpr = L * P if N == 1 else 0
+    FIRST: tl.constexpr = L * P if IS_PAIRS or sizes.BY_RANK else 0
     ALIGNMENT: tl.constexpr = 1 if IS_PAIRS else sizes.ALIGNMENT
     B: tl.constexpr = N * P
     key = tl.arange(0, triton.next_power_of_2(B))
@@ -197,7 +197,7 @@ def derive_recv_starts(
     P: tl.constexpr = sizes.P
     L: tl.constexpr = sizes.L
     N: tl.constexpr = 1 if IS_PAIRS else (1 if sizes.BY_RANK else L)
-    FIRST: tl.constexpr = L * P if N == 1 else 0
+    FIRST: tl.constexpr = L * P if IS_PAIRS or sizes.BY_RANK else 0
     B: tl.constexpr = N * P
     key = tl.arange(0, triton.next_power_of_2(B))
     is_mine = (key < B) & (key // N == rank)
